@@ -1,0 +1,23 @@
+"""Fused kernels for Preference Ranking Optimization (PRO, arXiv 2306.17492) and its relatives.
+
+``linear_pro_loss(hidden, weight, targets, rewards).loss.backward()`` is the whole use: from hidden
+states and LM-head weight to the listwise ranking loss and its gradients, logits never all held.
+"""
+
+from pro_kernels import losses, reference
+from pro_kernels._version import __version__
+from pro_kernels.functional import linear_pro_loss, linear_token_logps, pro_loss, token_logps
+from pro_kernels.layout import Layout
+from pro_kernels.output import PROOutput
+
+__all__ = [
+    "__version__",
+    "Layout",
+    "PROOutput",
+    "linear_pro_loss",
+    "linear_token_logps",
+    "losses",
+    "pro_loss",
+    "reference",
+    "token_logps",
+]

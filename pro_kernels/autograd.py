@@ -1,0 +1,228 @@
+"""The autograd Functions: each pairs a forward op with its backward op.
+
+A Function gets its tensors first and one frozen call object last, so every backward returns one
+gradient per tensor and trailing ``None``s. Gradients are of first order: the backward of the
+backward is refused by PyTorch with its own message (``once_differentiable``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pro_kernels import ops
+from pro_kernels.options import LogitOptions, RankingOptions
+from pro_kernels.planner import Plan
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """What a call through the head is made of besides its tensors."""
+
+    compute_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    options: LogitOptions
+    backend: str
+    plan: Plan
+    shared_rows: bool
+
+
+def ranking_config(options: RankingOptions, backend: str) -> tuple:
+    """The options in the order of the ops' schemas."""
+    o = options
+    return (
+        o.length_normalize,
+        o.temperature,
+        o.skip_ties,
+        o.eps,
+        o.sft_weight,
+        o.sft_mean,
+        o.top_k,
+        o.single_sft,
+        backend,
+    )
+
+
+class HeadLogps(torch.autograd.Function):
+    """Log-probs ``(N,)`` of the scored rows from hidden states and head weight."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rows, targets, call: HeadCall):  # noqa: D102
+        plan = call.plan
+        logps, stats, residual, side = ops.head_logps(
+            hidden,
+            weight,
+            bias,
+            rows,
+            targets,
+            call.compute_dtype,
+            call.logits_dtype,
+            call.options.softcap,
+            call.options.logit_scale,
+            call.backend,
+            plan.chunk,
+            plan.retained,
+            plan.need_hidden,
+        )
+        # All of dZ0 at hand: the backward does without the weight, which may be re-sharded by then.
+        whole = plan.retained >= targets.shape[0] or not plan.need_weight
+        ctx.call, ctx.vocab, ctx.weight_dtype = call, weight.shape[0], weight.dtype
+        ctx.save_for_backward(
+            hidden,
+            None if whole else weight,
+            None if whole else bias,
+            rows,
+            targets,
+            stats,
+            residual,
+            side,
+        )
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: D102
+        call = ctx.call
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grads = ops.head_backward(
+            grad.contiguous(),
+            *ctx.saved_tensors,
+            call.compute_dtype,
+            call.logits_dtype,
+            call.options.softcap,
+            call.options.logit_scale,
+            call.backend,
+            call.plan.chunk,
+            ctx.vocab,
+            ctx.weight_dtype,
+            call.shared_rows,
+            need_hidden,
+            need_weight,
+            need_bias,
+        )
+        return *_needed(grads, ctx.needs_input_grad), None, None, None
+
+
+class Logps(torch.autograd.Function):
+    """Log-probs ``(N,)`` of the targets from logits ``(N, V)``."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, options: LogitOptions, backend: str, inplace: bool):  # noqa: D102
+        logps, lse = ops.logps(logits, targets, options.softcap, options.logit_scale, backend)
+        ctx.save_for_backward(logits, lse, targets)
+        ctx.config = (options.softcap, options.logit_scale, backend)
+        ctx.inplace = inplace
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: D102
+        logits, lse, targets = ctx.saved_tensors
+        args = (logits, lse, targets, grad.contiguous().to(lse.dtype), *ctx.config)
+        if not ctx.inplace:
+            return ops.logits_grad(*args), None, None, None, None
+        ops.logits_grad_(*args)
+        return logits, None, None, None, None
+
+
+class Ranking(torch.autograd.Function):
+    """Loss terms ``(B, n)`` and their weighted sum from log-probs; also the sequence sums."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx,
+        logps,
+        offsets,
+        lengths,
+        order,
+        rewards,
+        sft_rank,
+        weights,
+        options: RankingOptions,
+        final_dtype,
+        backend: str,
+    ):
+        terms, sums, row_weights = ops.ranking(
+            logps,
+            offsets,
+            lengths,
+            order,
+            rewards,
+            sft_rank,
+            weights,
+            *ranking_config(options, backend),
+        )
+        ctx.save_for_backward(row_weights)
+        per_rank = (weights @ terms).to(final_dtype or terms.dtype)
+        ctx.mark_non_differentiable(per_rank, sums)
+        return per_rank.sum(), per_rank, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _per_rank, _sums):  # noqa: D102
+        (row_weights,) = ctx.saved_tensors
+        return grad.to(row_weights.dtype) * row_weights, *[None] * 9
+
+
+class LinearPRO(torch.autograd.Function):
+    """Tier T2: the scalar loss whose gradients were made in the forward."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx,
+        hidden,
+        weight,
+        bias,
+        rows,
+        targets,
+        offsets,
+        lengths,
+        order,
+        rewards,
+        sft_rank,
+        weights,
+        prompt_tokens,
+        options: RankingOptions,
+        final_dtype,
+        call: HeadCall,
+    ):
+        terms, sums, *grads = ops.linear_pro(
+            hidden,
+            weight,
+            bias,
+            rows,
+            targets,
+            offsets,
+            lengths,
+            order,
+            rewards,
+            sft_rank,
+            weights,
+            prompt_tokens,
+            call.plan.prompt_chunks,
+            call.compute_dtype,
+            call.options.softcap,
+            call.options.logit_scale,
+            *ranking_config(options, call.backend),
+            call.shared_rows,
+            call.plan.need_hidden,
+            bias is not None and ctx.needs_input_grad[2],
+        )
+        ctx.save_for_backward(*grads)
+        per_rank = (weights @ terms).to(final_dtype or terms.dtype)
+        ctx.mark_non_differentiable(per_rank, sums)
+        return per_rank.sum(), per_rank, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _per_rank, _sums):  # noqa: D102
+        # Out of place: a second backward through a retained graph must find them unscaled.
+        grads = [ops.scaled(g, grad) for g in ctx.saved_tensors]
+        return *_needed(grads, ctx.needs_input_grad), *[None] * 12
+
+
+def _needed(grads, needs) -> tuple[Tensor | None, ...]:
+    return tuple(g if need else None for g, need in zip(grads, needs[:3], strict=True))

@@ -1,0 +1,112 @@
+"""Checks of user input, before any work; messages name the argument and show its value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_float(name: str, value: object) -> Tensor:
+    """The tensor, if it is one of a floating dtype the kernels know."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    return value
+
+
+def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Both tensors on one device."""
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of {like_name} ({like.device}), got {value.device}"
+        )
+
+
+def check_head(hidden: object, weight: object, bias: object) -> torch.dtype:
+    """Check ``hidden[..., H]``, ``weight[V, H]``, ``bias[V]``; return the dtype of the matmuls.
+
+    Under autocast that is autocast's dtype, else all three must have one dtype.
+    """
+    hidden = check_float("hidden", hidden)
+    weight = check_float("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape (V, H), got {tuple(weight.shape)}")
+    if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must have shape (..., H) with H = {weight.shape[1]} as in weight "
+            f"{tuple(weight.shape)}, got {tuple(hidden.shape)}"
+        )
+    if weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"weight must not be empty, got shape {tuple(weight.shape)}")
+    check_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        bias = check_float("bias", bias)
+        check_device("bias", bias, "hidden", hidden)
+        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+            raise ValueError(
+                f"bias must have shape ({weight.shape[0]},) and dtype {weight.dtype} as weight, "
+                f"got {tuple(bias.shape)} and {bias.dtype}"
+            )
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
+            f"{weight.dtype}"
+        )
+    return hidden.dtype
+
+
+def check_logits_dtype(logits_dtype: torch.dtype | None, compute: torch.dtype) -> torch.dtype:
+    """Dtype the logits are held in: the matmuls' own, or fp32."""
+    if logits_dtype is None or logits_dtype == compute:
+        return compute
+    if logits_dtype != torch.float32 or compute == torch.float64:
+        raise ValueError(
+            f"logits_dtype must be None, float32 or the compute dtype {compute}, got {logits_dtype}"
+        )
+    return logits_dtype
+
+
+def check_same_shape(name: str, value: Tensor, shape: tuple[int, ...], legend: str) -> None:
+    """``value`` has ``shape``, described by ``legend``."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {legend} = {shape}, got {tuple(value.shape)}")
+
+
+def check_rewards(rewards: object, shape: tuple[int, int], mask: Tensor | None) -> None:
+    """``rewards`` is a numeric (B, n) tensor, finite where a candidate exists.
+
+    Values are looked at only on the CPU (a GPU would have to be waited for); on a GPU a NaN or inf
+    trips ``torch._assert_async``.
+    """
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards must be a tensor or None, got {type(rewards).__name__}")
+    check_same_shape("rewards", rewards, shape, "(B, n)")
+    if not rewards.is_floating_point():
+        return
+    bad = ~torch.isfinite(rewards)
+    if mask is not None:
+        bad = bad & mask.to(bad.device)
+    if rewards.device.type != "cpu":
+        torch._assert_async(~bad.any(), "rewards must be finite")
+    elif bad.any():
+        b, i = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"rewards must be finite, got {rewards[b, i]} for prompt {b} candidate {i}"
+        )
+
+
+def check_not_all_equal(rewards: Tensor, valid: Tensor) -> None:
+    """At least two different rewards in each prompt of two candidates or more (CPU tensors)."""
+    low = rewards.masked_fill(~valid, torch.inf).amin(1)
+    high = rewards.masked_fill(~valid, -torch.inf).amax(1)
+    equal = (valid.sum(1) > 1) & (low == high)
+    if equal.any():
+        raise ValueError(
+            f"rewards are all equal in prompts {equal.nonzero()[:, 0].tolist()}: their order says "
+            "nothing; drop them, or rank them by column with rewards=None or temperature=1.0"
+        )

@@ -1,0 +1,414 @@
+"""The public functions.
+
+Legend: ``B`` prompts, ``n`` candidates, ``T`` positions, ``H`` hidden, ``V`` vocabulary. Targets
+say what each position predicts, ``ignore_index`` where nothing is scored; with ``shift=True`` they
+are unshifted labels, as transformers has them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pro_kernels import autograd, checks
+from pro_kernels.backends import resolve
+from pro_kernels.head import acc_dtype
+from pro_kernels.layout import Layout, check_targets, shift_targets
+from pro_kernels.options import IGNORE_INDEX, LogitOptions, PROOptions
+from pro_kernels.output import PROOutput
+from pro_kernels.planner import make_plan
+from pro_kernels.pro import RankedCandidates, make_output, rank_candidates
+
+
+def linear_token_logps(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    budget: int | None = None,
+) -> Tensor:
+    """Log-probability of each target under ``softmax(head(hidden))``, without holding all logits.
+
+    Rows whose target is ``ignore_index`` never reach the head. Any upstream gradient is served at
+    three head matmuls in all.
+
+    Args:
+        hidden: (..., H), float64/32/16 or bfloat16.
+        weight: (V, H), the dtype of hidden (under autocast both are cast).
+        targets: (...), integer.
+        bias: (V,) or None.
+        ignore_index: target value of positions that are not scored.
+        shift: targets are unshifted labels.
+        softcap: ``c * tanh(z / c)`` on the logits, or None.
+        logit_scale: factor on the logits, before the softcap.
+        logits_dtype: ``torch.float32`` keeps logits of lower-precision inputs unrounded.
+        backend: "auto" or a backend's name; a named one never falls back.
+        budget: bytes this call may take beyond the inputs' gradients; None for a default.
+
+    Returns:
+        (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices, dtypes or values that do not fit, a target outside [0, V).
+    """
+    compute = checks.check_head(hidden, weight, bias)
+    check_targets(targets)
+    checks.check_same_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
+    checks.check_device("targets", targets, "hidden", hidden)
+    if shift:
+        targets = shift_targets(targets, ignore_index)
+    flat = targets.reshape(1, 1, -1)
+    layout = _layout_of(flat, ignore_index, weight.shape[0])
+    call = _head_call(
+        hidden,
+        weight,
+        bias,
+        layout,
+        compute,
+        checks.check_logits_dtype(logits_dtype, compute),
+        LogitOptions(softcap, logit_scale),
+        backend,
+        budget,
+        scalar_loss=False,
+    )
+    logps = autograd.HeadLogps.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout.rows, layout.targets, call
+    )
+    if layout.rows is not None:
+        logps = logps.new_zeros(flat.numel()).index_copy(0, layout.rows, logps)
+    return logps.view(targets.shape)
+
+
+def token_logps(
+    logits: Tensor,  # (..., V)
+    targets: Tensor,  # (...)
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each target under ``softmax(logits)``; unscored rows are never read.
+
+    Args:
+        logits: (..., V), float64/32/16 or bfloat16.
+        targets: (...), integer.
+        ignore_index: target value of positions that are not scored.
+        shift: targets are unshifted labels.
+        softcap: ``c * tanh(z / c)`` on the logits, or None.
+        logit_scale: factor on the logits, before the softcap.
+        inplace_backward: write the gradient over the logits; nothing else may use them afterwards.
+        backend: "auto" or a backend's name; a named one never falls back.
+
+    Returns:
+        (...) fp32 (fp64 for fp64 logits); 0 where the target is ``ignore_index``.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, a target outside [0, V).
+    """
+    checks.check_float("logits", logits)
+    check_targets(targets)
+    if logits.dim() < 2 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must have shape (..., V), got {tuple(logits.shape)}")
+    checks.check_same_shape("targets", targets, tuple(logits.shape[:-1]), "logits.shape[:-1]")
+    checks.check_device("targets", targets, "logits", logits)
+    if shift:
+        targets = shift_targets(targets, ignore_index)
+    flat = torch.where(targets == ignore_index, IGNORE_INDEX, targets).reshape(-1).long()
+    backend = resolve(backend, logits.device, logits.dtype)
+    rows = logits.reshape(-1, logits.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    options = LogitOptions(softcap, logit_scale)
+    return autograd.Logps.apply(rows, flat, options, backend, inplace_backward).view(targets.shape)
+
+
+def linear_pro_loss(
+    hidden: Tensor,  # (B, n, T, H), or (R, H) with a layout
+    weight: Tensor,  # (V, H)
+    targets: Tensor | None,  # (B, n, T); None with a layout
+    rewards: Tensor | None,  # (B, n)
+    *,
+    bias: Tensor | None = None,
+    candidate_mask: Tensor | None = None,
+    prompt_weights: Tensor | None = None,
+    sft_index: Tensor | None = None,
+    sft_weight: float = 0.05,
+    sft_reduction: str = "sum",
+    length_normalize: bool = True,
+    temperature: str | float = "reward",
+    reward_scale: float = 1.0,
+    ties: str = "zero",
+    eps: float = 0.0,
+    top_k: int | None = None,
+    compat: str | None = None,
+    final_dtype: torch.dtype | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    layout: Layout | None = None,
+    backend: str = "auto",
+    budget: int | None = None,
+) -> PROOutput:
+    """PRO loss (arXiv 2306.17492) from hidden states and LM-head weight, logits never all held.
+
+    ``L = mean over prompts of sum_k [ logsumexp_{i>=k}(s_i tau_ki) - s_k tau_kk ] - w (n-1)^2
+    S_best`` with ``s_i = S_i / m_i``, ``tau_ki = r_k - r_i``, ``tau_kk = max_i tau_ki``; without
+    rewards every tau is 1 (Plackett-Luce over the columns, best first).
+
+    Args:
+        hidden: (B, n, T, H), or (R, H) when ``layout`` is given.
+        weight: (V, H), the dtype of hidden (under autocast both are cast).
+        targets: (B, n, T) integer; None when ``layout`` is given.
+        rewards: (B, n), higher is better; candidates are stable-sorted by them. Best kept on the
+            CPU, where they are checked without waiting for a device. None: columns are the order.
+        bias: (V,) or None.
+        candidate_mask: (B, n) bool, candidates that exist. One without a scored token leaves the
+            ranking too: n shrinks.
+        prompt_weights: (B,), >= 0; the mean over prompts is weighted by them.
+        sft_index: (B,) column of the candidate that carries the SFT term; None: the best one.
+        sft_weight: w; the SFT term's factor is ``w (n-1)^2``, or w for a single candidate.
+        sft_reduction: "sum" (the paper) or "mean" (per token) of the SFT log-probs.
+        length_normalize: rank by ``S / m`` (the paper) or by ``S``.
+        temperature: "reward", or a number T: every ``tau = 1 / T``, rewards only order.
+        reward_scale: factor on the rewards.
+        ties: "zero": a tied candidate adds exp(0) to the denominator, without gradient;
+            "skip": it leaves it.
+        eps: constant inside the log.
+        top_k: only the first k rank terms.
+        compat: "official" for the meaning of the authors' code: no sorting, eps = 1e-10, all-equal
+            rewards kept, one candidate gives 0. Make targets with ``reference.official_targets``.
+        final_dtype: cast each rank term and the SFT term to this dtype, as the official code does.
+        ignore_index: target value of positions that are not scored.
+        shift: targets are unshifted labels.
+        softcap: ``c * tanh(z / c)`` on the logits, or None.
+        logit_scale: factor on the logits, before the softcap.
+        logits_dtype: ``torch.float32`` keeps logits of lower-precision inputs unrounded.
+        layout: which rows are scored, made with the batch (``Layout.from_padded`` and others).
+        backend: "auto" or a backend's name; a named one never falls back.
+        budget: bytes this call may take beyond the inputs' gradients; None for a default.
+
+    Returns:
+        ``PROOutput``; only ``loss`` carries a gradient. No scored candidate at all: loss 0.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit; rewards not finite, or all equal
+            within a prompt (with ``temperature="reward"``); a target outside [0, V).
+    """
+    compute = checks.check_head(hidden, weight, bias)
+    logits_dtype = checks.check_logits_dtype(logits_dtype, compute)
+    options = PROOptions(
+        sft_weight=sft_weight,
+        sft_reduction=sft_reduction,
+        length_normalize=length_normalize,
+        temperature=temperature,
+        reward_scale=reward_scale,
+        ties=ties,
+        eps=eps,
+        top_k=top_k,
+        compat=compat,
+        final_dtype=final_dtype,
+    )
+    layout = _pro_layout(hidden, targets, layout, ignore_index, shift, weight.shape[0])
+    ranked = rank_candidates(
+        layout, rewards, options, candidate_mask, prompt_weights, sft_index, acc_dtype(compute)
+    )
+    call = _head_call(
+        hidden,
+        weight,
+        bias,
+        layout,
+        compute,
+        logits_dtype,
+        LogitOptions(softcap, logit_scale),
+        backend,
+        budget,
+        scalar_loss=True,
+    )
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if call.plan.tier == "T2":
+        loss, per_rank, sums = autograd.LinearPRO.apply(
+            rows,
+            weight,
+            bias,
+            layout.rows,
+            layout.targets,
+            layout.offsets,
+            layout.lengths,
+            *ranked.tensors,
+            list(layout.prompt_tokens),
+            ranked.options,
+            final_dtype,
+            call,
+        )
+    else:
+        logps = autograd.HeadLogps.apply(rows, weight, bias, layout.rows, layout.targets, call)
+        loss, per_rank, sums = _rank(logps, layout, ranked, backend, final_dtype)
+    return make_output(loss, per_rank, sums, layout, options)
+
+
+def pro_loss(
+    logits: Tensor,  # (B, n, T, V)
+    targets: Tensor,  # (B, n, T)
+    rewards: Tensor | None,  # (B, n)
+    *,
+    candidate_mask: Tensor | None = None,
+    prompt_weights: Tensor | None = None,
+    sft_index: Tensor | None = None,
+    sft_weight: float = 0.05,
+    sft_reduction: str = "sum",
+    length_normalize: bool = True,
+    temperature: str | float = "reward",
+    reward_scale: float = 1.0,
+    ties: str = "zero",
+    eps: float = 0.0,
+    top_k: int | None = None,
+    compat: str | None = None,
+    final_dtype: torch.dtype | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> PROOutput:
+    """PRO loss from logits; the arguments of ``linear_pro_loss``, with ``logits`` (B, n, T, V).
+
+    Args and errors are as there; ``inplace_backward`` writes the gradient over the logits (nothing
+    else may use them afterwards). Extra memory is the logits' gradient.
+    """
+    options = PROOptions(
+        sft_weight=sft_weight,
+        sft_reduction=sft_reduction,
+        length_normalize=length_normalize,
+        temperature=temperature,
+        reward_scale=reward_scale,
+        ties=ties,
+        eps=eps,
+        top_k=top_k,
+        compat=compat,
+        final_dtype=final_dtype,
+    )
+    checks.check_float("logits", logits)
+    check_targets(targets)
+    if logits.dim() != 4:
+        raise ValueError(f"logits must have shape (B, n, T, V), got {tuple(logits.shape)}")
+    checks.check_same_shape("targets", targets, tuple(logits.shape[:-1]), "(B, n, T)")
+    if shift:
+        targets = shift_targets(targets, ignore_index)
+    layout = Layout.dense(targets, ignore_index)
+    ranked = rank_candidates(
+        layout, rewards, options, candidate_mask, prompt_weights, sft_index, acc_dtype(logits.dtype)
+    )
+    resolve(backend, logits.device, logits.dtype, layout.shape[1])
+    logps = token_logps(
+        logits,
+        targets,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    loss, per_rank, sums = _rank(logps.view(-1), layout, ranked, backend, final_dtype)
+    return make_output(loss, per_rank, sums, layout, options)
+
+
+def _rank(logps, layout: Layout, ranked: RankedCandidates, backend: str, final_dtype):  # noqa: ANN001, ANN202
+    backend = resolve(backend, logps.device, logps.dtype, layout.shape[1])
+    return autograd.Ranking.apply(
+        logps,
+        layout.offsets,
+        layout.lengths,
+        *ranked.tensors,
+        ranked.options,
+        final_dtype,
+        backend,
+    )
+
+
+def _head_call(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    compute: torch.dtype,
+    logits_dtype: torch.dtype,
+    options: LogitOptions,
+    backend: str,
+    budget: int | None,
+    *,
+    scalar_loss: bool,
+) -> autograd.HeadCall:
+    """Choose backend and tier, and bundle all that is not a tensor."""
+    checks.check_device("layout", layout.targets, "hidden", hidden)
+    grads = torch.is_grad_enabled()
+    wide = logits_dtype != compute
+    plan = make_plan(
+        layout.num_tokens,
+        weight.shape[1],
+        weight.shape[0],
+        compute,
+        hidden.device,
+        need_hidden=grads and hidden.requires_grad,
+        need_weight=grads and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        budget=budget,
+        prompt_tokens=layout.prompt_tokens if scalar_loss and not wide else None,
+        wide_logits=wide,
+    )
+    candidates = layout.shape[1] if scalar_loss else None
+    backend = resolve(backend, hidden.device, logits_dtype, candidates)
+    return autograd.HeadCall(compute, logits_dtype, options, backend, plan, layout.shared_rows)
+
+
+def _layout_of(targets: Tensor, ignore_index: int, vocab: int) -> Layout:
+    """Compact, or of fixed sizes while compiling (nothing may depend on data then)."""
+    if torch.compiler.is_compiling():
+        return Layout.dense(targets, ignore_index)
+    return Layout.from_padded(targets, ignore_index=ignore_index, vocab_size=vocab)
+
+
+def _pro_layout(
+    hidden: Tensor,
+    targets: Tensor | None,
+    layout: Layout | None,
+    ignore_index: int,
+    shift: bool,
+    vocab: int,
+) -> Layout:
+    if layout is not None:
+        if targets is not None:
+            raise ValueError("targets must be None when layout is given (it holds them)")
+        rows = hidden.numel() // hidden.shape[-1]
+        if rows != layout.num_rows:
+            raise ValueError(
+                f"hidden must have {layout.num_rows} rows as the layout says, got {rows} in shape "
+                f"{tuple(hidden.shape)}"
+            )
+        return layout
+    if targets is None:
+        raise TypeError("targets must be an integer tensor when no layout is given, got None")
+    check_targets(targets)
+    if hidden.dim() != 4:
+        raise ValueError(
+            f"hidden must have shape (B, n, T, H) without a layout, got {tuple(hidden.shape)}"
+        )
+    checks.check_same_shape("targets", targets, tuple(hidden.shape[:-1]), "(B, n, T)")
+    checks.check_device("targets", targets, "hidden", hidden)
+    if shift:
+        targets = shift_targets(targets, ignore_index)
+    return _layout_of(targets, ignore_index, vocab)

@@ -1,0 +1,320 @@
+"""Which rows of the hidden states are scored, for which token, in which sequence and prompt.
+
+Every batch form reduces to one ``Layout``: padded ``(B, n, T)``, packed (``cu_seqlens``), and
+row-sharing (the n first completion tokens all read the prompt's last row). Only the rows it names
+ever reach the head matmul. Build it where the batch is built, on the CPU: then nothing on the
+training device is inspected and nothing waits. From device tensors it costs one synchronisation.
+
+Legend: ``R`` rows of the flattened hidden states, ``N`` scored tokens, ``S`` sequences, ``B``
+prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pro_kernels.options import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Scored tokens, grouped by sequence, sequences grouped by prompt.
+
+    Attributes:
+        rows: (N,) int64, row of each token in the flattened hidden states; may repeat. None: token
+        i
+            is row i and unscored tokens are still in ``targets`` (the form used while compiling).
+        targets: (N,) int64, the token each row predicts.
+        offsets: (S + 1,) int64, sequence s is tokens ``offsets[s]:offsets[s + 1]``.
+        lengths: (S,) int64, scored tokens m of each sequence.
+        sequences: (B, n) int64, the sequence of candidate i of prompt b, -1 where there is none.
+        num_rows: R.
+        prompt_tokens: tokens of each prompt, on the host, in order; chunks are aligned to them.
+        shared_rows: whether a row is read by more than one token.
+    """
+
+    rows: Tensor | None
+    targets: Tensor
+    offsets: Tensor
+    lengths: Tensor
+    sequences: Tensor
+    num_rows: int
+    prompt_tokens: tuple[int, ...]
+    shared_rows: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the scored tokens (all tokens in the dense form)."""
+        return self.targets.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, n): prompts and the most candidates of any prompt."""
+        return self.sequences.shape[0], self.sequences.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.targets.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+        """The same layout with its tensors on ``device``."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> Layout:
+        """The same layout in pinned memory (called by ``DataLoader(pin_memory=True)``)."""
+        pinned = {
+            f.name: getattr(self, f.name).pin_memory()
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **pinned)
+
+    @classmethod
+    def from_padded(
+        cls,
+        targets: Tensor,  # (B, n, T) or (B, T) integer
+        *,
+        ignore_index: int = IGNORE_INDEX,
+        shift: bool = False,
+        vocab_size: int | None = None,
+    ) -> Layout:
+        """Layout of a padded batch; hidden states are ``(B, n, T, H)`` or ``(B*n*T, H)``.
+
+        ``targets[..., t]`` is what position t predicts, ``ignore_index`` where nothing is scored.
+        With ``shift=True`` they are unshifted labels (``labels[..., t]`` is the token at t, as in
+        transformers) and are shifted here. A ``(B, T)`` batch is B prompts of one candidate.
+
+        Raises:
+            TypeError: targets are not an integer tensor.
+            ValueError: wrong number of dimensions; a target outside ``[0, vocab_size)``.
+        """
+        check_targets(targets)
+        if targets.dim() not in (2, 3):
+            raise ValueError(
+                f"targets must have shape (B, n, T) or (B, T), got {tuple(targets.shape)}"
+            )
+        if targets.dim() == 2:
+            targets = targets[:, None]
+        b, n, t = targets.shape
+        if shift:
+            targets = shift_targets(targets, ignore_index)
+        flat = targets.reshape(-1)
+        offsets = torch.arange(b * n + 1, device=flat.device) * t
+        return cls._compact(
+            torch.arange(flat.numel(), device=flat.device),
+            flat,
+            offsets,
+            torch.arange(b * n, device=flat.device).view(b, n),
+            [n] * b,
+            flat.numel(),
+            ignore_index,
+            vocab_size,
+            shared_rows=False,
+        )
+
+    @classmethod
+    def from_packed(
+        cls,
+        targets: Tensor,  # (R,) integer
+        cu_seqlens: Tensor,  # (S + 1,) integer
+        num_candidates: int | Sequence[int],
+        *,
+        ignore_index: int = IGNORE_INDEX,
+        shift: bool = False,
+        vocab_size: int | None = None,
+    ) -> Layout:
+        """Layout of sequences laid end to end; hidden states are ``(R, H)``.
+
+        Sequence s is tokens ``cu_seqlens[s]:cu_seqlens[s + 1]``. ``num_candidates`` says how many
+        consecutive sequences belong to each prompt (one number: the same for all). With ``shift``
+        the targets are unshifted labels, shifted inside each sequence.
+        """
+        check_targets(targets)
+        if targets.dim() != 1:
+            raise ValueError(f"targets must have shape (R,), got {tuple(targets.shape)}")
+        rows = torch.arange(targets.numel(), device=targets.device)
+        return cls.from_rows(
+            rows,
+            targets,
+            cu_seqlens,
+            num_candidates,
+            num_rows=targets.numel(),
+            ignore_index=ignore_index,
+            shift=shift,
+            vocab_size=vocab_size,
+            shared_rows=False,
+        )
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Tensor,  # (N,) integer
+        targets: Tensor,  # (N,) integer
+        cu_seqlens: Tensor,  # (S + 1,) integer
+        num_candidates: int | Sequence[int],
+        *,
+        num_rows: int,
+        ignore_index: int = IGNORE_INDEX,
+        shift: bool = False,
+        vocab_size: int | None = None,
+        shared_rows: bool = True,
+    ) -> Layout:
+        """The general form: token i is predicted by row ``rows[i]`` of ``(num_rows, H)``.
+
+        Rows may repeat, as in a prefix-shared batch, where the first token of each of the n
+        completions is predicted by the one last row of the prompt.
+
+        Raises:
+            TypeError: an index tensor that is not of integer type.
+            ValueError: shapes that do not match, ``cu_seqlens`` that is not a partition,
+                ``num_candidates`` that does not add up, a row or target out of range.
+        """
+        check_targets(targets)
+        check_targets(rows, "rows")
+        check_targets(cu_seqlens, "cu_seqlens")
+        if rows.shape != targets.shape or targets.dim() != 1:
+            raise ValueError(
+                f"rows and targets must both have shape (N,), got {tuple(rows.shape)} and "
+                f"{tuple(targets.shape)}"
+            )
+        ends = cu_seqlens.tolist()
+        if not ends or ends[0] != 0 or ends[-1] != len(targets) or sorted(ends) != ends:
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to {len(targets)} (the number of tokens), got {ends}"
+            )
+        counts = _counts(num_candidates, len(ends) - 1)
+        if rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < num_rows):
+            raise ValueError(
+                f"rows must lie in [0, {num_rows}), got {int(rows.min())} ... {int(rows.max())}"
+            )
+        if shift:
+            shifted = torch.full_like(targets, ignore_index)
+            shifted[:-1] = targets[1:]
+            last = cu_seqlens[1:][cu_seqlens.diff() > 0] - 1
+            shifted[last.long()] = ignore_index
+            targets = shifted
+        n = max([1, *counts])
+        sequences = torch.full((len(counts), n), -1, dtype=torch.int64)
+        first = 0
+        for prompt, count in enumerate(counts):
+            sequences[prompt, :count] = torch.arange(first, first + count)
+            first += count
+        return cls._compact(
+            rows.long(),
+            targets,
+            cu_seqlens.long().to(targets.device),
+            sequences.to(targets.device),
+            counts,
+            num_rows,
+            ignore_index,
+            vocab_size,
+            shared_rows,
+        )
+
+    @classmethod
+    def dense(cls, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Layout:
+        """Layout of ``(B, n, T)`` targets whose every size is known without looking at them.
+
+        The form for ``torch.compile`` and CUDA graphs when no compact layout is at hand: unscored
+        tokens stay in the token list and are dropped inside the op.
+        """
+        b, n, t = targets.shape
+        live = targets != ignore_index
+        return cls(
+            rows=None,
+            targets=torch.where(live, targets, IGNORE_INDEX).reshape(-1).long(),
+            offsets=torch.arange(b * n + 1, device=targets.device) * t,
+            lengths=live.sum(-1).reshape(-1),
+            sequences=torch.arange(b * n, device=targets.device).view(b, n),
+            num_rows=b * n * t,
+            prompt_tokens=(n * t,) * b,
+        )
+
+    @classmethod
+    def _compact(
+        cls,
+        rows: Tensor,
+        targets: Tensor,
+        offsets: Tensor,
+        sequences: Tensor,
+        counts: list[int],
+        num_rows: int,
+        ignore_index: int,
+        vocab_size: int | None,
+        shared_rows: bool,
+    ) -> Layout:
+        """Drop unscored tokens. One device-to-host copy in all, none for CPU tensors."""
+        live = targets != ignore_index
+        before = torch.nn.functional.pad(live.cumsum(0), (1, 0))
+        new_offsets = before[offsets]
+        bad = live & ((targets < 0) | (targets >= (vocab_size or 2**62)))
+        host = torch.cat([new_offsets, bad.sum()[None]]).tolist()
+        if host.pop():
+            at = int(bad.nonzero()[0])
+            raise_bad_target(targets, at, vocab_size, ignore_index)
+        kept = torch.nonzero_static(live, size=host[-1])[:, 0]
+        firsts = [0]
+        for count in counts:
+            firsts.append(firsts[-1] + count)
+        return cls(
+            rows=rows[kept],
+            targets=targets[kept].long(),
+            offsets=new_offsets,
+            lengths=new_offsets.diff(),
+            sequences=sequences,
+            num_rows=num_rows,
+            prompt_tokens=tuple(
+                host[b] - host[a] for a, b in zip(firsts, firsts[1:], strict=False)
+            ),
+            shared_rows=shared_rows,
+        )
+
+
+def shift_targets(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Targets from unshifted labels: position t predicts ``labels[..., t + 1]``."""
+    targets = torch.full_like(labels, ignore_index)
+    targets[..., :-1] = labels[..., 1:]
+    return targets
+
+
+def check_targets(targets: Tensor, name: str = "targets") -> None:
+    """Raise TypeError unless ``targets`` is an integer tensor."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{name} must be an integer tensor, got {type(targets).__name__}")
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{name} must be an integer tensor, got dtype {targets.dtype}")
+
+
+def raise_bad_target(targets: Tensor, at: int, vocab_size: int | None, ignore_index: int) -> None:
+    """Raise the ValueError for target number ``at`` (flattened), showing it."""
+    limit = "V" if vocab_size is None else str(vocab_size)
+    raise ValueError(
+        f"targets must lie in [0, {limit}) or be ignore_index={ignore_index}, got "
+        f"{int(targets.flatten()[at])} at flat position {at}"
+    )
+
+
+def _counts(num_candidates: int | Sequence[int], sequences: int) -> list[int]:
+    if isinstance(num_candidates, int):
+        if num_candidates < 1 or sequences % num_candidates:
+            raise ValueError(
+                f"num_candidates={num_candidates} does not divide the {sequences} sequences"
+            )
+        return [num_candidates] * (sequences // num_candidates)
+    counts = [int(c) for c in num_candidates]
+    if any(c < 0 for c in counts) or sum(counts) != sequences:
+        raise ValueError(
+            f"num_candidates must be >= 0 and add up to the {sequences} sequences, got {counts}"
+        )
+    return counts

@@ -1,0 +1,397 @@
+"""Every operation as a ``torch.library`` op: schema, fake implementation, lazily loaded backend.
+
+The ops take and return plain tensors and numbers, so ``torch.compile`` sees one opaque node each
+and ``opcheck`` can test them. Sizes of outputs never depend on data: a call without a compact
+layout (``rows=None``) gets outputs for all N tokens and drops the unscored ones inside. Gradients
+are wired in ``autograd.py``.
+
+Legend: ``R`` rows of the hidden states, ``N`` tokens, ``H`` hidden, ``V`` vocabulary, ``S``
+sequences, ``B`` prompts, ``n`` candidates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pro_kernels import backends, head
+from pro_kernels.layout import raise_bad_target
+from pro_kernels.options import IGNORE_INDEX, LogitOptions, RankingOptions
+
+
+@torch.library.custom_op("pro_kernels::logps", mutates_args=())
+def logps(
+    logits: Tensor,  # (N, V)
+    targets: Tensor,  # (N,), IGNORE_INDEX where not scored
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and log-sum-exp of each row, ``(N,)`` fp32."""
+    check_range(targets, logits.shape[1])
+    module = backends.get(backend)
+    logp, lse, _ = module.logp(logits, targets, options=LogitOptions(softcap, logit_scale))
+    return logp, lse
+
+
+@logps.register_fake
+def _(logits, targets, softcap, logit_scale, backend):
+    out = logits.new_empty(targets.shape, dtype=head.acc_dtype(logits.dtype))
+    return out, torch.empty_like(out)
+
+
+def _logits_grad(logits, lse, targets, weights, softcap, logit_scale, backend, out):
+    return backends.get(backend).logits_grad(
+        logits, lse, targets, weights, options=LogitOptions(softcap, logit_scale), out=out
+    )
+
+
+@torch.library.custom_op("pro_kernels::logits_grad", mutates_args=())
+def logits_grad(
+    logits: Tensor,  # (N, V)
+    lse: Tensor,  # (N,)
+    targets: Tensor,  # (N,)
+    weights: Tensor,  # (N,) upstream gradient of each log-prob
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+) -> Tensor:
+    """Gradient with respect to the logits; rows that are not scored become 0 without being read."""
+    return _logits_grad(logits, lse, targets, weights, softcap, logit_scale, backend, None)
+
+
+@logits_grad.register_fake
+def _(logits, lse, targets, weights, softcap, logit_scale, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("pro_kernels::logits_grad_", mutates_args=("logits",))
+def logits_grad_(
+    logits: Tensor,
+    lse: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+) -> None:
+    """``logits_grad`` written over the logits."""
+    _logits_grad(logits, lse, targets, weights, softcap, logit_scale, backend, logits)
+
+
+@torch.library.custom_op("pro_kernels::ranking", mutates_args=())
+def ranking(
+    logps: Tensor,  # (N,) fp32
+    offsets: Tensor,  # (S + 1,)
+    lengths: Tensor,  # (S,)
+    order: Tensor,  # (B, n)
+    rewards: Tensor | None,  # (B, n)
+    sft_rank: Tensor,  # (B,)
+    prompt_weights: Tensor,  # (B,)
+    length_normalize: bool,
+    temperature: float,
+    skip_ties: bool,
+    eps: float,
+    sft_weight: float,
+    sft_mean: bool,
+    top_k: int | None,
+    single_sft: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss terms (B, n), sequence sums (S,) and ``d loss / d logps`` (N,); see the backends."""
+    options = RankingOptions(
+        length_normalize, temperature, skip_ties, eps, sft_weight, sft_mean, top_k, single_sft
+    )
+    args = head.RankingArgs(offsets, lengths, order, rewards, sft_rank, prompt_weights, options)
+    return args.run(backends.get(backend), logps)
+
+
+@ranking.register_fake
+def _(logps, offsets, lengths, order, rewards, sft_rank, prompt_weights, *options):
+    return (
+        logps.new_empty(order.shape),
+        logps.new_empty(lengths.shape),
+        logps.new_empty(logps.shape),
+    )
+
+
+@torch.library.custom_op("pro_kernels::head_logps", mutates_args=())
+def head_logps(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,); None: token i is row i, unscored ones are dropped here
+    targets: Tensor,  # (N,)
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    chunk: int,
+    retained: int,
+    need_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of the scored rows, and what the backward needs.
+
+    Returns ``logps`` (N,), ``stats`` (2, N) = (log-sum-exp, raw target logit) in compact order,
+    ``residual`` (retained, V) and ``side`` (N or 0, H) = dZ0 W.
+    """
+    with _autocast_off(hidden):
+        check_range(targets, weight.shape[0])
+        options = LogitOptions(softcap, logit_scale)
+        h = _head(hidden, weight, bias, compute_dtype, logits_dtype, options, backend)
+        logps, stats, residual, side = _head_buffers(h, targets, retained, need_hidden)
+        live, rows, kept_targets = _compact(rows, targets)
+        n = rows.shape[0]
+        compact = logps if live is None else logps.new_empty(n)
+        head.forward(
+            h,
+            rows,
+            kept_targets,
+            chunk=chunk,
+            need_hidden=need_hidden,
+            residual=residual,
+            side=side,
+            logps=compact,
+            stats=stats[:, :n],
+        )
+        if live is not None:
+            logps.zero_().index_copy_(0, live, compact)
+        return logps, stats, residual, side
+
+
+@head_logps.register_fake
+def _(
+    hidden,
+    weight,
+    bias,
+    rows,
+    targets,
+    compute_dtype,
+    logits_dtype,
+    softcap,
+    logit_scale,
+    backend,
+    chunk,
+    retained,
+    need_hidden,
+):
+    h = head.Head(hidden, weight, bias, None, None, compute_dtype, logits_dtype)
+    return _head_buffers(h, targets, retained, need_hidden)
+
+
+@torch.library.custom_op("pro_kernels::head_backward", mutates_args=())
+def head_backward(
+    grad: Tensor,  # (N,) upstream gradient of each log-prob
+    hidden: Tensor,  # (R, H)
+    weight: Tensor | None,  # (V, H); None where all of dZ0 was retained
+    bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,)
+    targets: Tensor,  # (N,)
+    stats: Tensor,  # (2, N)
+    residual: Tensor,  # (retained, V)
+    side: Tensor,  # (N or 0, H)
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    chunk: int,
+    vocab: int,
+    weight_dtype: torch.dtype,
+    shared_rows: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DHidden (R, H), dW (V, H) and dbias (V,); those not needed are empty."""
+    with _autocast_off(hidden):
+        options = LogitOptions(softcap, logit_scale)
+        h = _head(hidden, weight, bias, compute_dtype, logits_dtype, options, backend)
+        d_hidden, d_weight, d_bias = _grad_buffers(
+            hidden, vocab, weight_dtype, need_hidden, need_weight, need_bias
+        )
+        live, rows, targets = _compact(rows, targets)
+        n = rows.shape[0]
+        w = grad.to(stats.dtype) if live is None else grad.to(stats.dtype)[live]
+        if need_hidden:
+            head.scatter_rows(side[:n], w, rows, d_hidden.zero_(), shared_rows)
+        if need_weight or need_bias:
+            head.weight_backward(
+                h,
+                rows,
+                targets,
+                w,
+                chunk=chunk,
+                residual=residual,
+                stats=stats[:, :n],
+                out=d_weight if need_weight else None,
+                bias_out=d_bias if need_bias else None,
+            )
+        return d_hidden, d_weight, d_bias
+
+
+@head_backward.register_fake
+def _(grad, hidden, weight, bias, rows, targets, stats, residual, side, *config):
+    vocab, weight_dtype, _shared, need_hidden, need_weight, need_bias = config[-6:]
+    return _grad_buffers(hidden, vocab, weight_dtype, need_hidden, need_weight, need_bias)
+
+
+@torch.library.custom_op("pro_kernels::linear_pro", mutates_args=())
+def linear_pro(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,)
+    targets: Tensor,  # (N,)
+    offsets: Tensor,  # (S + 1,)
+    lengths: Tensor,  # (S,)
+    order: Tensor,  # (B, n)
+    rewards: Tensor | None,  # (B, n)
+    sft_rank: Tensor,  # (B,)
+    prompt_weights: Tensor,  # (B,)
+    prompt_tokens: Sequence[int],
+    prompt_chunks: Sequence[int],
+    compute_dtype: torch.dtype,
+    softcap: float | None,
+    logit_scale: float,
+    length_normalize: bool,
+    temperature: float,
+    skip_ties: bool,
+    eps: float,
+    sft_weight: float,
+    sft_mean: bool,
+    top_k: int | None,
+    single_sft: bool,
+    backend: str,
+    shared_rows: bool,
+    need_hidden: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tier T2: loss terms (B, n), sequence sums (S,), and dHidden, dW, dbias of the loss."""
+    with _autocast_off(hidden):
+        check_range(targets, weight.shape[0])
+        logit_options = LogitOptions(softcap, logit_scale)
+        h = _head(hidden, weight, bias, compute_dtype, compute_dtype, logit_options, backend)
+        d_hidden, d_weight, d_bias = _grad_buffers(
+            hidden, weight.shape[0], head.acc_dtype(compute_dtype), need_hidden, True, need_bias
+        )
+        live, rows, kept_targets = _compact(rows, targets)
+        if live is not None:  # dense: the token list shrinks, and the offsets with it
+            before = torch.nn.functional.pad((targets >= 0).cumsum(0), (1, 0))
+            ends = torch.tensor([0, *prompt_tokens], device=before.device).cumsum(0)
+            offsets, prompt_tokens = before[offsets], before[ends].diff().tolist()
+        options = RankingOptions(
+            length_normalize, temperature, skip_ties, eps, sft_weight, sft_mean, top_k, single_sft
+        )
+        terms, sums = head.pro_forward(
+            h,
+            rows,
+            kept_targets,
+            head.RankingArgs(offsets, lengths, order, rewards, sft_rank, prompt_weights, options),
+            prompt_tokens=prompt_tokens,
+            prompt_chunks=prompt_chunks,
+            shared=shared_rows,
+            d_hidden=d_hidden.zero_() if need_hidden else None,
+            d_weight=d_weight.zero_(),
+            d_bias=d_bias.zero_() if need_bias else None,
+        )
+        return terms, sums, d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+
+
+@linear_pro.register_fake
+def _(hidden, weight, bias, rows, targets, offsets, lengths, order, *config):
+    compute_dtype, need_hidden, need_bias = config[5], config[-2], config[-1]
+    acc = head.acc_dtype(compute_dtype)
+    grads = _grad_buffers(hidden, weight.shape[0], weight.dtype, need_hidden, True, need_bias)
+    terms = hidden.new_empty(order.shape, dtype=acc)
+    return (terms, hidden.new_empty(lengths.shape, dtype=acc), *grads)
+
+
+@torch.library.custom_op("pro_kernels::scaled", mutates_args=())
+def scaled(x: Tensor, by: Tensor) -> Tensor:
+    """``by * x`` in x's dtype, multiplied in ``by``'s: the scalar is never rounded to x's dtype."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    flat, source = out.view(-1), x.reshape(-1)
+    for i in range(0, flat.numel(), 1 << 22):
+        at = slice(i, i + (1 << 22))
+        flat[at] = source[at].to(by.dtype) * by
+    return out
+
+
+@scaled.register_fake
+def _(x, by):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def check_range(targets: Tensor, vocab: int) -> None:
+    """Raise ValueError for a target outside [0, V) that is not IGNORE_INDEX.
+
+    On a GPU the check is queued with ``torch._assert_async`` (as ``cross_entropy`` does with its
+    device-side assertion): nothing waits, and the error surfaces at the next synchronisation.
+    """
+    bad = (targets >= vocab) | ((targets < 0) & (targets != IGNORE_INDEX))
+    if targets.device.type == "cpu":
+        if bad.any():
+            raise_bad_target(targets, int(bad.nonzero()[0]), vocab, IGNORE_INDEX)
+    elif targets.device.type != "meta":
+        torch._assert_async(~bad.any(), f"targets must lie in [0, {vocab})")
+
+
+def _head(hidden, weight, bias, compute_dtype, logits_dtype, options, backend) -> head.Head:
+    return head.Head(
+        hidden,
+        hidden.new_empty(0, hidden.shape[1]) if weight is None else weight.to(compute_dtype),
+        None if bias is None else bias.to(compute_dtype),
+        backends.get(backend),
+        options,
+        compute_dtype,
+        logits_dtype,
+    )
+
+
+def _head_buffers(
+    h: head.Head, targets: Tensor, retained: int, need_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, hidden = targets.shape[0], h.hidden
+    acc = head.acc_dtype(h.compute_dtype)
+    return (
+        hidden.new_empty(n, dtype=acc),
+        hidden.new_empty((2, n), dtype=acc),
+        hidden.new_empty((retained, h.weight.shape[0]), dtype=h.compute_dtype),
+        hidden.new_empty((n if need_hidden else 0, hidden.shape[1]), dtype=h.side_dtype),
+    )
+
+
+def _grad_buffers(
+    hidden: Tensor,
+    vocab: int,
+    weight_dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = hidden.shape[1]
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0, width)),
+        hidden.new_empty((vocab if need_weight else 0, width), dtype=weight_dtype),
+        hidden.new_empty(vocab if need_bias else 0, dtype=weight_dtype),
+    )
+
+
+def _compact(rows: Tensor | None, targets: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Positions of live tokens (None: all of them), their rows and their targets."""
+    if rows is not None:
+        return None, rows, targets
+    live = (targets >= 0).nonzero()[:, 0]
+    return live, live, targets[live]
+
+
+def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+    """Dtypes are chosen before the op; autocast must not change them again inside."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

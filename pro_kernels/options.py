@@ -1,0 +1,133 @@
+"""Options that travel through every layer as frozen dataclasses.
+
+One object goes down the whole way (public function -> autograd -> op -> backend), so a new
+option is a field here, not an argument in five places.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+IGNORE_INDEX = -100
+OFFICIAL_EPS = 1e-10
+
+
+@dataclass(frozen=True)
+class LogitOptions:
+    """What the model does to raw logits before the softmax.
+
+    ``z = softcap * tanh(logit_scale * raw / softcap)``; without a softcap ``z = logit_scale * raw``
+    (Gemma 2 report, arXiv 2408.00118, section 2, for the cap; Cohere and Granite for the scale).
+    """
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None:
+            _positive("softcap", self.softcap)
+        _finite("logit_scale", self.logit_scale)
+        if self.logit_scale == 0:
+            raise ValueError("logit_scale must not be 0")
+
+
+@dataclass(frozen=True)
+class RankingOptions:
+    """Options of the ranking loss on scores (one prompt: n candidates, best first).
+
+    Attributes:
+        length_normalize: score is ``S / m`` (the paper) instead of ``S``.
+        temperature: inverse temperature of every term when no rewards are given.
+        skip_ties: a candidate tied with candidate k leaves term k instead of adding ``exp(0)``.
+        eps: constant inside the log, kept as one more log-sum-exp entry; 0 leaves it out.
+        sft_weight: weight of the SFT term, times ``(n - 1)**2``.
+        sft_mean: SFT uses ``S / m`` of the best candidate instead of ``S``.
+        top_k: only the first ``top_k`` rank terms; None for all ``n - 1``.
+        single_sft: a prompt with one candidate is pure SFT (factor 1 instead of ``(n-1)**2 = 0``).
+    """
+
+    length_normalize: bool = True
+    temperature: float = 1.0
+    skip_ties: bool = False
+    eps: float = 0.0
+    sft_weight: float = 0.05
+    sft_mean: bool = False
+    top_k: int | None = None
+    single_sft: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("temperature", self.temperature)
+        _finite("eps", self.eps)
+        if self.eps < 0:
+            raise ValueError(f"eps must be >= 0, got {self.eps!r}")
+        _finite("sft_weight", self.sft_weight)
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k must be None or an integer >= 1, got {self.top_k!r}")
+
+
+@dataclass(frozen=True)
+class PROOptions:
+    """The loss as its caller describes it; ``functional.linear_pro_loss`` documents each field."""
+
+    sft_weight: float = 0.05
+    sft_reduction: str = "sum"
+    length_normalize: bool = True
+    temperature: str | float = "reward"
+    reward_scale: float = 1.0
+    ties: str = "zero"
+    eps: float = 0.0
+    top_k: int | None = None
+    compat: str | None = None
+    final_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        _choice("sft_reduction", self.sft_reduction, ("sum", "mean"))
+        _choice("ties", self.ties, ("zero", "skip"))
+        _choice("compat", self.compat, (None, "official"))
+        if isinstance(self.temperature, str):
+            _choice("temperature", self.temperature, ("reward",))
+        _positive("reward_scale", self.reward_scale)
+        self.ranking()
+
+    @property
+    def official(self) -> bool:
+        """Whether the meaning is that of the authors' code."""
+        return self.compat == "official"
+
+    def ranking(self) -> RankingOptions:
+        """The same as the kernels take it."""
+        options = RankingOptions(
+            length_normalize=self.length_normalize,
+            skip_ties=self.ties == "skip",
+            eps=self.eps,
+            sft_weight=self.sft_weight,
+            sft_mean=self.sft_reduction == "mean",
+            top_k=self.top_k,
+        )
+        if not isinstance(self.temperature, str):
+            _positive("temperature", self.temperature)
+            options = replace(options, temperature=1.0 / self.temperature)
+        if self.official:
+            options = replace(options, eps=OFFICIAL_EPS, single_sft=False)
+        return options
+
+
+def _choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+
+
+def _positive(name: str, value: object) -> None:
+    _finite(name, value)
+    if not value > 0:  # type: ignore[operator]
+        raise ValueError(f"{name} must be > 0, got {value!r}")
+
+
+def _finite(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")

@@ -1,0 +1,186 @@
+"""Which tier a call takes and how large its chunks are.
+
+Decided from shapes, ``requires_grad`` and a byte budget alone, never from device data, so that no
+call waits for the device and equal shapes always take equal paths.
+
+| tier | when | flops / (N H V) | extra memory |
+|---|---|---|---|
+| T0 | nothing needs a gradient | 2 | one chunk |
+| T1 retain | dZ0 of all rows fits the budget | 6, any upstream gradient | dZ0 |
+| T1f | the weight is frozen | 4, any upstream gradient | one chunk |
+| T2 | scalar loss, every prompt fits | 6, gradients made in the forward | one chunk + fp32 dW |
+| T3 | all else | 6 for retained rows, 8 for the others | the budget |
+
+Legend: ``N`` scored rows, ``H`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+from pro_kernels.matmul import upcasts
+
+# A chunk this tall already runs the matmuls at full rate; a taller one only takes memory.
+CHUNK_ROWS = 4096
+# Below this many rows a chunk, T2's pass over the fp32 dW costs more than T3's recompute.
+MIN_T2_ROWS = 512
+MIN_ROWS = 64
+_MIN_BUDGET, _MAX_BUDGET = 256 << 20, 64 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs.
+
+    Attributes:
+        tier: "T0", "T1", "T1f", "T2" or "T3".
+        chunk: most rows of logits held at a time (T1: all of them).
+        retained: leading rows whose dZ0 is kept for the backward.
+        need_hidden: whether dHidden is wanted.
+        need_weight: whether dW (and the bias gradient) is wanted.
+        prompt_chunks: T2 only, prompts per chunk.
+    """
+
+    tier: str
+    chunk: int
+    retained: int = 0
+    need_hidden: bool = False
+    need_weight: bool = False
+    prompt_chunks: tuple[int, ...] = ()
+
+
+def make_plan(
+    rows: int,
+    hidden: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    budget: int | None = None,
+    prompt_tokens: tuple[int, ...] | None = None,
+    wide_logits: bool = False,
+) -> Plan:
+    """Choose the tier for ``rows`` scored rows.
+
+    Args:
+        rows: N; while compiling without a layout, every position.
+        hidden: H.
+        vocab: V.
+        dtype: dtype of the matmuls.
+        device: where they run.
+        need_hidden: gradient of the hidden states wanted.
+        need_weight: gradient of weight or bias wanted.
+        budget: bytes beyond the inputs' gradients; None for ``default_budget``.
+        prompt_tokens: tokens of each prompt where the loss is a scalar over prompts (allows T2).
+        wide_logits: logits are computed in fp32 although the matmuls are of lower precision.
+
+    Raises:
+        TypeError: budget is not an integer.
+        ValueError: budget is not positive.
+    """
+    budget = default_budget(device) if budget is None else check_budget(budget)
+    size = dtype.itemsize
+    side = hidden * (4 if upcasts(dtype, device.type) else size)
+    # One row's share: its logits, and its slices of the gathered, weighted and gradient sides.
+    row = vocab * size + 3 * side + (4 * vocab if wide_logits else 0)
+    kept_sides = (need_hidden + 2 * need_weight) * rows * side
+    fit = max(MIN_ROWS, (budget - kept_sides) // row)
+
+    def plan(tier: str, chunk: int, retained: int = 0, prompts: tuple[int, ...] = ()) -> Plan:
+        return Plan(tier, max(1, chunk), retained, need_hidden, need_weight, prompts)
+
+    if not (need_hidden or need_weight):
+        return plan("T0", min(budget // row, CHUNK_ROWS, rows))
+    if not need_weight:
+        return plan("T1f", min(fit, CHUNK_ROWS, rows))
+    if rows <= budget // row:
+        return plan("T1", rows, retained=rows)
+    if prompt_tokens:
+        # fp32 weights: the accumulator is the gradient itself.
+        accumulator = vocab * hidden * 4 if size < 4 else 0
+        t2_rows = (budget - accumulator - (rows * side if need_hidden else 0)) // row
+        if t2_rows >= max(MIN_T2_ROWS, *prompt_tokens):
+            t2_rows = min(t2_rows, max(CHUNK_ROWS, *prompt_tokens))
+            return plan("T2", t2_rows, prompts=_group_prompts(prompt_tokens, t2_rows))
+    chunk = min(max(MIN_ROWS, fit // 2), CHUNK_ROWS, rows)
+    return plan("T3", chunk, retained=max(0, min(fit - chunk, rows)))
+
+
+def check_budget(budget: int) -> int:
+    """The budget, if it is a positive number of bytes."""
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"budget must be an integer number of bytes or None, got {budget!r}")
+    if budget <= 0:
+        raise ValueError(f"budget must be > 0 bytes, got {budget}")
+    return budget
+
+
+@torch.compiler.assume_constant_result
+def default_budget(device: torch.device) -> int:
+    """Bytes the loss may take beyond the inputs' gradients when the caller names none.
+
+    A power of two near an eighth of the memory, at most half of what was free at first use; fixed
+    for the process, so that equal calls stay bitwise equal. ``PRO_KERNELS_BUDGET`` (bytes)
+    overrides it.
+    """
+    return _default_budget(device.type, device.index)
+
+
+@functools.cache
+def _default_budget(device_type: str, index: int | None) -> int:
+    chosen = os.environ.get("PRO_KERNELS_BUDGET")
+    if chosen is not None:
+        if not chosen.isdecimal() or int(chosen) == 0:
+            raise ValueError(f"PRO_KERNELS_BUDGET must be a number of bytes > 0, got {chosen!r}")
+        return int(chosen)
+    if device_type == "cuda":
+        free, total = torch.cuda.mem_get_info(index)
+    else:
+        free, total = _host_memory()
+    budget = 1 << (max(1, min(total // 8, free // 2)).bit_length() - 1)
+    return min(max(budget, _MIN_BUDGET), _MAX_BUDGET)
+
+
+def _host_memory() -> tuple[int, int]:
+    """(available, total) bytes of this machine or of the container's limit."""
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = page * os.sysconf("SC_PHYS_PAGES")
+        free = page * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # not a POSIX system
+        return 4 << 30, 8 << 30
+    for path, parse in (("/proc/meminfo", _meminfo), ("/sys/fs/cgroup/memory.max", _cgroup)):
+        if os.path.exists(path):
+            with open(path) as f:
+                found = parse(f.read())
+            free = max(free, found) if parse is _meminfo else min(free, found)
+            total = total if parse is _meminfo else min(total, found)
+    return free, total
+
+
+def _meminfo(text: str) -> int:
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return int(fields.get("MemAvailable", "0 kB").split()[0]) * 1024
+
+
+def _cgroup(text: str) -> int:
+    return int(text) if text.strip().isdecimal() else 1 << 62
+
+
+def _group_prompts(prompt_tokens: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """Prompts per chunk so that no chunk has more than ``rows`` tokens."""
+    chunks: list[int] = []
+    held = 0
+    for tokens in prompt_tokens:
+        if not chunks or held + tokens > rows:
+            chunks.append(0)
+            held = 0
+        chunks[-1] += 1
+        held += tokens
+    return tuple(chunks)

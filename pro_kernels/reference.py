@@ -1,0 +1,269 @@
+"""The specification: PRO in plain PyTorch, written to be read, differentiated by autograd.
+
+Every fast path is tested against this file, and this file against the authors' code. Notation of
+the paper (Song et al., "Preference Ranking Optimization for Human Alignment", arXiv 2306.17492):
+for one prompt, candidates i = 1 ... n from best to worst, S_i the summed log-probs of the
+completion, m_i its scored tokens, s_i = S_i / m_i, rewards r_1 >= ... >= r_n:
+
+    tau_ki = r_k - r_i   (i > k)      the paper's 1 / T_k^i
+    tau_kk = max_{i>k} tau_ki         the paper's T_k^k = min_{i>k} T_k^i
+    L_rank = sum_{k=1}^{n-1} [ logsumexp({s_i tau_ki}_{i>=k}, log eps) - s_k tau_kk ]
+    L      = mean over prompts of L_rank + w (n-1)^2 (-S_best)
+
+Without rewards every tau is 1: Plackett-Luce, that is ListMLE. Works in any float dtype; arithmetic
+is fp32 from the logits onward (fp64 for fp64).
+
+Legend: ``B`` prompts, ``n`` candidates, ``T`` positions, ``H`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pro_kernels.layout import Layout, shift_targets
+from pro_kernels.options import IGNORE_INDEX, PROOptions
+from pro_kernels.output import PROOutput
+
+
+def token_logps(
+    logits: Tensor,  # (..., V)
+    targets: Tensor,  # (...)
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Log-probability of each target, ``(...)`` fp32 (fp64 for fp64), 0 where not scored.
+
+    Arguments as in ``pro_kernels.token_logps``.
+    """
+    if shift:
+        targets = shift_targets(targets, ignore_index)
+    z = _wide(logits) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    scored = targets != ignore_index
+    index = torch.where(scored, targets, 0).long().unsqueeze(-1)
+    logps = torch.log_softmax(z, dim=-1).gather(-1, index).squeeze(-1)
+    return torch.where(scored, logps, 0.0)
+
+
+def linear_token_logps(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """``token_logps`` of ``hidden weight^T + bias``; options as there."""
+    return token_logps(torch.nn.functional.linear(hidden, weight, bias), targets, **options)
+
+
+def sequence_scores(
+    logps: Tensor,  # (B, n, T), 0 where not scored
+    scored: Tensor,  # (B, n, T) bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(s, S, m)``, each ``(B, n)``: mean and sum of the scored log-probs, and their number."""
+    sums, lengths = logps.sum(-1), scored.sum(-1)
+    return sums / lengths.clamp_min(1), sums, lengths
+
+
+def plackett_luce(scores: Tensor) -> Tensor:
+    """``-log P(1 > 2 > ... > n)`` of scores ``(..., n)``, best first (Plackett 1975; ListMLE)."""
+    return sum(
+        (
+            torch.logsumexp(scores[..., k:], dim=-1) - scores[..., k]
+            for k in range(scores.shape[-1] - 1)
+        ),
+        scores.new_zeros(scores.shape[:-1]),
+    )
+
+
+def rank_terms(
+    scores: Tensor,  # (n,) best first
+    rewards: Tensor | None,  # (n,) descending; None: every tau is ``tau``
+    *,
+    tau: float = 1.0,
+    ties: str = "zero",
+    eps: float = 0.0,
+) -> list[Tensor]:
+    """The n - 1 terms of ``L_rank`` for one prompt."""
+    terms = []
+    for k in range(len(scores) - 1):
+        later = scores[k + 1 :]
+        if rewards is None:
+            own, taus = scores.new_tensor(tau), torch.full_like(later, tau)
+        else:
+            taus = rewards[k] - rewards[k + 1 :]
+            own = taus.max().to(scores.dtype)
+            if ties == "skip":
+                later, taus = later[taus != 0], taus[taus != 0]
+            taus = taus.to(scores.dtype)
+        entries = [scores[k] * own, *(later * taus)]
+        if eps > 0:
+            entries.append(scores.new_tensor(math.log(eps)))
+        terms.append(torch.logsumexp(torch.stack(entries), dim=0) - scores[k] * own)
+    return terms
+
+
+def pro_loss(
+    logits: Tensor,  # (B, n, T, V), or (R, V) with a layout
+    targets: Tensor | None,  # (B, n, T); None with a layout
+    rewards: Tensor | None,  # (B, n)
+    *,
+    candidate_mask: Tensor | None = None,
+    prompt_weights: Tensor | None = None,
+    sft_index: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    layout: Layout | None = None,
+    **options,
+) -> PROOutput:
+    """The PRO loss from logits; arguments and result as ``pro_kernels.linear_pro_loss``."""
+    opts = PROOptions(**options)
+    if layout is None:
+        assert targets is not None
+        if shift:
+            targets = shift_targets(targets, ignore_index)
+        logps = token_logps(
+            logits, targets, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale
+        )
+        _, sums, lengths = sequence_scores(logps, targets.ne(ignore_index))
+    else:
+        rows = logits.flatten(0, -2) if layout.rows is None else logits.flatten(0, -2)[layout.rows]
+        logps = token_logps(rows, layout.targets, softcap=softcap, logit_scale=logit_scale)
+        sums, lengths = _layout_sums(logps, layout)
+    b, n = lengths.shape
+    valid = lengths > 0
+    if candidate_mask is not None:
+        valid = valid & candidate_mask.to(valid.device)
+    scores = sums / lengths.clamp_min(1) if opts.length_normalize else sums
+
+    rank_losses = scores.new_zeros(n - 1)
+    sft_loss = scores.new_zeros(())
+    weights = _prompt_weights(valid, prompt_weights, scores.dtype)
+    for p in range(b):
+        terms, sft = _prompt_loss(
+            scores[p],
+            sums[p],
+            lengths[p],
+            None if rewards is None else _at_least_fp32(rewards[p]) * opts.reward_scale,
+            valid[p],
+            None if sft_index is None else int(sft_index[p]),
+            opts,
+        )
+        for k, term in enumerate(terms[: opts.top_k]):
+            rank_losses = rank_losses + weights[p] * _one_hot(n - 1, k, term)
+        sft_loss = sft_loss + weights[p] * sft
+    if opts.final_dtype is not None:
+        rank_losses, sft_loss = rank_losses.to(opts.final_dtype), sft_loss.to(opts.final_dtype)
+    loss = rank_losses.sum() + sft_loss
+    return PROOutput(
+        loss,
+        rank_losses.detach(),
+        sft_loss.detach(),
+        scores.detach(),
+        sums.detach(),
+        lengths,
+    )
+
+
+def linear_pro_loss(
+    hidden: Tensor,  # (B, n, T, H), or (R, H) with a layout
+    weight: Tensor,  # (V, H)
+    targets: Tensor | None,
+    rewards: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    **options,
+) -> PROOutput:
+    """``pro_loss`` of ``hidden weight^T + bias``; all logits are built."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return pro_loss(logits, targets, rewards, **options)
+
+
+def official_targets(
+    input_ids: Tensor,  # (B, n, T)
+    attention_mask: Tensor,  # (B, n, T)
+    prefix_mask: Tensor,  # (B, n, T), 1 on the prompt
+) -> Tensor:
+    """Targets as the official code scores them, its off-by-one kept.
+
+    Position t counts when ``attention_mask[t]`` and not ``prefix_mask[t]``, for t <= T - 2, with
+    label ``input_ids[t + 1]``: the first completion token is not scored, and the position of the
+    last token is, with what follows it, exactly where its row is padded.
+    """
+    targets = torch.full_like(input_ids, IGNORE_INDEX)
+    scored = (attention_mask != 0) & (prefix_mask == 0)
+    targets[..., :-1] = torch.where(scored[..., :-1], input_ids[..., 1:], IGNORE_INDEX)
+    return targets
+
+
+def _prompt_loss(
+    scores: Tensor,
+    sums: Tensor,
+    lengths: Tensor,
+    rewards: Tensor | None,
+    valid: Tensor,
+    sft_index: int | None,
+    opts: PROOptions,
+) -> tuple[list[Tensor], Tensor]:
+    """Rank terms and weighted SFT term of one prompt, candidates in column order."""
+    columns = [i for i in range(len(scores)) if valid[i]]
+    if rewards is not None and not opts.official:
+        columns.sort(key=lambda i: -float(rewards[i]))  # stable: ties keep their columns' order
+    if not columns:
+        return [], scores.new_zeros(())
+    kernel = opts.ranking()
+    at_rank = rewards[columns] if rewards is not None and opts.temperature == "reward" else None
+    terms = rank_terms(
+        scores[columns],
+        at_rank,
+        tau=1.0 if isinstance(opts.temperature, str) else 1.0 / opts.temperature,
+        ties=opts.ties,
+        eps=kernel.eps,
+    )
+    best = columns[0] if sft_index is None else sft_index
+    factor = opts.sft_weight * (len(columns) - 1) ** 2
+    if len(columns) == 1 and not opts.official:
+        factor = opts.sft_weight
+    if best not in columns:
+        factor = 0.0
+    best_sum = sums[best] / lengths[best] if opts.sft_reduction == "mean" else sums[best]
+    return terms, -factor * best_sum if factor else scores.new_zeros(())
+
+
+def _layout_sums(logps: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """``S`` and ``m``, ``(B, n)``, of the sequences a layout describes."""
+    pieces = torch.split(logps, layout.offsets.diff().tolist())
+    sums = torch.stack([piece.sum() for piece in pieces])
+    at = layout.sequences.clamp_min(0)
+    exists = layout.sequences >= 0
+    return torch.where(exists, sums[at], 0.0), torch.where(exists, layout.lengths[at], 0)
+
+
+def _prompt_weights(valid: Tensor, prompt_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    weights = valid.any(1).to(dtype)
+    if prompt_weights is not None:
+        weights = weights * prompt_weights.to(weights)
+    total = weights.sum()
+    return weights / total if total > 0 else torch.zeros_like(weights)
+
+
+def _one_hot(size: int, index: int, value: Tensor) -> Tensor:
+    return torch.stack([value if i == index else value.new_zeros(()) for i in range(size)])
+
+
+def _at_least_fp32(rewards: Tensor) -> Tensor:
+    return rewards if rewards.dtype in (torch.float32, torch.float64) else rewards.float()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
