@@ -156,7 +156,7 @@ class Ranking(torch.autograd.Function):
             *ranking_config(options, backend),
         )
         ctx.save_for_backward(row_weights)
-        per_rank = (weights @ terms).to(final_dtype or terms.dtype)
+        per_rank = _over_prompts(weights, terms, final_dtype)
         ctx.mark_non_differentiable(per_rank, sums)
         return per_rank.sum(), per_rank, sums
 
@@ -212,7 +212,7 @@ class LinearPRO(torch.autograd.Function):
             bias is not None and ctx.needs_input_grad[2],
         )
         ctx.save_for_backward(*grads)
-        per_rank = (weights @ terms).to(final_dtype or terms.dtype)
+        per_rank = _over_prompts(weights, terms, final_dtype)
         ctx.mark_non_differentiable(per_rank, sums)
         return per_rank.sum(), per_rank, sums
 
@@ -222,6 +222,11 @@ class LinearPRO(torch.autograd.Function):
         # Out of place: a second backward through a retained graph must find them unscaled.
         grads = [ops.scaled(g, grad) for g in ctx.saved_tensors]
         return *_needed(grads, ctx.needs_input_grad), *[None] * 12
+
+
+def _over_prompts(weights: Tensor, terms: Tensor, final_dtype: torch.dtype | None) -> Tensor:
+    """Weighted sums over prompts, ``(n,)``. Not a matmul: autocast would round it."""
+    return (weights[:, None] * terms).sum(0).to(final_dtype or terms.dtype)
 
 
 def _needed(grads, needs) -> tuple[Tensor | None, ...]:

@@ -103,7 +103,7 @@ def forward(
     residual: Tensor,  # (retained, V) to fill; retained may be 0
     side: Tensor,  # (N, H) to fill with dZ0 W where need_hidden
     logps: Tensor,  # (N,) fp32 to fill
-    stats: Tensor,  # (2, N) fp32 to fill: log-sum-exp, raw target logit
+    stats: Tensor,  # (1 or 2, N) fp32 to fill: log-sum-exp; raw target logit if rounded
 ) -> None:
     """Log-probs of all rows, chunk by chunk, and what the backward will need."""
     n, vocab = rows.shape[0], head.weight.shape[0]
@@ -143,7 +143,7 @@ def weight_backward(
     *,
     chunk: int,
     residual: Tensor,  # (retained, V)
-    stats: Tensor,  # (2, N)
+    stats: Tensor,  # (1 or 2, N)
     out: Tensor | None,  # (V, H)
     bias_out: Tensor | None,  # (V,)
 ) -> None:
@@ -179,7 +179,8 @@ def _recomputed(
     n, vocab = rows.shape[0], head.weight.shape[0]
     x, t = head.rows_of(rows[retained:]), targets[retained:]
     exact = stats[1, retained:] if head.logits_dtype.itemsize < 4 else None
-    dtype = max(head.side_dtype, head.logits_dtype, key=lambda d: d.itemsize)
+    # In the dtype they had in the forward: a logit rounded differently would no longer fit its lse.
+    dtype = head.logits_dtype
     block = max(64, chunk * vocab // n * head.compute_dtype.itemsize // dtype.itemsize)
     buffer = torch.empty(n * min(block, vocab), dtype=dtype, device=x.device)
     for first in range(0, vocab, block):
@@ -198,7 +199,7 @@ def _recomputed(
             options=head.options,
             out=logits,
         )
-        yield cols, dz.to(head.side_dtype)
+        yield cols, dz
 
 
 def scatter_rows(

@@ -22,12 +22,14 @@ import platform
 import torch
 from torch import Tensor
 
+from pro_kernels.options import constant_while_compiling
+
 # Bytes of fp32 workspace a blocked matmul may use; the planner counts it outside the budget.
 WORKSPACE = 32 << 20
 _LOW = (torch.bfloat16, torch.float16)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def upcasts(dtype: torch.dtype, device_type: str) -> bool:
     """Whether matmuls of this dtype run in fp32 by blocks on this device.
 

@@ -136,7 +136,7 @@ def head_logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
 
-    Returns ``logps`` (N,), ``stats`` (2, N) = (log-sum-exp, raw target logit) in compact order,
+    Returns ``logps`` (N,), ``stats`` = (log-sum-exp, raw target logit where the logits are rounded) in compact order,
     ``residual`` (retained, V) and ``side`` (N or 0, H) = dZ0 W.
     """
     with _autocast_off(hidden):
@@ -191,7 +191,7 @@ def head_backward(
     bias: Tensor | None,  # (V,)
     rows: Tensor | None,  # (N,)
     targets: Tensor,  # (N,)
-    stats: Tensor,  # (2, N)
+    stats: Tensor,  # (1 or 2, N)
     residual: Tensor,  # (retained, V)
     side: Tensor,  # (N or 0, H)
     compute_dtype: torch.dtype,
@@ -360,7 +360,7 @@ def _head_buffers(
     acc = head.acc_dtype(h.compute_dtype)
     return (
         hidden.new_empty(n, dtype=acc),
-        hidden.new_empty((2, n), dtype=acc),
+        hidden.new_empty((2 if h.logits_dtype.itemsize < 4 else 1, n), dtype=acc),
         hidden.new_empty((retained, h.weight.shape[0]), dtype=h.compute_dtype),
         hidden.new_empty((n if need_hidden else 0, hidden.shape[1]), dtype=h.side_dtype),
     )

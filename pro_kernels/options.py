@@ -7,12 +7,28 @@ option is a field here, not an argument in five places.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+from typing import TypeVar
 
 import torch
 
 IGNORE_INDEX = -100
 OFFICIAL_EPS = 1e-10
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def constant_while_compiling(function: Function) -> Function:
+    """Let ``torch.compile`` call this function of constants while tracing, and keep its result.
+
+    What ``torch.compiler.assume_constant_result`` does, without importing the whole compiler (and
+    Triton) the moment this package is imported; tests/test_ops.py would show it if that changed.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from pro_kernels.matmul import upcasts
+from pro_kernels.options import constant_while_compiling
 
 # A chunk this tall already runs the matmuls at full rate; a taller one only takes memory.
 CHUNK_ROWS = 4096
@@ -121,7 +122,7 @@ def check_budget(budget: int) -> int:
     return budget
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def default_budget(device: torch.device) -> int:
     """Bytes the loss may take beyond the inputs' gradients when the caller names none.
 

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from pro_kernels.options import constant_while_compiling
+
 # Fastest first. "triton" comes after "cpu" so that CPU tensors reach it only when asked for
 # (through Triton's interpreter); on a GPU "cpu" refuses.
 ORDER = ("cpu", "triton", "torch")
@@ -41,7 +43,7 @@ def refusal(
     return reason
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def resolve(
     choice: str, device: torch.device, dtype: torch.dtype, candidates: int | None = None
 ) -> str:

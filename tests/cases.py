@@ -1,0 +1,159 @@
+"""The hard cases of the fused path, built once, and the rule by which results are judged.
+
+The rule: against fp64, an error no larger than that of the same-dtype plain PyTorch computation plus
+a tiny floor. Log-probs: the largest and the mean error over all tokens. Gradients: in norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import pro_kernels as pk
+from pro_kernels import backends
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IDS = ["fp32", "bf16", "fp16"]
+
+
+def usable_backends(dtype: torch.dtype = torch.float32) -> list[str]:
+    """Backends that serve CPU tensors here (Triton through its interpreter)."""
+    return [name for name in backends.ORDER if backends.refusal(name, CPU, dtype) is None]
+
+
+@dataclass
+class Case:
+    """One batch: fp64 inputs from which every dtype is made."""
+
+    name: str
+    B: int = 2
+    n: int = 3
+    T: int = 6
+    H: int = 16
+    V: int = 37
+    masked: float = 0.5
+    scale: float = 1.0
+    options: dict = field(default_factory=dict)
+    bias: bool = False
+    ties: bool = False
+    seed: int = 0
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """hidden, weight, bias (fp64), targets, rewards."""
+        g = torch.Generator().manual_seed(self.seed)
+        hidden = torch.randn(self.B, self.n, self.T, self.H, generator=g, dtype=torch.float64)
+        weight = torch.randn(self.V, self.H, generator=g, dtype=torch.float64)
+        weight = weight * self.scale / self.H**0.5
+        bias = torch.randn(self.V, generator=g, dtype=torch.float64) if self.bias else None
+        targets = torch.randint(0, self.V, (self.B, self.n, self.T), generator=g)
+        targets[..., 0] = 0  # the first and the last column of the vocabulary are targets
+        targets[..., -1] = self.V - 1
+        drop = torch.rand(self.B, self.n, self.T, generator=g) < self.masked
+        targets = targets.masked_fill(drop, -100)
+        rewards = torch.randn(self.B, self.n, generator=g)
+        if self.ties and self.n > 2:
+            rewards[:, 1] = rewards[:, 0]
+        return hidden, weight, bias, targets, rewards
+
+
+CASES = [
+    Case("plain"),
+    Case("nothing masked", masked=0.0),
+    Case("all masked", masked=1.0),
+    Case("one candidate", n=1, B=3),
+    Case("two candidates", n=2, masked=0.8),
+    Case("sixteen candidates", n=16, T=3, B=1, masked=0.3),
+    Case("mostly masked", masked=0.9, n=5),
+    Case("single tokens", T=1, n=4, masked=0.2),
+    Case("ties", ties=True),
+    Case("ties skipped", ties=True, options={"ties": "skip"}),
+    Case("order only", options={"rewards": None}),
+    Case("fixed temperature", options={"temperature": 2.0}),
+    Case("eps", options={"eps": 1e-3}),
+    Case("sum scores, mean sft", options={"length_normalize": False, "sft_reduction": "mean"}),
+    Case("top 2 terms", n=5, options={"top_k": 2}),
+    Case("reward scale", options={"reward_scale": 3.0, "sft_weight": 0.5}),
+    Case("bias", bias=True),
+    Case("softcap and scale", options={"softcap": 3.0, "logit_scale": 0.5}),
+    Case("bias, softcap", bias=True, options={"softcap": 5.0}),
+    Case("logits of 50", scale=25.0),
+    Case("logits of 1e4", scale=5000.0),
+    Case("one column", V=1),
+    Case("odd vocabulary", V=1009, T=4),
+    Case("wide vocabulary", V=4099, T=3, B=1),
+]
+CASE_IDS = [c.name for c in CASES]
+
+
+@dataclass
+class Result:
+    """Output and gradients of one run."""
+
+    output: pk.PROOutput
+    grads: dict[str, Tensor]
+
+
+def run(
+    function,
+    case: Case,
+    dtype: torch.dtype,
+    upstream: float = 1.7,
+    freeze: tuple[str, ...] = (),
+    **options,
+) -> Result:
+    """Call a linear PRO loss on a case in ``dtype`` and differentiate it."""
+    hidden, weight, bias, targets, rewards = case.tensors()
+    options = {**case.options, **options}
+    if "rewards" in options:
+        rewards = options.pop("rewards")
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    leaves = {
+        k: v.to(dtype).requires_grad_(k not in freeze) for k, v in leaves.items() if v is not None
+    }
+    out = function(
+        leaves["hidden"], leaves["weight"], targets, rewards, bias=leaves.get("bias"), **options
+    )
+    if out.loss.requires_grad:
+        (upstream * out.loss).backward()
+    grads = {k: v.grad for k, v in leaves.items() if v.grad is not None}
+    return Result(out, grads)
+
+
+def truth(case: Case, dtype: torch.dtype, **options) -> Result:
+    """The reference in fp64 on the inputs as ``dtype`` rounds them."""
+
+    def rounded(hidden, weight, targets, rewards, *, bias, **kw):
+        return pk.reference.linear_pro_loss(hidden, weight, targets, rewards, bias=bias, **kw)
+
+    hidden, weight, bias, targets, rewards = case.tensors()
+    exact = Case(**{**case.__dict__})
+    exact.tensors = lambda: (  # type: ignore[method-assign]
+        hidden.to(dtype).double(),
+        weight.to(dtype).double(),
+        None if bias is None else bias.to(dtype).double(),
+        targets,
+        rewards,
+    )
+    return run(rounded, exact, torch.float64, **options)
+
+
+def assert_no_worse(
+    ours: Tensor, plain: Tensor, exact: Tensor, floor: float, what: str, norm: bool
+) -> None:
+    """Error of ``ours`` at most that of ``plain`` plus ``floor`` (relative to the exact values)."""
+    ours, plain, exact = ours.double(), plain.double(), exact.double()
+    assert ours.isfinite().all(), f"{what} is not finite"
+    scale = exact.norm() if norm else exact.abs().amax() if exact.numel() else exact.new_zeros(())
+    for measure in ["norm"] if norm else ["amax", "mean"]:
+        if not exact.numel():
+            continue
+        a, b = (
+            (getattr((x - exact).abs(), measure)() if measure != "norm" else (x - exact).norm())
+            for x in (ours, plain)
+        )
+        assert a <= b + floor * (scale + 1e-2), (
+            f"{what}: {measure} error {a:.3e}, plain PyTorch {b:.3e}, floor {floor * scale:.1e}"
+        )

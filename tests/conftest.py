@@ -1,0 +1,51 @@
+"""Set-up shared by all tests: the Triton interpreter where there is no GPU, cases, poison."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if not torch.cuda.is_available():
+    # Before anything imports triton: kernels then run on CPU tensors, slowly and exactly.
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(ROOT / "tests"))
+
+torch.set_num_threads(int(os.environ.get("PRO_KERNELS_TEST_THREADS", "1")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and the slow ones unless asked for by ``-m``."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+        if "slow" in item.keywords and not config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN (integers: a huge value), so an unwritten output shows."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the official code's golden outputs and real data, beside a checkout."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "golden").is_dir():
+        pytest.skip("no folder ../shared beside this checkout (golden files, real data)")
+    return folder

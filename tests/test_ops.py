@@ -1,0 +1,157 @@
+"""The registered ops: schema, fakes, autograd registration, and whole-graph compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pro_kernels as pk
+from cases import Case, usable_backends
+from pro_kernels import ops
+
+CONFIG = (None, 1.0)
+RANKING = (True, 1.0, False, 0.0, 0.05, False, None, True)
+FULL = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def head_inputs(dtype=torch.float32, rows=True):
+    hidden, weight, bias, targets, rewards = Case("ops", bias=True).tensors()
+    layout = pk.Layout.from_padded(targets) if rows else pk.Layout.dense(targets)
+    return (
+        hidden.reshape(-1, hidden.shape[-1]).to(dtype),
+        weight.to(dtype),
+        bias.to(dtype),
+        layout,
+        rewards,
+    )
+
+
+@pytest.mark.parametrize("backend", usable_backends())
+def test_opcheck_logits_ops(backend):
+    logits, targets = torch.randn(5, 17), torch.tensor([0, 16, -100, 3, 4])
+    torch.library.opcheck(ops.logps, (logits, targets, *CONFIG, backend), test_utils=FULL)
+    _, lse = ops.logps(logits, targets, *CONFIG, backend)
+    args = (logits, lse, targets, torch.randn(5), *CONFIG, backend)
+    torch.library.opcheck(ops.logits_grad, args, test_utils=FULL)
+    torch.library.opcheck(ops.logits_grad_, args, test_utils=FULL)
+
+
+@pytest.mark.parametrize("backend", usable_backends())
+@pytest.mark.parametrize("rows", [True, False], ids=["compact", "dense"])
+@pytest.mark.parametrize("retained", ["all", "some"])
+def test_opcheck_head_ops(backend, rows, retained):
+    hidden, weight, bias, layout, _ = head_inputs(rows=rows)
+    n = layout.num_tokens
+    kept = n if retained == "all" else 4
+    config = (torch.float32, torch.float32, *CONFIG, backend, 5 if kept < n else n)
+    args = (hidden, weight, bias, layout.rows, layout.targets, *config, kept, True)
+    # Dense buffers have tails that nobody writes or reads: not to be compared value by value.
+    torch.library.opcheck(ops.head_logps, args, test_utils=FULL if rows else FULL[:2])
+    logps, stats, residual, side = ops.head_logps(*args)
+    args = (
+        torch.randn_like(logps),
+        hidden,
+        weight,
+        bias,
+        layout.rows,
+        layout.targets,
+        stats,
+        residual,
+        side,
+        *config,
+        weight.shape[0],
+        torch.float32,
+        False,
+        True,
+        True,
+        True,
+    )
+    torch.library.opcheck(ops.head_backward, args, test_utils=FULL)
+
+
+@pytest.mark.parametrize("backend", usable_backends())
+def test_opcheck_ranking_and_linear_pro(backend):
+    hidden, weight, bias, layout, rewards = head_inputs()
+    order, rank = layout.sequences, torch.zeros(2, dtype=torch.int64)
+    ranked = (order, rewards.sort(1, descending=True).values, rank, torch.full((2,), 0.5))
+    logps = -torch.rand(layout.num_tokens)
+    args = (logps, layout.offsets, layout.lengths, *ranked, *RANKING, backend)
+    torch.library.opcheck(ops.ranking, args, test_utils=FULL)
+    args = (hidden, weight, bias, layout.rows, layout.targets, layout.offsets, layout.lengths)
+    args += (*ranked, list(layout.prompt_tokens), [1, 1], torch.float32, *CONFIG, *RANKING)
+    torch.library.opcheck(ops.linear_pro, (*args, backend, False, True, True), test_utils=FULL)
+
+
+def test_scaled_never_rounds_the_scalar():
+    x, by = torch.randn(1000).bfloat16(), torch.tensor(1 / 3)
+    torch.library.opcheck(ops.scaled, (x, by), test_utils=FULL)
+    assert torch.equal(ops.scaled(x, by), (x.float() / 3).bfloat16())
+
+
+def loss_padded(h, w, t, r):
+    return pk.linear_pro_loss(h, w, t, r).loss
+
+
+def loss_layout(h, w, t, r):
+    return pk.linear_pro_loss(h, w, None, r, layout=t).loss
+
+
+def loss_small_budget(h, w, t, r):
+    return pk.linear_pro_loss(h, w, t, r, budget=1).loss
+
+
+def loss_logits(h, w, t, r):
+    return pk.pro_loss(h @ w.t(), t, r).loss
+
+
+def loss_tokens(h, w, t, r):
+    steps = torch.arange(t.shape[-1], device=t.device)
+    return (pk.linear_token_logps(h, w, t) * steps).sum()
+
+
+@pytest.mark.parametrize(
+    "function", [loss_padded, loss_layout, loss_small_budget, loss_logits, loss_tokens]
+)
+def test_compiles_in_one_graph_on_first_call(function):
+    torch._dynamo.reset()
+    h, w, _, t, r = Case("compile", masked=0.3).tensors()
+    h, w = h.float().requires_grad_(), w.float().requires_grad_()
+    if function is loss_layout:
+        t = pk.Layout.from_padded(t)
+    eager = function(h, w, t, r)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(h, w, t, r)
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(compiled, (h, w)), torch.autograd.grad(eager, (h, w)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    h, w, _, t, r = Case("inductor").tensors()
+    h, w = h.float().requires_grad_(), w.float().requires_grad_()
+    eager = loss_padded(h, w, t, r)
+    compiled = torch.compile(loss_padded, fullgraph=True)(h, w, t, r)
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
+    a, b = (torch.autograd.grad(x, h)[0] for x in (compiled, eager))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_import_is_light():
+    """Neither Triton nor transformers nor a kernel library loads with the package."""
+    import subprocess
+    import sys
+
+    code = "import pro_kernels, sys; print([m for m in ('triton', 'transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]", out.stdout
+
+
+def test_a_second_derivative_is_refused():
+    h = torch.randn(1, 2, 3, 4, requires_grad=True)
+    w = torch.randn(5, 4)
+    loss = pk.linear_pro_loss(h, w, torch.zeros(1, 2, 3, dtype=torch.long), None).loss
+    (grad,) = torch.autograd.grad(loss, h, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad.sum().backward()
