@@ -177,7 +177,7 @@ def _recomputed(
 ) -> Iterator[tuple[slice, Tensor]]:
     """dZ0 of all rows by blocks of columns: retained rows copied, the others computed again."""
     n, vocab = rows.shape[0], head.weight.shape[0]
-    x, t = head.rows_of(rows[retained:]), targets[retained:]
+    x, t = head.rows_of(rows[retained:]).to(head.side_dtype), targets[retained:]
     exact = stats[1, retained:] if head.logits_dtype.itemsize < 4 else None
     # In the dtype they had in the forward: a logit rounded differently would no longer fit its lse.
     dtype = head.logits_dtype

@@ -25,7 +25,9 @@ from torch import Tensor
 from pro_kernels.options import constant_while_compiling
 
 # Bytes of fp32 workspace a blocked matmul may use; the planner counts it outside the budget.
-WORKSPACE = 32 << 20
+WORKSPACE = 16 << 20
+# Rows per tile: enough to keep fp32 matmuls at full rate, few enough for wide column blocks.
+TILE_ROWS = 4096
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -54,24 +56,25 @@ def _upcasts(dtype: torch.dtype, device_type: str) -> bool:
 
 
 def column_block(rows: int, hidden: int, vocab: int) -> int:
-    """Vocabulary columns per block so that the fp32 operands fit the workspace."""
-    block = WORKSPACE // (4 * (rows + hidden)) // 64 * 64
+    """Vocabulary columns per block so that the fp32 operands of one tile fit the workspace."""
+    block = WORKSPACE // (4 * (min(rows, TILE_ROWS) + hidden)) // 64 * 64
     return max(64, min(block, vocab))
 
 
 def logits_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``out[R, V] = x weight^T + bias`` in out's dtype (fp32 from low inputs is fp32 maths)."""
-    if out.dtype == x.dtype and not upcasts(x.dtype, x.device.type):
-        torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(
-            bias, x, weight.t(), out=out
-        )
-        return out
-    x = x.float()
-    for cols, w in _upcast_blocks(weight, x.shape[0]):
-        part = torch.mm(x, w.t())
-        if bias is not None:
-            part += bias[cols]
-        out[:, cols] = part
+    if out.dtype == x.dtype == weight.dtype and not upcasts(x.dtype, x.device.type):
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
+    work = _Workspace(x, weight.shape[0], torch.float32)
+    for rows in work.tiles:
+        tile = x[rows].float()
+        for cols in work.blocks:
+            part = torch.mm(tile, work.wide(weight[cols]).t(), out=work.rows(rows, cols))
+            if bias is not None:
+                part += bias[cols]
+            out[rows, cols] = part
     return out
 
 
@@ -80,28 +83,50 @@ def hidden_grad(dz: Tensor, weight: Tensor) -> Tensor:
     if not upcasts(dz.dtype, dz.device.type):
         return torch.mm(dz, weight)
     out = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.float32)
-    for cols, w in _upcast_blocks(weight, dz.shape[0]):
-        out.addmm_(dz[:, cols].float(), w)
+    work = _Workspace(out, dz.shape[1], torch.float32)
+    for rows in work.tiles:
+        for cols in work.blocks:
+            part = work.rows(rows, cols).copy_(dz[rows, cols])
+            out[rows].addmm_(part, work.wide(weight[cols]))
     return out
 
 
 def weight_grad(dz: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> Tensor:
     """``out = dz^T x``, or ``out += dz^T x``; accumulation needs an fp32 (or wider) ``out``."""
-    if not upcasts(dz.dtype, dz.device.type) and dz.dtype == out.dtype:
+    upcast = upcasts(dz.dtype, dz.device.type)
+    if not upcast and dz.dtype == out.dtype:
         return out.addmm_(dz.t(), x) if accumulate else torch.mm(dz.t(), x, out=out)
-    if upcasts(dz.dtype, dz.device.type):
-        x = x.float()
-    for cols in _column_slices(dz.shape[1], column_block(x.shape[0], x.shape[1], dz.shape[1])):
-        part = torch.mm(dz[:, cols].t().to(x.dtype), x)
-        out[cols] = out[cols] + part if accumulate else part
+    work = _Workspace(x, dz.shape[1], torch.float32 if upcast else x.dtype)
+    for cols in work.blocks:
+        total = work.columns(cols).zero_()
+        for rows in work.tiles:
+            part = work.rows(rows, cols).copy_(dz[rows, cols]).t()
+            total.addmm_(part, x[rows].to(total.dtype))
+        out[cols] = out[cols] + total if accumulate else total
     return out
 
 
-def _upcast_blocks(weight: Tensor, rows: int):  # noqa: ANN202
-    vocab, hidden = weight.shape
-    for cols in _column_slices(vocab, column_block(rows, hidden, vocab)):
-        yield cols, weight[cols].float()
+class _Workspace:
+    """Two buffers for a tile of rows by a block of columns, reused from block to block."""
 
+    def __init__(self, side: Tensor, vocab: int, dtype: torch.dtype) -> None:
+        n, width = side.shape
+        block = column_block(n, width, vocab)
+        self.blocks = [slice(i, min(i + block, vocab)) for i in range(0, vocab, block)]
+        self.tiles = [slice(i, min(i + TILE_ROWS, n)) for i in range(0, n, TILE_ROWS)]
+        block = min(block, vocab)
+        self._rows = side.new_empty(min(n, TILE_ROWS) * block, dtype=dtype)
+        self._columns = side.new_empty((block, width), dtype=dtype)
 
-def _column_slices(vocab: int, block: int) -> list[slice]:
-    return [slice(i, min(i + block, vocab)) for i in range(0, vocab, block)]
+    def rows(self, rows: slice, cols: slice) -> Tensor:
+        """(tile, block)."""
+        shape = rows.stop - rows.start, cols.stop - cols.start
+        return self._rows[: shape[0] * shape[1]].view(shape)
+
+    def columns(self, cols: slice) -> Tensor:
+        """(block, H)."""
+        return self._columns[: cols.stop - cols.start]
+
+    def wide(self, weight: Tensor) -> Tensor:
+        """The weight's block (block, H) in the workspace's dtype."""
+        return self._columns[: weight.shape[0]].copy_(weight)

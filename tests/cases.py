@@ -1,6 +1,6 @@
 """The hard cases of the fused path, built once, and the rule by which results are judged.
 
-The rule: against fp64, an error no larger than that of the same-dtype plain PyTorch computation plus
+The rule: against fp64, an error no larger than that of plain PyTorch in the same dtype plus
 a tiny floor. Log-probs: the largest and the mean error over all tokens. Gradients: in norm.
 """
 
@@ -154,6 +154,6 @@ def assert_no_worse(
             (getattr((x - exact).abs(), measure)() if measure != "norm" else (x - exact).norm())
             for x in (ours, plain)
         )
-        assert a <= b + floor * (scale + 1e-2), (
+        assert a <= b + floor * scale + 1e-6, (
             f"{what}: {measure} error {a:.3e}, plain PyTorch {b:.3e}, floor {floor * scale:.1e}"
         )

@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
     # Before anything imports triton: kernels then run on CPU tensors, slowly and exactly.
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A compiled graph in the on-disk cache outlives a change to an op of ours.
+torch.compiler.config.force_disable_caches = True
 sys.path.insert(0, str(ROOT / "tests"))
 
 torch.set_num_threads(int(os.environ.get("PRO_KERNELS_TEST_THREADS", "1")))

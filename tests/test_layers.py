@@ -1,0 +1,98 @@
+"""Imports go one way, top to bottom (docs/design.md, "Layers")."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "pro_kernels"
+
+# Module -> what it may import from the package.
+ALLOWED = {
+    "options": set(),
+    "output": set(),
+    "_version": set(),
+    "layout": {"options"},
+    "losses": {"options", "losses"},
+    "reference": {"layout", "options", "output"},
+    "matmul": {"options"},
+    "planner": {"matmul", "options"},
+    "checks": set(),
+    "backends": {"backends", "options"},
+    "backends.torch": {"options"},
+    "backends.cpu": {"options", "backends.build"},
+    "backends.triton": {"options", "backends.triton"},
+    "head": {"matmul", "options"},
+    "ops": {"backends", "head", "layout", "options"},
+    "autograd": {"ops", "options", "planner"},
+    "pro": {"checks", "layout", "options", "output"},
+    "functional": {
+        "autograd", "backends", "checks", "head", "layout", "options", "output", "planner", "pro",
+    },
+    "__init__": {"losses", "reference", "functional", "layout", "output", "_version"},
+}  # fmt: skip
+
+
+def modules() -> list[tuple[str, Path]]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [(".".join(p.relative_to(PACKAGE).with_suffix("").parts), p) for p in paths]
+
+
+def imported(path: Path) -> set[str]:
+    """Names below pro_kernels that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {
+                a.name.removeprefix("pro_kernels.") for a in node.names if "pro_kernels" in a.name
+            }
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pro_kernels"):
+            base = node.module.removeprefix("pro_kernels").lstrip(".")
+            if base:
+                found.add(base)
+            else:
+                found |= {a.name for a in node.names}
+    return found
+
+
+def rule(name: str) -> str:
+    """The longest key of ALLOWED that covers a module."""
+    parts = name.removesuffix(".__init__").split(".")
+    for n in range(len(parts), 0, -1):
+        key = ".".join(parts[:n])
+        if key in ALLOWED:
+            return key
+    raise KeyError(f"no layer rule for module {name}: add it to ALLOWED")
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=[m[0] for m in modules()])
+def test_imports_go_down(name, path):
+    key = rule(name)
+    allowed = ALLOWED[key] | {key}
+    for other in imported(path):
+        parts = other.split(".")
+        prefixes = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+        assert prefixes & allowed, f"{name} may import {sorted(allowed)}, not {other}"
+
+
+def test_backends_never_import_each_other():
+    names = {"torch", "cpu", "triton"}
+    for name, path in modules():
+        if name.startswith("backends.") and name != "backends.__init__":
+            own = name.split(".")[1]
+            for other in imported(path):
+                if other.startswith("backends."):
+                    assert other.split(".")[1] not in names - {own}, f"{name} imports {other}"
+
+
+def test_the_trainer_uses_the_public_api_only():
+    public = {"", "Layout", "PROOutput", "losses", "reference"}
+    for path in sorted((ROOT / "python").rglob("*.py")):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pro_kernels"):
+                below = node.module.removeprefix("pro_kernels").lstrip(".")
+                assert below in public | {"backends"}, f"{path}: from {node.module}"

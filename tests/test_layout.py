@@ -1,0 +1,155 @@
+"""Layouts from every batch form describe the same tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pro_kernels as pk
+from pro_kernels import Layout
+
+
+def tokens_of(layout: Layout) -> list[list[tuple[int, int]]]:
+    """(row, target) of every token, sequence by sequence."""
+    pairs = list(zip(layout.rows.tolist(), layout.targets.tolist(), strict=True))
+    ends = layout.offsets.tolist()
+    return [pairs[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_padded_layout_holds_exactly_the_scored_tokens(data):
+    b, n, t = (data.draw(st.integers(1, 4)) for _ in range(3))
+    values = data.draw(st.lists(st.integers(-1, 9), min_size=b * n * t, max_size=b * n * t))
+    targets = torch.tensor(values).view(b, n, t)
+    targets[targets < 0] = -100
+    layout = Layout.from_padded(targets)
+    expected = [
+        [(s * t + i, int(v)) for i, v in enumerate(targets.view(-1, t)[s].tolist()) if v != -100]
+        for s in range(b * n)
+    ]
+    assert tokens_of(layout) == expected
+    assert layout.lengths.tolist() == [len(x) for x in expected]
+    assert layout.prompt_tokens == tuple(
+        sum(map(len, expected[p * n : (p + 1) * n])) for p in range(b)
+    )
+    assert layout.shape == (b, n) and layout.num_rows == b * n * t
+
+
+def test_packed_equals_padded():
+    hidden, weight, _, targets, rewards = Case("packed", B=2, n=3, T=5, masked=0.4).tensors()
+    padded = pk.linear_pro_loss(hidden, weight, targets, rewards)
+    lengths = [5, 3, 4, 5, 1, 2]  # cut the rows: what follows is not scored in either form
+    for s, keep in enumerate(lengths):
+        targets.view(6, 5)[s, keep:] = -100
+    padded = pk.linear_pro_loss(hidden, weight, targets, rewards)
+    rows = torch.cat([torch.arange(5 * s, 5 * s + keep) for s, keep in enumerate(lengths)])
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    layout = Layout.from_packed(targets.view(-1)[rows], ends, 3)
+    packed = pk.linear_pro_loss(hidden.view(30, -1)[rows], weight, None, rewards, layout=layout)
+    torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(packed.logps, padded.logps)
+
+
+def test_ragged_numbers_of_candidates():
+    hidden, weight, _, targets, rewards = Case("ragged", B=2, n=3, T=4, masked=0.0).tensors()
+    counts = [3, 2]
+    layout = Layout.from_packed(
+        targets.view(-1)[: 5 * 4], torch.arange(0, 21, 4), counts, vocab_size=weight.shape[0]
+    )
+    assert layout.sequences.tolist() == [[0, 1, 2], [3, 4, -1]]
+    out = pk.linear_pro_loss(hidden.view(24, -1)[:20], weight, None, rewards, layout=layout)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    expected = pk.linear_pro_loss(hidden, weight, targets, rewards, candidate_mask=mask)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert out.lengths.tolist() == [[4, 4, 4], [4, 4, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shared_rows_add_their_gradients(dtype):
+    """The n first completion tokens of a prompt all read the prompt's last row."""
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(10, 8, generator=g, dtype=torch.float64).to(dtype)
+    weight = torch.randn(19, 8, generator=g, dtype=torch.float64).to(dtype)
+    rows = torch.tensor([3, 4, 5, 3, 6, 3, 7, 8, 9])  # row 3 is the prompt's last
+    targets = torch.randint(0, 19, (9,), generator=g)
+    ends = torch.tensor([0, 3, 5, 9])
+    layout = Layout.from_rows(rows, targets, ends, 3, num_rows=10)
+    rewards = torch.tensor([[2.0, 1.0, -1.0]])
+    grads = []
+    for function in (pk.linear_pro_loss, pk.reference.linear_pro_loss):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = function(h, w, None, rewards, layout=layout).loss
+        loss.backward()
+        grads.append((loss.double(), h.grad.double(), w.grad.double()))
+    tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).norm() <= tol * b.norm()
+    assert (grads[0][1][:3] == 0).all()
+
+
+def test_shift_stays_inside_each_sequence():
+    labels = torch.arange(10, 17)
+    layout = Layout.from_packed(labels, torch.tensor([0, 3, 3, 7]), 3, shift=True)
+    assert tokens_of(layout) == [[(0, 11), (1, 12)], [], [(3, 14), (4, 15), (5, 16)]]
+    padded = Layout.from_padded(labels[:6].view(1, 2, 3), shift=True)
+    assert tokens_of(padded) == [[(0, 11), (1, 12)], [(3, 14), (4, 15)]]
+
+
+def test_to_moves_every_tensor_and_keeps_the_rest():
+    layout = Layout.from_padded(torch.randint(0, 5, (2, 2, 3)))
+    moved = layout.to("meta")
+    assert moved.device.type == moved.offsets.device.type == "meta"
+    assert moved.prompt_tokens == layout.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: Layout.from_padded(torch.zeros(2, 3)), TypeError, "targets must be an integer"),
+        (lambda: Layout.from_padded([1]), TypeError, "targets must be an integer tensor, got list"),
+        (
+            lambda: Layout.from_padded(torch.zeros(2, dtype=torch.long)),
+            ValueError,
+            r"targets must have shape \(B, n, T\) or \(B, T\), got \(2,\)",
+        ),
+        (
+            lambda: Layout.from_padded(torch.tensor([[[1, 7]]]), vocab_size=7),
+            ValueError,
+            r"targets must lie in \[0, 7\) or be ignore_index=-100, got 7 at flat position 1",
+        ),
+        (
+            lambda: Layout.from_padded(torch.tensor([[[1, -3]]])),
+            ValueError,
+            "got -3 at flat position 1",
+        ),
+        (
+            lambda: Layout.from_packed(torch.zeros(4).long(), torch.tensor([0, 3]), 1),
+            ValueError,
+            "cu_seqlens must rise from 0 to 4",
+        ),
+        (
+            lambda: Layout.from_packed(torch.zeros(4).long(), torch.tensor([0, 2, 4]), 3),
+            ValueError,
+            "num_candidates=3 does not divide the 2 sequences",
+        ),
+        (
+            lambda: Layout.from_packed(torch.zeros(4).long(), torch.tensor([0, 2, 4]), [1, 2]),
+            ValueError,
+            "add up to the 2 sequences",
+        ),
+        (
+            lambda: Layout.from_rows(
+                torch.tensor([0, 9]), torch.zeros(2).long(), torch.tensor([0, 2]), 1, num_rows=5
+            ),
+            ValueError,
+            r"rows must lie in \[0, 5\), got 0 ... 9",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

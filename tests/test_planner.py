@@ -1,0 +1,87 @@
+"""The planner: which tier, how large, and that it never looks at data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pro_kernels import planner
+from pro_kernels.planner import make_plan
+
+CPU = torch.device("cpu")
+MB = 1 << 20
+
+
+def plan(rows=1000, hidden=256, vocab=32000, dtype=torch.float32, budget=1 << 30, **options):
+    options = {"need_hidden": True, "need_weight": True, **options}
+    return make_plan(rows, hidden, vocab, dtype, CPU, budget=budget, **options)
+
+
+def test_tiers():
+    assert plan(need_hidden=False, need_weight=False).tier == "T0"
+    assert plan().tier == "T1"
+    assert plan(need_weight=False).tier == "T1f"
+    assert plan(budget=100 * MB, prompt_tokens=(400, 300, 300)).tier == "T2"
+    assert plan(budget=100 * MB).tier == "T3"
+    assert plan(budget=100 * MB, prompt_tokens=(1000,)).tier == "T3"
+
+
+def test_t1_keeps_everything_and_t3_what_fits():
+    assert plan().retained == 1000
+    small = plan(budget=100 * MB)
+    assert 0 < small.retained < 1000
+    assert (small.retained + small.chunk) * 32000 * 4 <= 100 * MB
+
+
+@pytest.mark.parametrize("budget", [1, MB, 10 * MB, 100 * MB, 1 << 30])
+@pytest.mark.parametrize("rows", [0, 1, 63, 1000, 100_000])
+@pytest.mark.parametrize("needs", [(False, False), (True, False), (False, True), (True, True)])
+def test_any_budget_gives_a_plan_that_fits_it(budget, rows, needs):
+    p = plan(rows=rows, budget=budget, need_hidden=needs[0], need_weight=needs[1])
+    assert p.chunk >= 1 and 0 <= p.retained <= rows
+    held = p.retained if p.tier == "T1" else p.retained + p.chunk
+    assert held * 32000 * 4 <= max(budget, planner.MIN_ROWS * 32000 * 4)
+
+
+def test_t2_groups_whole_prompts():
+    tokens = (100, 400, 0, 500, 300, 250)
+    p = plan(rows=sum(tokens), budget=100 * MB, prompt_tokens=tokens)
+    assert p.tier == "T2" and sum(p.prompt_chunks) == len(tokens)
+    start = 0
+    for count in p.prompt_chunks:
+        assert sum(tokens[start : start + count]) <= p.chunk
+        start += count
+
+
+def test_t2_counts_the_fp32_accumulator_of_low_precision_weights():
+    tokens = (600,) * 20
+    options = {"rows": 12000, "prompt_tokens": tokens, "hidden": 2048, "vocab": 32000}
+    low = plan(dtype=torch.bfloat16, budget=300 * MB, **options)
+    assert low.tier == "T3"  # 32000 x 2048 x 4 = 250 MB of accumulator leave too little
+    assert plan(dtype=torch.bfloat16, budget=500 * MB, **options).tier == "T2"
+
+
+def test_default_budget_is_stable_and_can_be_set(monkeypatch):
+    assert planner.default_budget(CPU) == planner.default_budget(CPU)
+    assert planner.default_budget(CPU).bit_count() == 1
+    planner._default_budget.cache_clear()
+    monkeypatch.setenv("PRO_KERNELS_BUDGET", "12345")
+    assert planner.default_budget(CPU) == 12345
+    planner._default_budget.cache_clear()
+    monkeypatch.setenv("PRO_KERNELS_BUDGET", "lots")
+    with pytest.raises(ValueError, match="PRO_KERNELS_BUDGET must be a number of bytes > 0"):
+        planner.default_budget(CPU)
+    planner._default_budget.cache_clear()
+
+
+@pytest.mark.parametrize(("budget", "error"), [(0, ValueError), (-5, ValueError), (1.5, TypeError)])
+def test_bad_budget(budget, error):
+    with pytest.raises(error, match="budget must be"):
+        plan(budget=budget)
+
+
+def test_plans_do_not_depend_on_data():
+    """Two calls of equal shapes plan alike: make_plan takes numbers only, no tensors."""
+    import inspect
+
+    assert "Tensor" not in str(inspect.signature(make_plan))
