@@ -1,0 +1,50 @@
+# Everything a fresh clone needs: `make demo` and `make test` set themselves up in .venv.
+#   make demo        train a tiny model on bundled lists, fused against reference; table and plot
+#   make test        all tests (slow ones: make test PYTEST_ARGS="-m slow")
+#   make bench       benchmarks; PRESET=tiny|quick|full, PEERS=1 installs and times the peers
+#   make lint        ruff, mypy, clang-format
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= quick
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py
+
+.PHONY: demo test bench lint env clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Remade when the package's metadata or the native code changed.
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt $(SOURCES)
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(PIP) --editable '.[lint]'
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.installed
+	$(PIP) --editable '.[peers]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m pro_trainer.demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed $(if $(PEERS),$(VENV)/.peers)
+	$(BIN)/python -m bench --preset $(PRESET)
+
+lint: $(VENV)/.installed $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+env: $(VENV)/.installed
+	$(BIN)/pro-kernels env
+
+clean:
+	rm -rf build dist *.egg-info pro_kernels/lib demo-output

@@ -1,0 +1,72 @@
+"""The command: env, check, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pro_kernels import __main__ as command
+from pro_kernels import backends, check
+
+
+def test_env_names_every_backend_and_reason(capsys):
+    assert command.main(["env"]) == 0
+    text = capsys.readouterr().out
+    for name in backends.ORDER:
+        assert name in text
+    assert "auto picks" in text and "budget" in text
+    assert command.main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["devices"]["cpu"]["backends"]) == set(backends.ORDER)
+
+
+def test_check_passes_and_writes_json(tmp_path, capsys):
+    path = tmp_path / "check.json"
+    assert command.main(["check", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert {r["backend"] for r in rows} >= {"torch"}
+    assert {r["dtype"] for r in rows} == {"float32", "bfloat16", "float16"}
+    assert all(r["passed"] for r in rows)
+    assert f"{len(rows)} of {len(rows)} comparisons passed" in capsys.readouterr().out
+
+
+def test_check_fails_when_a_kernel_is_wrong(monkeypatch, capsys):
+    module = backends.get("torch")
+    right = module.residual_
+
+    def wrong(logits, *args, **kwargs):
+        logps, lse = right(logits, *args, **kwargs)
+        return logps + 1e-3, lse
+
+    monkeypatch.setattr(module, "residual_", wrong)
+    assert command.main(["check"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_check_fails_on_nan():
+    good = [torch.ones(2, dtype=torch.float64)] * 4
+    rows = check._compare(
+        "x", torch.device("cpu"), torch.float32, [t * float("nan") for t in good], good, good
+    )
+    assert len(rows) == 4 and not any(r.passed for r in rows)
+
+
+def test_wrong_calls_exit_with_2():
+    for argv in (["nonsense"], []):
+        with pytest.raises(SystemExit) as error:
+            command.main(argv)
+        assert error.value.code == 2
+
+
+def test_module_and_missing_trainer(monkeypatch, capsys):
+    out = subprocess.run(
+        [sys.executable, "-m", "pro_kernels", "--help"], capture_output=True, text=True
+    )
+    assert out.returncode == 0 and "pro-kernels" in out.stdout
+    monkeypatch.setitem(command._ELSEWHERE, "train", ("no_such_module", "train", "pip install it"))
+    assert command.main(["train"]) == 2
+    assert "train needs no_such_module: pip install it" in capsys.readouterr().err

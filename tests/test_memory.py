@@ -1,0 +1,66 @@
+"""Peak memory of the fused path, and tensors past 2**31 elements."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import usable_backends
+
+import pro_kernels as pk
+
+MB = 1 << 20
+
+# In a child process: the resident set's high-water mark, reset just before the call.
+PEAK = """
+import json, sys, torch, pro_kernels as pk
+rows, H, V, budget = map(int, sys.argv[1:])
+def memory(field):
+    with open("/proc/self/status") as f:
+        return next(int(x.split()[1]) * 1024 for x in f if x.startswith(field))
+def batch(T, V):
+    h = torch.randn(1, 8, T, H).bfloat16().requires_grad_()
+    w = torch.randn(V, H).bfloat16().requires_grad_()
+    t = torch.randint(0, V, (1, 8, T))
+    return h, w, t, torch.randn(1, 8)
+pk.linear_pro_loss(*batch(2, 100)).loss.backward()
+h, w, t, r = batch(rows // 8, V)
+layout = pk.Layout.from_padded(t)
+before = memory("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+pk.linear_pro_loss(h, w, None, r, layout=layout, budget=budget).loss.backward()
+print(json.dumps({"peak": memory("VmHWM") - before,
+                  "gradients": h.grad.nbytes + w.grad.nbytes}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("budget", [40 * MB, 100 * MB])
+def test_one_prompt_larger_than_the_budget(budget):
+    """4096 x 16000 logits are 131 MB in bf16; the call stays within gradients + budget + 64 MB."""
+    args = [str(x) for x in (4096, 256, 16000, budget)]
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, *args], capture_output=True, text=True, check=True
+    )
+    found = json.loads(out.stdout)
+    assert found["peak"] <= found["gradients"] + budget + 64 * MB, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [b for b in usable_backends() if b != "triton"])
+def test_more_than_two_to_the_31_elements(backend):
+    vocab = 151936
+    rows = 2**31 // vocab + 10
+    logits = torch.zeros(rows, vocab, dtype=torch.bfloat16)
+    targets = torch.full((rows,), -100)
+    targets[0], targets[-1] = 3, vocab - 1
+    logits[-1, -1] = 8.0
+    logits.requires_grad_()
+    logps = pk.token_logps(logits, targets, backend=backend, inplace_backward=True)
+    expected = pk.reference.token_logps(logits[-1:].detach(), targets[-1:])
+    torch.testing.assert_close(logps[-1:].detach(), expected)
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    assert grad[-1, -1] > 0 and grad[0, 3] > 0 and (grad[1:-1, :8] == 0).all()
