@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     env = commands.add_parser("env", help="what is built and usable here, and why the rest is not")
     env.add_argument("--json", action="store_true", help="print JSON")
-    check = commands.add_parser("check", help="fused path against the reference; exit code 1 if off")
+    check = commands.add_parser(
+        "check", help="fused path against the reference; exit code 1 if off"
+    )
     check.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
     commands.add_parser("bench", help="benchmarks (from a checkout)")
     commands.add_parser("train", help="fine-tune a causal LM on ranked lists")

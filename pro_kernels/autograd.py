@@ -35,7 +35,7 @@ def ranking_config(options: RankingOptions, backend: str) -> tuple:
     o = options
     return (
         o.length_normalize,
-        o.temperature,
+        o.tau,
         o.skip_ties,
         o.eps,
         o.sft_weight,

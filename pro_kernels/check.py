@@ -109,8 +109,8 @@ def _inputs(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Te
 
 
 def _run(function, inputs: dict[str, Tensor], dtype: torch.dtype, **options) -> list[Tensor]:
-    hidden = inputs["hidden"].to(dtype).requires_grad_()
-    weight = inputs["weight"].to(dtype).requires_grad_()
+    hidden = inputs["hidden"].to(dtype, copy=True).requires_grad_()
+    weight = inputs["weight"].to(dtype, copy=True).requires_grad_()
     rewards = inputs["rewards"]
     if function is reference.linear_pro_loss:
         rewards = rewards.to(hidden.device)

@@ -92,7 +92,7 @@ def ranking(
     sft_rank: Tensor,  # (B,)
     prompt_weights: Tensor,  # (B,)
     length_normalize: bool,
-    temperature: float,
+    tau: float,
     skip_ties: bool,
     eps: float,
     sft_weight: float,
@@ -103,7 +103,7 @@ def ranking(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss terms (B, n), sequence sums (S,) and ``d loss / d logps`` (N,); see the backends."""
     options = RankingOptions(
-        length_normalize, temperature, skip_ties, eps, sft_weight, sft_mean, top_k, single_sft
+        length_normalize, tau, skip_ties, eps, sft_weight, sft_mean, top_k, single_sft
     )
     args = head.RankingArgs(offsets, lengths, order, rewards, sft_rank, prompt_weights, options)
     return args.run(backends.get(backend), logps)
@@ -259,7 +259,7 @@ def linear_pro(
     softcap: float | None,
     logit_scale: float,
     length_normalize: bool,
-    temperature: float,
+    tau: float,
     skip_ties: bool,
     eps: float,
     sft_weight: float,
@@ -285,7 +285,7 @@ def linear_pro(
             ends = torch.tensor([0, *prompt_tokens], device=before.device).cumsum(0)
             offsets, prompt_tokens = before[offsets], before[ends].diff().tolist()
         options = RankingOptions(
-            length_normalize, temperature, skip_ties, eps, sft_weight, sft_mean, top_k, single_sft
+            length_normalize, tau, skip_ties, eps, sft_weight, sft_mean, top_k, single_sft
         )
         terms, sums = head.pro_forward(
             h,

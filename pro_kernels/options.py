@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-
 from typing import TypeVar
 
 import torch
@@ -56,7 +55,7 @@ class RankingOptions:
 
     Attributes:
         length_normalize: score is ``S / m`` (the paper) instead of ``S``.
-        temperature: inverse temperature of every term when no rewards are given.
+        tau: inverse temperature of every term when no rewards are given.
         skip_ties: a candidate tied with candidate k leaves term k instead of adding ``exp(0)``.
         eps: constant inside the log, kept as one more log-sum-exp entry; 0 leaves it out.
         sft_weight: weight of the SFT term, times ``(n - 1)**2``.
@@ -66,7 +65,7 @@ class RankingOptions:
     """
 
     length_normalize: bool = True
-    temperature: float = 1.0
+    tau: float = 1.0
     skip_ties: bool = False
     eps: float = 0.0
     sft_weight: float = 0.05
@@ -75,7 +74,7 @@ class RankingOptions:
     single_sft: bool = True
 
     def __post_init__(self) -> None:
-        _positive("temperature", self.temperature)
+        _positive("tau", self.tau)
         _finite("eps", self.eps)
         if self.eps < 0:
             raise ValueError(f"eps must be >= 0, got {self.eps!r}")
@@ -125,7 +124,7 @@ class PROOptions:
         )
         if not isinstance(self.temperature, str):
             _positive("temperature", self.temperature)
-            options = replace(options, temperature=1.0 / self.temperature)
+            options = replace(options, tau=1.0 / self.temperature)
         if self.official:
             options = replace(options, eps=OFFICIAL_EPS, single_sft=False)
         return options

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from cases import usable_backends
 
 import pro_kernels as pk
+from cases import usable_backends
 
 
 def batch(**changes):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASE_IDS, CASES, DTYPES, IDS, Case, assert_no_worse, run, truth, usable_backends
 
 import pro_kernels as pk
+from cases import CASE_IDS, CASES, DTYPES, IDS, Case, assert_no_worse, run, truth, usable_backends
 from pro_kernels import functional, matmul
 from pro_kernels.planner import Plan
 

@@ -23,7 +23,7 @@ ALLOWED = {
     "checks": set(),
     "backends": {"backends", "options"},
     "backends.torch": {"options"},
-    "backends.cpu": {"options", "backends.build"},
+    "backends.cpu": {"options"},
     "backends.triton": {"options", "backends.triton"},
     "head": {"matmul", "options"},
     "ops": {"backends", "head", "layout", "options"},
@@ -32,6 +32,9 @@ ALLOWED = {
     "functional": {
         "autograd", "backends", "checks", "head", "layout", "options", "output", "planner", "pro",
     },
+    "check": {"backends", "functional", "reference"},
+    "env": {"_version", "backends", "matmul", "planner"},
+    "__main__": {"check", "env"},
     "__init__": {"losses", "reference", "functional", "layout", "output", "_version"},
 }  # fmt: skip
 

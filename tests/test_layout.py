@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pro_kernels as pk
+from cases import Case
 from pro_kernels import Layout
 
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from cases import usable_backends
 
 import pro_kernels as pk
+from cases import usable_backends
 
 MB = 1 << 20
 

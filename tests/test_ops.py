@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, usable_backends
 
 import pro_kernels as pk
+from cases import Case, usable_backends
 from pro_kernels import ops
 
 CONFIG = (None, 1.0)

@@ -1,7 +1,7 @@
 """Backends and how one is chosen.
 
 Every backend module has the same names: ``NAME``, ``DTYPES`` (logits it takes), ``MAX_CANDIDATES``,
-``unusable(device) -> reason | None`` and the functions ``logp``, ``residual_``, ``logits_grad``,
+``unusable(device) -> reason | None``, ``details()`` (for ``pro-kernels env``) and the functions ``logp``, ``residual_``, ``logits_grad``,
 ``ranking`` (contract: ``backends/torch.py``). They never import each other. ``auto`` walks
 ``ORDER`` and keeps every refusal; an explicit choice never falls back. A new backend is its module
 and one entry in ``ORDER``.
@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch
+from torch import device as Device
+from torch import dtype as DType
 
 from pro_kernels.options import constant_while_compiling
 
@@ -28,9 +29,7 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"pro_kernels.backends.{name}")
 
 
-def refusal(
-    name: str, device: torch.device, dtype: torch.dtype, candidates: int | None = None
-) -> str | None:
+def refusal(name: str, device: Device, dtype: DType, candidates: int | None = None) -> str | None:
     """Why ``name`` cannot serve this device, logits dtype and list length (None: it can)."""
     module = get(name)
     reason = module.unusable(device)
@@ -44,9 +43,7 @@ def refusal(
 
 
 @constant_while_compiling
-def resolve(
-    choice: str, device: torch.device, dtype: torch.dtype, candidates: int | None = None
-) -> str:
+def resolve(choice: str, device: Device, dtype: DType, candidates: int | None = None) -> str:
     """Name of the backend that serves the request.
 
     Raises:

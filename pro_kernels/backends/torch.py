@@ -35,6 +35,11 @@ def unusable(device: torch.device) -> str | None:
     return None
 
 
+def details() -> dict[str, str]:
+    """Nothing to tell: it is PyTorch."""
+    return {}
+
+
 def logp(
     logits: Tensor,  # (N, V), unit stride along V
     targets: Tensor,  # (N,) int64; negative = row not scored
@@ -150,7 +155,8 @@ def ranking(
     is_sft = (rank == sft_rank[:, None]) & valid
     sft_scale = factor[:, None] * is_sft / (norm if options.sft_mean else 1.0)
     terms = rank_terms.clone()
-    terms[:, n - 1] = -(sft_scale * total).sum(1)
+    # where, not a product: a sum of -inf elsewhere must not turn 0 * inf into NaN.
+    terms[:, n - 1] = -torch.where(is_sft, sft_scale * total, 0.0).sum(1)
 
     d_sums = d_scores / norm if options.length_normalize else d_scores
     d_sums = (d_sums - sft_scale) * prompt_weights[:, None]
@@ -169,7 +175,7 @@ def _temperatures(
     upper = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu()
     keep = upper & valid[:, :, None] & valid[:, None, :]
     if rewards is None:
-        return torch.full_like(keep, options.temperature, dtype=scores.dtype), keep
+        return torch.full_like(keep, options.tau, dtype=scores.dtype), keep
     # In the rewards' own dtype, as the official code subtracts them.
     tau = (rewards[:, :, None] - rewards[:, None, :]).to(scores.dtype)
     later = keep & ~torch.eye(n, dtype=torch.bool, device=scores.device)

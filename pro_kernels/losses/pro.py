@@ -55,7 +55,8 @@ def pro(
     sft_weight: w. With one valid candidate (n−1)² is replaced by 1: the loss is w · (−S).
     sft_reduction: "sum" is −S of the SFT candidate, "mean" is −S/m.
     length_normalize: rank by S/m; False ranks by S.
-    temperature: "reward" takes τ from the rewards (τ = 1 without rewards); a number sets every τ.
+    temperature: "reward" takes τ from the rewards (τ = 1 without rewards); a number T makes every
+        τ = 1/T.
     ties: candidates of equal reward have τ = 0: "zero" counts them as exp(0) = 1 in the
         denominator, "skip" leaves them out. With constant τ "zero" changes nothing.
     sft_index: original column of the SFT candidate; default the best-ranked valid one. A prompt
@@ -97,7 +98,7 @@ def _temperatures(
     """τ_ki above the diagonal and τ_kk on it; what is below is never read."""
     count = ranked.valid.shape[1]
     if temperature != "reward" or ranked.rewards is None:
-        constant = 1.0 if temperature == "reward" else float(temperature)
+        constant = 1.0 if temperature == "reward" else 1.0 / float(temperature)
         return ranked.logps.new_full((1, count, count), constant)
     tau = reward_scale * differences(ranked.rewards)
     diagonal = torch.where(ranked.valid[:, None, :], tau, 0.0).triu(1).amax(2)  # (B, n)

@@ -139,7 +139,7 @@ def oracle_pro(
 
     def tau(a, b):
         if temperature != "reward":
-            return mpf(temperature)
+            return 1 / mpf(temperature)
         return mpf(1) if a.r is None else mpf(reward_scale) * (a.r - b.r)
 
     total = mpf(0)

@@ -1,0 +1,44 @@
+// What one instruction set provides: two functions on one row of logits, per dtype.
+//
+// Everything around the rows (threads, masks, the target's own entry, finishing in double) is
+// compiled once, in logits.cpp. A new instruction set is one vec_*.h, one isa_*.cpp and one line
+// in dispatch.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "../include/pk_math.h"
+#include "dtype.h"
+
+namespace pk {
+
+// The target of a row, and its exact raw logit where the caller has one.
+struct Target {
+  int64_t column;  // negative: not in this row
+  bool exact;
+  float raw;
+};
+
+struct RowStats {
+  ExpSum<double> sum;
+  float target;  // transformed logit of the target; NaN if it is not in the row
+};
+
+struct RowKernels {
+  // Online softmax statistics; `with_dot` also fills sum.dot (for the entropy).
+  RowStats (*stats)(const void* row, int64_t columns, const Target&, const Transform&,
+                    bool with_dot);
+  // out_v = factor * exp(z_v - shift) * dz_v/draw_v. `out` may be `row`.
+  void (*gradient)(const void* row, void* out, int64_t columns, float shift, float factor,
+                   const Transform&);
+};
+
+struct Isa {
+  const char* name;
+  RowKernels kernels[kDTypes];
+};
+
+// The instruction set in use, chosen on first use or by pk_cpu_set_isa.
+const Isa& active_isa();
+
+}  // namespace pk

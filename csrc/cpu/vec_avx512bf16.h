@@ -1,0 +1,26 @@
+// AVX-512 with BF16: vec_avx512.h with the processor's own rounding to bf16 (nearest even; NaN
+// stays NaN; results below the smallest normal number become 0, as they do everywhere here).
+#pragma once
+
+#include "vec_avx512.h"
+
+namespace pk {
+namespace {  // why: rows.h
+
+struct Avx512Bf16 : Avx512 {
+  static constexpr const char* kName = "avx512bf16";
+
+  using Avx512::store_pair;
+  static inline void store_pair(BFloat16* p, Reg a, Reg b) {
+    // Element 2i from a, element 2i + 1 from b: vec_avx512.h loads them so.
+    const __m512i even_then_odd = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(interleave(), even_then_odd));
+  }
+  static inline __m512i interleave() {
+    return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                            6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  }
+};
+
+}  // namespace
+}  // namespace pk

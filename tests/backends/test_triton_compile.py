@@ -1,0 +1,146 @@
+"""Every Triton kernel compiles for its targets without a GPU, spills nothing and loads vectors.
+
+In subprocesses without TRITON_INTERPRET, as an interpreted function cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from pro_kernels.backends.triton import aot, configs  # noqa: E402
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+ROW_KERNELS = {"logp", "residual", "logits_grad"}
+
+
+def run_python(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, environment.get("PYTHONPATH"))))
+    result = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def check(arch: str, *flags: str) -> list[dict]:
+    output = run_python("-m", "pro_kernels.backends.triton.aot", arch, *flags)
+    found = [json.loads(line) for line in output.splitlines()]
+    assert len(found) == len(list(aot.variants(arch, exhaustive=bool(flags))))
+    for row in found:
+        # The ranking kernel runs once a step, off the bandwidth-bound path: there some versions of
+        # ptxas put a few words aside for occupancy (none with Triton 3.7, up to 24 bytes with 3.6).
+        assert row["spills"] <= (0 if row["kernel"] in ROW_KERNELS else 32), row
+        if row["kernel"] in ROW_KERNELS:
+            assert row["vectors"] == row["aligned"] or arch == "gfx942", row
+    return found
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_every_configuration_compiles(arch):
+    found = check(arch)
+    kernels = {row["kernel"] for row in found}
+    assert kernels == ROW_KERNELS | {"ranking"}
+    assert {row["dtype"] for row in found if row["kernel"] == "residual"} == set(aot.DTYPES)
+    if arch == "gfx942":
+        assert all(row["vectors"] for row in found if row["aligned"] and row["kernel"] != "ranking")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_every_combination_of_flags_compiles(arch):
+    check(arch, "--all")
+
+
+def test_launchers_build_one_binary_a_kernel():
+    """Through Triton's real argument handling, with the driver faked: launches stop at the cubin.
+
+    N, n, alignment of per-row vectors, block offsets and option values must not build a new one.
+    """
+    code = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+triton.runtime.driver.set_active(Driver())
+real, built = JITFunction.run, []
+JITFunction.run = lambda self, *args, warmup, **kw: built.append(
+    real(self, *args, warmup=True, **kw).hash)
+
+from pro_kernels import backends
+from pro_kernels.options import LogitOptions, RankingOptions
+backend = backends.get("triton")
+
+def call(rows, n, first, options, ranking_options):
+    logits = torch.randn(rows, 32000).bfloat16()
+    targets = torch.zeros(rows + 5, dtype=torch.int64)[first : first + rows]
+    numbers = torch.randn(rows + 5)[first : first + rows]
+    backend.logp(logits, targets, target_logits=numbers, options=options)
+    backend.residual_(logits, targets, target_logits=numbers, options=options)
+    backend.logits_grad(logits, numbers, targets, numbers, first_column=first, options=options)
+    lengths = torch.full((2 * n,), 3)
+    backend.ranking(
+        torch.randn(6 * n), torch.arange(2 * n + 1) * 3, lengths, torch.arange(2 * n).view(2, n),
+        torch.randn(2, n), torch.zeros(2, dtype=torch.int64), torch.ones(2),
+        options=ranking_options)
+
+call(16, 4, 0, LogitOptions(logit_scale=0.5), RankingOptions())
+call(1, 3, 1, LogitOptions(logit_scale=2), RankingOptions(eps=1e-10, top_k=1, skip_ties=True))
+call(37, 1, 3, LogitOptions(logit_scale=0.1), RankingOptions(length_normalize=False, sft_weight=1))
+print(len(built), len(set(built)))
+"""
+    assert run_python("-c", code).split() == ["12", "4"]
+
+
+def test_row_offsets_are_64_bit():
+    code = """
+import re
+from pro_kernels.backends.triton import aot
+for v in aot.variants("sm_90"):
+    if v.kernel != "ranking" and v.config.max_columns is None and v.dtype == "bf16":
+        text = aot.compile_variant(v).asm["ttir"]
+        print(bool(re.search(r"arith.muli %row\\S*, %\\S+ : i64", text)))
+"""
+    lines = run_python("-c", code).splitlines()
+    assert len(lines) == 6 and set(lines) == {"True"}
+
+
+def test_aot_refuses_an_unknown_arch_and_the_interpreter(monkeypatch):
+    with pytest.raises(ValueError, match="sm_70"):
+        list(aot.variants("sm_70"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        aot.table("sm_90")
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "family"),
+    [("cuda", 80, "cuda"), ("cuda", 89, "cuda_small"), ("cuda", 90, "cuda"), ("cuda", 103, "cuda"),
+     ("cuda", 120, "cuda_small"), ("hip", "gfx942", "hip"), ("xpu", "pvc", "xpu")],
+)  # fmt: skip
+def test_families(backend, arch, family):
+    assert configs.family(backend, arch) == family
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_tiles_are_powers_of_two_and_fit_a_program(kernel):
+    for family, tables in configs.ROWS.items():
+        warp_size = 64 if family == "hip" else 32
+        limits = [c.max_columns for c in tables[kernel][:-1]]
+        assert limits == sorted(limits)
+        for config in tables[kernel]:
+            lanes, group = config.tile(2, warp_size, softcap=False)
+            assert lanes & (lanes - 1) == 0 and group == 8
+            assert config.num_warps * warp_size <= 1024
