@@ -1,6 +1,6 @@
 """The command ``pro-kernels``, also ``python -m pro_kernels``.
 
-``train`` and ``eval`` belong to ``pro_trainer`` and ``bench`` to the ``bench`` folder of a checkout;
+``train`` and ``eval`` belong to ``pro_trainer``, ``bench`` to that folder of a checkout;
 both are imported only when asked for.
 """
 

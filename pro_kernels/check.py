@@ -1,8 +1,8 @@
 """``pro-kernels check``: the fused path against the reference on this machine.
 
 For each usable backend and dtype, one batch with masked tokens, ragged candidates and ties. The
-truth is the reference in fp64 on the same rounded inputs; beside our error stands that of the plain
-PyTorch computation in the same dtype. The rule: ours is no larger, up to a floor of a few roundings.
+truth is the reference in fp64 on the same rounded inputs; beside our error stands that of plain
+PyTorch in the same dtype. The rule: ours is no larger, up to a floor of a few roundings.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def head_logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
 
-    Returns ``logps`` (N,), ``stats`` = (log-sum-exp, raw target logit where the logits are rounded) in compact order,
-    ``residual`` (retained, V) and ``side`` (N or 0, H) = dZ0 W.
+    Returns ``logps`` (N,); ``stats``, the log-sum-exp of each row and, where logits are rounded,
+    the raw target logit, in compact order; ``residual`` (retained, V); ``side`` (N or 0, H), dZ0 W.
     """
     with _autocast_off(hidden):
         check_range(targets, weight.shape[0])

@@ -1,10 +1,10 @@
 """Backends and how one is chosen.
 
 Every backend module has the same names: ``NAME``, ``DTYPES`` (logits it takes), ``MAX_CANDIDATES``,
-``unusable(device) -> reason | None``, ``details()`` (for ``pro-kernels env``) and the functions ``logp``, ``residual_``, ``logits_grad``,
-``ranking`` (contract: ``backends/torch.py``). They never import each other. ``auto`` walks
-``ORDER`` and keeps every refusal; an explicit choice never falls back. A new backend is its module
-and one entry in ``ORDER``.
+``unusable(device) -> reason | None``, ``details()`` (for ``pro-kernels env``) and the functions
+``logp``, ``residual_``, ``logits_grad``, ``ranking`` (contract: ``backends/torch.py``). They never
+import each other. ``auto`` walks ``ORDER`` and keeps every refusal; an explicit choice never falls
+back. A new backend is its module and one entry in ``ORDER``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,78 @@
+"""The bundled lists and the demo; the two real data sets where they are at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pro_trainer import demo
+from pro_trainer.config import TrainConfig
+from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN, generate
+from pro_trainer.trainer import train
+
+
+def test_bundled_lists_are_what_the_generator_makes(tmp_path, monkeypatch):
+    for name in ("BUNDLED_TRAIN", "BUNDLED_EVAL"):
+        monkeypatch.setattr(generate, name, str(tmp_path / name))
+    generate.main()
+    for name, path in (("BUNDLED_TRAIN", BUNDLED_TRAIN), ("BUNDLED_EVAL", BUNDLED_EVAL)):
+        assert (tmp_path / name).read_bytes() == Path(path).read_bytes()
+
+
+def test_bundled_prompts_are_disjoint_and_lists_have_4_to_6_candidates():
+    prompts = []
+    for path in (BUNDLED_TRAIN, BUNDLED_EVAL):
+        records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        assert all(4 <= len(set(r["completions"])) <= 6 for r in records)
+        assert all(len(set(r["rewards"])) == len(r["completions"]) for r in records)
+        prompts.append({r["prompt"] for r in records})
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+
+
+def test_held_out_accuracy_rises(tmp_path):
+    run = train(TrainConfig(demo=True, steps=80, output_dir=str(tmp_path / "out")))
+    before, after = (point["pairwise_accuracy"] for point in run["eval"])
+    assert before < 0.7 and after > before + 0.15, (before, after)
+    assert run["train_loss"][-1] < 0.2 * run["train_loss"][0]
+
+
+def test_demo_compares_and_writes_its_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "REAL_HEAD", (8, 500))
+    output = tmp_path / "demo"
+    assert demo.main(str(output), steps=4) == 0
+    printed = capsys.readouterr().out
+    for part in ("fused loss", "rounding", "pairwise_accuracy, after", "backend torch: usable",
+                 "speedup", "same trajectory within rounding: yes"):  # fmt: skip
+        assert part in printed
+    assert (output / "curves.png").exists() and (output / "checkpoint" / "config.json").exists()
+
+
+def test_demo_fails_where_the_trajectories_part(tmp_path, capsys, monkeypatch):
+    def shifted(config):
+        result = train(config)
+        result["train_loss"] = [1.001 * x for x in result["train_loss"]]
+        return result
+
+    monkeypatch.setattr(demo, "train", shifted)
+    monkeypatch.setattr(demo, "print_times", lambda *args: None)
+    assert demo.main(str(tmp_path / "demo"), steps=2) == 1
+    assert "same trajectory within rounding: NO" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["hh-harmless-base-dev", "alpaca-eval-ranked-dev"])
+def test_trains_on_real_lists(name, shared, tmp_path):
+    data = str(shared / "data" / f"{name}.jsonl.gz")
+    run = train(
+        TrainConfig(
+            demo=True,
+            data=[data],
+            output_dir=str(tmp_path / "out"),
+            steps=3,
+            batch_size=2,
+            max_length=96,
+            eval_fraction=0.02,
+        )  # fmt: skip
+    )
+    assert run["eval"][1]["loss"] < run["eval"][0]["loss"]
