@@ -98,10 +98,11 @@ def weight_grad(dz: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> Tensor:
         return out.addmm_(dz.t(), x) if accumulate else torch.mm(dz.t(), x, out=out)
     work = _Workspace(x, dz.shape[1], torch.float32 if upcast else x.dtype)
     for cols in work.blocks:
-        total = work.columns(cols).zero_()
+        total = work.columns(cols)
         for rows in work.tiles:
             part = work.rows(rows, cols).copy_(dz[rows, cols]).t()
-            total.addmm_(part, x[rows].to(total.dtype))
+            # beta = 0 ignores what the buffer holds, NaN included.
+            total.addmm_(part, x[rows].to(total.dtype), beta=float(rows.start > 0))
         out[cols] = out[cols] + total if accumulate else total
     return out
 
@@ -113,7 +114,8 @@ class _Workspace:
         n, width = side.shape
         block = column_block(n, width, vocab)
         self.blocks = [slice(i, min(i + block, vocab)) for i in range(0, vocab, block)]
-        self.tiles = [slice(i, min(i + TILE_ROWS, n)) for i in range(0, n, TILE_ROWS)]
+        # No rows are one empty tile: sums over them are 0.
+        self.tiles = [slice(i, min(i + TILE_ROWS, n)) for i in range(0, max(n, 1), TILE_ROWS)]
         block = min(block, vocab)
         self._rows = side.new_empty(min(n, TILE_ROWS) * block, dtype=dtype)
         self._columns = side.new_empty((block, width), dtype=dtype)

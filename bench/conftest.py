@@ -1,0 +1,14 @@
+"""``--bench-preset`` for ``pytest bench/ --benchmark-only``."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.cases import PRESETS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option."""
+    parser.addoption(
+        "--bench-preset", choices=list(PRESETS), default="tiny", help="case table (default: tiny)"
+    )

@@ -1,0 +1,82 @@
+"""The PRO loss as peers would write it: plain PyTorch, independent of pro_kernels.
+
+Columns are best first, as the authors' code has them. Legend: ``B`` prompts, ``n`` candidates,
+``T`` positions, ``V`` vocabulary. Targets are -100 where nothing is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SFT_WEIGHT = 0.05
+
+
+def ranking_loss(
+    sums: Tensor,  # (B, n)
+    lengths: Tensor,  # (B, n)
+    rewards: Tensor,  # (B, n)
+) -> Tensor:
+    """PRO from summed log-probs: the mean over prompts of all rank terms and the SFT term."""
+    n = sums.shape[1]
+    scores = sums / lengths
+    loss = -SFT_WEIGHT * (n - 1) ** 2 * sums[:, 0].mean()
+    for k in range(n - 1):
+        tau = rewards[:, k : k + 1] - rewards[:, k + 1 :]
+        own = scores[:, k : k + 1] * tau.amax(1, keepdim=True)
+        entries = torch.cat([own, scores[:, k + 1 :] * tau], 1)
+        loss = loss + (entries.logsumexp(1) - own[:, 0]).mean()
+    return loss
+
+
+def loss_of_logps(
+    logps: Tensor,  # (B, n, T), any value where targets are -100
+    targets: Tensor,  # (B, n, T)
+    rewards: Tensor,  # (B, n)
+) -> Tensor:
+    """``ranking_loss`` of per-token log-probs under the targets' mask."""
+    live = targets != -100
+    return ranking_loss(torch.where(live, logps, 0.0).sum(-1), live.sum(-1), rewards)
+
+
+def plain_loss(logits: Tensor, targets: Tensor, rewards: Tensor) -> Tensor:
+    """fp32 log_softmax of every token's logits (B, n, T, V), then gather and mask."""
+    logps = logits.float().log_softmax(-1)
+    logps = logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return loss_of_logps(logps, targets, rewards)
+
+
+def official_loss(
+    logits_of: Callable[[int], Tensor],  # candidate -> (B, T, V)
+    targets: Tensor,  # (B, n, T)
+    rewards: Tensor,  # (B, n)
+    sft_index: Tensor | None = None,  # (B,)
+) -> Tensor:
+    """The authors' formulation: candidate by candidate, everything in the model's dtype.
+
+    log_softmax over every token, gather, mask, sum, and ``log(eps + exp + sum exp)`` for each
+    rank, each term cast to the model's dtype.
+    """
+    n = targets.shape[1]
+    sums, counts = [], []
+    for i in range(n):
+        logps = torch.log_softmax(logits_of(i), dim=2)
+        labels = targets[:, i]
+        mask = labels != -100
+        chosen = logps.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        chosen = torch.where(mask, chosen, 0.0)
+        sums.append(chosen.sum(1))
+        counts.append(mask.sum(1))
+    sum_scores = torch.stack(sums, 1)
+    scores = sum_scores / torch.stack(counts, 1)
+    dtype = sum_scores.dtype
+    total = torch.zeros((), dtype=dtype, device=targets.device)
+    for k in range(n - 1):
+        tau = rewards[:, k : k + 1] - rewards[:, k + 1 :]
+        own = scores[:, k] * tau.amax(1)
+        others = torch.exp(scores[:, k + 1 :] * tau).sum(1)
+        total = total + (torch.log(1e-10 + torch.exp(own) + others) - own).mean().to(dtype)
+    best = sum_scores[:, 0] if sft_index is None else sum_scores.gather(1, sft_index[:, None])
+    return total + SFT_WEIGHT * (n - 1) ** 2 * (-best).mean().to(dtype)

@@ -1,0 +1,214 @@
+"""PNG plots from a results file: time by provider, the other entrances, growth, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.cases import is_main
+
+Label = Callable[[dict], str]
+_OURS, _FLOOR, _PEER = "#c2410c", "#94a3b8", "#3b6ea5"
+_ENTRANCES = ("fp32", "frozen", "score", "logits")
+_GROWTH = {
+    "growth N": ("scored", "scored tokens N"),
+    "growth V": ("V", "vocabulary V"),
+    "growth n": ("n", "candidates n (same tokens in all)"),
+    "growth unscored": ("tokens", "positions (same scored tokens)"),
+}
+_STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "figure.dpi": 110,
+}
+
+
+def draw_all(data: dict, folder: Path) -> list[str]:
+    """Write every plot that the results have numbers for; returns their file names."""
+    rows = data["results"]
+    figures = {
+        "time.png": _time(rows, data["machine"]),
+        "entrances.png": _entrances(rows),
+        "growth.png": _growth(rows),
+        "memory.png": _memory(rows),
+    }
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            # No date or version in the file: equal numbers give equal bytes.
+            figure.savefig(folder / name, metadata={"Software": None}, bbox_inches="tight")
+            plt.close(figure)
+            written.append(name)
+    return written
+
+
+def _color(row: dict) -> str:
+    if row["provider"].startswith("ours-"):
+        return _OURS
+    return _FLOOR if row["provider"].startswith("floor") else _PEER
+
+
+def _panels(rows: list[dict], value: str) -> dict[str, list[dict]]:
+    """Rows with a number, by case; cases with three bars or more."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        if row[value] is not None and not row["wrong"]:
+            found.setdefault(row["case"], []).append(row)
+    return {case: bars for case, bars in found.items() if len(bars) > 2}
+
+
+def _time(rows: list[dict], machine: str) -> Figure | None:
+    """The main cases side by side, the same providers on the same lines."""
+    panels = _panels([r for r in rows if is_main(r)], "seconds")
+    if not panels:
+        return None
+    fullest_first = sorted(panels.values(), key=len, reverse=True)
+    labels = list(dict.fromkeys(row["label"] for bars in fullest_first for row in bars))
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(2.6 + 3.7 * len(panels), 1.7 + 0.3 * len(labels)),
+            squeeze=False, sharey=True,
+        )  # fmt: skip
+        for axis, bars in zip(axes.flat, panels.values(), strict=True):
+            first = bars[0]
+            title = f"H={first['H']} V={first['V']}"
+            _bars(axis, title, bars, labels, "seconds", _time_label)
+            axis.set_xlabel("seconds")
+        what = f"{first['dtype']}, n={first['n']}, {first['masked']:.0%} of tokens not scored"
+        figure.suptitle(
+            f"PRO loss, forward + backward ({what})\n{machine}", x=0.01, ha="left", fontsize=11
+        )
+        figure.tight_layout()
+    return figure
+
+
+def _entrances(rows: list[dict]) -> Figure | None:
+    """fp32, frozen head, scoring and logits in: one panel each."""
+    panels = _panels([r for r in rows if r["group"] in _ENTRANCES], "seconds")
+    return _stacked(panels, "PRO loss: the other entrances", "seconds", _time_label, "seconds")
+
+
+def _memory(rows: list[dict]) -> Figure | None:
+    """Peak extra memory by provider, the gradients' size as a line."""
+    scaled = [
+        {**r, "peak": r["peak_bytes"] / 2**20, "grads": r["gradient_bytes"] / 2**20}
+        for r in rows
+        if r["group"] in ("head", "logits") and r["peak_bytes"] is not None
+    ]
+    name = "MB (dashed: the inputs' gradients)"
+    return _stacked(
+        _panels(scaled, "peak"), "PRO loss, forward + backward: peak extra memory", "peak",
+        lambda r: f"{r['peak']:.0f} MB", name,
+    )  # fmt: skip
+
+
+def _stacked(
+    panels: dict[str, list[dict]], title: str, value: str, label: Label, name: str
+) -> Figure | None:
+    """Two columns of panels, bars of one height everywhere."""
+    if not panels:
+        return None
+    columns = min(len(panels), 2)
+    items = list(panels.items())
+    lines = [items[i : i + columns] for i in range(0, len(items), columns)]
+    heights = [1.2 + 0.27 * max(len(bars) for _, bars in line) for line in lines]
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            len(lines), columns, figsize=(6.4 * columns, sum(heights) + 0.4), squeeze=False,
+            height_ratios=heights,
+        )  # fmt: skip
+        for axis, item in zip_longest(axes.flat, items):
+            if item is None:
+                axis.set_visible(False)
+                continue
+            case, bars = item
+            _bars(axis, case, bars, [row["label"] for row in bars], value, label)
+            if "grads" in bars[0]:
+                axis.axvline(bars[0]["grads"], color="black", lw=1, ls="--")
+            axis.set_xlabel(name)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.tight_layout()
+    return figure
+
+
+def _time_label(row: dict) -> str:
+    ratio = row["vs_ours"]
+    text = f"{row['seconds']:.3g} s" if row["seconds"] >= 0.1 else f"{row['seconds'] * 1e3:.3g} ms"
+    if ratio is None or ratio == 1.0 or row["provider"].startswith("floor"):
+        return text
+    return f"{text} ({ratio:.1f}x ours)"
+
+
+def _bars(
+    axis: Axes, title: str, rows: list[dict], labels: list[str], value: str, label: Label
+) -> None:
+    """Horizontal bars on the lines of ``labels``, each with its number."""
+    by_label = {row["label"]: row for row in rows}
+    most = max(row[value] for row in rows)
+    for place, name in enumerate(labels):
+        row = by_label.get(name)
+        if row is None:
+            axis.text(most * 0.01, place, "not run", va="center", fontsize=8.5, color="gray")
+            continue
+        axis.barh(place, row[value], color=_color(row), height=0.72)
+        axis.text(row[value] + most * 0.01, place, label(row), va="center", fontsize=8.5)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlim(0, most * 1.5)
+    axis.locator_params(axis="x", nbins=6)
+
+
+def _growth(rows: list[dict]) -> Figure | None:
+    """Time above, memory below, one column an axis of growth."""
+    groups = [g for g in _GROWTH if sum(r["group"] == g for r in rows) > 3]
+    if not groups:
+        return None
+    weighed = any(r["group"] in groups and r["peak_bytes"] is not None for r in rows)
+    with plt.rc_context(_STYLE):
+        lines = 1 + weighed
+        figure, axes = plt.subplots(
+            lines, len(groups), figsize=(4.1 * len(groups), 3.1 * lines + 0.5), squeeze=False
+        )
+        for column, group in enumerate(groups):
+            mine = [r for r in rows if r["group"] == group]
+            _curves(axes[0, column], mine, group, "seconds", 1e3, "ms")
+            if weighed:
+                _curves(axes[1, column], mine, group, "peak_bytes", 2**-20, "peak extra MB")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.suptitle("Growth of time and memory", x=0.01, ha="left", fontweight="bold")
+        figure.tight_layout(rect=(0, 0.06, 1, 1))
+        figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def _curves(axis: Axes, rows: list[dict], group: str, value: str, scale: float, unit: str) -> None:
+    key, name = _GROWTH[group]
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        points = [r for r in rows if r["provider"] == provider and r[value] is not None]
+        if points:
+            axis.plot(
+                [r[key] for r in points], [r[value] * scale for r in points], marker="o", ms=4,
+                color=_color(points[0]), label=points[0]["label"],
+            )  # fmt: skip
+    if key == "n":
+        axis.set_xscale("log", base=2)
+        ticks = sorted({row["n"] for row in rows})
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+    else:
+        axis.set_xlim(left=0)
+        axis.locator_params(axis="x", nbins=5)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(name)
+    axis.set_ylabel(unit)

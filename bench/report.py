@@ -1,0 +1,44 @@
+"""From a results file to ``report.md`` and its plots, and into README.md.
+
+The same file always gives the same report.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bench import tables
+from bench.record import load
+
+
+def write_report(results: Path, readme: Path | None = None) -> list[Path]:
+    """Write ``report.md`` and PNGs beside a results file; update README's block if given.
+
+    Without matplotlib the report has no plots and says so.
+    """
+    data = load(results)
+    folder = results.parent
+    images = _draw(data, folder)
+    text = tables.full_report(data, images or [])
+    if images is None:
+        text += "\nNo plots: matplotlib is not installed.\n"
+    report = folder / "report.md"
+    report.write_text(text)
+    if readme is not None:
+        link = os.path.relpath(folder, readme.resolve().parent).replace(os.sep, "/")
+        image = f"{link}/time.png" if "time.png" in (images or []) else None
+        block = tables.summary(data, image)
+        tables.update_block(readme, f"{block}\n\nAll numbers: [{link}/report.md]({link}/report.md)")
+    return [report, *(folder / name for name in images or [])]
+
+
+def _draw(data: dict, folder: Path) -> list[str] | None:
+    """File names of the plots, None without matplotlib."""
+    try:
+        from bench import plots
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return None
+    return plots.draw_all(data, folder)

@@ -1,0 +1,211 @@
+"""Markdown from a results file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.cases import is_main
+from bench.targets import outcomes
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+TITLES = {
+    "head": "Hidden states in, head trained: `linear_pro_loss`, forward + backward",
+    "fp32": "The same in fp32",
+    "frozen": "Head frozen (LoRA, PEFT)",
+    "score": "Score only, no gradient",
+    "logits": "Logits in: `pro_loss`, forward + backward",
+    "growth N": "Growth with the scored tokens N",
+    "growth V": "Growth with the vocabulary V",
+    "growth n": "Growth with the candidates n, the same tokens in all",
+    "growth unscored": "Growth with unscored positions, the same scored tokens",
+    "memory": "One long prompt, under a budget",
+}
+_NOTES = """\
+*Floor*: the head matmuls alone on the scored rows (`torch.mm`, three with the head trained, two
+frozen, one to score), the same process and rounds; for logits, making the gradient buffer (scored
+rows copied, the others zeroed). *of floor* = floor / provider; *of fp32 floor*: the same matmuls
+with fp32 operands. *x ours* = provider / pro_kernels with `backend="auto"`. Ratios are medians over
+rounds of times taken in the same round. *Peak extra*: high water in a process of its own beyond
+what was held before the call; *of it gradients*: the inputs' gradients. *Error*: of the loss, and
+of sampled gradients, against fp64, relative.
+"""
+_UPCASTS = """\
+This CPU has no matrix units for bf16, so pro_kernels multiplies in fp32, block by block, which is
+faster here than `torch.mm` in bf16: its ratio to the bf16 floor can exceed 1. The floor with fp32
+operands is then the bound to hold it to; both are shown. The peers multiply in bf16, as they are
+written, and part of their distance is that.
+"""
+
+
+def full_report(data: dict, images: list[str]) -> str:
+    """The whole report; ``images`` are file names beside it."""
+    parts = ["# Benchmarks", _header(data), "## Targets", targets_table(data["results"])]
+    parts += _upcast_note(data)
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in images]
+    parts += ["## Numbers", _NOTES]
+    for group, title in TITLES.items():
+        cases = _cases(data["results"], group)
+        if cases:
+            parts.append(f"### {title}")
+        if group.startswith("growth") and cases:
+            parts += [
+                _shape(next(iter(cases.values()))[0])[2:] + " at the first",
+                growth_table(cases),
+            ]
+            continue
+        for case, rows in cases.items():
+            parts += [f"**{case}**{_shape(rows[0])}", case_table(rows)]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def summary(data: dict, image: str | None) -> str:
+    """What goes between the marks of README.md: machine, targets, main table, plot."""
+    parts = [_header(data), "### Targets", targets_table(data["results"])]
+    parts += _upcast_note(data)
+    main = [rows for rows in _cases(data["results"], "head").values() if is_main(rows[0])]
+    if main:
+        parts += ["### Forward + backward, seconds (times ours)", _main_table(main)]
+    if image:
+        parts.append(f"![time by provider]({image})")
+    return "\n\n".join(part.strip("\n") for part in parts)
+
+
+def update_block(readme: Path, text: str) -> None:
+    """Replace what stands between the two marks.
+
+    Raises:
+        ValueError: the file does not hold each mark once, in order.
+    """
+    old = readme.read_text()
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise ValueError(f"{readme} must hold {BEGIN} and, after it, {END}, once each")
+    before, rest = old.split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def targets_table(rows: list[dict]) -> str:
+    """Target, measured, met or not."""
+    said = {True: "yes", False: "**no**", None: "-"}
+    lines = [[o.what, o.target, o.measured, said[o.met]] for o in outcomes(rows)]
+    return _table(["", "target", "measured", "met"], lines)
+
+
+def case_table(rows: list[dict]) -> str:
+    """One case: a line a provider, a refusal in the last column where there are no numbers."""
+    head = [
+        "provider", "seconds", "quartiles", "of floor", "of fp32 floor", "x ours", "peak extra MB",
+        "of it gradients MB", "error: loss", "gradient", "note",
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        timed = row["seconds"] is not None
+        lines.append([
+            row["label"],
+            seconds(row["seconds"]),
+            f"{seconds(row['q1'])} - {seconds(row['q3'])}" if timed else "",
+            _number(row["of_floor"], ".2f"),
+            _number(row["of_floor_fp32"], ".2f"),
+            _number(row["vs_ours"], ".2f"),
+            _megabytes(row["peak_bytes"]),
+            _megabytes(row["gradient_bytes"] if row["peak_bytes"] is not None else None),
+            _number(row["loss_error"], ".0e"),
+            _number(row["grad_error"], ".0e"),
+            row["note"].replace("|", "\\|"),
+        ])  # fmt: skip
+    used = [i for i in range(len(head)) if any(line[i] for line in lines)]
+    return _table([head[i] for i in used], [[line[i] for i in used] for line in lines])
+
+
+def growth_table(cases: dict[str, list[dict]]) -> str:
+    """A line a case: milliseconds and peak extra memory of each provider."""
+    names = list(dict.fromkeys(row["label"] for rows in cases.values() for row in rows))
+    weighed = {r["label"] for rows in cases.values() for r in rows if r["peak_bytes"] is not None}
+    head = ["", *(f"{n}, ms" for n in names), *(f"{n}, peak MB" for n in names if n in weighed)]
+    lines = []
+    for case, rows in cases.items():
+        row = {r["label"]: r for r in rows}
+        times = [row[n]["seconds"] if n in row else None for n in names]
+        peaks = [row[n]["peak_bytes"] if n in row else None for n in names if n in weighed]
+        lines.append([
+            case.removeprefix("growth "),
+            *(_number(t and t * 1e3, ".1f") for t in times),
+            *(_megabytes(b) for b in peaks),
+        ])  # fmt: skip
+    return _table(head, lines)
+
+
+def seconds(value: float | None) -> str:
+    """Three digits, in seconds."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _main_table(cases: list[list[dict]]) -> str:
+    labels = list(dict.fromkeys(row["label"] for rows in cases for row in rows))
+    head = ["", *(f"H={rows[0]['H']} V={rows[0]['V']}" for rows in cases)]
+    lines = []
+    for label in labels:
+        found = [next((r for r in rows if r["label"] == label), None) for rows in cases]
+        lines.append([label, *(_cell(row) for row in found)])
+    footnote = f"\n\n{cases[0][0]['case']}; B*n*T = {cases[0][0]['tokens']} tokens."
+    return _table(head, lines) + footnote.replace(cases[0][0]["case"], _what(cases[0][0]))
+
+
+def _upcast_note(data: dict) -> list[str]:
+    return [] if data["bf16_matmuls"] == "native" else [_UPCASTS]
+
+
+def _what(row: dict) -> str:
+    return f"{row['dtype']}, n={row['n']}, {row['masked']:.0%} of the tokens not scored"
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    if row["seconds"] is None or row["wrong"]:
+        return row["note"].split(":")[0]
+    times = "" if row["vs_ours"] is None else f" ({row['vs_ours']:.2f}x)"
+    return seconds(row["seconds"]) + times
+
+
+def _header(data: dict) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items() if v)
+    commit = (data["commit"] or "unknown")[:12] + (" (modified)" if data["modified"] else "")
+    lines = [
+        f"Machine: {data['machine']}; device {data['device']}, {data['threads']} threads, "
+        f"bf16 head matmuls of pro_kernels: {data['bf16_matmuls']}.",
+        f"Versions: {versions}, Python {data['python']}; commit {commit}; {data['date'][:10]}; "
+        f"preset {data['settings']['preset']}.",
+    ]
+    if not data["complete"]:
+        lines.append("**Partial: the run did not end; what is missing was not measured.**")
+    return "\n".join(lines)
+
+
+def _shape(row: dict) -> str:
+    return (
+        f": B={row['B']} n={row['n']} T={row['T']} {row['dtype']}, "
+        f"{row['scored']} of {row['tokens']} tokens scored"
+    )
+
+
+def _cases(rows: list[dict], group: str) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["group"] == group:
+            found.setdefault(row["case"], []).append(row)
+    return found
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:.1f}"
