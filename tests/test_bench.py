@@ -53,7 +53,7 @@ def rows_of(path: Path) -> list[dict]:
 
 def test_tiny_preset_through_the_command_without_peers(tmp_path, no_peers, no_compile, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    readme.write_text(f"before\n{tables.BEGIN}\nstale text\n{tables.END}\nafter\n")
     out = tmp_path / "out"
     arguments = ["--preset", "tiny", "--no-memory", "--out", str(out), "--update", str(readme)]
     assert main(arguments) == 0
@@ -81,7 +81,7 @@ def test_tiny_preset_through_the_command_without_peers(tmp_path, no_peers, no_co
         assert (out / image).read_bytes().startswith(b"\x89PNG")
         assert f"({image})" in text
     new = readme.read_text()
-    assert new.startswith("before\n") and new.endswith("after\n") and "old" not in new
+    assert new.startswith("before\n") and new.endswith("after\n") and "stale text" not in new
     assert data["machine"] in new and "(out/time.png)" in new
     assert "wrote" in capsys.readouterr().out
 
