@@ -47,4 +47,4 @@ env: $(VENV)/.installed
 	$(BIN)/pro-kernels env
 
 clean:
-	rm -rf build dist *.egg-info pro_kernels/lib demo-output
+	rm -rf build dist *.egg-info pro_kernels/lib demo-output $(VENV)/.installed

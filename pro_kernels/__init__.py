@@ -4,7 +4,7 @@
 states and LM-head weight to the listwise ranking loss and its gradients, logits never all held.
 """
 
-from pro_kernels import losses, reference
+from pro_kernels import backends, losses, reference
 from pro_kernels._version import __version__
 from pro_kernels.functional import linear_pro_loss, linear_token_logps, pro_loss, token_logps
 from pro_kernels.layout import Layout
@@ -12,6 +12,7 @@ from pro_kernels.output import PROOutput
 
 __all__ = [
     "__version__",
+    "backends",
     "Layout",
     "PROOutput",
     "linear_pro_loss",

@@ -1,8 +1,10 @@
 """``pro-kernels check``: the fused path against the reference on this machine.
 
-For each usable backend and dtype, one batch with masked tokens, ragged candidates and ties. The
-truth is the reference in fp64 on the same rounded inputs; beside our error stands that of plain
-PyTorch in the same dtype. The rule: ours is no larger, up to a floor of a few roundings.
+For each usable backend and dtype, one batch with masked tokens, ragged candidates and ties, by each
+path: from hidden states with everything retained, the same under a budget of nothing (recomputed),
+and from logits. The truth is the reference in fp64 on the same rounded inputs; beside our error
+stands that of plain PyTorch in the same dtype. The rule: ours is no larger, up to a floor of a few
+roundings.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import torch
 from torch import Tensor
 
 from pro_kernels import backends, reference
-from pro_kernels.functional import linear_pro_loss
+from pro_kernels.functional import linear_pro_loss, pro_loss
 
 _FLOOR = {torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
-_COLUMNS = ("log-probs", "loss", "gradient of hidden", "gradient of weight")
+_QUANTITIES = ("log-probs", "loss", "gradient of hidden", "gradient of weight")
+_PATHS = ("hidden", "hidden, no budget", "logits")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Row:
     Attributes:
         backend: name of the backend.
         device: where it ran.
-        dtype: of hidden states and weight.
+        dtype: of hidden states and weight, or of the logits.
+        path: what the loss starts from.
         quantity: what was compared.
         error: relative error of the fused path against fp64 (largest for log-probs, else in norm).
         plain: the same of plain PyTorch in that dtype.
@@ -38,6 +42,7 @@ class Row:
     backend: str
     device: str
     dtype: str
+    path: str
     quantity: str
     error: float
     plain: float
@@ -47,28 +52,38 @@ class Row:
 def check(seed: int = 0) -> list[Row]:
     """Run every usable backend and dtype on this machine's devices."""
     rows = []
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for device in map(torch.device, devices):
+    for device in _devices():
         for dtype in _FLOOR:
             inputs = _inputs(device, dtype, seed)
-            truth = _run(reference.linear_pro_loss, inputs, torch.float64)
-            plain = _run(reference.linear_pro_loss, inputs, dtype)
-            for name in backends.ORDER:
-                if backends.refusal(name, device, dtype) is None:
-                    ours = _run(linear_pro_loss, inputs, dtype, backend=name)
-                    rows += _compare(name, device, dtype, ours, plain, truth)
+            usable = [b for b in backends.ORDER if backends.refusal(b, device, dtype) is None]
+            for path in _PATHS:
+                truth, plain = (_run(path, inputs, dtype, None, wide=w) for w in (True, False))
+                for name in usable:
+                    ours = _run(path, inputs, dtype, name)
+                    rows += _compare(name, device, dtype, path, ours, plain, truth)
     return rows
+
+
+def refusals() -> list[str]:
+    """A line for each backend and device that was not checked, with the reason."""
+    found = []
+    for device in _devices():
+        for name in backends.ORDER:
+            reason = backends.refusal(name, device, torch.float32)
+            if reason is not None:
+                found.append(f"{name} on {device.type}: not checked: {reason}")
+    return found
 
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| backend | device | dtype | quantity | error | plain PyTorch | |",
-        "|---|---|---|---|---|---|---|",
+        "| backend | device | dtype | from | quantity | error | plain PyTorch | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r.backend} | {r.device} | {r.dtype} | {r.quantity} | {r.error:.2e} | {r.plain:.2e} | "
-        f"{'ok' if r.passed else 'FAILED'} |"
+        f"| {r.backend} | {r.device} | {r.dtype} | {r.path} | {r.quantity} | {r.error:.2e} | "
+        f"{r.plain:.2e} | {'ok' if r.passed else 'FAILED'} |"
         for r in rows
     ]
     return "\n".join(lines)
@@ -78,10 +93,7 @@ def run(json_path: Path | None = None) -> int:
     """Print the table, write it as JSON where asked; exit code 1 when a row failed."""
     rows = check()
     print(table(rows))
-    for name in backends.ORDER:
-        reason = backends.refusal(name, torch.device("cpu"), torch.float32)
-        if reason is not None:
-            print(f"\n{name}: not checked on the CPU: {reason}")
+    print("\n" + "\n".join(refusals()))
     if json_path is not None:
         json_path.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     failed = [r for r in rows if not r.passed]
@@ -108,28 +120,48 @@ def _inputs(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Te
     }
 
 
-def _run(function, inputs: dict[str, Tensor], dtype: torch.dtype, **options) -> list[Tensor]:
-    hidden = inputs["hidden"].to(dtype, copy=True).requires_grad_()
-    weight = inputs["weight"].to(dtype, copy=True).requires_grad_()
-    rewards = inputs["rewards"]
-    if function is reference.linear_pro_loss:
-        rewards = rewards.to(hidden.device)
-    out = function(hidden, weight, inputs["targets"], rewards, **options)
-    (0.7 * out.loss).backward()
-    assert hidden.grad is not None and weight.grad is not None
-    return [out.logps, out.loss.detach().reshape(1), hidden.grad, weight.grad]
+def _run(
+    path: str,
+    inputs: dict[str, Tensor],
+    dtype: torch.dtype,
+    backend: str | None,  # None: the reference
+    wide: bool = False,  # in fp64, on what ``dtype`` rounds
+) -> list[Tensor]:
+    """Log-probs, loss and gradients of one path."""
+    kind = torch.float64 if wide else dtype
+    hidden, weight = inputs["hidden"], inputs["weight"]
+    names = {"hidden": hidden, "weight": weight}
+    if path == "logits":
+        names = {"logits": (hidden @ weight.t()).to(dtype)}
+    leaves = [x.to(kind, copy=True).requires_grad_() for x in names.values()]
+    args = (*leaves, inputs["targets"], inputs["rewards"].to(hidden.device))
+    if backend is None:
+        function = reference.pro_loss if path == "logits" else reference.linear_pro_loss
+        out = function(*args)
+    elif path == "logits":
+        out = pro_loss(*args, backend=backend)
+    else:
+        out = linear_pro_loss(*args, backend=backend, budget=1 if "no budget" in path else None)
+    grads = torch.autograd.grad(0.7 * out.loss, leaves)
+    return [out.logps, out.loss.detach().reshape(1), *grads]
+
+
+def _devices() -> list[torch.device]:
+    names = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return [torch.device(name) for name in names]
 
 
 def _compare(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
+    path: str,
     ours: list[Tensor],
     plain: list[Tensor],
     truth: list[Tensor],
 ) -> list[Row]:
     rows = []
-    for quantity, a, b, exact in zip(_COLUMNS, ours, plain, truth, strict=True):
+    for quantity, a, b, exact in zip(_QUANTITIES, ours, plain, truth, strict=False):
         order = torch.inf if quantity == "log-probs" else 2
         scale = torch.linalg.vector_norm(exact, order)
         error, limit = (
@@ -137,5 +169,5 @@ def _compare(
         )
         passed = error <= limit + _FLOOR[dtype]  # False for NaN
         label = str(dtype).removeprefix("torch.")
-        rows.append(Row(name, device.type, label, quantity, error, limit, passed))
+        rows.append(Row(name, device.type, label, path, quantity, error, limit, passed))
     return rows

@@ -77,35 +77,43 @@ def check_same_shape(name: str, value: Tensor, shape: tuple[int, ...], legend: s
         raise ValueError(f"{name} must have shape {legend} = {shape}, got {tuple(value.shape)}")
 
 
-def check_rewards(rewards: object, shape: tuple[int, int], mask: Tensor | None) -> None:
-    """``rewards`` is a numeric (B, n) tensor, finite where a candidate exists.
+def check_tensor(name: str, value: object) -> None:
+    """``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
 
-    Values are looked at only on the CPU (a GPU would have to be waited for); on a GPU a NaN or inf
-    trips ``torch._assert_async``.
-    """
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards must be a tensor or None, got {type(rewards).__name__}")
-    check_same_shape("rewards", rewards, shape, "(B, n)")
-    if not rewards.is_floating_point():
-        return
-    bad = ~torch.isfinite(rewards)
+
+def check_all(text: str, good: Tensor, value: Tensor) -> None:
+    """Raise ValueError with ``text`` and the values unless all are good; queued on a GPU."""
+    if value.device.type != "cpu":
+        torch._assert_async(good.all(), text)
+    elif not good.all():
+        raise ValueError(f"{text}, got {value.tolist()}")
+
+
+def check_finite(name: str, value: Tensor, mask: Tensor | None) -> None:
+    """``value`` (B, n) is finite where ``mask`` holds (None: everywhere); queued on a GPU."""
+    bad = ~torch.isfinite(value)
     if mask is not None:
-        bad = bad & mask.to(bad.device)
-    if rewards.device.type != "cpu":
-        torch._assert_async(~bad.any(), "rewards must be finite")
+        bad = bad & mask
+    if value.device.type != "cpu":
+        torch._assert_async(~bad.any(), f"{name} must be finite")
     elif bad.any():
         b, i = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"rewards must be finite, got {rewards[b, i]} for prompt {b} candidate {i}"
-        )
+        raise ValueError(f"{name} must be finite, got {value[b, i]} for prompt {b} candidate {i}")
 
 
-def check_not_all_equal(rewards: Tensor, valid: Tensor) -> None:
-    """At least two different rewards in each prompt of two candidates or more (CPU tensors)."""
+def check_gaps(rewards: Tensor, valid: Tensor, equal_allowed: bool) -> None:
+    """Reward gaps of each prompt are finite and, of two candidates or more, not all 0 (CPU)."""
     low = rewards.masked_fill(~valid, torch.inf).amin(1)
     high = rewards.masked_fill(~valid, -torch.inf).amax(1)
-    equal = (valid.sum(1) > 1) & (low == high)
-    if equal.any():
+    several = valid.sum(1) > 1
+    wide = several & ~(high - low).isfinite()
+    if wide.any():
+        b = int(wide.nonzero()[0])
+        raise ValueError(f"rewards of prompt {b} are too far apart: {low[b]} to {high[b]}")
+    equal = several & (low == high)
+    if equal.any() and not equal_allowed:
         raise ValueError(
             f"rewards are all equal in prompts {equal.nonzero()[:, 0].tolist()}: their order says "
             "nothing; drop them, or rank them by column with rewards=None or temperature=1.0"

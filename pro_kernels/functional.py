@@ -13,7 +13,7 @@ from torch import Tensor
 from pro_kernels import autograd, checks
 from pro_kernels.backends import resolve
 from pro_kernels.head import acc_dtype
-from pro_kernels.layout import Layout, check_targets, shift_targets
+from pro_kernels.layout import Layout, check_targets, mark_unscored, shift_targets
 from pro_kernels.options import IGNORE_INDEX, LogitOptions, PROOptions
 from pro_kernels.output import PROOutput
 from pro_kernels.planner import make_plan
@@ -125,7 +125,7 @@ def token_logps(
     checks.check_device("targets", targets, "logits", logits)
     if shift:
         targets = shift_targets(targets, ignore_index)
-    flat = torch.where(targets == ignore_index, IGNORE_INDEX, targets).reshape(-1).long()
+    flat = mark_unscored(targets, ignore_index).reshape(-1)
     backend = resolve(backend, logits.device, logits.dtype)
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(1) != 1:
@@ -305,7 +305,7 @@ def pro_loss(
     )
     checks.check_float("logits", logits)
     check_targets(targets)
-    if logits.dim() != 4:
+    if logits.dim() != 4 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape (B, n, T, V), got {tuple(logits.shape)}")
     checks.check_same_shape("targets", targets, tuple(logits.shape[:-1]), "(B, n, T)")
     if shift:
@@ -358,6 +358,10 @@ def _head_call(
     checks.check_device("layout", layout.targets, "hidden", hidden)
     grads = torch.is_grad_enabled()
     wide = logits_dtype != compute
+    may_chunk = scalar_loss and not wide and weight.requires_grad
+    fixed = weight.numel() * compute.itemsize if weight.dtype != compute else 0
+    if layout.shared_rows and hidden.requires_grad and hidden.itemsize < 4:
+        fixed += 4 * hidden.numel()  # dHidden is summed in fp32
     plan = make_plan(
         layout.num_tokens,
         weight.shape[1],
@@ -367,7 +371,9 @@ def _head_call(
         need_hidden=grads and hidden.requires_grad,
         need_weight=grads and (weight.requires_grad or (bias is not None and bias.requires_grad)),
         budget=budget,
-        prompt_tokens=layout.prompt_tokens if scalar_loss and not wide else None,
+        prompt_tokens=layout.prompt_tokens if may_chunk else None,
+        fixed=fixed,
+        hidden_rows=layout.num_rows,
         wide_logits=wide,
     )
     candidates = layout.shape[1] if scalar_loss else None
@@ -393,6 +399,8 @@ def _pro_layout(
     if layout is not None:
         if targets is not None:
             raise ValueError("targets must be None when layout is given (it holds them)")
+        if shift:
+            raise ValueError("shift must be False when layout is given (shift when making it)")
         rows = hidden.numel() // hidden.shape[-1]
         if rows != layout.num_rows:
             raise ValueError(
@@ -403,7 +411,7 @@ def _pro_layout(
     if targets is None:
         raise TypeError("targets must be an integer tensor when no layout is given, got None")
     check_targets(targets)
-    if hidden.dim() != 4:
+    if hidden.dim() != 4 or hidden.shape[1] == 0:
         raise ValueError(
             f"hidden must have shape (B, n, T, H) without a layout, got {tuple(hidden.shape)}"
         )

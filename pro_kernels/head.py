@@ -214,8 +214,10 @@ def scatter_rows(
     for i in range(0, rows.shape[0], 4096):
         at = slice(i, i + 4096)
         part = (side[at].to(row_weights.dtype) * row_weights[at, None]).to(acc.dtype)
-        if shared:
+        if shared and acc.is_cuda:  # sorted, so in a fixed order; index_add_ would be atomic there
             acc.index_put_((rows[at],), part, accumulate=True)
+        elif shared:  # row after row; index_put_ is atomic here
+            acc.index_add_(0, rows[at], part)
         else:
             acc.index_copy_(0, rows[at], part)
     if acc is not out:
@@ -225,7 +227,7 @@ def scatter_rows(
 def bias_grad(dz: Tensor, row_weights: Tensor) -> Tensor:
     """``dz^T w`` summed in fp32."""
     out = row_weights.new_empty(dz.shape[1])
-    step = matmul.column_block(dz.shape[0], 0, dz.shape[1])
+    step = max(64, matmul.WORKSPACE // (4 * max(1, dz.shape[0])))
     for i in range(0, dz.shape[1], step):
         torch.mv(dz[:, i : i + step].to(row_weights.dtype).t(), row_weights, out=out[i : i + step])
     return out

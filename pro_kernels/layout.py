@@ -3,7 +3,7 @@
 Every batch form reduces to one ``Layout``: padded ``(B, n, T)``, packed (``cu_seqlens``), and
 row-sharing (the n first completion tokens all read the prompt's last row). Only the rows it names
 ever reach the head matmul. Build it where the batch is built, on the CPU: then nothing on the
-training device is inspected and nothing waits. From device tensors it costs one synchronisation.
+training device is inspected and nothing waits. Made from device tensors it waits for the device.
 
 Legend: ``R`` rows of the flattened hidden states, ``N`` scored tokens, ``S`` sequences, ``B``
 prompts.
@@ -12,7 +12,8 @@ prompts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,8 @@ class Layout:
         sequences: (B, n) int64, the sequence of candidate i of prompt b, -1 where there is none.
         num_rows: R.
         prompt_tokens: tokens of each prompt, on the host, in order; chunks are aligned to them.
+        candidate_tokens: scored tokens of each candidate of each prompt, on the host, so that
+            rewards can be checked without waiting for a device; None in the dense form.
         shared_rows: whether a row is read by more than one token.
     """
 
@@ -46,6 +49,7 @@ class Layout:
     num_rows: int
     prompt_tokens: tuple[int, ...]
     shared_rows: bool = False
+    candidate_tokens: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -64,21 +68,16 @@ class Layout:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
         """The same layout with its tensors on ``device``."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return self._with_tensors(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Layout:
         """The same layout in pinned memory (called by ``DataLoader(pin_memory=True)``)."""
-        pinned = {
-            f.name: getattr(self, f.name).pin_memory()
-            for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **pinned)
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Layout:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {name: change(x) for name, x in fields.items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **changed)
 
     @classmethod
     def from_padded(
@@ -107,6 +106,8 @@ class Layout:
         if targets.dim() == 2:
             targets = targets[:, None]
         b, n, t = targets.shape
+        if n == 0:
+            raise ValueError(f"targets must hold a candidate (n >= 1), got {tuple(targets.shape)}")
         if shift:
             targets = shift_targets(targets, ignore_index)
         flat = targets.reshape(-1)
@@ -226,14 +227,14 @@ class Layout:
     def dense(cls, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Layout:
         """Layout of ``(B, n, T)`` targets whose every size is known without looking at them.
 
-        The form for ``torch.compile`` and CUDA graphs when no compact layout is at hand: unscored
-        tokens stay in the token list and are dropped inside the op.
+        The form for ``torch.compile`` when no compact layout is at hand, and for logits: unscored
+        tokens stay in the token list. The head ops drop them inside, for which a GPU waits.
         """
         b, n, t = targets.shape
         live = targets != ignore_index
         return cls(
             rows=None,
-            targets=torch.where(live, targets, IGNORE_INDEX).reshape(-1).long(),
+            targets=mark_unscored(targets, ignore_index).reshape(-1),
             offsets=torch.arange(b * n + 1, device=targets.device) * t,
             lengths=live.sum(-1).reshape(-1),
             sequences=torch.arange(b * n, device=targets.device).view(b, n),
@@ -255,6 +256,7 @@ class Layout:
         shared_rows: bool,
     ) -> Layout:
         """Drop unscored tokens. One device-to-host copy in all, none for CPU tensors."""
+        targets = targets.long()
         live = targets != ignore_index
         before = torch.nn.functional.pad(live.cumsum(0), (1, 0))
         new_offsets = before[offsets]
@@ -264,20 +266,19 @@ class Layout:
             at = int(bad.nonzero()[0])
             raise_bad_target(targets, at, vocab_size, ignore_index)
         kept = torch.nonzero_static(live, size=host[-1])[:, 0]
-        firsts = [0]
-        for count in counts:
-            firsts.append(firsts[-1] + count)
+        firsts = [0, *itertools.accumulate(counts)]
+        lengths = [b - a for a, b in itertools.pairwise(host)]
+        per_prompt = tuple(tuple(lengths[a:b]) for a, b in itertools.pairwise(firsts))
         return cls(
             rows=rows[kept],
-            targets=targets[kept].long(),
+            targets=targets[kept],
             offsets=new_offsets,
             lengths=new_offsets.diff(),
             sequences=sequences,
             num_rows=num_rows,
-            prompt_tokens=tuple(
-                host[b] - host[a] for a, b in zip(firsts, firsts[1:], strict=False)
-            ),
+            prompt_tokens=tuple(map(sum, per_prompt)),
             shared_rows=shared_rows,
+            candidate_tokens=per_prompt,
         )
 
 
@@ -288,11 +289,16 @@ def shift_targets(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     return targets
 
 
+def mark_unscored(targets: Tensor, ignore_index: int) -> Tensor:
+    """int64 targets with IGNORE_INDEX where not scored; other negative ones stay to be found."""
+    return torch.where(targets == ignore_index, IGNORE_INDEX, targets.long().clamp_min(-1))
+
+
 def check_targets(targets: Tensor, name: str = "targets") -> None:
     """Raise TypeError unless ``targets`` is an integer tensor."""
     if not isinstance(targets, Tensor):
         raise TypeError(f"{name} must be an integer tensor, got {type(targets).__name__}")
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         raise TypeError(f"{name} must be an integer tensor, got dtype {targets.dtype}")
 
 

@@ -67,7 +67,7 @@ def logits_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         if bias is None:
             return torch.mm(x, weight.t(), out=out)
         return torch.addmm(bias, x, weight.t(), out=out)
-    work = _Workspace(x, weight.shape[0], torch.float32)
+    work = _Workspace(x, weight.shape[0])
     for rows in work.tiles:
         tile = x[rows].float()
         for cols in work.blocks:
@@ -82,8 +82,8 @@ def hidden_grad(dz: Tensor, weight: Tensor) -> Tensor:
     """``dz weight`` as ``(R, H)``: fp32 where the maths is fp32, else the weight's dtype."""
     if not upcasts(dz.dtype, dz.device.type):
         return torch.mm(dz, weight)
-    out = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.float32)
-    work = _Workspace(out, dz.shape[1], torch.float32)
+    out = dz.new_zeros((dz.shape[0], weight.shape[1]), dtype=torch.float32)
+    work = _Workspace(out, dz.shape[1])
     for rows in work.tiles:
         for cols in work.blocks:
             part = work.rows(rows, cols).copy_(dz[rows, cols])
@@ -93,32 +93,52 @@ def hidden_grad(dz: Tensor, weight: Tensor) -> Tensor:
 
 def weight_grad(dz: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> Tensor:
     """``out = dz^T x``, or ``out += dz^T x``; accumulation needs an fp32 (or wider) ``out``."""
-    upcast = upcasts(dz.dtype, dz.device.type)
-    if not upcast and dz.dtype == out.dtype:
+    if upcasts(dz.dtype, dz.device.type):
+        return _weight_grad_by_tiles(dz, x, out, accumulate)
+    if dz.dtype == x.dtype == out.dtype:
         return out.addmm_(dz.t(), x) if accumulate else torch.mm(dz.t(), x, out=out)
-    work = _Workspace(x, dz.shape[1], torch.float32 if upcast else x.dtype)
+    # A wider out: by blocks of columns, so that the product beside it stays small.
+    for cols in _slices(dz.shape[1], column_block(x.shape[0], x.shape[1], dz.shape[1])):
+        part = _mm_fp32(dz[:, cols].t().to(x.dtype), x)
+        out[cols] = out[cols] + part if accumulate else part
+    return out
+
+
+def _weight_grad_by_tiles(dz: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> Tensor:
+    work = _Workspace(x, dz.shape[1])
     for cols in work.blocks:
         total = work.columns(cols)
         for rows in work.tiles:
             part = work.rows(rows, cols).copy_(dz[rows, cols]).t()
             # beta = 0 ignores what the buffer holds, NaN included.
-            total.addmm_(part, x[rows].to(total.dtype), beta=float(rows.start > 0))
+            total.addmm_(part, x[rows].float(), beta=float(rows.start > 0))
         out[cols] = out[cols] + total if accumulate else total
     return out
 
 
-class _Workspace:
-    """Two buffers for a tile of rows by a block of columns, reused from block to block."""
+def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, on a GPU with the fp32 sums unrounded (elsewhere no such output is to be had)."""
+    if a.is_cuda and a.dtype in _LOW:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
 
-    def __init__(self, side: Tensor, vocab: int, dtype: torch.dtype) -> None:
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+class _Workspace:
+    """Two fp32 buffers for a tile of rows by a block of columns, reused from block to block."""
+
+    def __init__(self, side: Tensor, vocab: int) -> None:
         n, width = side.shape
         block = column_block(n, width, vocab)
-        self.blocks = [slice(i, min(i + block, vocab)) for i in range(0, vocab, block)]
+        self.blocks = _slices(vocab, block)
         # No rows are one empty tile: sums over them are 0.
-        self.tiles = [slice(i, min(i + TILE_ROWS, n)) for i in range(0, max(n, 1), TILE_ROWS)]
+        self.tiles = _slices(n, TILE_ROWS) or [slice(0, 0)]
         block = min(block, vocab)
-        self._rows = side.new_empty(min(n, TILE_ROWS) * block, dtype=dtype)
-        self._columns = side.new_empty((block, width), dtype=dtype)
+        self._rows = side.new_empty(min(n, TILE_ROWS) * block, dtype=torch.float32)
+        self._columns = side.new_empty((block, width), dtype=torch.float32)
 
     def rows(self, rows: slice, cols: slice) -> Tensor:
         """(tile, block)."""
@@ -130,5 +150,5 @@ class _Workspace:
         return self._columns[: cols.stop - cols.start]
 
     def wide(self, weight: Tensor) -> Tensor:
-        """The weight's block (block, H) in the workspace's dtype."""
+        """The weight's block (block, H) in fp32."""
         return self._columns[: weight.shape[0]].copy_(weight)

@@ -313,12 +313,13 @@ def _(hidden, weight, bias, rows, targets, offsets, lengths, order, *config):
 
 @torch.library.custom_op("pro_kernels::scaled", mutates_args=())
 def scaled(x: Tensor, by: Tensor) -> Tensor:
-    """``by * x`` in x's dtype, multiplied in ``by``'s: the scalar is never rounded to x's dtype."""
+    """``by * x`` in x's dtype, multiplied in fp32 (fp64): neither factor is rounded before."""
+    acc = head.acc_dtype(x.dtype)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat, source = out.view(-1), x.reshape(-1)
     for i in range(0, flat.numel(), 1 << 22):
         at = slice(i, i + (1 << 22))
-        flat[at] = source[at].to(by.dtype) * by
+        flat[at] = source[at].to(acc) * by.to(acc)
     return out
 
 

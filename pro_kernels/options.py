@@ -1,7 +1,7 @@
 """Options that travel through every layer as frozen dataclasses.
 
-One object goes down the whole way (public function -> autograd -> op -> backend), so a new
-option is a field here, not an argument in five places.
+``PROOptions`` is the loss as its caller describes it, ``RankingOptions`` as the kernels take it,
+``LogitOptions`` what the model does to its logits. Ops flatten them, as their schemas must.
 """
 
 from __future__ import annotations

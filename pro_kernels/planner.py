@@ -66,6 +66,8 @@ def make_plan(
     budget: int | None = None,
     prompt_tokens: tuple[int, ...] | None = None,
     wide_logits: bool = False,
+    fixed: int = 0,
+    hidden_rows: int | None = None,
 ) -> Plan:
     """Choose the tier for ``rows`` scored rows.
 
@@ -80,12 +82,15 @@ def make_plan(
         budget: bytes beyond the inputs' gradients; None for ``default_budget``.
         prompt_tokens: tokens of each prompt where the loss is a scalar over prompts (allows T2).
         wide_logits: logits are computed in fp32 although the matmuls are of lower precision.
+        fixed: bytes the call takes in any tier (a cast weight, an fp32 dHidden).
+        hidden_rows: R, rows of the hidden states; None for N.
 
     Raises:
         TypeError: budget is not an integer.
         ValueError: budget is not positive.
     """
     budget = default_budget(device) if budget is None else check_budget(budget)
+    budget = max(1, budget - fixed)
     size = dtype.itemsize
     side = hidden * (4 if upcasts(dtype, device.type) else size)
     # One row's share: its logits, and its slices of the gathered, weighted and gradient sides.
@@ -103,9 +108,10 @@ def make_plan(
     if rows <= budget // row:
         return plan("T1", rows, retained=rows)
     if prompt_tokens:
-        # fp32 weights: the accumulator is the gradient itself.
-        accumulator = vocab * hidden * 4 if size < 4 else 0
-        t2_rows = (budget - accumulator - (rows * side if need_hidden else 0)) // row
+        # Held from forward to backward: dW, while it grows at least in fp32, and dHidden.
+        held = vocab * hidden * max(size, 4)
+        held += (hidden_rows or rows) * hidden * size if need_hidden else 0
+        t2_rows = (budget - held) // row
         if t2_rows >= max(MIN_T2_ROWS, *prompt_tokens):
             t2_rows = min(t2_rows, max(CHUNK_ROWS, *prompt_tokens))
             return plan("T2", t2_rows, prompts=_group_prompts(prompt_tokens, t2_rows))

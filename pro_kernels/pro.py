@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pro_kernels import checks
-from pro_kernels.layout import Layout
+from pro_kernels.layout import Layout, check_targets
 from pro_kernels.options import PROOptions, RankingOptions
 from pro_kernels.output import PROOutput
 
@@ -43,34 +43,29 @@ def rank_candidates(
 ) -> RankedCandidates:
     """Check the per-candidate inputs and put the candidates of each prompt in rank order."""
     shape, device = layout.shape, layout.device
-    compiling = torch.compiler.is_compiling()
-    _check_shapes(shape, candidate_mask, prompt_weights, sft_index, compiling)
+    _check_arguments(shape, rewards, candidate_mask, prompt_weights, sft_index, options)
     exists = layout.sequences >= 0
     if candidate_mask is not None:
         exists = exists & candidate_mask.to(device, non_blocking=True)
     valid = exists & (layout.lengths[layout.sequences.clamp_min(0)] > 0)
-    if rewards is not None and not compiling:
-        _check_rewards(rewards, shape, exists, valid, candidate_mask, options)
-    if options.official and not compiling:
-        _check_official(rewards, valid)
+    scaled = None if rewards is None else _scaled(rewards, options, dtype)
+    if not torch.compiler.is_compiling():
+        _check_values(layout, scaled, valid, candidate_mask, prompt_weights, sft_index, options)
 
-    if rewards is not None:
-        if rewards.dtype not in (torch.float32, dtype):
-            rewards = rewards.to(dtype)
-        rewards = rewards.to(device, non_blocking=True) * options.reward_scale
     if options.official:
         rank_of = torch.arange(shape[1], device=device).expand(shape)
     elif rewards is None:
         rank_of = (~valid).to(torch.int8).argsort(dim=1, stable=True)
-    else:
-        rank_of = rewards.masked_fill(~valid, -torch.inf).argsort(
-            dim=1, descending=True, stable=True
-        )
+    else:  # by the rewards as given: rounding must not make ties
+        key = rewards if rewards.is_floating_point() else rewards.double()
+        key = key.to(device, non_blocking=True).masked_fill(~valid, -torch.inf)
+        rank_of = key.argsort(dim=1, descending=True, stable=True)
     sequences = layout.sequences.masked_fill(~valid, -1)
     order = sequences.gather(1, rank_of)
     at_rank = None
-    if rewards is not None and isinstance(options.temperature, str):
-        at_rank = rewards.masked_fill(~valid, 0).gather(1, rank_of).contiguous()
+    if scaled is not None and isinstance(options.temperature, str):
+        scaled = scaled.to(device, non_blocking=True).masked_fill(~valid, 0)
+        at_rank = scaled.gather(1, rank_of).contiguous()
     return RankedCandidates(
         order.contiguous(),
         at_rank,
@@ -98,8 +93,9 @@ def _sft_rank(order: Tensor, rank_of: Tensor, sft_index: Tensor | None) -> Tenso
         rank = torch.zeros(order.shape[0], dtype=torch.int64, device=order.device)
     else:
         column = sft_index.to(order.device, torch.int64, non_blocking=True)
-        rank = (rank_of == column[:, None]).to(torch.int8).argmax(1)
-    found = order.gather(1, rank[:, None])[:, 0]
+        is_column = rank_of == column[:, None]
+        rank = torch.where(is_column.any(1), is_column.to(torch.int8).argmax(1), -1)
+    found = order.gather(1, rank.clamp_min(0)[:, None])[:, 0]
     return torch.where(found >= 0, rank, -1)
 
 
@@ -111,61 +107,88 @@ def _mean_weights(counts: Tensor, prompt_weights: Tensor | None, dtype: torch.dt
     return torch.where(total > 0, weights / total.clamp_min(torch.finfo(dtype).tiny), 0.0)
 
 
-def _check_shapes(
+def _scaled(rewards: Tensor, options: PROOptions, dtype: torch.dtype) -> Tensor:
+    """Rewards in the dtype their gaps are taken in: their own if it is fp32, else ``dtype``."""
+    if rewards.dtype not in (torch.float32, dtype):
+        rewards = rewards.to(dtype)
+    return rewards * options.reward_scale
+
+
+def _check_arguments(
     shape: tuple[int, int],
+    rewards: Tensor | None,
     candidate_mask: Tensor | None,
     prompt_weights: Tensor | None,
     sft_index: Tensor | None,
-    compiling: bool,
+    options: PROOptions,
 ) -> None:
+    """Types and shapes: these cost nothing, on any device and while compiling too."""
+    if rewards is not None:
+        checks.check_tensor("rewards", rewards)
+        checks.check_same_shape("rewards", rewards, shape, "(B, n)")
+    elif options.official:
+        raise ValueError('rewards must be given with compat="official", got None')
     if candidate_mask is not None:
+        checks.check_tensor("candidate_mask", candidate_mask)
         if candidate_mask.dtype != torch.bool:
             raise TypeError(f"candidate_mask must be a bool tensor, got {candidate_mask.dtype}")
         checks.check_same_shape("candidate_mask", candidate_mask, shape, "(B, n)")
     if prompt_weights is not None:
         checks.check_float("prompt_weights", prompt_weights)
         checks.check_same_shape("prompt_weights", prompt_weights, shape[:1], "(B,)")
-        if not compiling and prompt_weights.device.type == "cpu":
-            bad = ~(prompt_weights >= 0) | prompt_weights.isinf()
-            if bad.any():
-                raise ValueError(
-                    f"prompt_weights must be finite and >= 0, got {prompt_weights.tolist()}"
-                )
     if sft_index is not None:
+        check_targets(sft_index, "sft_index")
         checks.check_same_shape("sft_index", sft_index, shape[:1], "(B,)")
-        if not compiling and sft_index.device.type == "cpu":
-            bad = (sft_index < 0) | (sft_index >= shape[1])
-            if bad.any():
-                raise ValueError(f"sft_index must lie in [0, {shape[1]}), got {sft_index.tolist()}")
 
 
-def _check_rewards(
-    rewards: object,
-    shape: tuple[int, int],
-    exists: Tensor,
+def _check_values(
+    layout: Layout,
+    rewards: Tensor | None,
     valid: Tensor,
     candidate_mask: Tensor | None,
+    prompt_weights: Tensor | None,
+    sft_index: Tensor | None,
     options: PROOptions,
 ) -> None:
-    # Where the layout is on a GPU, only what the host knows can be looked at without waiting.
-    on_host = valid.device.type == "cpu"
-    mask = exists if on_host else candidate_mask
-    if mask is not None and isinstance(rewards, Tensor) and mask.device != rewards.device:
-        mask = None if rewards.device.type == "cpu" else mask.to(rewards.device)
-    checks.check_rewards(rewards, shape, mask)
-    assert isinstance(rewards, Tensor)
-    looked_at = rewards.device.type == "cpu" and not options.official
-    if looked_at and isinstance(options.temperature, str):
-        known = valid if on_host else torch.ones(shape, dtype=torch.bool) if mask is None else mask
-        checks.check_not_all_equal(rewards, known)
+    """Values: looked at on the CPU, queued as asynchronous assertions on a GPU."""
+    if rewards is not None:
+        known = _valid_on_host(layout, valid, candidate_mask)
+        mask = known if rewards.device.type == "cpu" else valid
+        checks.check_finite("rewards", rewards, mask)
+        by_reward = isinstance(options.temperature, str)
+        if rewards.device.type == "cpu" and known is not None and by_reward:
+            checks.check_gaps(rewards, known, equal_allowed=options.official)
+    if prompt_weights is not None:
+        good = prompt_weights.isfinite() & (prompt_weights >= 0)
+        checks.check_all("prompt_weights must be finite and >= 0", good, prompt_weights)
+    if sft_index is not None:
+        n = layout.shape[1]
+        checks.check_all(
+            f"sft_index must lie in [0, {n})", (sft_index >= 0) & (sft_index < n), sft_index
+        )
+    if options.official:
+        _check_official(valid)
 
 
-def _check_official(rewards: Tensor | None, valid: Tensor) -> None:
-    if rewards is None:
-        raise ValueError('rewards must be given with compat="official", got None')
-    if valid.device.type == "cpu" and not valid.all():
+def _valid_on_host(layout: Layout, valid: Tensor, candidate_mask: Tensor | None) -> Tensor | None:
+    """Which candidates take part, if that can be told without waiting for a device."""
+    if valid.device.type == "cpu":
+        return valid
+    mask_known = candidate_mask is None or candidate_mask.device.type == "cpu"
+    if layout.candidate_tokens is None or not mask_known:
+        return None
+    known = torch.zeros(layout.shape, dtype=torch.bool, device="cpu")
+    for prompt, tokens in enumerate(layout.candidate_tokens):
+        known[prompt, : len(tokens)] = torch.tensor(tokens, device="cpu") > 0
+    return known if candidate_mask is None else known & candidate_mask
+
+
+def _check_official(valid: Tensor) -> None:
+    text = 'compat="official" needs a scored token in every candidate'
+    if valid.device.type != "cpu":
+        torch._assert_async(valid.all(), text)
+    elif not valid.all():
         b, i = (~valid).nonzero()[0].tolist()
         raise ValueError(
-            f'compat="official" needs a scored token in every candidate; prompt {b} candidate {i} '
-            "has none (the official code would give NaN)"
+            f"{text}; prompt {b} candidate {i} has none (the official code would give NaN)"
         )

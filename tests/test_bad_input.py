@@ -69,7 +69,55 @@ BAD = [
         "candidate_mask must have shape (B, n) = (2, 3), got (3, 2)",
     ),
     ("weights", {"prompt_weights": torch.tensor([1.0, -1.0])}, ValueError, "finite and >= 0"),
-    ("sft", {"sft_index": torch.tensor([0, 3])}, ValueError, "sft_index must lie in [0, 3)"),
+    (
+        "sft",
+        {"sft_index": torch.tensor([0, 3])},
+        ValueError,
+        "sft_index must lie in [0, 3), got [0, 3]",
+    ),
+    ("sft list", {"sft_index": [0, 0]}, TypeError, "sft_index must be an integer tensor, got list"),
+    ("sft float", {"sft_index": torch.zeros(2)}, TypeError, "sft_index must be an integer tensor"),
+    (
+        "mask list",
+        {"candidate_mask": [[True]]},
+        TypeError,
+        "candidate_mask must be a tensor or None",
+    ),
+    ("far apart", {"rewards": torch.tensor([[3e38, -3e38, 0.0]] * 2)}, ValueError, "too far apart"),
+    (
+        "equal in fp32",
+        {"rewards": torch.tensor([[1.0, 1.0 + 1e-9, 1.0]] * 2, dtype=torch.float64)},
+        ValueError,
+        "all equal in prompts [0, 1]",
+    ),
+    (
+        "no fp32",
+        {"rewards": torch.full((2, 3), 1e39, dtype=torch.double)},
+        ValueError,
+        "must be finite",
+    ),
+    (
+        "no candidate",
+        {"hidden": torch.randn(2, 0, 4, 8), "targets": torch.zeros(2, 0, 4).long()},
+        ValueError,
+        "hidden must have shape (B, n, T, H)",
+    ),
+    (
+        "uint8",
+        {"targets": torch.zeros(2, 3, 4, dtype=torch.uint8)},
+        TypeError,
+        "got dtype torch.uint8",
+    ),
+    (
+        "shift with layout",
+        {
+            "layout": pk.Layout.from_padded(torch.zeros(2, 3, 4).long()),
+            "targets": None,
+            "shift": True,
+        },
+        ValueError,
+        "shift must be False when layout is given",
+    ),
     (
         "reduction",
         {"sft_reduction": "max"},
@@ -121,6 +169,37 @@ BAD = [
 def test_linear_pro_loss(changes, error, message):
     with pytest.raises(error, match=re.escape(message)):
         pk.linear_pro_loss(**batch(**changes))
+
+
+def test_a_stray_minus_100_is_found_where_another_index_is_ignored():
+    targets = torch.tensor([[[3, -100, 5]]])
+    logits = torch.randn(1, 1, 3, 7)
+    for call in (
+        lambda: pk.token_logps(logits, targets, ignore_index=-1),
+        lambda: pk.pro_loss(logits, targets, None, ignore_index=-1),
+        lambda: pk.linear_pro_loss(logits, torch.randn(9, 7), targets, None, ignore_index=-1),
+    ):
+        with pytest.raises(ValueError, match="got -"):
+            call()
+
+
+def test_rewards_order_candidates_before_they_are_rounded():
+    args = batch(rewards=torch.tensor([[2**24, 2**24 + 1, 0]] * 2))
+    expected = pk.linear_pro_loss(**{**args, "rewards": torch.tensor([[1.0, 2.0, 0.0]] * 2)},
+                                  temperature=1.0)  # fmt: skip
+    torch.testing.assert_close(pk.linear_pro_loss(**args, temperature=1.0).loss, expected.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_does_not_matter(dtype):
+    args = batch()
+    expected = pk.linear_pro_loss(**args)
+    torch.set_default_dtype(dtype)
+    try:
+        out = pk.linear_pro_loss(**args)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(out.loss, expected.loss) and out.loss.dtype == torch.float32
 
 
 def test_a_layout_target_beyond_the_vocabulary_is_found_before_any_work():

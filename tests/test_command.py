@@ -50,7 +50,13 @@ def test_check_fails_when_a_kernel_is_wrong(monkeypatch, capsys):
 def test_check_fails_on_nan():
     good = [torch.ones(2, dtype=torch.float64)] * 4
     rows = check._compare(
-        "x", torch.device("cpu"), torch.float32, [t * float("nan") for t in good], good, good
+        "x",
+        torch.device("cpu"),
+        torch.float32,
+        "hidden",
+        [t * float("nan") for t in good],
+        good,
+        good,
     )
     assert len(rows) == 4 and not any(r.passed for r in rows)
 

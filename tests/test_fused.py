@@ -190,6 +190,20 @@ def test_retain_graph_and_double_use(tier, force_tier):
         torch.testing.assert_close((1 + 2 * loss.detach()) * a, b)
 
 
+@pytest.mark.parametrize("tier", TIERS)
+def test_unscored_rows_never_reach_the_head(tier, force_tier):
+    case = Case("nan rows", T=8)
+    hidden, weight, _, targets, rewards = case.tensors()
+    clean = pk.linear_pro_loss(hidden, weight, targets, rewards).loss
+    hidden = hidden.masked_fill((targets == -100)[..., None], float("nan")).requires_grad_()
+    force_tier(tier)
+    weight.requires_grad_()
+    loss = pk.linear_pro_loss(hidden, weight, targets, rewards).loss
+    loss.backward()
+    torch.testing.assert_close(loss, clean, rtol=1e-12, atol=0)
+    assert weight.grad.isfinite().all() and (hidden.grad[targets == -100] == 0).all()
+
+
 def test_tied_weights_add_both_gradients():
     embedding = torch.randn(29, 8, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(0, 29, (2, 3, 5))

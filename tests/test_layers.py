@@ -35,7 +35,7 @@ ALLOWED = {
     "check": {"backends", "functional", "reference"},
     "env": {"_version", "backends", "matmul", "planner"},
     "__main__": {"check", "env"},
-    "__init__": {"losses", "reference", "functional", "layout", "output", "_version"},
+    "__init__": {"backends", "losses", "reference", "functional", "layout", "output", "_version"},
 }  # fmt: skip
 
 

@@ -68,6 +68,22 @@ def test_ragged_numbers_of_candidates():
     assert out.lengths.tolist() == [[4, 4, 4], [4, 4, 0]]
 
 
+def test_shared_rows_are_summed_in_a_fixed_order():
+    rows = torch.randint(0, 4, (2000,))
+    layout = Layout.from_rows(rows, torch.zeros(2000).long(), torch.tensor([0, 900, 2000]), 2,
+                              num_rows=4)  # fmt: skip
+    weight, rewards = torch.randn(5, 64), torch.tensor([[1.0, 0.0]])
+    grads = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    for _ in range(5):
+        hidden = torch.ones(4, 64).mul_(torch.arange(64)).requires_grad_()
+        pk.linear_pro_loss(hidden, weight, None, rewards, layout=layout).loss.backward()
+        grads.append(hidden.grad)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(g, grads[0]) for g in grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_shared_rows_add_their_gradients(dtype):
     """The n first completion tokens of a prompt all read the prompt's last row."""

@@ -7,7 +7,7 @@ import torch
 
 import pro_kernels as pk
 from cases import Case, usable_backends
-from pro_kernels import ops
+from pro_kernels import ops, planner
 
 CONFIG = (None, 1.0)
 RANKING = (True, 1.0, False, 0.0, 0.05, False, None, True)
@@ -85,7 +85,10 @@ def test_opcheck_ranking_and_linear_pro(backend):
 def test_scaled_never_rounds_the_scalar():
     x, by = torch.randn(1000).bfloat16(), torch.tensor(1 / 3)
     torch.library.opcheck(ops.scaled, (x, by), test_utils=FULL)
-    assert torch.equal(ops.scaled(x, by), (x.float() / 3).bfloat16())
+    assert torch.equal(ops.scaled(x, by), (x.float() * by).bfloat16())
+    half = torch.tensor(1.0, dtype=torch.float16)
+    tiny = torch.full((3,), 1e-12)
+    assert torch.equal(ops.scaled(tiny, half), tiny)  # nor is x rounded to the scalar's dtype
 
 
 def loss_padded(h, w, t, r):
@@ -107,6 +110,33 @@ def loss_logits(h, w, t, r):
 def loss_tokens(h, w, t, r):
     steps = torch.arange(t.shape[-1], device=t.device)
     return (pk.linear_token_logps(h, w, t) * steps).sum()
+
+
+def test_the_chunked_tier_compiles_too(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(planner, "MIN_T2_ROWS", 1)
+    monkeypatch.setattr(planner, "MIN_ROWS", 1)
+    h, w, _, t, r = Case("compile", masked=0.3).tensors()
+    h, w = h.float().requires_grad_(), w.float().requires_grad_()
+
+    def loss(h, w, t, r):
+        return pk.linear_pro_loss(h, w, t, r, budget=11500, final_dtype=torch.bfloat16).loss
+
+    graph = []
+
+    def spy(gm, inputs):
+        graph.append(str(gm.graph))
+        return gm.forward
+
+    torch.compile(loss, fullgraph=True, backend=spy)(h, w, t, r)
+    assert "linear_pro" in graph[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(h, w, t, r)
+    exact = pk.linear_pro_loss(h, w, t, r).loss
+    for a, b in zip(
+        torch.autograd.grad(compiled, (h, w)), torch.autograd.grad(exact, (h, w)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def test_tiers():
     assert plan(need_hidden=False, need_weight=False).tier == "T0"
     assert plan().tier == "T1"
     assert plan(need_weight=False).tier == "T1f"
-    assert plan(budget=100 * MB, prompt_tokens=(400, 300, 300)).tier == "T2"
+    assert plan(budget=120 * MB, prompt_tokens=(400, 300, 300)).tier == "T2"
     assert plan(budget=100 * MB).tier == "T3"
     assert plan(budget=100 * MB, prompt_tokens=(1000,)).tier == "T3"
 
@@ -45,7 +45,7 @@ def test_any_budget_gives_a_plan_that_fits_it(budget, rows, needs):
 
 def test_t2_groups_whole_prompts():
     tokens = (100, 400, 0, 500, 300, 250)
-    p = plan(rows=sum(tokens), budget=100 * MB, prompt_tokens=tokens)
+    p = plan(rows=sum(tokens), budget=120 * MB, prompt_tokens=tokens)
     assert p.tier == "T2" and sum(p.prompt_chunks) == len(tokens)
     start = 0
     for count in p.prompt_chunks:
@@ -59,6 +59,11 @@ def test_t2_counts_the_fp32_accumulator_of_low_precision_weights():
     low = plan(dtype=torch.bfloat16, budget=300 * MB, **options)
     assert low.tier == "T3"  # 32000 x 2048 x 4 = 250 MB of accumulator leave too little
     assert plan(dtype=torch.bfloat16, budget=500 * MB, **options).tier == "T2"
+
+
+def test_what_a_call_takes_in_any_tier_comes_off_the_budget():
+    assert plan(budget=200 * MB).tier == "T1"
+    assert plan(budget=200 * MB, fixed=100 * MB).tier == "T3"
 
 
 def test_default_budget_is_stable_and_can_be_set(monkeypatch):

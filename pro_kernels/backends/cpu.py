@@ -172,7 +172,7 @@ def logits_grad(
 ) -> Tensor:
     """``weights * d logp / d raw`` for these columns; rows with a negative target become 0."""
     if out is None:
-        out = torch.empty(logits.shape, dtype=logits.dtype)
+        out = logits.new_empty(logits.shape)
     _check_writable("out", out)
     if out.shape != logits.shape or out.dtype != logits.dtype:
         raise ValueError(
@@ -221,9 +221,10 @@ def ranking(
     assert offsets.shape == (sequences + 1,), (offsets.shape, lengths.shape)
     assert sft_rank.shape == prompt_weights.shape == (prompts,), (sft_rank.shape, order.shape)
     assert rewards is None or rewards.shape == order.shape, order.shape
-    terms = torch.empty(prompts, n)
-    sums = torch.empty(sequences)
-    row_weights = torch.empty(logps.shape[0])
+    # Made like logps, fp32 on the CPU, whatever torch's default dtype and device are.
+    terms = logps.new_empty(prompts, n)
+    sums = logps.new_empty(sequences)
+    row_weights = logps.new_empty(logps.shape[0])
     o = options
     _library().pk_cpu_ranking(
         logps.data_ptr(),
@@ -315,7 +316,7 @@ def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _empty(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape[0], dtype=torch.float32)
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
 def _pointer(x: Tensor | None) -> int | None:

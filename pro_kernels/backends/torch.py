@@ -143,7 +143,7 @@ def ranking(
         live = live & (rank < options.top_k)
     log_z = z.masked_fill(~live[:, :, None], 0.0).logsumexp(2)
     if options.eps > 0:
-        log_z = torch.logaddexp(log_z, log_z.new_tensor(math.log(options.eps)))
+        log_z = torch.logaddexp(log_z, torch.full_like(log_z, math.log(options.eps)))
     rank_terms = torch.where(live, log_z - scores * own, 0.0)
     prob = torch.where(live[:, :, None], torch.exp(z - log_z[:, :, None]), 0.0)
     d_scores = (tau * prob).sum(1) - torch.where(live, own, 0.0)
