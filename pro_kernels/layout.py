@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,9 @@ class Layout:
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Layout:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changed = {name: change(x) for name, x in fields.items() if isinstance(x, Tensor)}
+        changed: dict[str, Any] = {
+            name: change(x) for name, x in fields.items() if isinstance(x, Tensor)
+        }
         return dataclasses.replace(self, **changed)
 
     @classmethod
