@@ -7,7 +7,7 @@ import torch
 
 import pro_kernels as pk
 from cases import CASE_IDS, CASES, DTYPES, IDS, Case, assert_no_worse, run, truth, usable_backends
-from pro_kernels import functional, matmul
+from pro_kernels import calls, matmul
 from pro_kernels.planner import Plan
 
 TIERS = ["T1", "T2", "T3"]
@@ -17,7 +17,7 @@ FLOOR = {torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 @pytest.fixture
 def force_tier(monkeypatch):
     """Make calls that want all gradients run in a given tier, in chunks of a few rows."""
-    plan = functional.make_plan
+    plan = calls.make_plan
 
     def force(tier: str) -> None:
         def forced(rows, *args, **kwargs):
@@ -30,7 +30,7 @@ def force_tier(monkeypatch):
                 return Plan("T2", rows, prompt_chunks=(1,) * prompts, **needs)
             return Plan("T3", 5, retained=min(7, rows // 2), **needs)
 
-        monkeypatch.setattr(functional, "make_plan", forced)
+        monkeypatch.setattr(calls, "make_plan", forced)
 
     return force
 

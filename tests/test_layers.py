@@ -29,8 +29,9 @@ ALLOWED = {
     "ops": {"backends", "head", "layout", "options"},
     "autograd": {"ops", "options", "planner"},
     "pro": {"checks", "layout", "options", "output"},
+    "calls": {"autograd", "backends", "checks", "layout", "options", "planner", "pro"},
     "functional": {
-        "autograd", "backends", "checks", "head", "layout", "options", "output", "planner", "pro",
+        "autograd", "backends", "calls", "checks", "head", "layout", "options", "output", "pro",
     },
     "check": {"backends", "functional", "reference"},
     "env": {"_version", "backends", "matmul", "planner"},

@@ -1,0 +1,115 @@
+"""What the public functions share: layout, tier and backend of a call, and the ranking step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pro_kernels import autograd, checks
+from pro_kernels.backends import resolve
+from pro_kernels.layout import Layout, check_targets, shift_targets
+from pro_kernels.options import LogitOptions
+from pro_kernels.planner import make_plan
+from pro_kernels.pro import RankedCandidates
+
+
+def rank(
+    logps: Tensor,
+    layout: Layout,
+    ranked: RankedCandidates,
+    backend: str,
+    final_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its terms ``(n,)`` over prompts, and the sequence sums ``(S,)``, of ``logps (N,)``."""
+    backend = resolve(backend, logps.device, logps.dtype, layout.shape[1])
+    return autograd.Ranking.apply(
+        logps,
+        layout.offsets,
+        layout.lengths,
+        *ranked.tensors,
+        ranked.options,
+        final_dtype,
+        backend,
+    )
+
+
+def head_call(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    compute: torch.dtype,
+    logits_dtype: torch.dtype,
+    options: LogitOptions,
+    backend: str,
+    budget: int | None,
+    *,
+    scalar_loss: bool,
+) -> autograd.HeadCall:
+    """Choose backend and tier, and bundle all that is not a tensor."""
+    checks.check_device("layout", layout.targets, "hidden", hidden)
+    grads = torch.is_grad_enabled()
+    wide = logits_dtype != compute
+    may_chunk = scalar_loss and not wide and weight.requires_grad
+    fixed = weight.numel() * compute.itemsize if weight.dtype != compute else 0
+    if layout.shared_rows and hidden.requires_grad and hidden.itemsize < 4:
+        fixed += 4 * hidden.numel()  # dHidden is summed in fp32
+    plan = make_plan(
+        layout.num_tokens,
+        weight.shape[1],
+        weight.shape[0],
+        compute,
+        hidden.device,
+        need_hidden=grads and hidden.requires_grad,
+        need_weight=grads and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        budget=budget,
+        prompt_tokens=layout.prompt_tokens if may_chunk else None,
+        fixed=fixed,
+        hidden_rows=layout.num_rows,
+        wide_logits=wide,
+    )
+    candidates = layout.shape[1] if scalar_loss else None
+    backend = resolve(backend, hidden.device, logits_dtype, candidates)
+    return autograd.HeadCall(compute, logits_dtype, options, backend, plan, layout.shared_rows)
+
+
+def layout_of(targets: Tensor, ignore_index: int, vocab: int) -> Layout:
+    """Compact, or of fixed sizes while compiling (nothing may depend on data then)."""
+    if torch.compiler.is_compiling():
+        return Layout.dense(targets, ignore_index)
+    return Layout.from_padded(targets, ignore_index=ignore_index, vocab_size=vocab)
+
+
+def pro_layout(
+    hidden: Tensor,
+    targets: Tensor | None,
+    layout: Layout | None,
+    ignore_index: int,
+    shift: bool,
+    vocab: int,
+) -> Layout:
+    """The layout given, or one made from targets; both checked against ``hidden``."""
+    if layout is not None:
+        if targets is not None:
+            raise ValueError("targets must be None when layout is given (it holds them)")
+        if shift:
+            raise ValueError("shift must be False when layout is given (shift when making it)")
+        rows = hidden.numel() // hidden.shape[-1]
+        if rows != layout.num_rows:
+            raise ValueError(
+                f"hidden must have {layout.num_rows} rows as the layout says, got {rows} in shape "
+                f"{tuple(hidden.shape)}"
+            )
+        return layout
+    if targets is None:
+        raise TypeError("targets must be an integer tensor when no layout is given, got None")
+    check_targets(targets)
+    if hidden.dim() != 4 or hidden.shape[1] == 0:
+        raise ValueError(
+            f"hidden must have shape (B, n, T, H) without a layout, got {tuple(hidden.shape)}"
+        )
+    checks.check_same_shape("targets", targets, tuple(hidden.shape[:-1]), "(B, n, T)")
+    checks.check_device("targets", targets, "hidden", hidden)
+    if shift:
+        targets = shift_targets(targets, ignore_index)
+    return layout_of(targets, ignore_index, vocab)
