@@ -19,7 +19,7 @@ from bench import losses, memory, record, report, runner, tables, targets  # noq
 from bench.cases import PRESETS, Case, cases_of  # noqa: E402
 from bench.cli import main  # noqa: E402
 from bench.inputs import make_inputs, make_truth  # noqa: E402
-from bench.providers import all_providers, select  # noqa: E402
+from bench.providers import all_providers, ours_name, select  # noqa: E402
 from bench.step import Refused, Step, backward_step  # noqa: E402
 
 pytest.importorskip("matplotlib")
@@ -73,7 +73,7 @@ def test_tiny_preset_through_the_command_without_peers(tmp_path, no_peers, no_co
                 assert row["loss_error"] < runner.LOSS_TOLERANCE and not row["wrong"]
     head = {r["provider"]: r for r in data["results"] if r["case"] == "tiny head"}
     assert all(head[name]["note"].startswith("not installed: pip install") for name in PEERS)
-    assert head["floor"]["of_floor"] == 1.0 and head["ours-cpu"]["vs_ours"] == 1.0
+    assert head["floor"]["of_floor"] == 1.0 and head[ours_name(CPU)]["vs_ours"] == 1.0
 
     text = (out / "report.md").read_text()
     assert all(f"| {row['label']} |" in text for row in data["results"])
