@@ -270,6 +270,13 @@ def test_more_candidates_than_a_kernel_takes(monkeypatch):
     assert pk.linear_pro_loss(**batch()).loss.isfinite()  # auto goes on to the next backend
 
 
+def test_auto_never_picks_an_interpreter(monkeypatch):
+    from pro_kernels import backends
+
+    monkeypatch.setattr(backends.get("cpu"), "unusable", lambda device: "not built")
+    assert backends.resolve("auto", torch.device("cpu"), torch.float32) == "torch"
+
+
 def test_an_explicit_backend_never_falls_back():
     with pytest.raises(ValueError, match="cannot serve this call: logits are float64"):
         args = {k: v.double() if v.is_floating_point() else v for k, v in batch().items()}

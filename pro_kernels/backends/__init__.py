@@ -17,9 +17,10 @@ from torch import dtype as DType
 
 from pro_kernels.options import constant_while_compiling
 
-# Fastest first. "triton" comes after "cpu" so that CPU tensors reach it only when asked for
-# (through Triton's interpreter); on a GPU "cpu" refuses.
+# Fastest first; on a GPU "cpu" refuses.
 ORDER = ("cpu", "triton", "torch")
+# Usable, but only when asked for by name.
+_NOT_BY_ITSELF = {("triton", "cpu"): "on CPU tensors it runs interpreted, only when named"}
 
 
 def get(name: str) -> ModuleType:
@@ -52,7 +53,9 @@ def resolve(choice: str, device: Device, dtype: DType, candidates: int | None = 
     if choice == "auto":
         reasons = {}
         for name in ORDER:
-            reasons[name] = refusal(name, device, dtype, candidates)
+            reasons[name] = _NOT_BY_ITSELF.get((name, device.type)) or refusal(
+                name, device, dtype, candidates
+            )
             if reasons[name] is None:
                 return name
         raise ValueError(f"no backend can serve {device} {dtype}: {reasons}")
