@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_kernels import backends
+from pro_kernels import backends, matmul
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -154,6 +154,10 @@ def assert_no_worse(
             (getattr((x - exact).abs(), measure)() if measure != "norm" else (x - exact).norm())
             for x in (ours, plain)
         )
-        assert a <= b + floor * scale + 1e-6, (
+        # 16-bit matmuls round dZ0 W and w X to 16 bits, which plain PyTorch does not have to; where
+        # the matmuls run in fp32 nothing of that is left and the rule holds as it stands.
+        native = floor > 1e-5 and not matmul.upcasts(torch.bfloat16, "cpu")
+        factor = 2.0 if norm and native else 1.0
+        assert a <= factor * b + floor * scale + 1e-6, (
             f"{what}: {measure} error {a:.3e}, plain PyTorch {b:.3e}, floor {floor * scale:.1e}"
         )
