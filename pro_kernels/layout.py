@@ -29,8 +29,7 @@ class Layout:
 
     Attributes:
         rows: (N,) int64, row of each token in the flattened hidden states; may repeat. None: token
-        i
-            is row i and unscored tokens are still in ``targets`` (the form used while compiling).
+            i is row i and unscored tokens are still in ``targets`` (the dense form).
         targets: (N,) int64, the token each row predicts.
         offsets: (S + 1,) int64, sequence s is tokens ``offsets[s]:offsets[s + 1]``.
         lengths: (S,) int64, scored tokens m of each sequence.

@@ -6,9 +6,8 @@
 
 On a GPU, and on a CPU with matrix units (AMX) for the dtype, that is ``torch.mm`` as it stands. On
 an x86 CPU without them the low-precision matmul is slower than the fp32 one (measured in
-docs/design.md), so the operands are upcast a block of vocabulary columns at a time and multiplied
-in
-fp32: no more memory than ``WORKSPACE``, the same or a smaller rounding error.
+docs/design.md), so the operands are upcast tile by tile and multiplied in fp32: no more memory
+than ``WORKSPACE``, the same or a smaller rounding error.
 
 Legend: ``R`` rows, ``H`` hidden, ``V`` vocabulary.
 """

@@ -5,8 +5,8 @@ candidates. The other backends have these functions, with these arguments, and n
 Arithmetic is fp32 from the logits onward (fp64 for fp64 logits). With ``z`` the logits after scale
 and softcap:
 
-    lse = log sum_v exp(z_v)       logp = z_t - lse       d logp / d raw_v = (1{v=t} - p_v)
-    dz_v/draw_v
+    lse = log sum_v exp(z_v)                       logp = z_t - lse
+    d logp / d raw_v = (1{v=t} - p_v) dz_v/draw_v
 
 ``target_logits`` holds the raw logit of each row's target as an exact fp32 dot product; where given
 it stands in for the rounded one everywhere (also inside the sum, so ``logp <= 0`` holds exactly).
