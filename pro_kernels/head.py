@@ -7,7 +7,7 @@ For scored row r with upstream weight w_r (any sign), target t and ``dZ0 = oneho
 
 dZ0 stays unweighted, in the logits' own memory and dtype; the signed scalar goes into the thin
 (N, H) sides, so one dZ0 serves every upstream gradient and loses nothing to rounding w into it.
-``dZ0 W`` is made in the forward, while W is at hand: a backward with dZ0 retained needs X but not W.
+``dZ0 W`` is made in the forward, with W at hand: a backward with dZ0 retained needs X, not W.
 
 Legend: ``N`` scored rows, ``R`` rows of the hidden states, ``H`` hidden, ``V`` vocabulary.
 """
