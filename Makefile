@@ -1,6 +1,7 @@
 # Everything a fresh clone needs: `make demo` and `make test` set themselves up in .venv.
 #   make demo        train a tiny model on bundled lists, fused against reference; table and plot
 #   make test        all tests (slow ones: make test PYTEST_ARGS="-m slow")
+#   make study       SFT against PRO at n = 2, 3, 5 on a known reward; docs/study.md (20 minutes)
 #   make bench       benchmarks; PRESET=tiny|quick|full, PEERS=1 installs and times the peers
 #   make lint        ruff, mypy, clang-format
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py
 
-.PHONY: demo test bench lint env clean
+.PHONY: demo test study bench lint env clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+study: $(VENV)/.installed
+	$(BIN)/python -m pro_trainer.study --out docs $(STUDY_ARGS)
 
 bench: $(VENV)/.installed $(if $(PEERS),$(VENV)/.peers)
 	$(BIN)/python -m bench --preset $(PRESET)

@@ -1,4 +1,4 @@
-"""``pro-kernels bench``, also ``python -m bench``."""
+"""``pro-kernels bench``, also ``python -m bench``: the loss, or with ``--training`` whole steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import torch
 from bench.cases import PRESETS, cases_of
 from bench.report import write_report
 from bench.runner import Settings, run
+from bench.training.cases import cases_of as training_cases
+from bench.training.runner import run as run_training
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and report; 0 if all went well, 1 if interrupted, 2 for a wrong call."""
     args = _parser().parse_args(argv)
     try:
+        args.preset = args.preset or ("full" if args.training else "quick")
         if args.list:
-            print("\n".join(case.name for case in cases_of(args.preset, tuple(args.case))))
+            table = training_cases if args.training else cases_of
+            print("\n".join(case.name for case in table(args.preset, tuple(args.case))))
             return 0
         if args.report is not None:
             _write(args.report, args.update)
@@ -37,10 +41,11 @@ def _measure(args: argparse.Namespace) -> int:
     settings = Settings(
         args.preset, tuple(args.case), tuple(args.provider), args.repeats, not args.no_memory
     )
-    folder = args.out or Path(__file__).resolve().parent / "results" / args.preset
+    name = "training" if args.training else args.preset
+    folder = args.out or Path(__file__).resolve().parent / "results" / name
     path = folder / "results.json"
     try:
-        run(settings, path, args.device)
+        (run_training if args.training else run)(settings, path, args.device)
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, marked partial", file=sys.stderr)
         _write(path, None)
@@ -57,9 +62,15 @@ def _write(results: Path, readme: Path | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pro-kernels bench",
-        description="Time and weigh the fused loss against its floor and its peers.",
+        description="Time and weigh the fused loss, or a training step, against floor and peers.",
     )
-    parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="case table")
+    parser.add_argument(
+        "--training", action="store_true",
+        help="whole training steps against the official procedure, instead of the loss alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), help="case table (default: quick; with --training full)"
+    )
     parser.add_argument(
         "--case", action="append", default=[], metavar="TEXT",
         help="only cases whose name holds TEXT, or of the group TEXT (repeatable)",
@@ -75,14 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder of results.json, report.md and the plots (default: bench/results/PRESET)",
+        help="folder of results.json, report.md and plots (default: bench/results/PRESET, or "
+        "bench/results/training)",
     )  # fmt: skip
     parser.add_argument(
         "--report", type=Path, metavar="JSON", help="measure nothing; report this results file"
     )
     parser.add_argument(
         "--update", type=Path, metavar="README",
-        help="replace the text between the bench marks of this file",
+        help="replace the text between the bench (or training) marks of this file",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     return parser

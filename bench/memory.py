@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,23 +43,29 @@ _CHILD_ENV = {
 
 
 def weigh(
-    provider: str, cases: list[Case], device: torch.device, on_answer: Callable[[dict], None]
+    provider: str,
+    cases: list,
+    device: torch.device,
+    on_answer: Callable[[dict], None],
+    module: str = "bench.memory",
 ) -> None:
     """Weigh one provider on several cases, calling ``on_answer`` as each is done.
 
-    A case that kills the process (out of memory) gets a note; the others go on in a new one.
+    ``module`` is what the child runs; it reads the cases, dataclasses with a name, and answers with
+    ``answer_all``. A case that kills the process (out of memory) gets a note; the others go on in a
+    new one.
     """
     left = list(cases)
     while left:
-        for answer in _child(provider, left, device):
+        for answer in _child(module, provider, left, device):
             on_answer(answer)
             left = [case for case in left if case.name != answer["case"]]
         if left:
             on_answer({"case": left.pop(0).name, "note": "memory: the process died (too large?)"})
 
 
-def _child(provider: str, cases: list[Case], device: torch.device) -> Iterator[dict]:
-    command = [sys.executable, "-m", "bench.memory", provider, str(device)]
+def _child(module: str, provider: str, cases: list, device: torch.device) -> Iterator[dict]:
+    command = [sys.executable, "-m", module, provider, str(device)]
     env = {**os.environ, **_CHILD_ENV, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     child = subprocess.Popen(
         command, cwd=_ROOT, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -87,14 +94,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     cases = [Case(**{**raw, "only": tuple(raw["only"])}) for raw in json.load(sys.stdin)]
     provider = all_providers(args.device)[args.provider]
+    answer_all(cases, lambda case: _weigh_case(provider, case, args.device))
+    return 0
+
+
+def answer_all(cases: list, weigh_case: Callable[[Any], dict]) -> None:
+    """Print the answer to each case, or why there is none; for the child."""
     for case in cases:
         answer = {"case": case.name}
         try:
-            answer.update(_weigh_case(provider, case, args.device))
+            answer.update(weigh_case(case))
         except Exception as error:
             answer["note"] = f"memory: {describe(error)}"
         print(_MARK + json.dumps(answer), flush=True)
-    return 0
 
 
 def _weigh_case(provider, case: Case, device: torch.device) -> dict:  # noqa: ANN001

@@ -43,6 +43,11 @@ def draw_all(data: dict, folder: Path) -> list[str]:
         "growth.png": _growth(rows),
         "memory.png": _memory(rows),
     }
+    return save(figures, folder)
+
+
+def save(figures: dict[str, Figure | None], folder: Path) -> list[str]:
+    """Write the figures that there are; returns their file names."""
     written = []
     for name, figure in figures.items():
         if figure is not None:
@@ -59,7 +64,7 @@ def _color(row: dict) -> str:
     return _FLOOR if row["provider"].startswith("floor") else _PEER
 
 
-def _panels(rows: list[dict], value: str) -> dict[str, list[dict]]:
+def panels_of(rows: list[dict], value: str) -> dict[str, list[dict]]:
     """Rows with a number, by case; cases with three bars or more."""
     found: dict[str, list[dict]] = {}
     for row in rows:
@@ -70,7 +75,7 @@ def _panels(rows: list[dict], value: str) -> dict[str, list[dict]]:
 
 def _time(rows: list[dict], machine: str) -> Figure | None:
     """The main cases side by side, the same providers on the same lines."""
-    panels = _panels([r for r in rows if is_main(r)], "seconds")
+    panels = panels_of([r for r in rows if is_main(r)], "seconds")
     if not panels:
         return None
     fullest_first = sorted(panels.values(), key=len, reverse=True)
@@ -95,8 +100,8 @@ def _time(rows: list[dict], machine: str) -> Figure | None:
 
 def _entrances(rows: list[dict]) -> Figure | None:
     """fp32, frozen head, scoring and logits in: one panel each."""
-    panels = _panels([r for r in rows if r["group"] in _ENTRANCES], "seconds")
-    return _stacked(panels, "PRO loss: the other entrances", "seconds", _time_label, "seconds")
+    panels = panels_of([r for r in rows if r["group"] in _ENTRANCES], "seconds")
+    return stacked(panels, "PRO loss: the other entrances", "seconds", _time_label, "seconds")
 
 
 def _memory(rows: list[dict]) -> Figure | None:
@@ -107,13 +112,13 @@ def _memory(rows: list[dict]) -> Figure | None:
         if r["group"] in ("head", "logits") and r["peak_bytes"] is not None
     ]
     name = "MB (dashed: the inputs' gradients)"
-    return _stacked(
-        _panels(scaled, "peak"), "PRO loss, forward + backward: peak extra memory", "peak",
+    return stacked(
+        panels_of(scaled, "peak"), "PRO loss, forward + backward: peak extra memory", "peak",
         lambda r: f"{r['peak']:.0f} MB", name,
     )  # fmt: skip
 
 
-def _stacked(
+def stacked(
     panels: dict[str, list[dict]], title: str, value: str, label: Label, name: str
 ) -> Figure | None:
     """Two columns of panels, bars of one height everywhere."""

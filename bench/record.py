@@ -72,7 +72,7 @@ def load(path: Path) -> dict:
     return data
 
 
-def facts(device: torch.device, **settings) -> dict:
+def facts(device: torch.device, packages: tuple[str, ...] = _PACKAGES, **settings) -> dict:
     """Machine, versions, commit, threads and date of a run, with its settings."""
     root = Path(__file__).resolve().parent.parent
     return {
@@ -84,7 +84,7 @@ def facts(device: torch.device, **settings) -> dict:
         if matmul.upcasts(torch.bfloat16, device.type)
         else "native",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in packages},
         "commit": _git(root, "rev-parse", "HEAD"),
         "modified": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
         "settings": settings,

@@ -1,4 +1,4 @@
-"""From a results file to ``report.md`` and its plots, and into README.md.
+"""From a results file, of either benchmark, to ``report.md`` and its plots, and into README.md.
 
 The same file always gives the same report.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench import tables
 from bench.record import load
+from bench.training import tables as training_tables
 
 
 def write_report(results: Path, readme: Path | None = None) -> list[Path]:
@@ -19,8 +20,10 @@ def write_report(results: Path, readme: Path | None = None) -> list[Path]:
     """
     data = load(results)
     folder = results.parent
-    images = _draw(data, folder)
-    text = tables.full_report(data, images or [])
+    training = data.get("benchmark") == "training"
+    pages = training_tables if training else tables
+    images = _draw(data, folder, training)
+    text = pages.full_report(data, images or [])
     if images is None:
         text += "\nNo plots: matplotlib is not installed.\n"
     report = folder / "report.md"
@@ -28,17 +31,19 @@ def write_report(results: Path, readme: Path | None = None) -> list[Path]:
     if readme is not None:
         link = os.path.relpath(folder, readme.resolve().parent).replace(os.sep, "/")
         image = f"{link}/time.png" if "time.png" in (images or []) else None
-        block = tables.summary(data, image)
-        tables.update_block(readme, f"{block}\n\nAll numbers: [{link}/report.md]({link}/report.md)")
+        block = pages.summary(data, image)
+        block += f"\n\nAll numbers: [{link}/report.md]({link}/report.md)"
+        tables.update_block(readme, block, pages.BLOCK)
     return [report, *(folder / name for name in images or [])]
 
 
-def _draw(data: dict, folder: Path) -> list[str] | None:
+def _draw(data: dict, folder: Path, training: bool) -> list[str] | None:
     """File names of the plots, None without matplotlib."""
     try:
         from bench import plots
+        from bench.training import plots as training_plots
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         return None
-    return plots.draw_all(data, folder)
+    return (training_plots if training else plots).draw_all(data, folder)

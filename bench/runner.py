@@ -135,11 +135,11 @@ def time_case(
     for name, taken in times.items():
         row = rows[name]
         row["seconds"] = statistics.median(taken)
-        row["q1"], _, row["q3"] = _quartiles(taken)
+        row["q1"], _, row["q3"] = quartiles(taken)
         row["rounds"] = len(taken)
-        row["of_floor"] = _paired(times.get("floor", []), taken)
-        row["of_floor_fp32"] = _paired(times.get("floor-fp32", []), taken)
-        row["vs_ours"] = _paired(taken, ours)
+        row["of_floor"] = paired(times.get("floor", []), taken)
+        row["of_floor_fp32"] = paired(times.get("floor-fp32", []), taken)
+        row["vs_ours"] = paired(taken, ours)
     return list(rows.values())
 
 
@@ -247,13 +247,14 @@ def _weighed(record: Record, provider: str) -> Callable[[dict], None]:
     return put
 
 
-def _paired(numerator: list[float], denominator: list[float]) -> float | None:
+def paired(numerator: list[float], denominator: list[float]) -> float | None:
     """Median over the rounds both took part in of the ratio within the round."""
     ratios = [a / b for a, b in zip(numerator, denominator, strict=False)]
     return statistics.median(ratios) if ratios else None
 
 
-def _quartiles(values: list[float]) -> list[float]:
+def quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
     if len(values) < 2:
         return values * 3
     return statistics.quantiles(values, n=4, method="inclusive")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.cases import is_main
-from bench.targets import outcomes
+from bench.targets import Outcome, outcomes
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BLOCK = "bench"
 TITLES = {
     "head": "Hidden states in, head trained: `linear_pro_loss`, forward + backward",
     "fp32": "The same in fp32",
@@ -39,7 +39,7 @@ written, and part of their distance is that.
 
 def full_report(data: dict, images: list[str]) -> str:
     """The whole report; ``images`` are file names beside it."""
-    parts = ["# Benchmarks", _header(data), "## Targets", targets_table(data["results"])]
+    parts = ["# Benchmarks", header(data), "## Targets", targets_table(data["results"])]
     parts += _upcast_note(data)
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in images]
     parts += ["## Numbers", _NOTES]
@@ -60,7 +60,7 @@ def full_report(data: dict, images: list[str]) -> str:
 
 def summary(data: dict, image: str | None) -> str:
     """What goes between the marks of README.md: machine, targets, main table, plot."""
-    parts = [_header(data), "### Targets", targets_table(data["results"])]
+    parts = [header(data), "### Targets", targets_table(data["results"])]
     parts += _upcast_note(data)
     main = [rows for rows in _cases(data["results"], "head").values() if is_main(rows[0])]
     if main:
@@ -70,24 +70,35 @@ def summary(data: dict, image: str | None) -> str:
     return "\n\n".join(part.strip("\n") for part in parts)
 
 
-def update_block(readme: Path, text: str) -> None:
-    """Replace what stands between the two marks.
+def marks(block: str) -> tuple[str, str]:
+    """What stands before and after a block of README.md."""
+    return f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+
+
+def update_block(readme: Path, text: str, block: str = BLOCK) -> None:
+    """Replace what stands between the two marks of a block.
 
     Raises:
         ValueError: the file does not hold each mark once, in order.
     """
+    begin, end = marks(block)
     old = readme.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{readme} must hold {BEGIN} and, after it, {END}, once each")
-    before, rest = old.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise ValueError(f"{readme} must hold {begin} and, after it, {end}, once each")
+    before, rest = old.split(begin)
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def targets_table(rows: list[dict]) -> str:
+    """Every target, what was measured, met or not."""
+    return outcome_table(outcomes(rows))
+
+
+def outcome_table(found: list[Outcome]) -> str:
     """Target, measured, met or not."""
     said = {True: "yes", False: "**no**", None: "-"}
-    lines = [[o.what, o.target, o.measured, said[o.met]] for o in outcomes(rows)]
-    return _table(["", "target", "measured", "met"], lines)
+    lines = [[o.what, o.target, o.measured, said[o.met]] for o in found]
+    return table(["", "target", "measured", "met"], lines)
 
 
 def case_table(rows: list[dict]) -> str:
@@ -103,17 +114,22 @@ def case_table(rows: list[dict]) -> str:
             row["label"],
             seconds(row["seconds"]),
             f"{seconds(row['q1'])} - {seconds(row['q3'])}" if timed else "",
-            _number(row["of_floor"], ".2f"),
-            _number(row["of_floor_fp32"], ".2f"),
-            _number(row["vs_ours"], ".2f"),
-            _megabytes(row["peak_bytes"]),
-            _megabytes(row["gradient_bytes"] if row["peak_bytes"] is not None else None),
-            _number(row["loss_error"], ".0e"),
-            _number(row["grad_error"], ".0e"),
+            number(row["of_floor"], ".2f"),
+            number(row["of_floor_fp32"], ".2f"),
+            number(row["vs_ours"], ".2f"),
+            megabytes(row["peak_bytes"]),
+            megabytes(row["gradient_bytes"] if row["peak_bytes"] is not None else None),
+            number(row["loss_error"], ".0e"),
+            number(row["grad_error"], ".0e"),
             row["note"].replace("|", "\\|"),
         ])  # fmt: skip
+    return table(*used_columns(head, lines))
+
+
+def used_columns(head: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that are empty in every line."""
     used = [i for i in range(len(head)) if any(line[i] for line in lines)]
-    return _table([head[i] for i in used], [[line[i] for i in used] for line in lines])
+    return [head[i] for i in used], [[line[i] for i in used] for line in lines]
 
 
 def growth_table(cases: dict[str, list[dict]]) -> str:
@@ -128,10 +144,10 @@ def growth_table(cases: dict[str, list[dict]]) -> str:
         peaks = [row[n]["peak_bytes"] if n in row else None for n in names if n in weighed]
         lines.append([
             case.removeprefix("growth "),
-            *(_number(t and t * 1e3, ".1f") for t in times),
-            *(_megabytes(b) for b in peaks),
+            *(number(t and t * 1e3, ".1f") for t in times),
+            *(megabytes(b) for b in peaks),
         ])  # fmt: skip
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def seconds(value: float | None) -> str:
@@ -149,7 +165,7 @@ def _main_table(cases: list[list[dict]]) -> str:
         found = [next((r for r in rows if r["label"] == label), None) for rows in cases]
         lines.append([label, *(_cell(row) for row in found)])
     footnote = f"\n\n{cases[0][0]['case']}; B*n*T = {cases[0][0]['tokens']} tokens."
-    return _table(head, lines) + footnote.replace(cases[0][0]["case"], _what(cases[0][0]))
+    return table(head, lines) + footnote.replace(cases[0][0]["case"], _what(cases[0][0]))
 
 
 def _upcast_note(data: dict) -> list[str]:
@@ -169,7 +185,8 @@ def _cell(row: dict | None) -> str:
     return seconds(row["seconds"]) + times
 
 
-def _header(data: dict) -> str:
+def header(data: dict) -> str:
+    """Where, with what and when it was measured."""
     versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items() if v)
     commit = (data["commit"] or "unknown")[:12] + (" (modified)" if data["modified"] else "")
     lines = [
@@ -198,14 +215,17 @@ def _cases(rows: list[dict], group: str) -> dict[str, list[dict]]:
     return found
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """Formatted, empty for None."""
     return "" if value is None else format(value, form)
 
 
-def _megabytes(value: int | None) -> str:
+def megabytes(value: int | None) -> str:
+    """Bytes in MiB, empty for None."""
     return "" if value is None else f"{value / 2**20:.1f}"

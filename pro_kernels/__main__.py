@@ -1,7 +1,7 @@
 """The command ``pro-kernels``, also ``python -m pro_kernels``.
 
-``train`` and ``eval`` belong to ``pro_trainer``, ``bench`` to that folder of a checkout;
-both are imported only when asked for.
+``train``, ``eval`` and ``prepare`` belong to ``pro_trainer``, ``bench`` to that folder of a
+checkout; both are imported only when asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 _ELSEWHERE = {
     "train": ("pro_trainer.cli", "train", "pip install 'pro-kernels[train]'"),
     "eval": ("pro_trainer.cli", "evaluate", "pip install 'pro-kernels[train]'"),
+    "prepare": ("pro_trainer.cli", "prepare", "pip install 'pro-kernels[train]'"),
     "bench": ("bench.cli", "main", "run it from a checkout of the repository"),
 }
 
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("bench", help="benchmarks (from a checkout)")
     commands.add_parser("train", help="fine-tune a causal LM on ranked lists")
     commands.add_parser("eval", help="ranking accuracy of a model on ranked lists")
+    commands.add_parser("prepare", help="sample, score and rank candidates: the paper's data")
     return parser
 
 

@@ -23,6 +23,7 @@ from bench.providers import all_providers, ours_name, select  # noqa: E402
 from bench.step import Refused, Step, backward_step  # noqa: E402
 
 pytest.importorskip("matplotlib")
+BEGIN, END = tables.marks("bench")
 CPU = torch.device("cpu")
 PEERS = ("trl", "liger", "cce")
 CASE = Case("case", 16, 101, 2, 3, 8, 0.5, repeats=2)
@@ -53,7 +54,7 @@ def rows_of(path: Path) -> list[dict]:
 
 def test_tiny_preset_through_the_command_without_peers(tmp_path, no_peers, no_compile, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nstale text\n{tables.END}\nafter\n")
+    readme.write_text(f"before\n{BEGIN}\nstale text\n{END}\nafter\n")
     out = tmp_path / "out"
     arguments = ["--preset", "tiny", "--no-memory", "--out", str(out), "--update", str(readme)]
     assert main(arguments) == 0
@@ -307,7 +308,7 @@ def test_files_that_are_not_results_or_lack_the_marks(tmp_path, capsys):
     assert main(["--report", str(tmp_path / "results.json")]) == 2
     assert "not a results file" in capsys.readouterr().err
     readme = tmp_path / "README.md"
-    readme.write_text(f"{tables.END} {tables.BEGIN}")
+    readme.write_text(f"{END} {BEGIN}")
     with pytest.raises(ValueError, match="must hold"):
         tables.update_block(readme, "text")
 

@@ -1,30 +1,35 @@
 """Train and evaluate causal language models with Preference Ranking Optimization.
 
-The path of a candidate: ``data`` (records on disk) -> ``collate`` (token ids, ``Layout``) ->
-``model`` (hidden states, head) -> ``objective`` (the fused loss) -> ``trainer`` / ``evaluate``.
+The path of a candidate: ``files`` and ``records`` (what is on disk) -> ``data`` (usable lists) ->
+``tokenization`` and ``store`` (token ids) -> ``collate`` (a batch and its ``Layout``) -> ``prefix``
+(the prompt once for all its candidates) -> ``objective`` (decoder, fused loss) -> ``trainer``.
 Everything here uses the public names of ``pro_kernels`` only.
 """
 
 from __future__ import annotations
 
-from pro_trainer.collate import Batch, TokenizedList, collate, tokenize
-from pro_trainer.config import EvalConfig, TrainConfig
-from pro_trainer.data import DataError, DataReport, RankedList, read_lists
-from pro_trainer.evaluate import evaluate
-from pro_trainer.trainer import TrainingError, train
+from pro_trainer.collate import PROCollator
+from pro_trainer.config import PROConfig
+from pro_trainer.data import read_lists
+from pro_trainer.errors import TrainingError
+from pro_trainer.objective import Scores, batch_loss, score_metrics
+from pro_trainer.records import DataError, RankedList
+from pro_trainer.report import DataReport
+from pro_trainer.store import load_dataset, split_held_out
+from pro_trainer.trainer import PROTrainer
 
 __all__ = [
-    "Batch",
     "DataError",
     "DataReport",
-    "EvalConfig",
+    "PROCollator",
+    "PROConfig",
+    "PROTrainer",
     "RankedList",
-    "TokenizedList",
-    "TrainConfig",
+    "Scores",
     "TrainingError",
-    "collate",
-    "evaluate",
+    "batch_loss",
+    "load_dataset",
     "read_lists",
-    "tokenize",
-    "train",
+    "score_metrics",
+    "split_held_out",
 ]

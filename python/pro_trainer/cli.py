@@ -1,52 +1,91 @@
-"""Entry points of ``pro-kernels train`` and ``pro-kernels eval``.
+"""Entry points of ``pro-kernels train``, ``eval`` and ``prepare``.
 
-What the user can put right (options, data, model, folder) is one line ``error: ...`` and exit code
-2; a run that has to stop is one line and exit code 1.
+Every field of a command's dataclasses is a flag; ``--config run.yaml`` gives them from a file, and
+flags win over the file. What the user can put right (options, data, model, folder) is one line
+``error: ...`` and exit code 2; a run that has to stop is one line and exit code 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any
 
-from pro_trainer.config import EvalConfig, TrainConfig
-from pro_trainer.evaluate import evaluate_files
-from pro_trainer.trainer import TrainingError
-from pro_trainer.trainer import train as run_training
+import yaml
+from transformers import HfArgumentParser
 
-Config = TypeVar("Config", bound=EvalConfig)
+from pro_trainer import run
+from pro_trainer.config import PROConfig
+from pro_trainer.errors import TrainingError
+from pro_trainer.evaluate import EvalArguments, evaluate_files
+from pro_trainer.prepare import PrepareArguments
+from pro_trainer.prepare import prepare as prepare_lists
+from pro_trainer.run import TrainArguments
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """``pro-kernels train``: the flags are the fields of ``TrainConfig``. Returns the exit code."""
-    return _run("train", TrainConfig, run_training, argv)
+    """``pro-kernels train``: ``TrainArguments`` and ``PROConfig``. Returns the exit code."""
+    return _run("train", (TrainArguments, PROConfig), run.train, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """``pro-kernels eval``: the flags are the fields of ``EvalConfig``. Returns the exit code."""
-    return _run("eval", EvalConfig, lambda c: print(json.dumps(evaluate_files(c), indent=1)), argv)
+    """``pro-kernels eval``: ``EvalArguments`` and ``PROConfig``. Returns the exit code."""
+    return _run("eval", (EvalArguments, PROConfig), evaluate_files, argv)
+
+
+def prepare(argv: Sequence[str] | None = None) -> int:
+    """``pro-kernels prepare``: the fields of ``PrepareArguments``. Returns the exit code."""
+    return _run("prepare", (PrepareArguments,), prepare_lists, argv)
+
+
+def config_flags(path: str) -> list[str]:
+    """The flags that a YAML file of ``key: value`` lines stands for.
+
+    Raises:
+        ValueError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: cannot be read: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"--config {path}: must hold 'option: value' lines, got {values!r:.80}")
+    flags: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        items = value if isinstance(value, list) else [value]
+        flags += [f"--{key}", *map(_flag_value, items)]
+    return flags
+
+
+def _flag_value(value: Any) -> str:
+    if isinstance(value, (dict, bool)):
+        return json.dumps(value)
+    return str(value)
 
 
 def _run(
     name: str,
-    config_type: type[Config],
-    action: Callable[[Config], object],
+    kinds: tuple[type, ...],
+    action: Callable[..., object],
     argv: Sequence[str] | None,
 ) -> int:
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(config_type, prog=f"pro-kernels {name}", allow_abbrev=False)
+    parser = HfArgumentParser(kinds, prog=f"pro-kernels {name}", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it.")
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        config, rest = parser.parse_args_into_dataclasses(
-            sys.argv[1:] if argv is None else list(argv),
-            return_remaining_strings=True,
-            look_for_args_file=False,
+        known, _ = _config_parser().parse_known_args(argv)
+        flags = config_flags(known.config) + argv if known.config else argv
+        *options, namespace, rest = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
         )
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        action(config)
+        action(*options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,3 +93,9 @@ def _run(
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser

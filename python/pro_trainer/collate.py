@@ -1,211 +1,209 @@
-"""From ranked lists to batches: token ids, padding, rewards and the ``Layout``, all on the CPU.
+"""From tokenised lists to batches: ids, positions, segments and the ``Layout``, all on the CPU.
 
-Prompt and completion are tokenised apart and their ids joined, so the boundary between them is
-exact. Position t predicts token t + 1: the last prompt token predicts the first completion token.
+Token ids decide where a completion begins, so the boundary is exact; position t predicts token
+t + 1, and the last prompt token predicts the first completion token. What is scored, and for which
+token, is said in padded coordinates (``sequences``) and is the same in every form of a batch; only
+the rows it is read from differ.
 
-Length rule: the prompt keeps its last ``max_prompt_length`` tokens (and its BOS, where the
-tokenizer sets one), the same for all its candidates. A completion, with EOS at its end, keeps the
-first ``max_length - len(prompt)`` tokens; one that is cut has no EOS. What a list becomes depends
-on neither its batch nor its other candidates.
-
-Legend: ``B`` prompts, ``n`` candidates, ``T`` tokens, ``S`` sequences present (``B * n`` or fewer).
+Legend: ``B`` prompts, ``n`` candidates, ``T`` tokens of the longest sequence.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_trainer.config import EvalConfig
-from pro_trainer.data import DataError, DataReport, RankedList
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-IGNORE_INDEX = -100
+from pro_trainer.prefix_cost import SharingCost
+from pro_trainer.sequences import FORMS, RowMap, Sequences, read_sequences
 
 
 @dataclass(frozen=True)
-class TokenizedList:
-    """A ranked list as token ids, already cut to length."""
-
-    prompt: list[int]
-    completions: list[list[int]]
-    rewards: tuple[float, ...] | None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Padded sequences of B prompts and what the loss needs to know about them.
+class Preferences:
+    """What the loss needs to know about a batch beside its tokens; it stays on the host.
 
     Attributes:
-        input_ids: (S, T) int64; those of a prompt are consecutive, absent candidates have no row.
-        attention_mask: (S, T) int64, 1 on tokens and 0 on padding (which is on the right).
-        layout: the scored rows of the flattened (S * T, H) hidden states.
-        rewards: (B, n) float32, 0 where a candidate is absent; descending ranks without rewards.
+        rewards: (B, n) float32, 0 where a candidate is absent; n - 1, ..., 0 without rewards.
         candidate_mask: (B, n) bool, whether the candidate is there.
+        sft_index: (B,) int64, the candidate that carries the SFT term; None: the best of each.
         by_order: whether the lists have no rewards, only their order.
+        num_positions: tokens that the decoder runs on, padding not counted.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    layout: pk.Layout
     rewards: Tensor
     candidate_mask: Tensor
+    sft_index: Tensor | None
     by_order: bool
+    num_positions: int
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``, but for rewards and mask, which the loss reads."""
-        names = ("input_ids", "attention_mask", "layout")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+    @property
+    def num_prompts(self) -> int:
+        """B."""
+        return self.rewards.shape[0]
+
+    def to(self, *_: Any, **__: Any) -> Preferences:
+        """Itself: the loss reads these numbers on the host."""
+        return self
 
 
-def tokenize(
-    ranked: RankedList, tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int
-) -> tuple[TokenizedList, int, int]:
-    """Token ids by the length rule, and how many prompts (0 or 1) and completions were cut.
+class PROCollator:
+    """Makes batches of tokenised lists; a ``data_collator`` for transformers' Trainer.
+
+    Args:
+        pad_token_id: fills up rows; padding is never attended to. With ``official`` it is also the
+            label after the last token of a padded row.
+        form: how sequences are laid out (``sequences``). Under ``"auto"`` a batch shares prefixes
+            where ``cost`` says that it pays.
+        unshared: the form under ``"auto"`` of a batch that does not share.
+        cost: the model's cost, needed by ``"auto"``.
+        official: score as the official code does: the position of a last token too, with the
+            padding id as its label, where that sequence is shorter than T.
 
     Raises:
-        ValueError: the tokenizer has no EOS token.
+        ValueError: an unknown form; ``"auto"`` without ``cost``; ``pad_token_id`` not an id.
     """
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    if eos is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no EOS token, which ends a completion")
-    prompt = _ids(tokenizer, ranked.prompt)
-    start = [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
-    if not prompt and not start:
-        start = [eos if bos is None else bos]  # something must predict the first completion token
-    room = max_prompt_length - len(start)
-    prompt_cut = len(prompt) > room
-    prompt = start + prompt[max(0, len(prompt) - room) :]
-    ends = [_ids(tokenizer, completion) + [eos] for completion in ranked.completions]
-    room = max_length - len(prompt)
-    cut = sum(len(end) > room for end in ends)
-    return TokenizedList(prompt, [e[:room] for e in ends], ranked.rewards), int(prompt_cut), cut
 
+    def __init__(
+        self,
+        pad_token_id: int,
+        *,
+        form: Literal["padded", "packed", "shared", "auto"] = "padded",
+        unshared: Literal["padded", "packed"] = "padded",
+        cost: SharingCost | None = None,
+        official: bool = False,
+    ) -> None:
+        if form not in (*FORMS, "auto"):
+            raise ValueError(f"form must be padded, packed, shared or auto, got {form!r}")
+        if unshared not in ("padded", "packed"):
+            raise ValueError(f"unshared must be padded or packed, got {unshared!r}")
+        if form == "auto" and cost is None:
+            raise ValueError("form='auto' needs the cost model: cost=SharingCost.from_model(model)")
+        if not isinstance(pad_token_id, int) or pad_token_id < 0:
+            raise ValueError(f"pad_token_id must be a token id (>= 0), got {pad_token_id!r}")
+        self.pad_token_id = pad_token_id
+        self.form = form
+        self.unshared = unshared
+        self.cost = cost
+        self.official = official
 
-def tokenize_lists(
-    lists: Iterable[RankedList],
-    tokenizer: PreTrainedTokenizerBase,
-    config: EvalConfig,
-    report: DataReport,
-) -> Iterator[TokenizedList]:
-    """Tokenise a stream of lists, counting cut ones (dropped under ``too_long="drop"``)."""
-    for ranked in lists:
-        tokens, prompt_cut, cut = tokenize(
-            ranked, tokenizer, config.max_length, config.prompt_limit()
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of some tokenised lists.
+
+        A feature has ``prompts`` (token ids of one prompt, or of one for each completion),
+        ``completions`` (token ids of n >= 1), ``rewards`` (n numbers, or None: best first) and
+        ``sft_index`` (or None).
+
+        Returns:
+            ``input_ids`` (rows, length) int64; ``attention_mask`` (padded) or ``position_ids``
+            (packed, shared) of the same shape, int64; ``segments`` (shared) int32: 0 on the shared
+            prefix, i >= 1 on candidate i, -1 on padding; ``layout``, the scored rows of the
+            flattened (rows * length, H) hidden states; ``preferences``.
+
+        Raises:
+            ValueError: no features; lists with and without rewards in one batch; an empty prompt or
+                completion; numbers of prompts, completions and rewards that do not match.
+        """
+        rewards, candidate_mask, by_order = _rewards(features)
+        sequences = read_sequences(features)
+        row_map = FORMS[self._form(sequences)](sequences)
+        rows = row_map.rows(sequences)
+        batch, num_positions = self._inputs(sequences, row_map, rows)
+        batch["layout"] = self._layout(sequences, row_map, rows)
+        batch["preferences"] = Preferences(
+            rewards, candidate_mask, _sft_index(features), by_order, num_positions
         )
-        if (prompt_cut or cut) and config.too_long == "drop":
-            report.uncount(ranked, f"longer than max_length={config.max_length}")
-            continue
-        if cut and not _distinct(tokens):
-            report.uncount(ranked, "completions equal once cut to max_length")
-            continue
-        report.prompts_cut += prompt_cut
-        report.completions_cut += cut
-        yield tokens
+        return batch
+
+    def _form(self, sequences: Sequences) -> str:
+        """The form of this batch."""
+        if self.form != "auto" or self.cost is None:
+            return self.form
+        packed = self.unshared == "packed"
+        return "shared" if self.cost.pays_for(sequences.shapes(), packed) else self.unshared
+
+    def _inputs(
+        self, sequences: Sequences, row_map: RowMap, rows: np.ndarray
+    ) -> tuple[dict[str, Any], int]:
+        """The decoder's tensors, and how many of their positions are not padding."""
+
+        def spread(values: np.ndarray | int, empty: int, dtype: type = np.int64) -> np.ndarray:
+            # Candidates write what they share once each, all of them the same.
+            spread = np.full(row_map.shape, empty, dtype=dtype)
+            spread.reshape(-1)[rows] = values
+            return spread
+
+        filled = spread(1, 0)
+        arrays = {"input_ids": spread(sequences.ids, self.pad_token_id)}
+        if row_map.form == "padded":
+            arrays["attention_mask"] = filled
+        else:
+            arrays["position_ids"] = spread(sequences.position, 0)
+        if row_map.form == "shared":
+            own = sequences.position >= row_map.cut[sequences.sequence]
+            segment = np.where(own, (1 + sequences.number)[sequences.sequence], 0)
+            arrays["segments"] = spread(segment, -1, np.int32)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return tensors, int(np.count_nonzero(filled))
+
+    def _layout(self, sequences: Sequences, row_map: RowMap, rows: np.ndarray) -> pk.Layout:
+        """The scored tokens, each read from the row of the position before it."""
+        s, t = sequences.sequence, sequences.position
+        lengths = sequences.lengths
+        last = t == (lengths - 1)[s]
+        scored = (t >= (sequences.prompt_lengths - 1)[s]) & ~last
+        if self.official:
+            scored |= last & (lengths < lengths.max())[s]
+        following = np.append(sequences.ids[1:], self.pad_token_id)
+        targets = np.where(last, self.pad_token_id, following)[scored]
+        offsets = np.append(0, np.cumsum(scored))[sequences.starts]
+        return pk.Layout.from_rows(
+            torch.from_numpy(rows[scored]),
+            torch.from_numpy(targets),
+            torch.from_numpy(offsets),
+            sequences.counts.tolist(),
+            num_rows=row_map.shape[0] * row_map.shape[1],
+            shared_rows=row_map.form == "shared",
+        )
 
 
-def collate(lists: Sequence[TokenizedList], pad_id: int) -> Batch:
-    """Pad lists, all with rewards or all without, to one batch and build its layout.
-
-    Raises:
-        ValueError: an empty batch, or one that mixes lists with and without rewards.
-    """
-    kinds = {tokens.rewards is None for tokens in lists}
+def _rewards(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor, bool]:
+    """Rewards (B, n) float32, candidate mask (B, n) bool, and whether there is only an order."""
+    kinds = {feature.get("rewards") is None for feature in features}
     if len(kinds) != 1:
         raise ValueError(
             "a batch needs lists that all have rewards or all have none, got "
             + ("no lists" if not kinds else "both")
         )
-    counts = [len(tokens.completions) for tokens in lists]
-    sequences = [(tokens.prompt, end) for tokens in lists for end in tokens.completions]
-    length = max(len(prompt) + len(end) for prompt, end in sequences)
-    input_ids = torch.full((len(sequences), length), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, IGNORE_INDEX)
-    for row, (prompt, end) in enumerate(sequences):
-        first, last = len(prompt), len(prompt) + len(end)
-        input_ids[row, :last] = torch.tensor(prompt + end)
-        attention_mask[row, :last] = 1
-        targets[row, first - 1 : last - 1] = torch.tensor(end)
-    rewards = torch.zeros(len(lists), max(counts))
-    candidate_mask = torch.zeros(len(lists), max(counts), dtype=torch.bool)
-    for row, (tokens, n) in enumerate(zip(lists, counts, strict=True)):
-        values = range(n - 1, -1, -1) if tokens.rewards is None else tokens.rewards
-        rewards[row, :n] = torch.tensor(list(values), dtype=torch.float32)
-        candidate_mask[row, :n] = True
-    layout = pk.Layout.from_packed(
-        targets.flatten(), torch.arange(len(sequences) + 1) * length, counts
-    )
-    return Batch(input_ids, attention_mask, layout, rewards, candidate_mask, kinds.pop())
+    by_order = kinds.pop()
+    counts = [len(feature["completions"]) for feature in features]
+    rewards = torch.zeros(len(counts), max(counts))
+    mask = torch.zeros(rewards.shape, dtype=torch.bool)
+    for row, (feature, n) in enumerate(zip(features, counts, strict=True)):
+        values = range(n - 1, -1, -1) if by_order else feature["rewards"]
+        if len(values) != n:
+            raise ValueError(f"list {row} of the batch: {n} completions and {len(values)} rewards")
+        rewards[row, :n] = torch.as_tensor(list(values), dtype=torch.float32)
+        mask[row, :n] = True
+    return rewards, mask, by_order
 
 
-def batches(
-    lists: Sequence[TokenizedList],
-    config: EvalConfig,
-    pad_id: int,
-    shuffle_seed: int | None = None,
-) -> Iterator[Batch]:
-    """One pass over the lists; a batch holds one kind (rewards or order), the last may be short."""
-    order = list(range(len(lists)))
-    if shuffle_seed is not None:
-        random.Random(shuffle_seed).shuffle(order)
-    waiting: dict[bool, list[TokenizedList]] = {False: [], True: []}
-    for i in order:
-        queue = waiting[lists[i].rewards is None]
-        queue.append(lists[i])
-        if len(queue) == config.batch_size:
-            yield collate(queue, pad_id)
-            queue.clear()
-    for queue in waiting.values():
-        if queue:
-            yield collate(queue, pad_id)
-
-
-def num_batches(lists: Sequence[TokenizedList], batch_size: int) -> int:
-    """How many batches one pass gives."""
-    by_order = sum(tokens.rewards is None for tokens in lists)
-    return -(-by_order // batch_size) + -(-(len(lists) - by_order) // batch_size)
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills up the rows; padding is never attended to or scored, so any id will do."""
-    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if value is not None:
-            return value
-    return 0
-
-
-def split_held_out(
-    lists: Sequence[TokenizedList], fraction: float, seed: int
-) -> tuple[list[TokenizedList], list[TokenizedList]]:
-    """Training and held-out lists; lists with the same prompt are never on both sides.
-
-    Raises:
-        DataError: too few different prompts to hold any out.
-    """
-    prompts = sorted({tuple(tokens.prompt) for tokens in lists})
-    random.Random(seed).shuffle(prompts)
-    if fraction > 0 and len(prompts) < 2:
-        raise DataError(
-            f"eval_fraction={fraction} needs at least 2 different prompts, got {len(prompts)}; "
-            "give --eval_data or --eval_fraction 0"
-        )
-    held = set(prompts[: max(1, round(fraction * len(prompts)))] if fraction > 0 else [])
-    train = [tokens for tokens in lists if tuple(tokens.prompt) not in held]
-    return train, [tokens for tokens in lists if tuple(tokens.prompt) in held]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _distinct(tokens: TokenizedList) -> bool:
-    return len({tuple(end) for end in tokens.completions}) == len(tokens.completions)
+def _sft_index(features: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """(B,) int64; None where no list names a candidate: the loss then takes the best."""
+    given = [feature.get("sft_index") for feature in features]
+    if all(index is None for index in given):
+        return None
+    chosen = []
+    for row, (feature, index) in enumerate(zip(features, given, strict=True)):
+        n, rewards = len(feature["completions"]), feature.get("rewards")
+        best = 0 if rewards is None else int(np.argmax(rewards))
+        chosen.append(best if index is None else index)
+        if not 0 <= chosen[-1] < n:
+            raise ValueError(
+                f"list {row} of the batch: sft_index must lie in [0, {n}), got {index}"
+            )
+    return torch.tensor(chosen)

@@ -1,84 +1,73 @@
-"""Options of the two commands: each field is a flag, its help text and its default."""
+"""Options: each field is a flag of the commands, a key of their YAML file, its help and default.
+
+``ListOptions`` says what becomes of the data, ``LossOptions`` what is minimised; ``PROConfig`` is
+transformers' ``TrainingArguments`` with both.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-_OPTIONAL = ("steps", "lr", "eval_every")
+from transformers import TrainingArguments
+
+import pro_kernels as pk
+
+_LOSS_ARGUMENTS = ("logps", "lengths", "rewards", "ref_logps", "mask")
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with help text; a list default is copied for each instance."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
-class EvalConfig:
-    """What evaluation needs; training adds to it."""
+class ListOptions:
+    """From records to token ids."""
 
-    model: str | None = _option(
-        None, "Folder (or hub name) of a transformers causal LM with its LM head."
-    )
-    tokenizer: str | None = _option(None, "Folder of the tokenizer. Default: the model's.")
-    data: list[str] = _option(
-        [], "JSON Lines files, plain or .gz: prompt/completions[/rewards] or chosen/rejected."
-    )
-    on_bad_line: Literal["error", "skip"] = _option(
-        "error", "A malformed line stops the run (error), or is counted and reported (skip)."
-    )
-    all_equal: Literal["drop", "error", "order"] = _option(
-        "drop",
-        "A list whose rewards are all equal ranks nothing: drop it and count it, stop with an "
-        "error, or take the order of its completions, best first, as the ranking.",
-    )
-    num_candidates: int | None = _option(
+    num_candidates: int | None = option(
         None,
         "At most this many candidates a list: the best, the worst and those evenly between them. "
         "Default: all.",
     )
-    reward_scale: float = _option(1.0, "Rewards are multiplied by this number (> 0).")
-    max_length: int = _option(
+    max_length: int = option(
         512, "Tokens of prompt and completion together. A longer completion loses its end and EOS."
     )
-    max_prompt_length: int | None = _option(
-        None, "Tokens of the prompt; a longer one loses its beginning. Default: half of max_length."
+    max_prompt_length: int | None = option(
+        None, "Tokens of the prompt. Default: half of max_length."
     )
-    too_long: Literal["truncate", "drop"] = _option(
+    truncation_mode: Literal["keep_end", "keep_start"] = option(
+        "keep_end", "Which part of a prompt longer than max_prompt_length stays."
+    )
+    too_long: Literal["truncate", "drop"] = option(
         "truncate", "What happens to a list that does not fit: cut it as above, or drop it."
     )
-    batch_size: int = _option(8, "Prompts a batch; each comes with all its candidates.")
-    length_normalize: bool = _option(
-        True, "Score is the mean log-probability a token (the paper) instead of the sum."
+    append_eos: bool | None = option(
+        None,
+        "End each completion with EOS unless it was cut. Chat templates end their turns "
+        "themselves. Default: yes, and no with compat=official.",
     )
-    temperature: str = _option(
-        "reward",
-        "'reward': reward differences are the inverse temperatures (the paper). A number T: 1 / T "
-        "for every pair, rewards only order the list. Lists without rewards use T = 1 under "
-        "'reward'.",
+    on_bad_line: Literal["error", "skip"] = option(
+        "error", "A malformed record stops the run (error), or is counted and reported (skip)."
     )
-    ties: Literal["zero", "skip"] = _option(
-        "zero", "A tied candidate adds exp(0) to the denominator (the paper) or leaves the term."
+    all_equal: Literal["drop", "error", "order"] = option(
+        "drop",
+        "A list whose rewards are all equal ranks nothing: drop it and count it, stop with an "
+        "error, or take the order of its completions, best first, as the ranking.",
     )
-    eps: float = _option(0.0, "Constant inside the log of each rank term (official code: 1e-10).")
-    sft_weight: float = _option(0.05, "Weight of the SFT term on the best candidate.")
-    sft_reduction: Literal["sum", "mean"] = _option(
-        "sum", "SFT term: log-probabilities of the best candidate summed, or their mean."
+    different_contexts: Literal["drop", "keep"] = option(
+        "drop",
+        "A list whose candidates answer different dialogues: drop it and count it, or keep it, "
+        "each candidate after its own prompt (as the authors' code does).",
     )
-    loss_impl: Literal["auto", "cpu", "triton", "torch", "reference"] = _option(
-        "auto",
-        "The fused loss with this backend (auto: the fastest usable), or the plain PyTorch "
-        "reference.",
-    )
-    dtype: Literal["float32", "bfloat16"] = _option(
-        "float32", "Arithmetic of the model and of the loss; weights stay float32 (autocast)."
-    )
-    device: str = _option("auto", "'cpu', 'cuda', ...; auto: cuda where there is one.")
 
-    def __post_init__(self) -> None:
-        _positive(self, "batch_size", "reward_scale", "max_length")
+    def check_list_options(self) -> None:
+        """Raise ValueError for an option out of range."""
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
         if not 1 <= self.prompt_limit() < self.max_length:
@@ -88,12 +77,83 @@ class EvalConfig:
             )
         if self.num_candidates is not None and self.num_candidates < 2:
             raise ValueError(f"num_candidates must be at least 2, got {self.num_candidates}")
-        if self.temperature != "reward":
-            self.fixed_temperature()
 
     def prompt_limit(self) -> int:
         """Most tokens of a prompt."""
         return self.max_length // 2 if self.max_prompt_length is None else self.max_prompt_length
+
+
+@dataclass
+class LossOptions:
+    """What is minimised, and by which implementation."""
+
+    loss_type: str = option(
+        "pro", f"The loss on sequence log-probs, one of {', '.join(pk.losses.LOSSES)}."
+    )
+    loss_impl: Literal["auto", "triton", "cuda", "cpu", "torch", "reference"] = option(
+        "auto",
+        "The fused loss with this backend (auto: the fastest usable), or the plain PyTorch "
+        "reference.",
+    )
+    compat: Literal["none", "official"] = option(
+        "none", "official: the meaning of the authors' code, quirks included (loss_type pro only)."
+    )
+    sft_weight: float = option(
+        0.05, "Weight of the SFT term on the best candidate (loss_type pro; others keep their own)."
+    )
+    sft_reduction: Literal["sum", "mean"] = option(
+        "sum", "SFT term: log-probabilities of the best candidate summed, or their mean."
+    )
+    length_normalize: bool = option(
+        True, "Score is the mean log-probability a token (the paper) instead of the sum."
+    )
+    temperature: str = option(
+        "reward",
+        "'reward': reward differences are the inverse temperatures (the paper). A number T: 1 / T "
+        "for every pair, rewards only order the list. Lists without rewards use T = 1 under "
+        "'reward'.",
+    )
+    reward_scale: float = option(1.0, "Rewards are multiplied by this number (> 0).")
+    ties: Literal["zero", "skip"] = option(
+        "zero", "A tied candidate adds exp(0) to the denominator (the paper) or leaves the term."
+    )
+    eps: float = option(0.0, "Constant inside the log of each rank term (official code: 1e-10).")
+    loss_kwargs: dict[str, Any] | str | None = option(
+        None, "Further options of a loss_type other than pro, as JSON: '{\"beta\": 0.1}'."
+    )
+    budget_mb: int | None = option(
+        None, "MiB the fused loss may take beyond the gradients. Default: an eighth of the memory."
+    )
+
+    def check_loss_options(self) -> None:
+        """Raise ValueError for an option out of range."""
+        pk.losses.get_loss(self.loss_type)
+        if self.compat == "official" and self.loss_type != "pro":
+            raise ValueError(
+                f"compat='official' is a meaning of loss_type='pro', got {self.loss_type!r}"
+            )
+        check_positive(self, "reward_scale", "budget_mb")
+        self.loss_kwargs = self._checked_loss_kwargs()
+        self.fixed_temperature()
+
+    def _checked_loss_kwargs(self) -> dict[str, Any]:
+        given = self.loss_kwargs or {}
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"loss_kwargs must be JSON, got {given!r}: {error}") from None
+        if not isinstance(given, dict):
+            raise ValueError(f"loss_kwargs must be a JSON object, got {given!r}")
+        parameters = inspect.signature(pk.losses.get_loss(self.loss_type)).parameters
+        known = [name for name in parameters if name not in _LOSS_ARGUMENTS]
+        if self.loss_type == "pro":
+            known = []  # it has fields of its own
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(
+                f"loss_kwargs of loss_type={self.loss_type!r} may hold {known}, got {unknown}"
+            )
+        return given
 
     def fixed_temperature(self) -> float | None:
         """The temperature where it is a number; None under ``'reward'``."""
@@ -111,68 +171,53 @@ class EvalConfig:
 
 
 @dataclass
-class TrainConfig(EvalConfig):
-    """What training needs."""
+class PROConfig(LossOptions, ListOptions, TrainingArguments):
+    """``transformers.TrainingArguments`` plus what PRO needs. A batch is counted in prompts.
 
-    demo: bool = _option(
-        False,
-        "What is not given is supplied: without --model a tiny byte-level Llama made on the spot, "
-        "without --data the bundled ranked lists.",
+    Defaults that differ from ``TrainingArguments``: ``learning_rate`` 5e-6 (the paper's),
+    ``logging_nan_inf_filter`` off (it waits for the device at every step; a loss that is not finite
+    stops the run at the next logging step instead), ``remove_unused_columns`` off.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    learning_rate: float = option(5e-6, "Highest learning rate (the paper's).")
+    logging_steps: float = option(10, "Steps between log lines; < 1: a share of all steps.")
+    logging_nan_inf_filter: bool = option(
+        False, "transformers' filter; it waits for the device at every step."
     )
-    eval_data: list[str] = _option([], "Held-out files. Default: eval_fraction of the lists.")
-    eval_fraction: float = _option(
-        0.1,
-        "Share of the prompts held out when no eval_data is given (lists with the same prompt stay "
-        "together); 0 for none.",
+    remove_unused_columns: bool = option(False, "Kept off: the collator reads all columns.")
+    prefix_sharing: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Run each prompt once for all its candidates: where the cost model says it pays (auto), "
+        "always (on: an error for models that cannot), or never.",
     )
-    output_dir: str = _option(
-        "runs/pro", "Gets checkpoint/, metrics.json and curves.png. Must be empty or not exist."
+    packing: bool = option(
+        False, "Where prefixes are not shared: sequences end to end in one row instead of padded."
     )
-    overwrite: bool = _option(
-        False, "Replace those three in an output_dir that is not empty; other files are kept."
+    disable_dropout: bool = option(True, "Train without dropout.")
+    overwrite: bool = option(
+        False, "Replace the run in an output_dir that holds one; other files there are kept."
     )
-    epochs: float = _option(1.0, "Passes over the training lists.")
-    steps: int | None = _option(
-        None, "Optimizer steps; takes the place of epochs. Default for the bundled lists: 150."
-    )
-    lr: float | None = _option(
-        None, "Highest learning rate of AdamW. Default: 1e-5, and 3e-3 for the tiny Llama."
-    )
-    schedule: Literal["linear", "cosine", "constant"] = _option(
-        "cosine", "Course of the learning rate after the warm-up: to 0, or constant."
-    )
-    warmup_ratio: float = _option(0.05, "Share of the steps with a rising learning rate.")
-    weight_decay: float = _option(0.0, "Weight decay of AdamW (not on biases and norms).")
-    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0 for no clipping.")
-    seed: int = _option(0, "Seed of everything random: weights, order, split, dropout.")
-    log_every: int = _option(10, "Steps between progress lines.")
-    eval_every: int | None = _option(
-        None, "Steps between evaluations. Default: only before and after training."
-    )
+    sample_steps: int = option(0, "Print samples for held-out prompts every so many steps; 0: no.")
+    sample_prompts: int = option(3, "How many prompts are sampled from.")
+    sample_tokens: int = option(64, "Most tokens of a sample.")
 
     def __post_init__(self) -> None:
+        self.check_list_options()
+        self.check_loss_options()
+        check_positive(self, "sample_prompts", "sample_tokens")
         super().__post_init__()
-        _positive(self, "epochs", "log_every")
-        _positive(self, *(name for name in _OPTIONAL if getattr(self, name) is not None))
-        for name in ("eval_fraction", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
 
-    def learning_rate(self) -> float:
-        """The highest learning rate."""
-        return self.lr or (3e-3 if self.model is None else 1e-5)
-
-    def num_steps(self, batches_per_epoch: int) -> int:
-        """Optimizer steps of the run."""
-        if self.steps is None and self.demo and not self.data:
-            return 150
-        return self.steps or max(1, math.ceil(self.epochs * batches_per_epoch))
+    def append_eos_to_completions(self) -> bool:
+        """Whether completions end with EOS."""
+        return self.compat != "official" if self.append_eos is None else self.append_eos
 
 
-def _positive(config: object, *names: str) -> None:
+def check_positive(config: object, *names: str) -> None:
+    """Raise ValueError unless the named fields are None, or finite and > 0."""
     for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be finite and > 0, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and > 0, got {value}")

@@ -1,170 +1,57 @@
-"""Ranked lists from JSON Lines files.
+"""Records -> usable ranked lists: cleaned, ranked, capped, and every loss counted.
 
-A record is one of
+A malformed record is an error naming where it stands (or skipped and counted on request). What is
+well formed but ranks nothing is left out, and each reason is counted in the ``DataReport``:
 
-    {"prompt": str, "completions": [str, ...], "rewards": [number, ...]}   rewards optional
-    {"chosen": transcript, "rejected": transcript}                         raw HH-RLHF
-
-Without rewards the order is the ranking, best first. Other keys are ignored. Blank lines carry
-nothing and are skipped. A line that is none of these is an error naming file and line; a file that
-cannot be read to its end is always one. What is well formed but ranks nothing is left out, and
-every case is counted in the ``DataReport``.
+    empty completion             that completion goes
+    repeated completion          the best of them stays (an SFT mark passes on to it)
+    equal ranks                  the first of them stays
+    dialogues that differ        the list goes, or keeps its n prompts (``different_contexts``)
+    all rewards (or ranks) equal the list goes, is an error, or becomes its order (``all_equal``)
+    fewer than 2 completions     the list goes
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-ASSISTANT = "\n\nAssistant:"
-HUMAN = "\n\nHuman:"
-_SHOWN_BAD_LINES = 5
+from pro_trainer.config import ListOptions
+from pro_trainer.fields import DataError, Text, kind
+from pro_trainer.files import Source, decode_line, rows
+from pro_trainer.records import ParsedRecord, RankedList, parse_record, shared
+from pro_trainer.report import DataReport
 
-
-class DataError(ValueError):
-    """A data file that cannot be used, with file, line number and what is wrong."""
-
-
-@dataclass(frozen=True)
-class RankedList:
-    """One prompt and its completions; ``rewards is None``: they are in order, best first."""
-
-    prompt: str
-    completions: tuple[str, ...]
-    rewards: tuple[float, ...] | None = None
-
-
-@dataclass
-class DataReport:
-    """What was read and what was left out, filled while the lists stream by."""
-
-    records: int = 0
-    lists: int = 0
-    candidates: Counter[int] = field(default_factory=Counter)
-    with_rewards: int = 0
-    tied: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    dropped_completions: Counter[str] = field(default_factory=Counter)
-    bad_lines: int = 0
-    bad_line_messages: list[str] = field(default_factory=list)
-    prompts_cut: int = 0
-    completions_cut: int = 0
-
-    def text(self) -> str:
-        """The report as lines to print; a count that is 0 is left out."""
-        n = ", ".join(f"{count} of {size}" for size, count in sorted(self.candidates.items()))
-        lines = [
-            f"records read: {self.records}, lists kept: {self.lists} ({n or 'none'} candidates)",
-            f"with rewards: {self.with_rewards}, of these with ties: {self.tied}",
-        ]
-        lines += [f"lists dropped, {why}: {count}" for why, count in self.dropped.items()]
-        lines += [
-            f"completions dropped, {why}: {count}"
-            for why, count in self.dropped_completions.items()
-        ]
-        if self.prompts_cut or self.completions_cut:
-            lines.append(
-                f"cut to length: {self.prompts_cut} prompts, {self.completions_cut} completions"
-            )
-        if self.bad_lines:
-            lines.append(f"malformed lines skipped: {self.bad_lines}")
-            lines += [f"  {message}" for message in self.bad_line_messages]
-        return "\n".join(lines)
-
-    def count(self, ranked: RankedList) -> None:
-        """Count a list that is kept."""
-        self.lists += 1
-        self.candidates[len(ranked.completions)] += 1
-        if ranked.rewards is not None:
-            self.with_rewards += 1
-            self.tied += len(set(ranked.rewards)) < len(ranked.rewards)
-
-    def uncount(self, ranked: RankedList, why: str) -> None:
-        """Move a list that was counted as kept to those dropped, for a later stage's reason."""
-        self.lists -= 1
-        self.candidates -= Counter([len(ranked.completions)])
-        if ranked.rewards is not None:
-            self.with_rewards -= 1
-            self.tied -= len(set(ranked.rewards)) < len(ranked.rewards)
-        self.dropped[why] += 1
+DIFFERENT_CONTEXTS = "candidates answer different dialogues"
 
 
 def read_lists(
-    paths: Sequence[str | Path],
-    report: DataReport,
-    *,
-    on_bad_line: str = "error",
-    all_equal: str = "drop",
-    num_candidates: int | None = None,
+    sources: Sequence[Source], report: DataReport, options: ListOptions
 ) -> Iterator[RankedList]:
-    """Stream the usable lists of all files, in order, counting into ``report``.
+    """Stream the usable lists of all sources, in order, counting into ``report``.
+
+    Args:
+        sources: files, folders, hub names (``org/name`` or ``org/name:split``), or iterables of
+            records (a list, a ``datasets.Dataset``).
+        report: filled while the lists stream by.
+        options: what becomes of records that cannot be used as they are.
 
     Raises:
-        DataError: a missing, unreadable, truncated or empty file; a malformed line, unless
-            ``on_bad_line="skip"``; a list of equal rewards under ``all_equal="error"``.
+        DataError: a source that is missing, unreadable, truncated or empty; a malformed record,
+            unless ``on_bad_line="skip"``; a list of equal rewards under ``all_equal="error"``.
+        TypeError: something else than sources.
+        ValueError: no sources.
     """
-    for path in paths:
-        before = report.records + report.bad_lines
-        for number, line in _numbered_lines(Path(path)):
-            try:
-                ranked = _usable(parse_record(line), report, all_equal)
-            except DataError as error:
-                if on_bad_line != "skip":
-                    raise DataError(f"{path}:{number}: {error}") from None
-                report.bad_lines += 1
-                if len(report.bad_line_messages) < _SHOWN_BAD_LINES:
-                    report.bad_line_messages.append(f"{path}:{number}: {error}")
-                continue
-            report.records += 1
-            if ranked is not None:
-                ranked = cap_candidates(ranked, num_candidates)
-                report.count(ranked)
-                yield ranked
-        if report.records + report.bad_lines == before:
-            raise DataError(f"{path}: holds no records")
-
-
-def parse_record(line: bytes) -> RankedList | str:
-    """The list of one line, or why it ranks nothing.
-
-    Raises:
-        DataError: the line is malformed.
-    """
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 (byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
-        raise DataError(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"a record must be a JSON object, got {_kind(record)}")
-    if "prompt" in record or "completions" in record:
-        return _parse_list(record)
-    if "chosen" in record or "rejected" in record:
-        return _parse_transcripts(record)
-    raise DataError(
-        "a record needs 'prompt' and 'completions', or 'chosen' and 'rejected'; "
-        f"got the keys {sorted(record)[:8]}"
-    )
-
-
-def split_transcript(transcript: str) -> tuple[str, str] | None:
-    """Context up to and with the last ``Assistant:``, and that reply, all its paragraphs.
-
-    None where the last turn is not the assistant's.
-    """
-    at = transcript.rfind(ASSISTANT)
-    if at < 0 or HUMAN in transcript[at:]:
-        return None
-    at += len(ASSISTANT)
-    return transcript[:at], transcript[at:]
+    if isinstance(sources, (str, Path, Mapping)):
+        raise TypeError(f"sources must be a list of sources, got {kind(sources)}: {sources!r:.80}")
+    sources = list(sources)
+    if not sources:
+        raise ValueError("sources is empty: give at least one file, folder, name or iterable")
+    for source in sources:
+        if isinstance(source, Mapping):
+            raise TypeError("a source is a whole set of records, got one record: [records], say")
+    return (ranked for source in sources for ranked in _source_lists(source, report, options))
 
 
 def cap_candidates(ranked: RankedList, limit: int | None) -> RankedList:
@@ -172,128 +59,117 @@ def cap_candidates(ranked: RankedList, limit: int | None) -> RankedList:
     n = len(ranked.completions)
     if limit is None or n <= limit:
         return ranked
-    order = list(range(n))
-    if ranked.rewards is not None:
-        order.sort(key=lambda i: -ranked.rewards[i])
-    kept = sorted(order[round(i * (n - 1) / (limit - 1))] for i in range(limit))
-    return _select(ranked, kept)
+    order = _best_first(ranked)
+    return select(ranked, sorted(order[round(i * (n - 1) / (limit - 1))] for i in range(limit)))
 
 
-def _parse_list(record: dict[str, Any]) -> RankedList:
-    prompt = _string(record, "prompt")
-    completions = record.get("completions")
-    if not isinstance(completions, list):
-        raise DataError(f"'completions' must be a list of strings, got {_kind(completions)}")
-    texts = tuple(_text(c, f"completions[{i}]") for i, c in enumerate(completions))
-    rewards = record.get("rewards")
-    if rewards is None:
-        return RankedList(prompt, texts)
-    if not isinstance(rewards, list):
-        raise DataError(f"'rewards' must be a list of numbers, got {_kind(rewards)}")
-    if len(rewards) != len(texts):
-        raise DataError(f"{len(texts)} completions but {len(rewards)} rewards")
-    return RankedList(prompt, texts, tuple(_number(r, i) for i, r in enumerate(rewards)))
-
-
-def _parse_transcripts(record: dict[str, Any]) -> RankedList | str:
-    chosen = split_transcript(_string(record, "chosen"))
-    rejected = split_transcript(_string(record, "rejected"))
-    if chosen is None or rejected is None:
-        return "a transcript does not end with an assistant's turn"
-    if chosen[0] != rejected[0]:
-        return "chosen and rejected have different contexts"
-    return RankedList(chosen[0], (chosen[1], rejected[1]))
-
-
-def _usable(parsed: RankedList | str, report: DataReport, all_equal: str) -> RankedList | None:
-    """The list without empty and repeated completions; None, counted, where nothing is ranked."""
-    if isinstance(parsed, str):
-        report.dropped[parsed] += 1
-        return None
-    order = range(len(parsed.completions))
-    if parsed.rewards is not None:
-        order = sorted(order, key=lambda i: -parsed.rewards[i])
-    seen: set[str] = set()
-    kept = []
-    for i in order:  # best first, so that the best of equal texts stays
-        text = parsed.completions[i]
-        if not text.strip():
-            report.dropped_completions["empty"] += 1
-        elif text in seen:
-            report.dropped_completions["repeats a better one of its list"] += 1
-        else:
-            seen.add(text)
-            kept.append(i)
-    ranked = _select(parsed, sorted(kept))
-    if len(kept) < 2:
-        report.dropped["fewer than 2 different, non-empty completions"] += 1
-        return None
-    if ranked.rewards is not None and len(set(ranked.rewards)) == 1:
-        if all_equal == "error":
-            raise DataError(f"all {len(kept)} rewards are equal ({ranked.rewards[0]})")
-        if all_equal == "drop":
-            report.dropped["all rewards equal"] += 1
-            return None
-        return RankedList(ranked.prompt, ranked.completions)
-    return ranked
-
-
-def _select(ranked: RankedList, indices: Sequence[int]) -> RankedList:
-    rewards = ranked.rewards
-    return RankedList(
-        ranked.prompt,
-        tuple(ranked.completions[i] for i in indices),
-        None if rewards is None else tuple(rewards[i] for i in indices),
+def select(ranked: RankedList, indices: Sequence[int]) -> RankedList:
+    """The list of these candidates in this order; ``sft_index`` follows its own, or is None."""
+    prompts = ranked.prompts
+    if len(prompts) > 1:
+        prompts = shared([prompts[i] for i in indices])
+    marked = ranked.sft_index
+    return replace(
+        ranked,
+        prompts=prompts,
+        completions=tuple(ranked.completions[i] for i in indices),
+        rewards=None if ranked.rewards is None else tuple(ranked.rewards[i] for i in indices),
+        sft_index=list(indices).index(marked) if marked in indices else None,
     )
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Non-blank lines with their numbers; every failure to read on is a DataError."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield number, line
-    except EOFError:
-        raise DataError(f"{path}: the gzip stream breaks off after line {number}") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: damaged gzip file, after line {number}: {error}") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+def _source_lists(source: Source, report: DataReport, options: ListOptions) -> Iterator[RankedList]:
+    empty = True
+    for where, raw in rows(source):
+        empty = False
+        try:
+            parsed = parse_record(decode_line(raw) if isinstance(raw, bytes) else raw)
+            ranked = _usable(parsed, report, options)
+        except DataError as error:
+            if options.on_bad_line != "skip":
+                raise DataError(f"{where}: {error}") from None
+            report.bad_line(f"{where}: {error}")
+            continue
+        report.records += 1
+        report.formats[parsed.format] += 1
+        if ranked is not None:
+            ranked = replace(ranked, where=where)
+            report.count(ranked)
+            yield ranked
+    if empty:
+        name = source if isinstance(source, (str, Path)) else "a source of records"
+        raise DataError(f"{name}: holds no records")
 
 
-def _string(record: dict[str, Any], key: str) -> str:
-    if key not in record:
-        raise DataError(f"'{key}' is missing")
-    return _text(record[key], f"'{key}'")
+def _usable(parsed: ParsedRecord, report: DataReport, options: ListOptions) -> RankedList | None:
+    """The cleaned list; None, counted, where nothing is ranked."""
+    if isinstance(parsed.content, str):
+        report.dropped[parsed.content] += 1
+        return None
+    marked = parsed.content.sft_index is not None
+    ranked = _without_empty_and_repeated(parsed.content, report)
+    if len(ranked.completions) < 2:
+        report.dropped["fewer than 2 different, non-empty completions"] += 1
+        return None
+    if len(ranked.prompts) > 1 and options.different_contexts == "drop":
+        report.dropped[DIFFERENT_CONTEXTS] += 1
+        return None
+    if ranked.rewards is not None and len(set(ranked.rewards)) == 1:
+        if options.all_equal == "error":
+            value, name = ranked.rewards[0], "rewards"
+            if parsed.by_rank:
+                value, name = -value, "ranks"
+            raise DataError(f"all {len(ranked.rewards)} {name} are equal ({value})")
+        if options.all_equal == "drop":
+            report.dropped["all rewards equal"] += 1
+            return None
+        ranked = replace(ranked, rewards=None)
+    elif parsed.by_rank:
+        ranked = _in_order(ranked, report)
+    ranked = cap_candidates(ranked, options.num_candidates)
+    report.sft_marks_dropped += marked and ranked.sft_index is None
+    return ranked
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} must be a string, got {_kind(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{name} holds a lone surrogate, which is not text") from None
-    return value
+def _without_empty_and_repeated(ranked: RankedList, report: DataReport) -> RankedList:
+    first: dict[object, int] = {}  # what a candidate says -> the best candidate that says it
+    n = len(ranked.completions)
+    prompts = [0] * n if len(ranked.prompts) == 1 else [_key(p) for p in ranked.prompts]
+    for i in _best_first(ranked):
+        text = ranked.completions[i]
+        key = prompts[i], _key(text)
+        if not any(part.strip() for part in _contents(text)):
+            report.dropped_completions["empty"] += 1
+        elif key in first:
+            report.dropped_completions["repeats a better one of its list"] += 1
+            if ranked.sft_index == i:
+                ranked = replace(ranked, sft_index=first[key])
+        else:
+            first[key] = i
+    return ranked if len(first) == n else select(ranked, sorted(first.values()))
 
 
-def _number(value: Any, index: int) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise DataError(f"rewards[{index}] must be a number, got {_kind(value)}")
-    try:
-        value = float(value)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
-        raise DataError(f"rewards[{index}] must be finite, got {value}")
-    return value
+def _in_order(ranked: RankedList, report: DataReport) -> RankedList:
+    """Ranks become an order; of equal ranks the first stays."""
+    kept: dict[float, int] = {}
+    for i in _best_first(ranked):
+        kept.setdefault(ranked.rewards[i], i)
+    if surplus := len(ranked.completions) - len(kept):
+        report.dropped_completions["has the rank of an earlier one"] += surplus
+    return replace(select(ranked, list(kept.values())), rewards=None)
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    names |= {int: "a number", float: "a number", type(None): "null"}
-    return names[type(value)]
+def _best_first(ranked: RankedList) -> list[int]:
+    order = list(range(len(ranked.completions)))
+    if ranked.rewards is not None:
+        order.sort(key=lambda i: -ranked.rewards[i])
+    return order
+
+
+def _contents(text: Text) -> Sequence[str]:
+    return (text,) if isinstance(text, str) else [message["content"] for message in text]
+
+
+def _key(text: Text) -> object:
+    """Something equal and hashable for equal texts."""
+    return text if isinstance(text, str) else tuple(tuple(message.items()) for message in text)

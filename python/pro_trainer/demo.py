@@ -11,7 +11,6 @@ accuracy does not rise.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import sys
 import time
@@ -22,70 +21,105 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_trainer.collate import Batch, batches, pad_id
-from pro_trainer.config import TrainConfig
+from pro_trainer.callbacks import LogLineCallback
+from pro_trainer.config import PROConfig
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
-from pro_trainer.evaluate import load_lists
 from pro_trainer.model import tiny_llama
-from pro_trainer.objective import choose_device, describe_backend
-from pro_trainer.plot import draw_curves
-from pro_trainer.trainer import fit, train
+from pro_trainer.objective import describe_backend
+from pro_trainer.plot import draw_runs
+from pro_trainer.trainer import PROTrainer
 
+STEPS = 150
 ROUNDING_FACTOR = 30  # the fused run may depart this many times as far as the third run
 ACCURACY_AFTER = 0.9
 REAL_HEAD = (512, 32000)  # H, V of a second timing: a byte-level vocabulary is small
 
 
+def demo_config(output_dir: str, steps: int = STEPS, **options: Any) -> PROConfig:
+    """The options of all three runs: every step is logged, no checkpoint is written."""
+    defaults: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 8,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 25,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "overwrite": True,
+    }
+    return PROConfig(output_dir=output_dir, **(defaults | options))
+
+
 def main(output_dir: str = "demo-output", steps: int | None = None) -> int:
     """Run the comparison; returns the exit code."""
-    config = TrainConfig(
-        demo=True, output_dir=output_dir, overwrite=True, steps=steps, log_every=50, eval_every=25
-    )
+    config = demo_config(output_dir, steps or STEPS)
+    plain = demo_config(output_dir, steps or STEPS, loss_impl="reference")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as fast for so small a model, and steady on a busy machine
     print("== fused loss ==")
-    fused = train(config)
-    plain = dataclasses.replace(config, loss_impl="reference")
+    fused, trainer = run(config)
+    trainer.save_model()
     print("\n== reference, same seed ==")
-    reference = train_reference(plain)
+    reference, _ = run(plain)
     print("\n== reference, initial weights off by one unit in the last place ==")
-    disturbed = train_reference(plain, disturb=True)
-    draw_curves(Path(output_dir) / "curves.png", {"fused": fused, "reference": reference})
+    disturbed, _ = run(plain, disturb=True)
+    histories = {"fused": fused["log_history"], "reference": reference["log_history"]}
+    draw_runs(Path(output_dir) / "curves.png", histories)
 
     torch.set_num_threads(threads)
     apart, rounding = print_table(fused, reference, disturbed)
-    device = choose_device(config.device)
-    print(f"\nloss of the fused run: {describe_backend(config, device)}")
-    print_refusals(device)
-    print_times(config, device)
-    print(f"\nplot: {output_dir}/curves.png   checkpoint: {output_dir}/checkpoint")
-    same = apart <= max(ROUNDING_FACTOR * rounding, 1e-5 * fused["train_loss"][0])
-    before, after = (fused["eval"][i]["pairwise_accuracy"] for i in (0, -1))
+    device, dtype = config.device, torch.float32
+    print(f"\nloss of the fused run: {describe_backend(config, device, dtype)}")
+    print_refusals(device, dtype)
+    print_times(trainer)
+    print(f"\nplot: {output_dir}/curves.png   model: {output_dir}")
+    same = apart <= max(ROUNDING_FACTOR * rounding, 1e-5 * losses(fused)[0])
+    before, after = (fused[when]["eval_pairwise_accuracy"] for when in ("before", "after"))
     rises = after >= ACCURACY_AFTER or steps is not None
     print(f"same trajectory within rounding: {'yes' if same else 'NO'}")
     print(f"held-out pairwise accuracy {before:.3f} -> {after:.3f}{'' if rises else ': TOO LOW'}")
     return 0 if same and rises else 1
 
 
-def train_reference(config: TrainConfig, disturb: bool = False) -> dict[str, Any]:
-    """The same run through the reference loss, without writing anything."""
-    torch.manual_seed(config.seed)
+class _EvaluationLines(LogLineCallback):
+    """Every step is logged, for the comparison; only evaluations are printed."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "eval_loss" in logs:
+            super().on_log(args, state, control, logs)
+
+
+def run(config: PROConfig, disturb: bool = False) -> tuple[dict[str, Any], PROTrainer]:
+    """Train the tiny model on the bundled lists; metrics before and after, and every log."""
     model, tokenizer = tiny_llama(config.seed)
-    train_lists, _ = load_lists([BUNDLED_TRAIN], tokenizer, config)
-    eval_lists, _ = load_lists([BUNDLED_EVAL], tokenizer, config)
     if disturb:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(torch.nextafter(parameter, torch.tensor(torch.inf)))
-    model.to(choose_device(config.device))
-    return fit(model, train_lists, eval_lists, config, pad_id(tokenizer))
+    trainer = PROTrainer(model, config, BUNDLED_TRAIN, BUNDLED_EVAL, tokenizer)
+    trainer.remove_callback(LogLineCallback)
+    trainer.add_callback(_EvaluationLines())
+    before = trainer.evaluate()
+    trainer.train()
+    result = {"before": before, "after": trainer.evaluate()}
+    return result | {"log_history": trainer.state.log_history}, trainer
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    """The training loss of each step."""
+    return [entry["loss"] for entry in result["log_history"] if "loss" in entry]
 
 
 def print_table(
     fused: dict[str, Any], reference: dict[str, Any], disturbed: dict[str, Any]
 ) -> tuple[float, float]:
     """The trajectories side by side; the largest differences: fused, and by rounding alone."""
-    runs = [run["train_loss"] for run in (fused, reference, disturbed)]
+    runs = [losses(result) for result in (fused, reference, disturbed)]
     apart = [abs(a - b) for a, b in zip(runs[0], runs[1], strict=True)]
     rounding = [abs(a - b) for a, b in zip(runs[2], runs[1], strict=True)]
     print(f"\n{'step':>6}{'fused loss':>13}{'reference':>13}{'|difference|':>14}{'rounding':>11}")
@@ -96,40 +130,44 @@ def print_table(
         )
     print(f"{'largest of all steps':<32}{max(apart):>14.1e}{max(rounding):>11.1e}")
     print(f"\n{'held out':<28}{'fused':>10}{'reference':>11}")
-    for when, i in (("before", 0), ("after", -1)):
-        for name in ("pairwise_accuracy", "top1_accuracy", "loss"):
-            pair = fused["eval"][i][name], reference["eval"][i][name]
+    for when in ("before", "after"):
+        for name in ("pairwise_accuracy", "top1_accuracy", "kendall_tau", "loss"):
+            pair = [result[when][f"eval_{name}"] for result in (fused, reference)]
             print(f"{name + ', ' + when:<28}{pair[0]:>10.4f}{pair[1]:>11.4f}")
     return max(apart), max(rounding)
 
 
-def print_refusals(device: torch.device) -> None:
+def print_refusals(device: torch.device, dtype: torch.dtype) -> None:
     """Which backends could serve here, and why the others cannot."""
     for name in pk.backends.ORDER:
-        reason = pk.backends.refusal(name, device, torch.float32)
+        reason = pk.backends.refusal(name, device, dtype)
         print(f"  backend {name}: {'usable' if reason is None else reason}")
 
 
-def print_times(config: TrainConfig, device: torch.device) -> None:
+def print_times(trainer: PROTrainer) -> None:
     """Seconds of the loss alone, forward and backward, on a demo batch and at a real vocabulary."""
-    model, tokenizer = tiny_llama(config.seed)
-    lists, _ = load_lists([BUNDLED_TRAIN], tokenizer, config)
-    batch = next(batches(lists, config, pad_id(tokenizer))).to(device)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    device = trainer.args.device
     title = "seconds in the loss, forward + backward"
     print(f"\n{title:<44}{'fused':>9}{'reference':>11}{'speedup':>9}")
-    own = (model.config.hidden_size, model.config.vocab_size)
+    config = trainer.model.config
+    own = (config.hidden_size, config.vocab_size)
     for title, (hidden_size, vocab) in (("this model", own), ("a real head", REAL_HEAD)):
-        hidden = torch.randn(batch.input_ids.numel(), hidden_size, device=device)
+        hidden = torch.randn(batch["input_ids"].numel(), hidden_size, device=device)
         weight = torch.randn(vocab, hidden_size, device=device) * hidden_size**-0.5
         ours, theirs = time_losses(hidden, weight, batch)
-        name = f"{title} (H {hidden_size}, V {vocab}, {batch.layout.num_tokens} tokens)"
+        name = f"{title} (H {hidden_size}, V {vocab}, {batch['layout'].num_tokens} tokens)"
         print(f"{name:<44}{ours:>9.4f}{theirs:>11.4f}{theirs / ours:>8.2f}x")
 
 
-def time_losses(hidden: Tensor, weight: Tensor, batch: Batch, repeats: int = 3) -> list[float]:
+def time_losses(
+    hidden: Tensor, weight: Tensor, batch: dict[str, Any], repeats: int = 3
+) -> list[float]:
     """Median seconds of the fused and of the reference loss, taken in turns after a warm-up."""
     hidden.requires_grad_()
     weight.requires_grad_()
+    layout, rewards = batch["layout"].to(hidden.device), batch["preferences"].rewards
+    mask = batch["preferences"].candidate_mask
     seconds: list[list[float]] = [[], []]
     for _ in range(repeats + 1):
         for taken, loss_function in zip(
@@ -137,7 +175,9 @@ def time_losses(hidden: Tensor, weight: Tensor, batch: Batch, repeats: int = 3) 
         ):
             hidden.grad = weight.grad = None
             start = time.perf_counter()
-            output = loss_function(hidden, weight, None, batch.rewards, layout=batch.layout)
+            output = loss_function(
+                hidden, weight, None, rewards, layout=layout, candidate_mask=mask
+            )
             output.loss.backward()
             weight.grad[0, 0].item()  # waits for a device
             taken.append(time.perf_counter() - start)

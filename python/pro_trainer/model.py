@@ -7,11 +7,12 @@ sequence, that together they give what the whole model gives.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pro_kernels as pk
 
@@ -30,29 +31,44 @@ class Head:
     softcap: float | None
     logit_scale: float
 
-    def to(self, dtype: torch.dtype) -> Head:
-        """The head in ``dtype``; gradients flow back through the conversion."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return Head(self.weight.to(dtype), bias, self.softcap, self.logit_scale)
+    def options(self) -> dict[str, Any]:
+        """All but the weight, as keyword options of the ``pro_kernels`` functions."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
 def load(
-    path: str, tokenizer_path: str | None = None
+    path: str,
+    tokenizer_path: str | None = None,
+    *,
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, in float32, and tokenizer from a folder (or hub name). No remote code is run.
+    """Model and tokenizer from a folder (or hub name).
+
+    Args:
+        path: folder or hub name of a causal LM with its LM head.
+        tokenizer_path: the tokenizer's; None: the model's.
+        dtype: of the weights, as ``from_pretrained`` takes it ("auto": as saved).
+        attn_implementation: as ``from_pretrained`` takes it; None: its default.
+        trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
         ValueError: nothing usable there, no LM head, or weights that the checkpoint lacks.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    with _quiet():
+    with quiet():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True
+                path,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a causal LM: {_first_line(error)}") from error
+            raise ValueError(f"{path}: not a causal LM: {first_line(error)}") from error
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:4])
             raise ValueError(
@@ -60,18 +76,27 @@ def load(
                 "model saved without its LM head cannot be trained or scored"
             )
         lm_head(model)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{tokenizer_path or path}: no tokenizer: {_first_line(error)}"
-            ) from error
+        tokenizer = load_tokenizer(tokenizer_path or path, trust_remote_code)
     if len(tokenizer) > model.get_output_embeddings().weight.shape[0]:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the LM head of {path} only "
             f"{model.get_output_embeddings().weight.shape[0]}"
         )
     return model, tokenizer
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder (or hub name).
+
+    Raises:
+        ValueError: nothing usable there.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no tokenizer: {first_line(error)}") from error
 
 
 def tiny_llama(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -94,73 +119,92 @@ def tiny_llama(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     return LlamaForCausalLM(config), tokenizer
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """Write a checkpoint (safetensors) that ``from_pretrained`` loads."""
-    with _quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model with the LM head, out of PEFT's wrapper where there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def lm_head(model: PreTrainedModel) -> Head:
+def lm_head(model: nn.Module) -> Head:
     """The head of ``model`` and its logit transform, read from the model's config.
 
     Raises:
-        ValueError: the model has no LM head.
+        ValueError: the model has no LM head, or one whose weight is not all there is to it (LoRA
+            on the head, a quantised head).
     """
-    module = model.get_output_embeddings()
-    if module is None or not hasattr(module, "weight"):
+    lm = causal_lm(model)
+    module = lm.get_output_embeddings()
+    weight = getattr(module, "weight", None)
+    if weight is None:
         raise ValueError(
-            f"{type(model).__name__} has no LM head (get_output_embeddings() gives "
+            f"{type(lm).__name__} has no LM head (get_output_embeddings() gives "
             f"{module and type(module).__name__}); a causal language model is needed"
         )
-    config = model.config.get_text_config()
+    if hasattr(module, "base_layer") or not weight.is_floating_point():
+        raise ValueError(
+            f"the LM head of {type(lm).__name__} is a {type(module).__name__} with "
+            f"{weight.dtype} weight: the fused loss needs a plain floating-point weight (V, H); "
+            "keep LoRA and quantisation off the head (train it whole with modules_to_save)"
+        )
+    config = lm.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
-    return Head(module.weight, getattr(module, "bias", None), softcap, scale)
+    return Head(weight, getattr(module, "bias", None), softcap, scale)
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """What the head reads, flattened to (S * T, H)."""
-    body = model.base_model
-    output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills up the rows; padding is never attended to or scored, so any id will do."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return value
+    return 0
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, attention's included (which is no module of its own)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 @torch.no_grad()
-def check_parts(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
-    """Compare decoder + head with the whole model on the start of one sequence.
+def check_parts(model: nn.Module, input_ids: Tensor) -> None:
+    """Compare decoder + head with the whole model on ``input_ids``, (length,) of one sequence.
 
     Raises:
         ValueError: they differ by more than rounding, so a step in between is not known here.
     """
-    ids = input_ids[:1, :_CHECKED_TOKENS]
-    mask = attention_mask[:1, :_CHECKED_TOKENS]
+    lm = causal_lm(model)
+    ids = input_ids[None, :_CHECKED_TOKENS].to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    finally:
+        model.train(was_training)
     head = lm_head(model)
-    hidden = hidden_states(model, ids, mask)
-    model.train(was_training)
     targets = ids[0].roll(-1)
     whole = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     parts = pk.linear_token_logps(
         hidden.to(head.weight.dtype), head.weight, targets, bias=head.bias, softcap=head.softcap,
         logit_scale=head.logit_scale, backend="torch",
     )  # fmt: skip
-    real = mask[0].bool()
-    off = (whole - parts)[real].abs().max().item()
+    off = (whole - parts).abs().max().item()
     rounding = torch.finfo(head.weight.dtype).eps * hidden.shape[-1]
-    if not off <= rounding * max(1.0, logits[real].abs().max().item()):
+    if not off <= rounding * max(1.0, logits.abs().max().item()):
         raise ValueError(
-            f"{type(model).__name__}: decoder and LM head apart give log-probabilities that are "
+            f"{type(lm).__name__}: decoder and LM head apart give log-probabilities that are "
             f"{off:.2g} off those of the whole model, so it does something to hidden states or "
             "logits that pro_trainer does not know; this model cannot be used"
         )
 
 
 @contextlib.contextmanager
-def _quiet():  # noqa: ANN202
+def quiet() -> Iterator[None]:
     """No progress bars or load reports of transformers: what matters is raised."""
     from transformers.utils import logging
 
@@ -175,5 +219,6 @@ def _quiet():  # noqa: ANN202
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().splitlines()[0]

@@ -1,215 +1,307 @@
-"""The training loop, top to bottom: data, model, steps, evaluation before and after, checkpoint."""
+"""``PROTrainer``: transformers' ``Trainer`` with the fused loss on ranked lists.
+
+The path of a step: the collator's batch (``collate``) -> decoder (``model``) -> fused loss
+(``objective``) -> ``Trainer``'s backward, clipping and optimizer. What a step scored stays on the
+device until the next log line; only there anything is waited for.
+
+Resuming, accumulation, mixed precision, gradient checkpointing, evaluation strategy, reporting and
+distributed launch are ``Trainer``'s.
+"""
 
 from __future__ import annotations
 
-import itertools
-import json
+import copy
 import math
-import os
-import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-from pro_trainer.collate import (
-    Batch,
-    TokenizedList,
-    batches,
-    num_batches,
-    pad_id,
-    split_held_out,
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
 )
-from pro_trainer.config import TrainConfig
-from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
-from pro_trainer.evaluate import check_lengths, evaluate, load_lists
-from pro_trainer.model import check_parts, load, save, tiny_llama
-from pro_trainer.objective import batch_loss, choose_device, describe_backend
-from pro_trainer.plot import draw_curves
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pro_trainer import card, checkpoints
+from pro_trainer.callbacks import CurvesCallback, LogLineCallback, SamplesCallback
+from pro_trainer.collate import Preferences
+from pro_trainer.config import PROConfig
+from pro_trainer.distributed import call_through
+from pro_trainer.errors import TrainingError
+from pro_trainer.inputs import check_lengths, first_list, make_collator, tokenized
+from pro_trainer.model import (
+    causal_lm,
+    check_parts,
+    disable_dropout,
+    lm_head,
+    load,
+    load_tokenizer,
+)
+from pro_trainer.objective import (
+    NEEDS_REFERENCE,
+    Scores,
+    batch_loss,
+    describe_backend,
+    label_columns,
+    predicted_scores,
+    score_metrics,
+    sequence_logps,
+)
+from pro_trainer.usage import Usage
 
 
-class TrainingError(RuntimeError):
-    """The run had to stop: loss or gradient is no longer a finite number."""
+class PROTrainer(Trainer):
+    """Train a causal LM so that its ranking of n candidates follows the preference ranking.
 
+    PRO (arXiv 2306.17492) or any other loss of ``pro_kernels.losses.LOSSES``, through the fused
+    kernels; each prompt is run once for all its candidates where that pays.
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Train as configured, write ``output_dir`` and return what ``metrics.json`` holds.
+    Args:
+        model: a transformers causal LM, a PEFT model, or the folder or hub name of one.
+        args: options; default ``PROConfig()``.
+        train_dataset: ranked lists: files, folders or hub names (one or several), records (a
+            ``datasets.Dataset`` or a list of dicts in any format of ``records``), or what
+            ``load_dataset`` made of them.
+        eval_dataset: held-out lists, likewise, or a dict of them by name.
+        processing_class: the tokenizer; default: the model's.
+        peft_config: a ``peft`` config; the model is wrapped by it.
+        ref_model: the reference model of losses that have one (dpo, ipo, s_dpo, dpo_pl). Default:
+            the model without its adapters, or a frozen copy of it as it is now.
+        callbacks, optimizers: as in ``Trainer``.
 
     Raises:
-        ValueError: options, data, model or output folder that cannot be used; before any work.
-        TrainingError: a loss or gradient that is NaN or infinite, naming the step.
+        TypeError, ValueError: a model, tokenizer, option or data set that cannot be used.
     """
-    if not (config.demo or (config.model and config.data)):
-        raise ValueError("train needs --model and --data, or --demo")
-    output = Path(config.output_dir)
-    check_output(output, config.overwrite)
-    device = choose_device(config.device)
-    print(f"loss: {describe_backend(config, device)}")
 
-    torch.manual_seed(config.seed)
-    if config.model:
-        model, tokenizer = load(config.model, config.tokenizer)
-    else:
-        model, tokenizer = tiny_llama(config.seed)
-    train_lists, eval_lists = prepare_data(config, tokenizer)
-    check_lengths(model, train_lists + eval_lists)
-    output.mkdir(parents=True, exist_ok=True)
-
-    model.to(device)
-    result = fit(model, train_lists, eval_lists, config, pad_id(tokenizer))
-    result["config"] = asdict(config)
-    save_run(output, model, tokenizer, result)
-    return result
-
-
-def prepare_data(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[TokenizedList], list[TokenizedList]]:
-    """Training and held-out lists, with a printed report of what the files hold."""
-    bundled = not config.data
-    lists, report = load_lists([BUNDLED_TRAIN] if bundled else config.data, tokenizer, config)
-    print(report.text())
-    eval_files = config.eval_data or ([BUNDLED_EVAL] if bundled else [])
-    if eval_files:
-        held_out, report = load_lists(eval_files, tokenizer, config)
-        print(f"held out:\n{report.text()}")
-        seen = {tuple(tokens.prompt) for tokens in lists}
-        if common := sum(tuple(tokens.prompt) in seen for tokens in held_out):
-            print(f"warning: the prompts of {common} held-out lists are also trained on")
-    else:
-        lists, held_out = split_held_out(lists, config.eval_fraction, config.seed)
-    print(f"training on {len(lists)} lists, {len(held_out)} held out")
-    return lists, held_out
-
-
-def fit(
-    model: PreTrainedModel,
-    train_lists: list[TokenizedList],
-    eval_lists: list[TokenizedList],
-    config: TrainConfig,
-    pad: int,
-) -> dict[str, Any]:
-    """The loop. Returns ``train_loss`` of each step, ``eval`` (before, ..., after), ``seconds``."""
-    device = next(model.parameters()).device
-    per_epoch = num_batches(train_lists, config.batch_size)
-    steps = config.num_steps(per_epoch)
-    optimizer, scheduler = make_optimizer(model, config, steps)
-    max_norm = config.max_grad_norm or math.inf
-    first = next(batches(train_lists[:1], config, pad)).to(device)
-    check_parts(model, first.input_ids, first.attention_mask)
-
-    evals = [held_out_metrics(model, eval_lists, config, pad, step=0)] if eval_lists else []
-    model.train()
-    history: list[float] = []
-    waiting: list[torch.Tensor] = []  # losses and gradient norms not yet read from the device
-    start = time.perf_counter()
-    for step, batch in zip(range(1, steps + 1), epochs(train_lists, config, pad), strict=False):
-        loss = batch_loss(model, batch.to(device), config).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        waiting.append(torch.stack([loss.detach().float(), norm.detach().float()]))
-        if step % config.log_every == 0 or step == steps:
-            history += read_finite(waiting, first_step=len(history) + 1)
-            seconds = time.perf_counter() - start
-            print(
-                f"step {step}/{steps}  epoch {step / per_epoch:.2f}  "
-                f"loss {sum(history[-len(waiting) :]) / len(waiting):.4f}  "
-                f"lr {scheduler.get_last_lr()[0]:.2e}  {seconds / step:.3f} s/step",
-                flush=True,
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        args: PROConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        ref_model: nn.Module | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = PROConfig() if args is None else args
+        if not isinstance(args, PROConfig):
+            raise TypeError(f"args must be a PROConfig, got {type(args).__name__}")
+        if isinstance(model, str):
+            model, tokenizer = load(model)
+            processing_class = processing_class or tokenizer
+        if processing_class is None:
+            processing_class = load_tokenizer(causal_lm(model).config._name_or_path)
+        checkpoints.check_folder(Path(args.output_dir))
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start one process a GPU (torchrun, accelerate "
+                "launch), or show it one (CUDA_VISIBLE_DEVICES)"
             )
-            waiting.clear()
-        if eval_lists and (step == steps or step % (config.eval_every or steps) == 0):
-            evals.append(held_out_metrics(model, eval_lists, config, pad, step=step))
-    seconds = time.perf_counter() - start
-    return {"steps": steps, "seconds": seconds, "train_loss": history, "eval": evals}
+        describe_backend(args, args.device, lm_head(model).weight.dtype)
+        train_dataset, eval_dataset = (
+            tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset)
+        )
+        example = first_list(train_dataset, eval_dataset)
+        if not (args.deepspeed or args.fsdp):
+            model.to(args.device)  # what follows is tried where it will run
+        check_lengths(model, args.max_length, train_dataset, eval_dataset)
+        check_parts(model, torch.tensor(example["prompts"][0] + example["completions"][0]))
+        collator = make_collator(causal_lm(model), processing_class, args, example)
+        if peft_config is not None:
+            model = _with_peft(model, peft_config, args)
+        elif args.loss_type in NEEDS_REFERENCE and not hasattr(model, "disable_adapter"):
+            ref_model = ref_model or copy.deepcopy(model)
+        if args.disable_dropout:
+            disable_dropout(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._metrics_of_predictions,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is scaled by the lists of a whole step
+        self._usage = Usage(self.accelerator.device)
+        self._waiting: list[tuple[Tensor, Tensor, Preferences, Tensor | None]] = []
+        self.remove_callback(PrinterCallback)
+        self.add_callback(LogLineCallback())
+        self.add_callback(CurvesCallback())
+        if args.sample_steps:
+            self.add_callback(SamplesCallback(self))
+        self.ref_model = None
+        if ref_model is not None:
+            ref_model.eval().requires_grad_(False)
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """``Trainer.train``; what is resumed must be a whole checkpoint of the same run.
 
-def epochs(lists: list[TokenizedList], config: TrainConfig, pad: int) -> Iterator[Batch]:
-    """Batches without end, each pass over the lists in another order."""
-    for epoch in itertools.count():
-        yield from batches(lists, config, pad, shuffle_seed=config.seed + epoch)
+        Raises:
+            ValueError: no whole checkpoint to resume from, one of a run with other options or
+                data, or, without resuming, an ``output_dir`` that holds another run's checkpoints
+                and no ``overwrite``.
+            TrainingError: loss, gradient or weights that are not finite; nothing is saved then.
+        """
+        run = checkpoints.run_identity(self.args, causal_lm(self.model), self.train_dataset)
+        resumed = checkpoints.prepare_output(
+            Path(self.args.output_dir), resume_from_checkpoint, run, self.args
+        )
+        self._run_identity = run
+        self._waiting.clear()
+        self._usage.restart()
+        return super().train(resume_from_checkpoint=resumed, **kwargs)
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one batch, weighted as its share of the lists of the whole step."""
+        preferences, layout = inputs["preferences"], inputs["layout"]
+        ref_logps = self._reference_logps(inputs)
+        result = self._run(model, lambda: batch_loss(self._module(), inputs, self.args, ref_logps))
+        loss = result.loss
+        if num_items_in_batch is not None:
+            lists = preferences.num_prompts / num_items_in_batch
+            loss = loss * (lists * self.accelerator.num_processes)
+        if self.model.training:
+            self._waiting.append((result.logps, result.lengths, preferences, ref_logps))
+            self._usage.count(layout.num_tokens, preferences.num_positions)
+        return (loss, result) if return_outputs else loss
 
-def make_optimizer(
-    model: PreTrainedModel, config: TrainConfig, steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW on what is trainable (biases and norms are not decayed), and its schedule."""
-    from transformers import get_scheduler
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Lists of one optimizer step, over its micro-batches and processes."""
+        lists = sum(batch["preferences"].num_prompts for batch in batch_samples)
+        if self.args.world_size == 1 or not lists:
+            return lists or None
+        return self.accelerator.gather(torch.tensor([lists], device=device)).sum()
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate())
-    scheduler = get_scheduler(
-        config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        optimizer,
-        num_warmup_steps=round(config.warmup_ratio * steps),
-        num_training_steps=steps,
-    )
-    return optimizer, scheduler
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """S and m of a batch, and what they are compared with; the loss is made of them later."""
+        preferences = inputs["preferences"]
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            ref_logps = self._reference_logps(inputs)
+            logps, lengths = self._run(
+                model, lambda: sequence_logps(self._module(), inputs, self.args)
+            )
+        made = (logps, lengths) if ref_logps is None else (logps, lengths, ref_logps)
+        return None, made, tuple(x.to(logps.device) for x in label_columns(preferences))
 
+    def score(self, dataset: Any) -> Scores:
+        """S and m of every candidate of ``dataset``, in its order, on the host (of all processes).
 
-def held_out_metrics(
-    model: PreTrainedModel, lists: list[TokenizedList], config: TrainConfig, pad: int, step: int
-) -> dict[str, float]:
-    """Evaluate and print one line."""
-    metrics = evaluate(model, batches(lists, config, pad), config)
-    print(
-        f"held out, step {step}: loss {metrics['loss']:.4f}  pairwise accuracy "
-        f"{metrics['pairwise_accuracy']:.3f}  top-1 {metrics['top1_accuracy']:.3f}",
-        flush=True,
-    )
-    return {"step": step, **metrics}
+        Raises:
+            ValueError: nothing to score.
+        """
+        dataset = tokenized(dataset, self.processing_class, self.args)
+        output = self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring")
+        return predicted_scores(output.predictions, output.label_ids)
 
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        """Loss and ranking metrics of ``scores``; see ``score_metrics``."""
+        return score_metrics(scores, self.args)
 
-def read_finite(waiting: list[torch.Tensor], first_step: int) -> list[float]:
-    """Losses of the last steps, in one copy from the device; TrainingError at the first bad one."""
-    values = torch.stack(waiting).tolist()
-    for step, (loss, norm) in enumerate(values, first_step):
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """``Trainer.evaluate``: ``score_metrics`` of the held-out lists, as ``eval_...``."""
+        with self._usage.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _metrics_of_predictions(self, predictions: Any) -> dict[str, float]:
+        return self.metrics(predicted_scores(predictions.predictions, predictions.label_ids))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the steps since the last line scored; stop where the loss is not finite."""
+        if "loss" in logs and self._waiting:
+            self._check_finite(logs)
+            parts = [Scores.of_batch(*waiting) for waiting in self._waiting]
+            self._waiting.clear()
+            metrics = score_metrics(self._of_all_processes(Scores.cat(parts)), self.args)
+            del metrics["loss"], metrics["prompts"], metrics["pairs"]
+            logs |= metrics | self._usage.take(self.accelerator)
+        super().log(logs, start_time)
+
+    def _check_finite(self, logs: Mapping[str, float]) -> None:
+        norm = logs.get("grad_norm", 0.0)
+        if not math.isfinite(logs["loss"]) or not (self.args.fp16 or math.isfinite(norm)):
             raise TrainingError(
-                f"step {step}: loss {loss}, gradient norm {norm}; nothing was saved. A lower --lr, "
-                "a smaller --reward_scale or --dtype float32 may help"
+                f"steps up to {self.state.global_step}: mean loss {logs['loss']}, last gradient "
+                f"norm {norm}; stopped. A lower learning_rate, a smaller reward_scale or float32 "
+                "may help"
             )
-    return [loss for loss, _ in values]
+
+    def _of_all_processes(self, scores: Scores) -> Scores:
+        if self.args.world_size == 1:
+            return scores
+        from accelerate.utils import gather_object
+
+        return Scores.cat(gather_object([scores]))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._usage.paused():
+            bad = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+            if bad:
+                raise TrainingError(
+                    f"step {self.state.global_step}: {len(bad)} weights are not finite ({bad[0]}, "
+                    "...); stopped, and no checkpoint written"
+                )
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        super()._save(str(folder), state_dict)
+        card.write(folder, self)
+        if hasattr(self, "_run_identity"):
+            checkpoints.write_identity(folder, self._run_identity)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card (README.md) into ``output_dir``."""
+        if self.is_world_process_zero():
+            card.write(Path(self.args.output_dir), self)
+
+    def _module(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _run(self, model: nn.Module, function: Any) -> Any:
+        """Call ``function`` inside the model's forward, under its autocast."""
+        with self.accelerator.autocast():
+            return call_through(model, self._module(), function)
+
+    def _reference_logps(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        if self.args.loss_type not in NEEDS_REFERENCE:
+            return None
+        with torch.no_grad(), self.accelerator.autocast():
+            if self.ref_model is not None:
+                return sequence_logps(self.ref_model, inputs, self.args)[0]
+            with self._module().disable_adapter():
+                return sequence_logps(self._module(), inputs, self.args)[0]
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise ValueError where ``output`` is a file, or a folder with content that must stay."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir {output} is a file")
-    if not overwrite and output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"output_dir {output} is not empty; --overwrite replaces the run in it")
+def _with_peft(model: nn.Module, peft_config: Any, args: PROConfig) -> nn.Module:
+    if hasattr(model, "peft_config"):
+        raise ValueError("model is a PEFT model already; give it without peft_config")
+    from peft import get_peft_model
 
-
-def save_run(
-    output: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    result: dict[str, Any],
-) -> None:
-    """Write checkpoint, metrics and plot beside their places, then rename them in."""
-    partial = output / f".partial-{os.getpid()}"
-    try:
-        partial.mkdir()
-        save(model, tokenizer, str(partial / "checkpoint"))
-        (partial / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
-        draw_curves(partial / "curves.png", {"run": result})
-        if (output / "checkpoint").exists():
-            os.replace(output / "checkpoint", partial / "replaced")
-        for name in ("checkpoint", "metrics.json", "curves.png"):
-            os.replace(partial / name, output / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"saved {output}/checkpoint, metrics.json, curves.png")
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()  # else no gradient enters the checkpointed layers
+    wrapped = get_peft_model(model, peft_config)
+    lm_head(wrapped)
+    return wrapped

@@ -1,158 +1,294 @@
-"""Token-exact batches: the boundary, EOS, cutting, padding, layout, splitting."""
+"""Batches: token-exact in every form, the same tokens read after the same context."""
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
+import datasets
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from pro_trainer.collate import (
-    IGNORE_INDEX,
-    TokenizedList,
-    batches,
-    collate,
-    num_batches,
-    split_held_out,
-    tokenize,
-    tokenize_lists,
-)
-from pro_trainer.config import EvalConfig
-from pro_trainer.data import DataError, DataReport, RankedList
+import pro_kernels as pk
+from pro_trainer.collate import PROCollator
+from pro_trainer.prefix_masks import dense_mask
 
-EOS = 1
-
-
-def ids(text: str) -> list[int]:
-    return [byte + 3 for byte in text.encode()]
-
-
-def test_tokenize_joins_ids_and_appends_eos(tiny):
-    tokens, prompt_cut, cut = tokenize(RankedList("ab", ("c", "dé"), (1.0, 0.0)), tiny[1], 16, 8)
-    assert tokens.prompt == ids("ab")  # no EOS after the prompt, though the tokenizer adds one
-    assert tokens.completions == [[*ids("c"), EOS], [*ids("dé"), EOS]]
-    assert (prompt_cut, cut) == (0, 0)
+PAD = 0
+FORMS = ("padded", "packed", "shared")
+FEATURES = [
+    {
+        "prompts": [[10, 11]],
+        "completions": [[20, 1], [21, 22, 1]],
+        "rewards": [0.5, 2.0],
+        "sft_index": None,
+    },
+    {
+        "prompts": [[12]],
+        "completions": [[30, 1], [31], [32, 1]],
+        "rewards": [3.0, 2.0, 1.0],
+        "sft_index": None,
+    },
+]
 
 
-def test_tokenize_cuts_the_prompt_on_the_left_and_completions_on_the_right(tiny):
-    ranked = RankedList("abcdef", ("12345", "123", "1234"), None)
-    tokens, prompt_cut, cut = tokenize(ranked, tiny[1], 8, 4)
-    assert tokens.prompt == ids("cdef")
-    # 4 tokens are left: a completion that is cut has no EOS, not even where only EOS went.
-    assert tokens.completions == [ids("1234"), [*ids("123"), EOS], ids("1234")]
-    assert (prompt_cut, cut) == (1, 2)
+def feature(
+    prompts: list[list[int]], completions: list[list[int]], rewards: list[float] | None = None
+) -> dict[str, Any]:
+    return {"prompts": prompts, "completions": completions, "rewards": rewards, "sft_index": None}
 
 
-def test_tokenize_starts_an_empty_prompt_with_eos(tiny):
-    tokens, _, _ = tokenize(RankedList("", ("a", "b")), tiny[1], 8, 4)
-    assert tokens.prompt == [EOS]
-
-
-def test_tokenize_keeps_bos_when_the_prompt_is_cut(tiny):
-    class WithBos:
-        eos_token_id, bos_token_id = 1, 2
-
-        def __call__(self, text, add_special_tokens=True):
-            encoded = tiny[1](text, add_special_tokens=False)
-            if add_special_tokens:
-                encoded["input_ids"] = [2, *encoded["input_ids"]]
-            return encoded
-
-    tokens, _, _ = tokenize(RankedList("abcdef", ("x", "y")), WithBos(), 8, 4)
-    assert tokens.prompt == [2, *ids("def")]
-
-
-def test_tokenize_needs_eos(tiny):
-    class NoEos:
-        eos_token_id = bos_token_id = None
-
-    with pytest.raises(ValueError, match="NoEos has no EOS token"):
-        tokenize(RankedList("a", ("b", "c")), NoEos(), 8, 4)
-
-
-def test_lists_that_do_not_fit_are_cut_or_dropped_and_counted(tiny):
-    lists = [
-        RankedList("ab", ("c", "d"), (1.0, 0.0)),
-        RankedList("ab", ("same start, a", "same start, b"), (1.0, 0.0)),
-        RankedList("ab", ("long enough", "d"), None),
+def sequences(features: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and completion of each candidate present."""
+    return [
+        (one["prompts"][i if len(one["prompts"]) > 1 else 0], completion)
+        for one in features
+        for i, completion in enumerate(one["completions"])
     ]
 
-    def run(**options) -> tuple[int, DataReport]:
-        report = DataReport()
-        for ranked in lists:
-            report.count(ranked)
-        config = EvalConfig(max_length=8, **options)
-        return len(list(tokenize_lists(lists, tiny[1], config, report))), report
 
-    kept, report = run()
-    assert kept == report.lists == 2 and report.completions_cut == 1
-    assert report.dropped == {"completions equal once cut to max_length": 1}
-    kept, report = run(too_long="drop")
-    assert kept == report.lists == 1 and report.candidates == {2: 1}
-    assert report.dropped == {"longer than max_length=8": 2}
+def read(batch: dict[str, Any]) -> list[tuple[tuple[int, ...], int]]:
+    """What each scored token is predicted from: the ids in sight at its row, by position."""
+    ids, layout = batch["input_ids"], batch["layout"]
+    if "segments" in batch:
+        position = batch["position_ids"]
+        sight = dense_mask(batch["segments"], position)[:, 0]
+    elif "position_ids" in batch:  # a sequence begins wherever the position is 0
+        position = batch["position_ids"]
+        number = (position == 0).cumsum(1)
+        causal = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
+        sight = causal & (number[:, :, None] == number[:, None, :])
+    else:
+        position = torch.arange(ids.shape[1]).expand_as(ids)
+        causal = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
+        sight = causal & (batch["attention_mask"] == 1)[:, None, :]
+    pairs = []
+    for row, target in zip(layout.rows.tolist(), layout.targets.tolist(), strict=True):
+        where = divmod(row, ids.shape[1])
+        seen = sight[where].nonzero()[:, 0]
+        seen = seen[position[where[0], seen].argsort()]
+        # Each position of the context once, the token's own the last.
+        assert position[where[0], seen].equal(torch.arange(len(seen)))
+        assert seen[-1] == where[1]
+        pairs.append((tuple(ids[where[0], seen].tolist()), target))
+    return pairs
 
 
-def test_collate_is_token_exact_for_ragged_lists():
-    batch = collate(
-        [
-            TokenizedList([10, 11], [[20, 1], [21, 22, 1]], (0.5, 2.0)),
-            TokenizedList([12], [[30, 1], [31], [32, 1]], (3.0, 2.0, 1.0)),
-        ],
-        pad_id=0,
+def official(features: list[dict[str, Any]]) -> Tensor:
+    """Targets of the padded batch by the reference: the prompt masked but for its last token."""
+    both = sequences(features)
+    length = max(len(p) + len(c) for p, c in both)
+    ids = torch.full((len(both), length), PAD)
+    attention, prefix = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(both):
+        whole = prompt + completion
+        ids[row, : len(whole)] = torch.tensor(whole)
+        attention[row, : len(whole)] = 1
+        prefix[row, : len(prompt) - 1] = 1
+    return pk.reference.official_targets(ids, attention, prefix)
+
+
+token = st.integers(1, 3)  # so few that completions often begin alike, and prompts too
+tokens = st.lists(token, min_size=1, max_size=5)
+
+
+@st.composite
+def features_(draw: st.DrawFn) -> list[dict[str, Any]]:
+    made = []
+    for _ in range(draw(st.integers(1, 3))):
+        n = draw(st.integers(1, 4))
+        prompts = draw(
+            st.lists(tokens, min_size=n, max_size=n) | st.lists(tokens, min_size=1, max_size=1)
+        )
+        made.append(feature(prompts, draw(st.lists(tokens, min_size=n, max_size=n))))
+    return made
+
+
+@given(features_())
+@settings(max_examples=150, deadline=None)
+def test_every_form_reads_the_same_tokens_in_the_same_context(features):
+    expected = [
+        ((*prompt, *completion[:j]), completion[j])
+        for prompt, completion in sequences(features)
+        for j in range(len(completion))
+    ]
+    counts = [len(one["completions"]) for one in features]
+    for form in FORMS:
+        batch = PROCollator(PAD, form=form)(features)
+        layout = batch["layout"]
+        assert read(batch) == expected
+        assert layout.num_rows == batch["input_ids"].numel()
+        assert layout.lengths.tolist() == [len(c) for _, c in sequences(features)]
+        assert (layout.sequences >= 0).sum(1).tolist() == counts
+        ends = [[len(c) for c in one["completions"]] for one in features]
+        assert layout.candidate_tokens == tuple(map(tuple, ends))
+        assert layout.shared_rows or len(layout.rows.unique()) == len(layout.rows)
+
+
+@given(features_())
+@settings(max_examples=150, deadline=None)
+def test_official_targets_in_every_form(features):
+    expected = official(features)
+    padded = PROCollator(PAD, form="padded", official=True)(features)
+    reference = pk.Layout.from_packed(
+        expected.flatten(),
+        torch.arange(len(expected) + 1) * expected.shape[1],
+        [len(one["completions"]) for one in features],
     )
-    assert batch.input_ids.tolist() == [
+    for name in ("rows", "targets", "offsets", "lengths", "sequences"):
+        assert getattr(padded["layout"], name).equal(getattr(reference, name)), name
+    contexts = read(padded)
+    for form in ("packed", "shared"):
+        batch = PROCollator(PAD, form=form, official=True)(features)
+        assert read(batch) == contexts
+        assert batch["layout"].lengths.equal(reference.lengths)
+
+
+@given(features_())
+@settings(max_examples=60, deadline=None)
+def test_tokens_shared_are_the_common_start_of_the_prompts(features):
+    batch = PROCollator(PAD, form="shared")(features)
+    for row, one in enumerate(features):
+        common = 0
+        while (
+            all(common < len(p) for p in one["prompts"])
+            and len({p[common] for p in one["prompts"]}) == 1
+        ):
+            common += 1
+        assert (batch["segments"][row] == 0).sum() == common
+        own = [len(p) - common + len(c) for p, c in sequences([one])]
+        for i, length in enumerate(own, start=1):
+            assert (batch["segments"][row] == i).sum() == length
+        assert (batch["segments"][row] > len(own)).sum() == 0
+    real = int((batch["segments"] >= 0).sum())
+    assert batch["preferences"].num_positions == real
+
+
+def test_padded_batch():
+    batch = PROCollator(PAD)(FEATURES)
+    assert batch.keys() == {"input_ids", "attention_mask", "layout", "preferences"}
+    assert batch["input_ids"].tolist() == [
         [10, 11, 20, 1, 0],
         [10, 11, 21, 22, 1],
         [12, 30, 1, 0, 0],
         [12, 31, 0, 0, 0],
         [12, 32, 1, 0, 0],
     ]
-    assert batch.attention_mask.sum(1).tolist() == [4, 5, 3, 2, 3]
-    layout = batch.layout
+    assert batch["attention_mask"].sum(1).tolist() == [4, 5, 3, 2, 3]
+    layout = batch["layout"]
     # Row t of a sequence predicts token t + 1: the last prompt token the first completion token.
     assert layout.rows.tolist() == [1, 2, 6, 7, 8, 10, 11, 15, 20, 21]
     assert layout.targets.tolist() == [20, 1, 21, 22, 1, 30, 1, 31, 32, 1]
-    flat = batch.input_ids.flatten()
-    assert flat[layout.rows + 1].equal(layout.targets)
-    assert layout.lengths.tolist() == [2, 3, 2, 1, 2]
     assert layout.sequences.tolist() == [[0, 1, -1], [2, 3, 4]]
-    assert batch.rewards.tolist() == [[0.5, 2.0, 0.0], [3.0, 2.0, 1.0]]
-    assert batch.candidate_mask.tolist() == [[True, True, False], [True, True, True]]
-    assert not batch.by_order and IGNORE_INDEX not in layout.targets
+    preferences = batch["preferences"]
+    assert preferences.rewards.tolist() == [[0.5, 2.0, 0.0], [3.0, 2.0, 1.0]]
+    assert preferences.rewards.dtype == torch.float32
+    assert preferences.candidate_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert not preferences.by_order and preferences.sft_index is None
+    assert preferences.num_positions == 17 and preferences.num_prompts == 2
 
 
-def test_collate_of_lists_without_rewards_descends():
-    batch = collate([TokenizedList([5], [[6], [7], [8]], None)], pad_id=0)
-    assert batch.by_order and batch.rewards.tolist() == [[2.0, 1.0, 0.0]]
-
-
-def test_collate_refuses_nothing_and_mixed_kinds():
-    by_order = TokenizedList([5], [[6], [7]], None)
-    rewarded = TokenizedList([5], [[6], [7]], (1.0, 0.0))
-    with pytest.raises(ValueError, match="got no lists"):
-        collate([], pad_id=0)
-    with pytest.raises(ValueError, match="got both"):
-        collate([by_order, rewarded], pad_id=0)
-
-
-def test_batches_hold_one_kind_each_and_lose_nothing():
-    lists = [
-        TokenizedList([i], [[100 + i], [50]], None if i % 3 else (1.0, 0.0)) for i in range(2, 13)
+def test_packed_batch():
+    batch = PROCollator(PAD, form="packed")(FEATURES)
+    assert batch.keys() == {"input_ids", "position_ids", "layout", "preferences"}
+    assert batch["input_ids"].tolist() == [
+        [10, 11, 20, 1, 10, 11, 21, 22, 1, 12, 30, 1, 12, 31, 12, 32, 1]
     ]
-    config = EvalConfig(batch_size=3)
-    got = list(batches(lists, config, pad_id=0, shuffle_seed=4))
-    assert len(got) == num_batches(lists, 3) == 5
-    seen = torch.cat([batch.input_ids[::2, 0] for batch in got]).tolist()
-    assert sorted(seen) == list(range(2, 13)) and seen != sorted(seen)
-    again = list(batches(lists, config, pad_id=0, shuffle_seed=4))
-    assert all(a.input_ids.equal(b.input_ids) for a, b in zip(got, again, strict=True))
-    in_order = torch.cat([b.input_ids[::2, 0] for b in batches(lists[1::3], config, 0)]).tolist()
-    assert in_order == [3, 6, 9, 12]
+    assert batch["position_ids"].tolist() == [[*range(4), *range(5), *range(3), 0, 1, *range(3)]]
+    assert batch["layout"].rows.tolist() == [1, 2, 5, 6, 7, 9, 10, 12, 14, 15]
+    assert batch["preferences"].num_positions == 17
 
 
-def test_split_keeps_equal_prompts_together():
-    lists = [TokenizedList([i % 10], [[20 + i], [50]], None) for i in range(40)]
-    train, held_out = split_held_out(lists, 0.2, seed=0)
-    assert len(train) == 32 and len(held_out) == 8
-    assert not {t.prompt[0] for t in train} & {t.prompt[0] for t in held_out}
-    assert split_held_out(lists, 0.0, seed=0) == (lists, [])
-    with pytest.raises(DataError, match="at least 2 different prompts, got 1"):
-        split_held_out(lists[:1], 0.2, seed=0)
+def test_shared_batch():
+    batch = PROCollator(PAD, form="shared")(FEATURES)
+    assert batch.keys() == {"input_ids", "position_ids", "segments", "layout", "preferences"}
+    assert batch["input_ids"].tolist() == [[10, 11, 20, 1, 21, 22, 1], [12, 30, 1, 31, 32, 1, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 2, 1, 1, 2, 0]]
+    assert batch["segments"].tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 2, 3, 3, -1]]
+    assert batch["segments"].dtype == torch.int32
+    # Both first completion tokens of a prompt are read from its last row.
+    assert batch["layout"].rows.tolist() == [1, 2, 1, 4, 5, 7, 8, 7, 7, 11]
+    assert batch["preferences"].num_positions == 13
+
+
+def test_shared_batch_of_prompts_that_differ():
+    one = feature([[7, 8, 9], [7, 8], [7, 8, 9, 5]], [[1, 2], [3], [4]])
+    batch = PROCollator(PAD, form="shared")([one])
+    # Shared are 7 and 8 alone: the second candidate has no 9 to share.
+    assert batch["input_ids"].tolist() == [[7, 8, 9, 1, 2, 3, 9, 5, 4]]
+    assert batch["segments"].tolist() == [[0, 0, 1, 1, 1, 2, 3, 3, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 2, 3, 4]]
+    assert batch["layout"].rows.tolist() == [2, 3, 1, 7]
+
+
+def test_lists_without_rewards_descend():
+    ordered = [feature([[5]], [[6], [7], [8]]), feature([[5]], [[6], [7]])]
+    preferences = PROCollator(PAD)(ordered)["preferences"]
+    assert preferences.by_order
+    assert preferences.rewards.tolist() == [[2.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+
+
+def test_sft_index_is_the_best_where_a_list_names_none():
+    named = {**FEATURES[1], "sft_index": 2}
+    preferences = PROCollator(PAD)([FEATURES[0], named])["preferences"]
+    assert preferences.sft_index.tolist() == [1, 2]
+
+
+def test_a_batch_goes_to_a_device_by_itself():
+    """As Trainer and Accelerate move it: the layout follows, preferences stay on the host."""
+    from accelerate.utils import send_to_device
+
+    batch = PROCollator(PAD, form="shared")(FEATURES)
+    moved = send_to_device(batch, "meta", non_blocking=True)
+    assert moved["input_ids"].device.type == moved["layout"].device.type == "meta"
+    assert moved["preferences"] is batch["preferences"]
+
+
+def test_batches_come_from_data_sets_and_workers():
+    """Rows of an Arrow table, collated in another process, are what they are here."""
+    collator = PROCollator(PAD, form="shared")
+    table = datasets.Dataset.from_list(FEATURES)
+    here = collator([table[0], table[1]])
+    again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(collator))(list(table))))
+    assert again["input_ids"].equal(here["input_ids"])
+    assert again["layout"].rows.equal(here["layout"].rows)
+    assert here["input_ids"].equal(collator(FEATURES)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ([], "got no lists"),
+        ([FEATURES[0], feature([[5]], [[6], [7]])], "all have rewards or all have none, got both"),
+        (
+            [feature([[]], [[6], [7]])],
+            "list 0 of the batch: a prompt must be one or more token ids",
+        ),
+        ([FEATURES[0], {**FEATURES[1], "completions": [[1], [], [2]]}], "list 1 .* a completion"),
+        ([feature([[1]], [[1.5]])], "a completion must be one or more token ids, got .1.5."),
+        ([feature([[1], [2]], [[3], [4], [5]])], "3 completions need 1 prompt or 3, got 2"),
+        ([feature([[1]], [])], "at least 1 completion"),
+        ([feature([[1]], [[3], [4]], [1.0])], "2 completions and 1 rewards"),
+        ([{**FEATURES[0], "sft_index": 2}], r"sft_index must lie in \[0, 2\), got 2"),
+    ],
+)
+def test_bad_lists_are_named(features, message):
+    with pytest.raises(ValueError, match=message):
+        PROCollator(PAD)(features)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "ragged"}, "form must be padded, packed, shared or auto, got 'ragged'"),
+        ({"unshared": "shared"}, "unshared must be padded or packed, got 'shared'"),
+        ({"form": "auto"}, "form='auto' needs the cost model"),
+        ({"pad_token_id": None}, "pad_token_id must be a token id .* got None"),
+        ({"pad_token_id": -1}, "got -1"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        PROCollator(**{"pad_token_id": PAD, **options})

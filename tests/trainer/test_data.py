@@ -1,109 +1,144 @@
-"""Every record format, every malformed line, every reason to leave a list out."""
+"""What becomes of every record: kept, cleaned, ranked, dropped and counted, or an error."""
 
 from __future__ import annotations
 
-import gzip
 import json
 
 import pytest
 
-from pro_trainer.data import DataError, DataReport, RankedList, read_lists, split_transcript
+from pro_trainer.config import ListOptions
+from pro_trainer.data import DIFFERENT_CONTEXTS, cap_candidates, read_lists, select
+from pro_trainer.records import DataError, RankedList
+from pro_trainer.report import DataReport, LengthHistogram
 
 GOOD = {"prompt": "p", "completions": ["a", "b"]}
 
 
-def read(path: str, **options) -> tuple[list[RankedList], DataReport]:
+def read(*sources: object, **options) -> tuple[list[RankedList], DataReport]:
     report = DataReport()
-    return list(read_lists([path], report, **options)), report
+    return list(read_lists(sources, report, ListOptions(**options))), report
 
 
-def transcripts(*turns: str, chosen: str, rejected: str) -> dict[str, str]:
-    context = "".join(turns) + "\n\nAssistant:"
-    return {"chosen": context + chosen, "rejected": context + rejected}
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
 
 
-def test_reads_lists_with_and_without_rewards(write_lines):
+def test_formats_may_be_mixed_in_one_file(write_lines):
     path = write_lines(
-        {"prompt": "p", "completions": ["x", "y", "z"], "rewards": [0, 2.5, -1], "models": ["m"]},
+        {"prompt": "p", "completions": ["x", "y", "z"], "rewards": [0, 2, -1], "models": ["m"]},
         GOOD,
-    )
+        {"prompt": "p", "chosen": "a", "rejected": ["b", "c"]},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"prefix": ["q"] * 2, "suffix": ["a", "b"], "reward": [1, 0], "sft_index": 1},
+        {"context": "q", "completions": [{"completion": "a", "rank": 1},
+                                         {"completion": "b", "rank": 0}]},
+    )  # fmt: skip
     lists, report = read(path)
     assert lists == [
-        RankedList("p", ("x", "y", "z"), (0.0, 2.5, -1.0)),
-        RankedList("p", ("a", "b"), None),
+        RankedList(("p",), ("x", "y", "z"), (0.0, 2.0, -1.0)),
+        RankedList(("p",), ("a", "b")),
+        RankedList(("p",), ("a", "b", "c")),
+        RankedList(("\n\nHuman: q\n\nAssistant:",), (" a", " b")),
+        RankedList(("q",), ("a", "b"), (1.0, 0.0), 1),
+        RankedList(("q",), ("b", "a")),
     ]
-    assert (report.records, report.lists, report.with_rewards, report.tied) == (2, 2, 1, 0)
-    assert report.candidates == {3: 1, 2: 1}
-
-
-def test_reads_gzip_blank_lines_and_byte_order_mark(tmp_path):
-    path = tmp_path / "d.jsonl.gz"
-    line = json.dumps(GOOD).encode()
-    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + line + b"\n\n  \n" + line))
-    lists, report = read(str(path))
-    assert len(lists) == report.records == 2
-
-
-def test_keeps_all_paragraphs_of_the_last_reply(write_lines):
-    record = transcripts(
-        "\n\nHuman: one", "\n\nAssistant: two", "\n\nHuman: three", chosen=" four\n\nfive",
-        rejected=" six",
-    )  # fmt: skip
-    lists, _ = read(write_lines(record))
-    context = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
-    assert lists == [RankedList(context, (" four\n\nfive", " six"), None)]
-
-
-def test_drops_and_counts_transcripts_that_cannot_be_compared(write_lines):
-    record = transcripts("\n\nHuman: q", chosen=" a", rejected=" b")
-    other = {**record, "rejected": "\n\nHuman: else\n\nAssistant: b"}
-    open_end = {**record, "rejected": record["rejected"] + "\n\nHuman: more"}
-    lists, report = read(write_lines(record, other, open_end))
-    assert len(lists) == 1 and report.records == 3
-    assert report.dropped == {
-        "chosen and rejected have different contexts": 1,
-        "a transcript does not end with an assistant's turn": 1,
+    assert [ranked.where for ranked in lists] == [f"{path}:{i}" for i in range(1, 7)]
+    assert (report.records, report.lists, report.with_rewards, report.tied) == (6, 6, 2, 0)
+    assert report.candidates == {2: 4, 3: 2}
+    assert report.formats == {
+        "prompt and completions": 2,
+        "prompt, chosen, rejected": 1,
+        "transcripts": 1,
+        "official PRO files": 1,
+        "context and ranked completions": 1,
     }
-    assert "lists dropped, chosen and rejected have different contexts: 1" in report.text()
 
 
-def test_split_transcript_without_an_assistant_turn():
-    assert split_transcript("\n\nHuman: q") is None
-
-
-def test_drops_empty_and_repeated_completions_and_keeps_the_best_of_equals(write_lines):
+def test_drops_empty_and_repeated_completions_and_keeps_the_best_of_equals():
     lists, report = read(
-        write_lines(
+        [
             {"prompt": "p", "completions": ["a", " ", "b", "a"], "rewards": [1, 9, 2, 3]},
             {"prompt": "p", "completions": ["a", "a", ""]},
             {"prompt": "p", "completions": []},
             {"prompt": "p", "completions": ["alone"]},
-        )
+            {"prompt": "p", "completions": [[assistant("a")], [assistant(" ")], [assistant("b")]]},
+        ]
     )
-    assert lists == [RankedList("p", ("b", "a"), (2.0, 3.0))]
+    assert lists[0] == RankedList(("p",), ("b", "a"), (2.0, 3.0))
+    assert lists[1].completions == ((assistant("a"),), (assistant("b"),))
+    assert len(lists) == 2
     assert report.dropped == {"fewer than 2 different, non-empty completions": 3}
-    assert report.dropped_completions == {"empty": 2, "repeats a better one of its list": 2}
+    assert report.dropped_completions == {"empty": 3, "repeats a better one of its list": 2}
 
 
-def test_all_rewards_equal_is_dropped_refused_or_order(write_lines):
+def test_different_contexts_are_dropped_or_kept_with_their_own_prompts():
+    one, two = "\n\nHuman: q\n\nAssistant:", "\n\nHuman: r\n\nAssistant:"
+    records = [{"chosen": one + " a", "rejected": two + " a"}]
+    records.append({"prefix": [["<|prompter|>q"], ["<|prompter|>r"]], "suffix": ["a", "b"]})
+    lists, report = read(records)
+    assert not lists and report.dropped == {DIFFERENT_CONTEXTS: 2}
+    assert f"lists dropped, {DIFFERENT_CONTEXTS}: 2" in report.text()
+    lists, report = read(records, different_contexts="keep")
+    assert lists[0] == RankedList((one, two), (" a", " a"))  # equal replies to different prompts
+    assert lists[1].prompts == ("\n\nHuman: q", "\n\nHuman: r") and not report.dropped
+
+
+def test_prompts_that_differ_only_in_a_dropped_candidate_are_shared():
+    record = {"prefix": [["q"], ["q"], ["r"]], "suffix": ["a", "b", "b"], "reward": [2, 1, 0]}
+    lists, _ = read([record], different_contexts="keep", num_candidates=2)
+    assert lists[0] == RankedList(("q", "r"), (" a", " b"), (2.0, 0.0))
+    lists, _ = read([{**record, "suffix": ["a", "b", ""]}])
+    assert lists[0] == RankedList(("q",), (" a", " b"), (2.0, 1.0))
+
+
+def test_ranks_become_an_order_and_of_equal_ranks_the_first_stays():
+    record = {"prompt": "p", "completions": ["", "a", "b", "c", "d"], "ranks": [1, 3, 1, 3, 2]}
+    lists, report = read([record])
+    assert lists == [RankedList(("p",), ("b", "d", "a"))]
+    assert report.dropped_completions == {"empty": 1, "has the rank of an earlier one": 1}
+    equal = {**GOOD, "ranks": [2, 2]}
+    lists, report = read([record, equal])
+    assert len(lists) == 1 and report.dropped == {"all rewards equal": 1}
+    assert read([equal], all_equal="order")[0] == [RankedList(("p",), ("a", "b"))]
+    with pytest.raises(DataError, match=r"record 1: all 2 ranks are equal \(2.0\)"):
+        read([equal], all_equal="error")
+
+
+def test_all_rewards_equal_is_dropped_refused_or_order():
     equal = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [1, 1, 1]}
     tied = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [1, 1, 0]}
-    path = write_lines(equal, tied)
-    lists, report = read(path)
+    lists, report = read([equal, tied])
     assert len(lists) == 1 and report.tied == 1
     assert report.dropped == {"all rewards equal": 1}
-    with pytest.raises(DataError, match=r":1: all 3 rewards are equal \(1.0\)"):
-        read(path, all_equal="error")
-    lists, _ = read(path, all_equal="order")
-    assert lists[0] == RankedList("p", ("a", "b", "c"), None)
+    with pytest.raises(DataError, match=r"record 1: all 3 rewards are equal \(1.0\)"):
+        read([equal, tied], all_equal="error")
+    lists, _ = read([equal, tied], all_equal="order")
+    assert lists[0] == RankedList(("p",), ("a", "b", "c"))
 
 
-def test_candidate_cap_keeps_best_and_worst_evenly_spaced(write_lines):
+def test_candidate_cap_keeps_best_and_worst_evenly_spaced():
     record = {"prompt": "p", "completions": list("abcde"), "rewards": [1, 5, 3, 2, 4]}
-    lists, report = read(write_lines(record, {**record, "rewards": None}), num_candidates=3)
-    assert lists[0] == RankedList("p", ("a", "b", "c"), (1.0, 5.0, 3.0))
-    assert lists[1] == RankedList("p", ("a", "c", "e"), None)
+    lists, report = read([record, {**record, "rewards": None}], num_candidates=3)
+    assert lists[0] == RankedList(("p",), ("a", "b", "c"), (1.0, 5.0, 3.0))
+    assert lists[1] == RankedList(("p",), ("a", "c", "e"))
     assert report.candidates == {3: 2}
+    assert cap_candidates(lists[0], 3) is lists[0]
+
+
+def test_the_sft_mark_follows_its_candidate():
+    record = {"prompt": "p", "completions": ["", "a", "b", "a", "c"], "rewards": [9, 1, 2, 3, 4]}
+    expected = {1: 1, 2: 0, 3: 1, 4: 2}  # in (b, a, c); 1 is repeated by the better 3
+    for mark, index in expected.items():
+        lists, report = read([{**record, "sft_index": mark}])
+        assert lists == [RankedList(("p",), ("b", "a", "c"), (2.0, 3.0, 4.0), index)]
+        assert not report.sft_marks_dropped
+    lists, report = read([{**record, "sft_index": 0}, {**record, "sft_index": 2}, record])
+    assert [ranked.sft_index for ranked in lists] == [None, 0, None]
+    assert report.sft_marks_dropped == 1
+    assert "sft_index marks a dropped completion, the best is used: 1" in report.text()
+    ranked = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [2, 1, 0], "sft_index": 0}
+    assert read([ranked])[0] == [RankedList(("p",), ("c", "b", "a"), None, 2)]
+    assert select(RankedList(("p",), ("a", "b", "c"), None, 1), [2, 0]).sft_index is None
 
 
 @pytest.mark.parametrize(
@@ -113,70 +148,86 @@ def test_candidate_cap_keeps_best_and_worst_evenly_spaced(write_lines):
         (b"[" * 100_000, "not JSON"),
         (b'{"prompt": "\xff", "completions": ["a", "b"]}', "not UTF-8"),
         (b"[1]", "must be a JSON object, got a list"),
-        (b"null", "must be a JSON object, got null"),
-        ({"text": "x"}, "needs 'prompt' and 'completions'.*keys .'text'"),
-        ({"completions": ["a", "b"]}, "'prompt' is missing"),
-        ({"prompt": 3, "completions": ["a", "b"]}, "'prompt' must be a string, got a number"),
-        ({"prompt": "p"}, "'completions' must be a list of strings, got null"),
-        ({"prompt": "p", "completions": "ab"}, "must be a list of strings, got a string"),
-        ({"prompt": "p", "completions": ["a", None]}, r"completions\[1\] must be a string"),
-        ({"prompt": "p", "completions": ["a", "\ud800"]}, r"completions\[1\].*lone surrogate"),
-        ({**GOOD, "rewards": 1}, "'rewards' must be a list of numbers, got a number"),
-        ({**GOOD, "rewards": [1]}, "2 completions but 1 rewards"),
-        ({**GOOD, "rewards": [1, "2"]}, r"rewards\[1\] must be a number, got a string"),
-        ({**GOOD, "rewards": [True, 1]}, r"rewards\[0\] must be a number, got a boolean"),
-        ({**GOOD, "rewards": [float("nan"), 1]}, r"rewards\[0\] must be finite, got nan"),
-        ({**GOOD, "rewards": [1, float("-inf")]}, r"rewards\[1\] must be finite, got -inf"),
+        ({"text": "x"}, "got the keys .'text'"),
         (b'{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 1e999]}', "must be finite"),
-        ({**GOOD, "rewards": [1, 10**400]}, r"rewards\[1\] must be finite"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b"}, "'rejected' is missing"),
-        ({"chosen": 1, "rejected": "x"}, "'chosen' must be a string, got a number"),
+        (b'{"prompt": "p", "completions": ["a", "b"], "rewards": [NaN, 1]}', "must be finite"),
     ],
 )
 def test_malformed_line_is_named_or_skipped_and_counted(write_lines, line, wrong):
     path = write_lines(GOOD, line, GOOD)
-    with pytest.raises(DataError, match=rf"data.jsonl:2: (?s:.)*{wrong}") as error:
+    with pytest.raises(DataError, match=rf"data.jsonl:2: (?s:.)*{wrong}"):
         read(path)
-    assert isinstance(error.value, ValueError)
     lists, report = read(path, on_bad_line="skip")
     assert len(lists) == report.records == 2 and report.bad_lines == 1
-    assert "data.jsonl:2:" in report.text() and "malformed lines skipped: 1" in report.text()
+    assert "data.jsonl:2:" in report.text() and "malformed records skipped: 1" in report.text()
+    assert sum(report.formats.values()) == 2
+
+
+def test_only_the_first_few_bad_lines_are_shown(write_lines):
+    _, report = read(write_lines(GOOD, *[b"x"] * 20), on_bad_line="skip")
+    assert report.bad_lines == 20 and len(report.bad_line_messages) == 5
 
 
 @pytest.mark.parametrize("on_bad_line", ["error", "skip"])
-def test_unreadable_files_are_errors_in_either_mode(tmp_path, write_lines, on_bad_line):
-    whole = gzip.compress(b"\n".join(json.dumps(GOOD).encode() for _ in range(5000)))
-    cases = {
-        "truncated.jsonl.gz": (whole[: len(whole) // 2], "breaks off after line"),
-        "damaged.jsonl.gz": (whole[:40] + b"\0" * 40 + whole[80:], "damaged gzip|breaks off"),
-        "plain.jsonl.gz": (json.dumps(GOOD).encode(), "damaged gzip file"),
-        "empty.jsonl": (b"", "holds no records"),
-        "blank.jsonl": (b"\n \n", "holds no records"),
-    }
-    for name, (content, wrong) in cases.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=f"{name}.*({wrong})"):
-            read(str(tmp_path / name), on_bad_line=on_bad_line)
+def test_sources_without_records_are_errors_in_either_mode(tmp_path, on_bad_line):
+    for content in (b"", b"\n \n"):
+        (tmp_path / "empty.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match="empty.jsonl: holds no records"):
+            read(str(tmp_path / "empty.jsonl"), on_bad_line=on_bad_line)
+    with pytest.raises(DataError, match="a source of records: holds no records"):
+        read([], on_bad_line=on_bad_line)
     with pytest.raises(DataError, match="missing.jsonl: cannot be read: No such file"):
         read(str(tmp_path / "missing.jsonl"), on_bad_line=on_bad_line)
-    with pytest.raises(DataError, match="cannot be read: Is a directory"):
-        read(str(tmp_path), on_bad_line=on_bad_line)
 
 
-def test_reading_streams(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b"\nnot json\n")
-    stream = read_lists([str(path)], DataReport())
-    assert next(stream).prompt == "p"  # the bad second line is not reached yet
+def test_what_are_no_sources_is_refused_at_once(data_file):
+    for wrong in (data_file, GOOD):
+        with pytest.raises(TypeError, match="sources must be a list of sources"):
+            read_lists(wrong, DataReport(), ListOptions())
+    with pytest.raises(TypeError, match="a source is a whole set of records, got one record"):
+        read_lists([GOOD], DataReport(), ListOptions())
+    with pytest.raises(ValueError, match="sources is empty"):
+        read_lists([], DataReport(), ListOptions())
+
+
+def test_reading_streams(write_lines):
+    stream = read_lists([write_lines(GOOD, b"not json")], DataReport(), ListOptions())
+    assert next(stream).prompts == ("p",)  # the bad second line is not reached yet
     with pytest.raises(DataError, match=":2: not JSON"):
         next(stream)
+
+
+def test_the_report_can_be_printed_and_saved():
+    _, report = read([GOOD, {**GOOD, "rewards": [1, 0]}, {"prompt": "p", "completions": ["a"]}])
+    assert report.text().splitlines() == [
+        "records read: 3 (3 prompt and completions)",
+        "lists kept: 2 (2 of 2 candidates)",
+        "with rewards: 1, of these with ties: 0; in order only: 1",
+        "lists dropped, fewer than 2 different, non-empty completions: 1",
+    ]
+    found = json.loads(json.dumps(report.as_dict()))
+    assert found["candidates"] == {"2": 2} and found["order_only"] == 1
+    assert found["prompt_tokens"] is None
+
+
+def test_histogram_is_exact_below_1024_and_bounded_above():
+    lengths = LengthHistogram()
+    assert lengths.summary() is None
+    for length in range(1, 101):
+        lengths.add(length)
+    assert lengths.summary() == {"min": 1, "median": 50, "p95": 95, "max": 100}
+    for length in range(1 << 20, (1 << 20) + 10_000):
+        lengths.add(length)
+    assert len(lengths.counts) < 120
+    assert lengths.longest == (1 << 20) + 9_999
+    assert abs(lengths.quantile(0.5) - (1 << 20) - 5000) < (1 << 20) / 500
 
 
 def test_real_files(shared):
     lists, report = read(str(shared / "data" / "hh-harmless-base-dev.jsonl.gz"))
     assert report.records == 1500 and len(lists) + sum(report.dropped.values()) == 1500
-    assert report.dropped["chosen and rejected have different contexts"] == 4
-    assert all(ranked.prompt.endswith("\n\nAssistant:") for ranked in lists)
+    assert report.dropped[DIFFERENT_CONTEXTS] == 4
+    assert all(ranked.prompts[0].endswith("\n\nAssistant:") for ranked in lists)
     lists, report = read(str(shared / "data" / "alpaca-eval-ranked-dev.jsonl.gz"))
     assert report.records == 500 and report.lists == len(lists) == report.with_rewards
     assert report.tied > 0 and sum(report.dropped_completions.values()) > 0

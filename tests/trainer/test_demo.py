@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pro_trainer import demo
-from pro_trainer.config import TrainConfig
+from pro_trainer import demo, run
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN, generate
-from pro_trainer.trainer import train
 
 
 def test_bundled_lists_are_what_the_generator_makes(tmp_path, monkeypatch):
@@ -32,10 +30,11 @@ def test_bundled_prompts_are_disjoint_and_lists_have_4_to_6_candidates():
 
 
 def test_held_out_accuracy_rises(tmp_path):
-    run = train(TrainConfig(demo=True, steps=80, output_dir=str(tmp_path / "out")))
-    before, after = (point["pairwise_accuracy"] for point in run["eval"])
+    result, _ = demo.run(demo.demo_config(str(tmp_path), steps=80))
+    before, after = (result[when]["eval_pairwise_accuracy"] for when in ("before", "after"))
     assert before < 0.7 and after > before + 0.15, (before, after)
-    assert run["train_loss"][-1] < 0.2 * run["train_loss"][0]
+    history = demo.losses(result)
+    assert len(history) == 80 and history[-1] < 0.2 * history[0]
 
 
 def test_demo_compares_and_writes_its_plot(tmp_path, capsys, monkeypatch):
@@ -46,16 +45,21 @@ def test_demo_compares_and_writes_its_plot(tmp_path, capsys, monkeypatch):
     for part in ("fused loss", "rounding", "pairwise_accuracy, after", "backend torch: usable",
                  "speedup", "same trajectory within rounding: yes"):  # fmt: skip
         assert part in printed
-    assert (output / "curves.png").exists() and (output / "checkpoint" / "config.json").exists()
+    assert (output / "curves.png").exists() and (output / "model.safetensors").exists()
 
 
 def test_demo_fails_where_the_trajectories_part(tmp_path, capsys, monkeypatch):
-    def shifted(config):
-        result = train(config)
-        result["train_loss"] = [1.001 * x for x in result["train_loss"]]
-        return result
+    run = demo.run
 
-    monkeypatch.setattr(demo, "train", shifted)
+    def shifted(config, **options):
+        result, trainer = run(config, **options)
+        if config.loss_impl == "auto":
+            for entry in result["log_history"]:
+                if "loss" in entry:
+                    entry["loss"] *= 1.001
+        return result, trainer
+
+    monkeypatch.setattr(demo, "run", shifted)
     monkeypatch.setattr(demo, "print_times", lambda *args: None)
     assert demo.main(str(tmp_path / "demo"), steps=2) == 1
     assert "same trajectory within rounding: NO" in capsys.readouterr().out
@@ -63,16 +67,9 @@ def test_demo_fails_where_the_trajectories_part(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["hh-harmless-base-dev", "alpaca-eval-ranked-dev"])
 def test_trains_on_real_lists(name, shared, tmp_path):
-    data = str(shared / "data" / f"{name}.jsonl.gz")
-    run = train(
-        TrainConfig(
-            demo=True,
-            data=[data],
-            output_dir=str(tmp_path / "out"),
-            steps=3,
-            batch_size=2,
-            max_length=96,
-            eval_fraction=0.02,
-        )  # fmt: skip
+    data = [str(shared / "data" / f"{name}.jsonl.gz")]
+    config = demo.demo_config(
+        str(tmp_path), 3, per_device_train_batch_size=2, max_length=96, save_strategy="no"
     )
-    assert run["eval"][1]["loss"] < run["eval"][0]["loss"]
+    result = run.train(run.TrainArguments(demo=True, data=data, eval_fraction=0.02), config)
+    assert result["after"]["eval_loss"] < result["before"]["eval_loss"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
 import pro_kernels as pk
-from pro_trainer.model import check_parts, hidden_states, lm_head, load, save
+from pro_trainer.model import check_parts, disable_dropout, lm_head, load, pad_id
 
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
 SIZES |= {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 259, "head_dim": 8}
@@ -37,27 +39,22 @@ def make(name: str):
     return model
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(3, 259, (3, 10))
-    mask = torch.ones_like(ids)
-    mask[0, 7:] = 0
-    return ids, mask
+def save(model, tokenizer, folder) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parts_give_what_the_whole_model_gives(name):
-    model, (ids, mask) = make(name), inputs()
-    check_parts(model, ids, mask)
+    model, ids = make(name), torch.randint(3, 259, (2, 10))
+    check_parts(model, ids[0])
     head = lm_head(model)
     with torch.no_grad():
-        whole = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-        parts = pk.linear_token_logps(
-            hidden_states(model, ids, mask), head.weight, ids.flatten(), bias=head.bias,
-            softcap=head.softcap, logit_scale=head.logit_scale,
-        )  # fmt: skip
-    expected = whole.flatten(0, 1).gather(1, ids.flatten()[:, None])[:, 0]
-    real = mask.flatten().bool()
-    torch.testing.assert_close(parts[real], expected[real], rtol=1e-4, atol=1e-4)
+        whole = model(input_ids=ids).logits.log_softmax(-1)
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+        parts = pk.linear_token_logps(hidden, head.weight, ids, **head.options())
+    expected = whole.gather(2, ids[:, :, None])[:, :, 0]
+    torch.testing.assert_close(parts, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "field"), [("Gemma2", "final_logit_softcapping"),
@@ -72,7 +69,7 @@ def test_an_unknown_step_between_decoder_and_logits_is_refused(name, field, monk
 
     monkeypatch.setattr("pro_trainer.model.lm_head", without)
     with pytest.raises(ValueError, match=f"{name}ForCausalLM: decoder and LM head apart.*off"):
-        check_parts(model, *inputs())
+        check_parts(model, torch.randint(3, 259, (10,)))
 
 
 def test_model_without_lm_head_is_refused(tmp_path, tiny):
@@ -101,9 +98,43 @@ def test_tokenizer_larger_than_the_head_is_refused(tmp_path, tiny):
         load(str(tmp_path))
 
 
-def test_checkpoint_round_trip_is_safetensors(tmp_path, tiny):
-    save(*tiny, str(tmp_path))
-    assert (tmp_path / "model.safetensors").exists()
+def test_load_gives_weights_tokenizer_and_dtype(tmp_path, tiny):
+    save(*tiny, tmp_path)
     model, tokenizer = load(str(tmp_path))
     assert all(a.equal(b) for a, b in zip(model.parameters(), tiny[0].parameters(), strict=True))
     assert tokenizer("é").input_ids == tiny[1]("é").input_ids
+    assert load(str(tmp_path), dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_a_head_that_is_more_than_its_weight_is_refused(tiny):
+    from peft import LoraConfig, get_peft_model
+
+    for target, refused in (("lm_head", True), ("q_proj", False)):
+        model = get_peft_model(copy.deepcopy(tiny[0]), LoraConfig(target_modules=[target]))
+        if refused:
+            with pytest.raises(ValueError, match="keep LoRA and quantisation off the head"):
+                lm_head(model)
+        else:
+            assert lm_head(model).weight.shape == (259, 96)
+
+
+def test_disable_dropout_reaches_attention():
+    config = transformers.LlamaConfig(**SIZES, attention_dropout=0.5)
+    model = transformers.LlamaForCausalLM(config).train()
+    ids = torch.arange(10)[None]
+    assert not model(ids).logits.equal(model(ids).logits)
+    disable_dropout(model)
+    assert model(ids).logits.equal(model(ids).logits)
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**CONFIGS["GPT2"])).train()
+    disable_dropout(gpt2)
+    assert gpt2(ids).logits.equal(gpt2(ids).logits)
+
+
+def test_pad_id_falls_back_to_eos_and_zero(tiny):
+    class Tokens:
+        pad_token_id = None
+        eos_token_id = 7
+
+    assert pad_id(tiny[1]) == 0 and pad_id(Tokens()) == 7
+    Tokens.eos_token_id = None
+    assert pad_id(Tokens()) == 0

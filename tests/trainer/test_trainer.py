@@ -1,188 +1,478 @@
-"""The loop: same trajectory through every implementation, repeatable, saved, refused."""
+"""The trainer: what is ours (the loss of a step, scores, refusals) and what must stay Trainer's."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import log_softmax
 
 import pro_kernels as pk
-from pro_trainer.collate import batches, pad_id
-from pro_trainer.config import EvalConfig, TrainConfig
-from pro_trainer.data import DataError
-from pro_trainer.evaluate import evaluate, evaluate_files, load_lists, ranking_counts
-from pro_trainer.model import load, tiny_llama
-from pro_trainer.objective import batch_loss
-from pro_trainer.trainer import TrainingError, fit, train
+from pro_trainer.checkpoints import last_whole
+from pro_trainer.config import PROConfig
+from pro_trainer.errors import TrainingError
+from pro_trainer.model import tiny_llama
+from pro_trainer.objective import NEEDS_REFERENCE
+from pro_trainer.trainer import PROTrainer
 
-CPU = torch.device("cpu")
-
-
-def usable(name: str) -> str | None:
-    if name in ("auto", "reference"):
-        return None
-    return pk.backends.refusal(name, CPU, torch.float32)
+ROOT = Path(__file__).resolve().parents[2]
+HISTORY_ONLY = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
-def config_for(path: str, output: Path, **options) -> TrainConfig:
-    defaults = {"steps": 6, "batch_size": 3, "eval_fraction": 0.25, "log_every": 2, "lr": 2e-3}
-    return TrainConfig(
-        demo=True, data=[path], output_dir=str(output), device="cpu", **defaults | options
+def records(count: int = 8, n: int = 3) -> list[dict]:
+    """Lists that can be learnt: longer praise is better."""
+    return [
+        {
+            "prompt": f"q{i}: ",
+            "completions": [f"{'good ' * k}{i}" for k in range(n, 0, -1)],
+            "rewards": [float(k * k) / 4 for k in range(n, 0, -1)],
+        }
+        for i in range(count)
+    ]
+
+
+def config(output: Path, **options) -> PROConfig:
+    defaults = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    return PROConfig(output_dir=str(output), **(defaults | options))
+
+
+def trainer_for(output: Path, model=None, data=None, eval_data=None, **options) -> PROTrainer:
+    peft_config = options.pop("peft_config", None)
+    tiny_model, tokenizer = tiny_llama(0)
+    return PROTrainer(
+        tiny_model if model is None else model,
+        config(output, **options),
+        records() if data is None else data,
+        eval_data,
+        tokenizer,
+        peft_config=peft_config,
     )
 
 
-def weights(output: Path) -> list[torch.Tensor]:
-    return list(load(str(output / "checkpoint"))[0].parameters())
+def losses(trainer: PROTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("loss_impl", ["auto", "cpu", "triton", "torch"])
-def test_fused_trajectory_is_the_reference_one(loss_impl, data_file, tmp_path):
-    if (reason := usable(loss_impl)) is not None:
-        pytest.skip(reason)
-    run, reference = (
-        train(config_for(data_file, tmp_path / impl, loss_impl=impl, steps=5))
-        for impl in (loss_impl, "reference")
+def weights(trainer: PROTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_first_loss_is_the_references_on_whole_logits(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=1, per_device_train_batch_size=8)
+    model, data = copy.deepcopy(trainer.model), trainer.train_dataset
+    trainer.train()
+    per_list = []
+    for row in data:
+        scores = []
+        for end in row["completions"]:
+            ids = torch.tensor([row["prompts"][0] + end])
+            logps = log_softmax(model(ids).logits[0, :-1].double(), -1)
+            picked = logps.gather(1, ids[0, 1:, None])[-len(end) :, 0]
+            scores.append(picked.mean())
+            if len(scores) == 1:  # records come best first
+                sft = -picked.sum()
+        s, r = torch.stack(scores), torch.tensor(row["rewards"], dtype=torch.float64)
+        rank = 0.0
+        for k in range(len(s) - 1):
+            tau = r[k] - r[k:]
+            tau[0] = tau.max()
+            rank = rank + torch.logsumexp(s[k:] * tau, 0) - s[k] * tau[0]
+        per_list.append(rank + 0.05 * (len(s) - 1) ** 2 * sft)
+    expected = torch.stack(per_list).mean().item()
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_ranks_held_out_lists(tmp_path):
+    data = records(24)
+    trainer = trainer_for(
+        tmp_path, data=data[:16], eval_data=data[16:], max_steps=30, learning_rate=3e-3
     )
-    # A few steps amplify float32 rounding (6e-8) little; 1e-5 is far below any error in the maths.
-    losses = torch.tensor([run["train_loss"], reference["train_loss"]])
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
-    assert losses[0, -1] < 0.95 * losses[0, 0]
-    for ours, theirs in zip(run["eval"], reference["eval"], strict=True):
-        assert math.isclose(ours["loss"], theirs["loss"], rel_tol=1e-5)
-        assert ours["pairwise_accuracy"] == theirs["pairwise_accuracy"]
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < 0.5 * before["eval_loss"]
+    assert after["eval_pairwise_accuracy"] > 0.9
+    assert after["eval_kendall_tau"] > before["eval_kendall_tau"]
+
+
+@pytest.mark.parametrize("loss_type", sorted(pk.losses.LOSSES))
+def test_every_loss_type_trains_and_logs_what_it_minimises(loss_type, tmp_path):
+    trainer = trainer_for(tmp_path, loss_type=loss_type, max_steps=12, learning_rate=2e-3)
+    before = trainer.evaluate(trainer.train_dataset)
+    trainer.train()
+    after = trainer.evaluate(trainer.train_dataset)
+    assert after["eval_loss"] < before["eval_loss"]
+    assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
+    assert (trainer.ref_model is not None) == (loss_type in NEEDS_REFERENCE)
+    entry = trainer.state.log_history[0]
+    assert {"rewards/accuracies", "logps/chosen", "scored_share", "peak_memory_mb"} <= set(entry)
+
+
+@pytest.mark.parametrize("sharing", ["on", "off"])
+@pytest.mark.parametrize("loss_type", ["pro", "dpo"])
+def test_reference_and_fused_losses_take_the_same_steps(sharing, loss_type, tmp_path):
+    runs = []
+    for impl in ("auto", "reference"):
+        trainer = trainer_for(
+            tmp_path, loss_impl=impl, loss_type=loss_type, prefix_sharing=sharing, overwrite=True
+        )
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+def test_accumulation_does_not_move_the_trajectory(tmp_path):
+    """8 x 1 = 2 x 4, also where the last step of an epoch has fewer lists."""
+    ragged = [*records(8), *records(3, n=5)]  # 11 lists: the second step of an epoch has 3
+    runs = []
+    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+        trainer = trainer_for(
+            tmp_path,
+            data=ragged,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=6,
+            overwrite=True,
+        )
+        trainer.train()
+        runs.append((losses(trainer), weights(trainer)))
+    for other, changed in runs[1:]:
+        assert other == pytest.approx(runs[0][0], rel=1e-4)
+        for name, weight in runs[0][1].items():
+            torch.testing.assert_close(changed[name], weight, rtol=0, atol=2e-4, msg=name)
+
+
+RUN = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_trainer import config, records
+from pro_trainer.model import tiny_llama
+from pro_trainer.trainer import PROTrainer
+from transformers import TrainerCallback
+import os, signal
+from pathlib import Path
+
+class Kill(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        if state.global_step == {kill_at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+model, tokenizer = tiny_llama(0)
+arguments = config(Path({output!r}), max_steps=7, save_strategy="steps", save_steps=2,
+                   disable_dropout=False, gradient_accumulation_steps=2,
+                   per_device_train_batch_size=2)
+for layer in model.model.layers:
+    layer.self_attn.attention_dropout = 0.1  # draws from the generator that must be restored
+trainer = PROTrainer(model, arguments, records(10), None, tokenizer, callbacks=[Kill()])
+trainer.train(resume_from_checkpoint={resume!r})
+trainer.save_model()
+"""
+
+
+def run_script(output: Path, kill_at: int = -1, resume: bool = False) -> int:
+    code = RUN.format(
+        tests=str(Path(__file__).parent), output=str(output), kill_at=kill_at, resume=resume
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode
+
+
+def test_a_run_killed_in_a_step_and_resumed_ends_bitwise_where_the_whole_one_does(tmp_path):
+    assert run_script(tmp_path / "whole") == 0
+    assert run_script(tmp_path / "cut", kill_at=5) == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    # A checkpoint that was cut off while it was written is passed over.
+    torn = tmp_path / "cut" / "checkpoint-5"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    assert last_whole(tmp_path / "cut").name == "checkpoint-4"
+    assert run_script(tmp_path / "cut", resume=True) == 0
+    whole, resumed = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")
+    )
+    assert whole == resumed
+
+
+def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer_for(tmp_path, **options).train()
+    with pytest.raises(ValueError, match="holds another run .checkpoint-2.*overwrite"):
+        trainer_for(tmp_path, **options).train()
+    other = trainer_for(tmp_path, sft_weight=0.5, data=records(5), **options)
+    with pytest.raises(ValueError, match="belongs to another run: sft_weight: 0.05 then, 0.5 now;"):
+        other.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="train_dataset: '8 lists.*then, '5 lists.*now"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match="no whole checkpoint in"):
+        trainer_for(tmp_path / "empty", **options).train(resume_from_checkpoint=True)
+    trainer_for(tmp_path, overwrite=True, **options).train()
+    assert trainer_for(tmp_path, **(options | {"max_steps": 3})).train(True).global_step == 3
+
+
+def test_bf16_autocast_and_gradient_checkpointing_stay_near_plain_training(tmp_path):
+    def run(**options) -> PROTrainer:
+        trainer = trainer_for(tmp_path, overwrite=True, **options)
+        trainer.train()
+        return trainer
+
+    plain = run()
+    checkpointed = run(gradient_checkpointing=True)
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+    mixed = run(bf16=True)
+    assert losses(mixed) == pytest.approx(losses(plain), rel=0.02)
+    assert losses(mixed) != losses(plain)
+    assert all(w.dtype == torch.float32 for w in weights(mixed).values())
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": "2.0"},
-        {"length_normalize": False, "sft_reduction": "mean", "reward_scale": 0.1},
-        {"ties": "skip", "eps": 1e-10, "sft_weight": 0.5},
+        {"train_sampling_strategy": "group_by_length"},
+        {"dataloader_num_workers": 2},
+        {"packing": True, "prefix_sharing": "off"},
     ],
+    ids=str,
 )
-def test_every_option_reaches_both_implementations(options, data_file, tiny):
+def test_other_ways_to_feed_the_same_lists(options, tmp_path):
+    """All lists in one batch: however they are ordered, fetched and laid out, one loss."""
+    plain = trainer_for(tmp_path, per_device_train_batch_size=8, max_steps=2)
+    plain.train()
+    other = trainer_for(tmp_path, per_device_train_batch_size=8, max_steps=2, **options)
+    other.train()
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_best_model_at_end_is_loaded_by_a_ranking_metric(tmp_path):
+    data = records(16)
+    trainer = trainer_for(
+        tmp_path,
+        data=data[:8],
+        eval_data=data[8:],
+        max_steps=6,
+        learning_rate=0.5,  # wrecks the model at once: the first evaluation stays the best
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="kendall_tau",
+    )
+    trainer.train()
+    seen = [e["eval_kendall_tau"] for e in trainer.state.log_history if "eval_kendall_tau" in e]
+    assert len(seen) == 3
+    assert trainer.evaluate()["eval_kendall_tau"] == pytest.approx(max(seen))
+
+
+def test_reports_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "tb")
+    try:
+        trainer_for(tmp_path / "out", report_to="tensorboard").train()
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert {"train/rank_loss_1", "train/rewards/margins"} <= set(events.Tags()["scalars"])
+
+
+DISTRIBUTED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_trainer import config, records, losses
+from pro_trainer.model import tiny_llama
+from pro_trainer.trainer import PROTrainer
+from pathlib import Path
+import json
+
+model, tokenizer = tiny_llama(0)
+data = records(10) + records(2, n=5)
+trainer = PROTrainer(model, config(Path({output!r}), per_device_train_batch_size={batch},
+                     per_device_eval_batch_size=2, max_steps=5), data, data[:7], tokenizer)
+trainer.train()
+metrics = trainer.evaluate()
+if trainer.is_world_process_zero():
+    metrics = {{k: v for k, v in metrics.items() if "second" not in k and "time" not in k}}
+    Path({result!r}).write_text(json.dumps({{"losses": losses(trainer), "eval": metrics,
+        "entry": trainer.state.log_history[0]}}))
+"""
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    found = []
+    for processes, batch in ((1, 4), (2, 2)):
+        result = tmp_path / f"result{processes}.json"
+        script = tmp_path / f"run{processes}.py"
+        script.write_text(
+            DISTRIBUTED.format(
+                tests=str(Path(__file__).parent),
+                output=str(tmp_path / f"out{processes}"),
+                result=str(result),
+                batch=batch,
+            )
+        )
+        launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run(
+            [sys.executable, "-m", *launch, str(script)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(result.read_text()))
+    one, two = found
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["eval"] == pytest.approx(one["eval"], rel=1e-4)
+    for name in ("rank_loss_1", "rewards/margins", "pairwise_accuracy", "scored_share"):
+        assert two["entry"][name] == pytest.approx(one["entry"][name], rel=1e-4), name
+
+
+def test_lora_trains_adapters_only_and_saves_them(tmp_path):
+    from peft import LoraConfig, PeftModel
+
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    trainer = trainer_for(
+        tmp_path, peft_config=lora, loss_type="dpo", gradient_checkpointing=True, max_steps=3
+    )
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, w in weights(trainer).items() if not w.equal(before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    # The reference is the model without its adapters: the first step has equal log-probs.
+    assert trainer.ref_model is None
+    assert losses(trainer)[0] == pytest.approx(math.log(2), rel=1e-5)
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(tiny_llama(0)[0], tmp_path)
+    again = trainer_for(tmp_path / "again", model=loaded, data=trainer.train_dataset)
+    assert again.score(trainer.train_dataset).logps.allclose(
+        trainer.score(trainer.train_dataset).logps, atol=1e-4
+    )
+    on_head = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="keep LoRA and quantisation off the head"):
+        trainer_for(tmp_path / "head", peft_config=on_head)
+
+
+def test_score_is_in_the_data_sets_order_and_evaluate_is_made_of_it(tmp_path):
+    data = [*records(3), *records(2, n=5), *records(2, n=2)]
+    trainer = trainer_for(tmp_path, data=data, per_device_eval_batch_size=2)
+    scores = trainer.score(trainer.train_dataset)
+    assert scores.logps.shape == (7, 5) and scores.mask.sum(1).tolist() == [3, 3, 3, 5, 5, 2, 2]
+    lengths = [[len(end) for end in row["completions"]] for row in trainer.train_dataset]
+    for row, expected in zip(scores.lengths.tolist(), lengths, strict=True):
+        assert row == expected + [0] * (5 - len(expected))
+    alone = trainer.score(trainer.train_dataset.select([4]))
+    torch.testing.assert_close(alone.logps[0], scores.logps[4], rtol=1e-5, atol=1e-5)
+    metrics = trainer.metrics(scores)
+    evaluated = trainer.evaluate(trainer.train_dataset)
+    assert {f"eval_{k}": v for k, v in metrics.items()}.items() <= evaluated.items()
+    assert metrics["prompts"] == 7
+    terms = [v for k, v in metrics.items() if k.startswith("rank_loss_")] + [metrics["sft_loss"]]
+    assert metrics["loss"] == pytest.approx(sum(terms), rel=1e-5)
+
+
+def test_lists_by_order_use_temperature_one_and_kinds_do_not_mix(tmp_path):
+    by_order = [{"prompt": r["prompt"], "completions": r["completions"]} for r in records()]
+    trainer = trainer_for(tmp_path, data=by_order)
+    trainer.train()
+    constant = trainer_for(tmp_path / "t", data=records(), temperature="1.0")
+    constant.train()
+    assert losses(trainer) == pytest.approx(losses(constant), rel=1e-5)
+    with pytest.raises(ValueError, match="8 of 12 lists have rewards, the others only an order"):
+        trainer_for(tmp_path, data=[*records(), *by_order[:4]])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
+    options = {"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    trainer = trainer_for(tmp_path, max_steps=10, **options)
+    with pytest.raises(TrainingError, match=r"steps up to [23]: mean loss .*; stopped"):
+        trainer.train()
+    trainer = trainer_for(
+        tmp_path, max_steps=10, logging_steps=10, save_strategy="steps", save_steps=3, **options
+    )
+    with pytest.raises(TrainingError, match="step 3: .* weights are not finite"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_saves_card_curves_and_safetensors(tmp_path):
+    data = records(10)
+    trainer = trainer_for(
+        tmp_path, data=data[:8], eval_data=data[8:], eval_strategy="steps", eval_steps=2
+    )
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    for part in ("library_name: transformers", "2306.17492", "| SFT weight | 0.05 |"):
+        assert part in card, part
+    assert "## Held-out lists, step 4" in card
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "model.safetensors").exists()
+    assert not list(tmp_path.glob("pytorch_model*"))
+
+
+def test_prints_samples_on_request(tmp_path, capsys):
+    trainer = trainer_for(
+        tmp_path, eval_data=records(2), sample_steps=2, sample_tokens=5, max_steps=4
+    )
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert printed.count("sample, step 2: 'q") == printed.count("sample, step 4: 'q") == 2
+    assert printed.count("  -> ") == 4
+
+
+def test_nothing_of_a_step_is_read_before_the_log(tmp_path, monkeypatch):
+    """Between log lines no tensor is turned into a number by our code."""
+    read = []
+    original = torch.Tensor.item
+
+    def item(self):
+        frames = sys._getframe(1)
+        if "pro_trainer" in frames.f_code.co_filename:
+            read.append(frames.f_code.co_name)
+        return original(self)
+
+    trainer = trainer_for(tmp_path, logging_steps=100, max_steps=3)
+    monkeypatch.setattr(torch.Tensor, "item", item)
+    trainer.train()
+    assert read == []
+    assert not trainer.args.logging_nan_inf_filter
+
+
+def test_refusals_before_any_work(tmp_path, tiny):
     model, tokenizer = tiny
-    plain = EvalConfig(loss_impl="reference", batch_size=4)
-    lists, _ = load_lists([data_file], tokenizer, plain)
-    lists[1] = replace(lists[1], rewards=(1.0, 1.0, -1.0))
-    batch = next(batches(lists, plain, pad_id(tokenizer)))
-    losses = [
-        batch_loss(model, batch, replace(plain, loss_impl=impl, **options)).loss.item()
-        for impl in ("auto", "reference")
-    ]
-    assert math.isclose(*losses, rel_tol=1e-5)
-    default = batch_loss(model, batch, plain).loss.item()
-    assert not math.isclose(losses[0], default, rel_tol=1e-4)
-
-
-def test_bfloat16_runs_and_keeps_float32_weights(data_file, tmp_path):
-    run = train(config_for(data_file, tmp_path / "o", dtype="bfloat16", steps=3))
-    exact = train(config_for(data_file, tmp_path / "p", steps=3))
-    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "o"))
-    torch.testing.assert_close(
-        torch.tensor(run["train_loss"]), torch.tensor(exact["train_loss"]), rtol=0.02, atol=0
-    )
-
-
-def test_same_seed_is_bitwise_the_same_and_another_is_not(data_file, tmp_path):
-    runs = [
-        train(config_for(data_file, tmp_path / str(i), seed=seed))
-        for i, seed in enumerate((3, 3, 4))
-    ]
-    assert runs[0]["train_loss"] == runs[1]["train_loss"] != runs[2]["train_loss"]
-    assert runs[0]["eval"] == runs[1]["eval"]
-    for a, b in zip(weights(tmp_path / "0"), weights(tmp_path / "1"), strict=True):
-        assert a.equal(b)
-
-
-def test_lists_by_order_and_with_rewards_train_together(write_lines, tmp_path):
-    by_order = [{"prompt": f"o{i}", "completions": ["a", "b", "c"]} for i in range(3)]
-    pairs = [
-        {key: f"\n\nHuman: {i}\n\nAssistant: {key}" for key in ("chosen", "rejected")}
-        for i in range(3)
-    ]
-    rewarded = [{"prompt": f"r{i}", "completions": ["a", "b"], "rewards": [0, 3]} for i in range(3)]
-    path = write_lines(*by_order, *pairs, *rewarded)
-    run = train(config_for(path, tmp_path / "out", steps=None, epochs=2.0, eval_fraction=0.0))
-    assert run["steps"] == 6 and run["eval"] == []
-
-
-def test_checkpoint_evaluates_as_the_run_did(data_file, tmp_path):
-    output = tmp_path / "out"
-    config = config_for(data_file, output, eval_data=[data_file])
-    after = train(config)["eval"][-1]
-    metrics = evaluate_files(
-        EvalConfig(model=str(output / "checkpoint"), data=[data_file], batch_size=3, device="cpu")
-    )
-    assert metrics == {name: value for name, value in after.items() if name != "step"}
-    assert {"loss", "sft_loss", "rank_loss_1", "rank_loss_2", "top1_accuracy"} <= set(metrics)
-    assert math.isclose(
-        metrics["loss"],
-        metrics["sft_loss"] + metrics["rank_loss_1"] + metrics["rank_loss_2"],
-        rel_tol=1e-5,
-    )
-
-
-def test_outputs_are_complete_and_nothing_is_left_over(data_file, tmp_path):
-    output = tmp_path / "a" / "out"
-    run = train(config_for(data_file, output, eval_every=2))
-    assert [point["step"] for point in run["eval"]] == [0, 2, 4, 6]
-    assert sorted(p.name for p in output.iterdir()) == ["checkpoint", "curves.png", "metrics.json"]
-    saved = json.loads((output / "metrics.json").read_text())
-    assert saved["train_loss"] == run["train_loss"] and len(run["train_loss"]) == 6
-    assert saved["config"]["seed"] == 0
-    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_output_folder_with_content_is_refused_before_any_work(data_file, tmp_path):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "notes.txt").write_text("mine")
-    config = config_for(data_file, output)
-    with pytest.raises(ValueError, match="out is not empty; --overwrite"):
-        train(replace(config, data=["does not exist"]))
-    train(replace(config, overwrite=True))
-    before = weights(output)
-    train(replace(config, overwrite=True, seed=1))
-    assert not weights(output)[0].equal(before[0])
-    assert (output / "notes.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="notes.txt is a file"):
-        train(replace(config, output_dir=str(output / "notes.txt")))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(data_file, tmp_path):
-    output = tmp_path / "out"
-    with pytest.raises(TrainingError, match=r"step [23]: loss .*nothing was saved"):
-        train(config_for(data_file, output, lr=1e30, max_grad_norm=0.0))
-    assert list(output.iterdir()) == []
-
-
-def test_refusals(data_file, tmp_path, tiny):
-    config = config_for(data_file, tmp_path / "out")
-    with pytest.raises(ValueError, match="train needs --model and --data, or --demo"):
-        train(replace(config, demo=False))
-    with pytest.raises(ValueError, match="eval needs --model and --data"):
-        evaluate_files(EvalConfig())
-    with pytest.raises(ValueError, match="device 'nonsense' cannot be used"):
-        train(replace(config, device="nonsense"))
-    with pytest.raises(DataError, match=r"no usable list \(.*fewer than 2"):
-        empty = tmp_path / "e.jsonl"
-        empty.write_text('{"prompt": "p", "completions": ["a"]}\n')
-        train(replace(config, data=[str(empty)]))
-    model, tokenizer = tiny_llama()
-    model.config.max_position_embeddings = 4
-    lists, _ = load_lists([data_file], tokenizer, config)
-    with pytest.raises(ValueError, match="max_position_embeddings=4; set --max_length 4"):
-        from pro_trainer.evaluate import check_lengths
-
-        check_lengths(model, lists)
-    with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluate(tiny[0], [], config)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(TypeError, match="args must be a PROConfig, got dict"):
+        PROTrainer(model, {}, records(), None, tokenizer)
+    with pytest.raises(ValueError, match="hold no lists"):
+        PROTrainer(model, config(tmp_path), None, None, tokenizer)
+    with pytest.raises(ValueError, match="unknown backend|cuda"):
+        trainer_for(tmp_path, loss_impl="cuda")
+    short = copy.deepcopy(model)
+    short.config.max_position_embeddings = 4
+    with pytest.raises(ValueError, match="max_position_embeddings=4; set max_length to 4"):
+        trainer_for(tmp_path, model=short)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match="file is a file"):
+        trainer_for(file).train()
 
 
 @pytest.mark.parametrize(
@@ -193,36 +483,15 @@ def test_refusals(data_file, tmp_path, tiny):
         ({"num_candidates": 1}, "num_candidates must be at least 2"),
         ({"temperature": "warm"}, "temperature must be 'reward' or a number > 0, got 'warm'"),
         ({"temperature": "0"}, "temperature must be"),
-        ({"batch_size": 0}, "batch_size must be finite and > 0"),
-        ({"lr": math.nan}, "lr must be finite and > 0"),
-        ({"steps": 0}, "steps must be finite and > 0"),
-        ({"eval_fraction": 1.0}, r"eval_fraction must lie in \[0, 1\)"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm must be finite and >= 0"),
+        ({"reward_scale": math.nan}, "reward_scale must be finite and > 0"),
+        ({"budget_mb": 0}, "budget_mb must be finite and > 0"),
+        ({"loss_type": "best"}, "unknown loss 'best'"),
+        ({"loss_type": "dpo", "compat": "official"}, "compat='official' is a meaning of"),
+        ({"loss_type": "dpo", "loss_kwargs": {"bta": 1}}, r"may hold \['beta'.*got \['bta'\]"),
+        ({"loss_type": "dpo", "loss_kwargs": "{"}, "loss_kwargs must be JSON"),
+        ({"loss_kwargs": {"eps": 1}}, "loss_kwargs of loss_type='pro' may hold"),
     ],
 )
-def test_options_out_of_range_are_refused(options, wrong):
+def test_options_out_of_range_are_refused(options, wrong, tmp_path):
     with pytest.raises(ValueError, match=wrong):
-        TrainConfig(**options)
-
-
-def test_ranking_counts():
-    scores = torch.tensor([[-1.0, -2.0, -3.0], [-2.0, -1.0, 0.0], [-1.0, -1.0, -5.0]])
-    rewards = torch.tensor([[3.0, 1.0, 2.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
-    mask = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
-    # List 1: 2 of 3 pairs, best on top. List 2: one pair, wrong; the absent one does not count.
-    # List 3: equal scores are wrong, the tied pair is left out: 1 of 2.
-    assert ranking_counts(scores, rewards, mask) == (3, 6, 2)
-
-
-def test_tied_heads_and_frozen_parts_train(data_file, tmp_path, tiny):
-    from transformers import LlamaForCausalLM
-
-    shared = tiny[0].config.to_dict() | {"tie_word_embeddings": True}
-    model = LlamaForCausalLM(type(tiny[0].config)(**shared))
-    model.model.layers.requires_grad_(False)
-    before = [p.clone() for p in model.parameters()]
-    config = config_for(data_file, tmp_path / "out", steps=2)
-    lists, _ = load_lists([data_file], tiny[1], config)
-    fit(model, lists, [], config, 0)
-    for (name, p), old in zip(model.named_parameters(), before, strict=True):
-        assert p.equal(old) == name.startswith("model.layers"), name
+        config(tmp_path, **options)

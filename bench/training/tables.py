@@ -1,0 +1,125 @@
+"""Markdown of the training benchmark from a results file."""
+
+from __future__ import annotations
+
+from bench.tables import header, megabytes, number, outcome_table, seconds, table, used_columns
+from bench.training.targets import outcomes
+
+BLOCK = "training"
+_NOTES = """\
+One step: forward, backward and AdamW (fused, the same for all) on one batch of ranked lists. Every
+row computes the same thing, `compat="official"`: before the timing, loss and every parameter's
+gradient are held against the official procedure's (*error*, relative; gradients in norm, the worst
+parameter). The learning rate is 0, so that no step changes the next one's problem. Token ids and
+weights are random; lists of a case have equal lengths, so nothing is padding.
+
+*Official procedure*: `pro_trainer.official`, written from the published description: each candidate
+a forward of its own over the whole batch, `log_softmax` over every position and the whole
+vocabulary, no gradient checkpointing; sdpa attention and the same threads as everywhere. Hidden
+states and cache, which the authors' forwards keep too, are left out of it, to its advantage; the
+row *as published* has them. *Padded*: each candidate a row, one forward. *Prefix shared*: each
+prompt run once for its candidates. *Auto*: what the cost model chooses between these two; the
+default.
+
+*x faster* = official procedure / this; *of floor* = floor / (forward + backward). Ratios are
+medians over rounds of times taken in the same round, all steps interleaved in one process. *Floor*:
+bare matmuls, forward and both gradients, of every linear layer on the positions that the loss
+depends on (prompts once, no completion's last token; the head on the scored tokens); no attention,
+norms or optimizer. *Peak extra*: high water of a step in a process of its own beyond weights,
+AdamW's moments and batch; *of it gradients*. *Collation*: making the batch from token lists.
+"""
+
+
+def full_report(data: dict, images: list[str]) -> str:
+    """The whole report; ``images`` are file names beside it."""
+    parts = ["# One training step", _header(data), "## Targets"]
+    parts.append(outcome_table(outcomes(data["results"])))
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in images]
+    parts += ["## Numbers", _NOTES]
+    for case, rows in _cases(data["results"]).items():
+        parts += [f"**{case}**: {_shape(rows[0])}", case_table(rows)]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def summary(data: dict, image: str | None) -> str:
+    """What goes between the marks of README.md: machine, targets, main table, plot."""
+    rows = data["results"]
+    parts = [_header(data), outcome_table(outcomes(rows)), _main_table(_cases(rows))]
+    if image:
+        parts.append(f"![time of a training step]({image})")
+    return "\n\n".join(part.strip("\n") for part in parts)
+
+
+def case_table(rows: list[dict]) -> str:
+    """One case: a line a provider, its trouble in the last column where there are no numbers."""
+    head = [
+        "", "step, s", "quartiles", "forward + backward, s", "AdamW, s", "x faster",
+        "x faster without AdamW", "of floor", "peak extra MB", "of it gradients MB",
+        "of official's peak", "collation ms", "of the step", "error: loss", "gradient", "note",
+    ]  # fmt: skip
+    official = next((r["peak_bytes"] for r in rows if r["provider"] == "official"), None)
+    lines = []
+    for row in rows:
+        timed = row["seconds"] is not None
+        peak = row["peak_bytes"]
+        lines.append([
+            row["label"],
+            seconds(row["seconds"]),
+            f"{seconds(row['q1'])} - {seconds(row['q3'])}" if timed else "",
+            seconds(row["gradient_seconds"]),
+            seconds(row["optimizer_seconds"]),
+            number(row["speedup"], ".2f"),
+            number(row["speedup_gradient"], ".2f"),
+            number(row["of_floor"], ".2f"),
+            megabytes(peak),
+            megabytes(row["gradient_bytes"] if peak is not None else None),
+            number(peak / official if peak and official else None, ".2f"),
+            number(row["collate_seconds"] and row["collate_seconds"] * 1e3, ".2f"),
+            number(row["collate_share"], ".2%"),
+            number(row["loss_error"], ".0e"),
+            number(row["grad_error"], ".0e"),
+            row["note"].replace("|", "\\|"),
+        ])  # fmt: skip
+    return table(*used_columns(head, lines))
+
+
+def _header(data: dict) -> str:
+    return f"{header(data)}\nBackend of pro_trainer's loss: {data['backend']}."
+
+
+def _main_table(cases: dict[str, list[dict]]) -> str:
+    """A line a case: seconds of the official step, and times faster and share of memory of ours."""
+    head = ["", "official, s", "padded", "prefix shared", "auto", "peak memory, auto"]
+    lines = []
+    for case, rows in cases.items():
+        row = {r["provider"]: r for r in rows if not r["wrong"]}
+        official, auto = row.get("official"), row.get("ours-auto")
+        peaks = [r and r["peak_bytes"] for r in (auto, official)]
+        names = ("ours-padded", "ours-shared", "ours-auto")
+        faster = [row[name]["speedup"] if name in row else None for name in names]
+        lines.append([
+            case,
+            seconds(official and official["seconds"]),
+            *(number(value, ".2f") + ("x" if value else "") for value in faster),
+            f"{peaks[0] / peaks[1]:.2f}x" if all(peaks) else "",
+        ])  # fmt: skip
+    what = (
+        "\n\nOne training step (forward, backward, AdamW), times as fast as the official procedure."
+    )
+    return table(*used_columns(head, lines)) + what
+
+
+def _shape(row: dict) -> str:
+    shape = row["shape"]
+    tied = ", head tied to the embeddings" if shape["tied"] else ""
+    return (
+        f"{row['B']} lists a batch, {row['scored']} scored of {row['tokens']} tokens; Llama of "
+        f"{shape['layers']} layers, H={shape['H']}, V={shape['V']}, fp32{tied}"
+    )
+
+
+def _cases(rows: list[dict]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["case"], []).append(row)
+    return found

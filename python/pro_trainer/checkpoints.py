@@ -1,0 +1,118 @@
+"""Whose checkpoints lie in a folder, and which of them are whole.
+
+Every checkpoint carries ``pro_run.json``: the options and the data that make two runs the same run.
+``Trainer`` writes ``trainer_state.json`` last, so a checkpoint without it was cut off and is passed
+over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pro_trainer.config import ListOptions, LossOptions, PROConfig
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedModel
+
+IDENTITY = "pro_run.json"
+_FREE = ("loss_impl", "budget_mb", "on_bad_line")  # may change on resuming: same maths, same data
+_HASHED_LISTS = 64
+
+
+def run_identity(
+    args: PROConfig, model: PreTrainedModel, dataset: datasets.Dataset | None
+) -> dict[str, Any]:
+    """What two runs must agree on for one to go on from the other's checkpoint."""
+    names = [f.name for part in (LossOptions, ListOptions) for f in fields(part)]
+    identity: dict[str, Any] = {n: getattr(args, n) for n in names if n not in _FREE}
+    identity |= {"seed": args.seed, "data_seed": args.data_seed}
+    identity["model"] = f"{type(model).__name__}, {model.num_parameters()} parameters"
+    if dataset is not None:
+        step = max(1, len(dataset) // _HASHED_LISTS)
+        digest = hashlib.sha256()
+        for i in range(0, len(dataset), step):
+            digest.update(json.dumps(dataset[i], sort_keys=True).encode())
+        identity["train_dataset"] = f"{len(dataset)} lists, sha256 {digest.hexdigest()[:16]}"
+    return identity
+
+
+def write_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Put ``pro_run.json`` into a checkpoint."""
+    (folder / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
+
+
+def prepare_output(
+    folder: Path, resume: str | bool | None, identity: dict[str, Any], args: PROConfig
+) -> str | None:
+    """The checkpoint to resume from, or None for a fresh run in a folder that is free for it.
+
+    Raises:
+        ValueError: see ``PROTrainer.train``.
+    """
+    if resume:
+        checkpoint = _whole(Path(resume)) if isinstance(resume, str) else last_whole(folder)
+        if checkpoint is None:
+            where = resume if isinstance(resume, str) else folder
+            raise ValueError(f"resume_from_checkpoint={resume!r}: no whole checkpoint in {where}")
+        _check_same_run(checkpoint, identity)
+        return str(checkpoint)
+    check_free(folder, args.overwrite)
+    if args.overwrite and args.should_save:
+        for old in checkpoints(folder):
+            shutil.rmtree(old)
+    return None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError where ``folder`` is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file")
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError where ``folder`` is a file or holds a run that must stay."""
+    check_folder(folder)
+    held = [*checkpoints(folder), *folder.glob(IDENTITY)] if folder.is_dir() else []
+    if held and not overwrite:
+        raise ValueError(
+            f"output_dir {folder} holds another run ({held[0].name}): go on from it with "
+            "resume_from_checkpoint, or replace it with overwrite"
+        )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """``checkpoint-N`` folders, by N."""
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end."""
+    return next(filter(None, map(_whole, reversed(checkpoints(folder)))), None)
+
+
+def _whole(checkpoint: Path) -> Path | None:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return checkpoint
+
+
+def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
+    try:
+        then = json.loads((checkpoint / IDENTITY).read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{checkpoint}: not a checkpoint of PROTrainer (no {IDENTITY})") from None
+    now = json.loads(json.dumps(identity))
+    differ = [k for k in now.keys() | then.keys() if now.get(k) != then.get(k)]
+    if differ:
+        shown = "; ".join(f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in sorted(differ))
+        raise ValueError(f"{checkpoint} belongs to another run: {shown}")

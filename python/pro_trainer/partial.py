@@ -1,0 +1,209 @@
+"""A JSON Lines file that is made bit by bit, survives a kill, and appears only when it is whole.
+
+Beside ``OUTPUT`` stand ``OUTPUT.partial``, one finished line a record, and ``OUTPUT.partial.json``,
+the settings it was begun with. A restart with the same settings goes on behind the last finished
+group of lines; with others it is an error. At the end the output is written under another name,
+brought to the disk, and renamed.
+
+Lines come in groups (what is computed as one batch): a group that a kill broke up is computed
+again, in the same composition, so that the outcome is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_HASHED_BYTES = 1 << 20
+
+
+class PartialFile:
+    """The unfinished form of an output file of JSON lines.
+
+    Attributes:
+        done: finished lines found at the start.
+    """
+
+    def __init__(
+        self, output: Path, settings: dict[str, Any], *, group_size: int, overwrite: bool = False
+    ) -> None:
+        """Go on with what is there, or begin.
+
+        Args:
+            output: the file to be; its folder is made.
+            settings: what the lines depend on; JSON values only.
+            group_size: lines computed together.
+            overwrite: replace an existing output at the end, and drop what was begun with other
+                settings.
+
+        Raises:
+            ValueError: the output is there, or was begun with other settings; a damaged file.
+        """
+        check_output(output, overwrite)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.output = output
+        self.path = output.with_name(output.name + ".partial")
+        self.settings_path = output.with_name(output.name + ".partial.json")
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as they are read back
+        self.done = 0
+        if self._begun_with(settings, overwrite):
+            self.done = _keep_whole_groups(self.path, group_size)
+        else:
+            self.path.unlink(missing_ok=True)  # first: it belongs to the settings replaced next
+            write_atomically(self.settings_path, [_json_line(settings)])
+        self._file = open(self.path, "ab")
+
+    def append(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Write a group of lines, each in one piece."""
+        for line in lines:
+            self._file.write(_json_line(line))
+            self._file.flush()
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """All lines so far, read back."""
+        with open(self.path, "rb") as file:
+            for line in file:
+                yield json.loads(line)
+
+    def finish(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write ``records`` as the output (gzip where its name ends in .gz); drop the rest."""
+        write_atomically(
+            self.output, map(_json_line, records), compress=self.output.suffix == ".gz"
+        )
+        self.close()
+        self.path.unlink()
+        self.settings_path.unlink()
+
+    def close(self) -> None:
+        """Stop writing; a later run goes on."""
+        self._file.close()
+
+    def _begun_with(self, settings: dict[str, Any], overwrite: bool) -> bool:
+        """Whether there is something to go on with."""
+        if not self.path.exists():
+            return False
+        try:
+            before = json.loads(self.settings_path.read_bytes())
+        except (OSError, ValueError) as error:
+            if overwrite:
+                return False
+            raise ValueError(
+                f"{self.path} is there, but not what it was begun with ({self.settings_path}: "
+                f"{error}); start over with --overwrite"
+            ) from None
+        names = sorted(
+            name for name in before.keys() | settings.keys()
+            if before.get(name) != settings.get(name)
+        )  # fmt: skip
+        if names and not overwrite:
+            changes = "; ".join(
+                f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in names
+            )
+            raise ValueError(
+                f"{self.path} was begun with other settings: {changes}. Finish it with those, or "
+                "start over with --overwrite"
+            )
+        return not names
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise ValueError where the output may not be written."""
+    if output.is_dir():
+        raise ValueError(f"output {output} is a folder, a file name was expected")
+    if output.exists() and not overwrite:
+        raise ValueError(f"output {output} exists; --overwrite replaces it")
+
+
+def write_atomically(path: Path, pieces: Iterable[bytes], *, compress: bool = False) -> None:
+    """Write a file that appears whole or not at all; gzip has no time stamp and no name in it."""
+    temporary = path.with_name(path.name + ".writing")
+    with open(temporary, "wb") as raw:
+        if compress:
+            with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
+                file.writelines(pieces)
+        else:
+            raw.writelines(pieces)
+        raw.flush()
+        os.fsync(raw.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically; numbers that JSON has no form for (NaN: undefined) are null."""
+    text = json.dumps(_defined(value), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, [text.encode(), b"\n"])
+
+
+def _defined(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _defined(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_defined(part) for part in value]
+    return value
+
+
+def file_identity(source: str) -> dict[str, Any]:
+    """What tells that a file, a folder, or a hub name is the same as before.
+
+    Size, time of change and a hash of the first MiB of each file; nothing for a hub name.
+    """
+    path = Path(source)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if not path.exists():
+        return {}
+    identity = {}
+    for file in files:
+        status = file.stat()
+        with open(file, "rb") as stream:
+            digest = hashlib.sha256(stream.read(_HASHED_BYTES)).hexdigest()
+        name = str(file.relative_to(path)) if file != path else file.name
+        identity[name] = [status.st_size, status.st_mtime_ns, digest[:16]]
+    return identity
+
+
+def _keep_whole_groups(path: Path, group_size: int) -> int:
+    """Cut the file behind its last whole group of whole lines; how many lines are left.
+
+    Raises:
+        ValueError: a line before the last one is damaged.
+    """
+    with open(path, "r+b") as file:
+        end, kept = _whole_groups(path, file, group_size)
+        file.truncate(end)
+        os.fsync(file.fileno())
+    return kept
+
+
+def _whole_groups(path: Path, file: BinaryIO, group_size: int) -> tuple[int, int]:
+    position = end = kept = damaged = 0
+    for number, line in enumerate(file, 1):
+        if damaged:
+            raise ValueError(
+                f"{path}:{damaged}: damaged, and not the last line; start over with --overwrite"
+            )
+        position += len(line)
+        if not line.endswith(b"\n") or not _is_json(line):
+            damaged = number
+        elif number % group_size == 0:
+            end, kept = position, number
+    return end, kept
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _json_line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,97 @@
+"""How ``generation`` picks a token and ends a sequence, as transformers' ``generate`` calls it.
+
+Shapes: S sequences of one batch, V vocabulary, T new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def token_uniforms(seed: int, num_samples: int, steps: int) -> Tensor:
+    """A prompt's random numbers, (num_samples, steps) float64 in [0, 1), the same on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_samples, steps, generator=generator, dtype=torch.float64)
+
+
+class TokenPicker(LogitsProcessor):
+    """Leaves one token per sequence: that of the step's uniform number."""
+
+    def __init__(self, uniforms: Tensor, temperature: float, top_p: float) -> None:
+        """Take ``uniforms``, (S, T) float64 in [0, 1) on the host; the rest as in ``sample``."""
+        self.uniforms = uniforms
+        self.temperature = temperature
+        self.top_p = top_p
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (S, V) to 0 at the drawn token and -inf elsewhere.
+
+        Raises:
+            ValueError: logits that are NaN or infinite.
+        """
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64
+        uniform = self.uniforms[:, self.step, None].to(scores.device, wide)  # (S, 1)
+        self.step += 1
+        probabilities = (scores.to(wide) / self.temperature).softmax(-1)  # (S, V)
+        order = None
+        if self.top_p < 1:
+            probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        cumulative = probabilities.cumsum(-1)
+        if bool(cumulative[:, -1].isnan().any()):
+            raise ValueError(
+                f"the model's logits at new token {self.step} are not finite numbers; try a wider "
+                "dtype (float32)"
+            )
+        kept = torch.full_like(uniform, scores.shape[-1], dtype=torch.long)
+        if order is not None:
+            kept = (cumulative - probabilities < self.top_p).sum(-1, keepdim=True)  # (S, 1), >= 1
+        mass = cumulative.gather(1, kept - 1)
+        place = torch.searchsorted(cumulative, uniform * mass, right=True)
+        token = torch.minimum(place, kept - 1)
+        if order is not None:
+            token = order.gather(1, token)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class StopAtText(StoppingCriteria):
+    """Ends a sequence once its new text holds a stop string, and remembers where."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_strings: Sequence[str],
+        prompt_length: int,
+        sequences: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.stop_strings = stop_strings
+        self.prompt_length = prompt_length
+        # No token is shorter than a byte; a little more for a character begun before the tail.
+        self.tail = max(len(stop.encode()) for stop in stop_strings) + 8
+        self.ends: list[int | None] = [None] * sequences
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Which sequences are done, (S,) bool."""
+        length = input_ids.shape[1]
+        tails = input_ids[:, max(self.prompt_length, length - self.tail) :].tolist()
+        for row, ids in enumerate(tails):
+            if self.ends[row] is None:
+                text = decode(self.tokenizer, ids)
+                if any(stop in text for stop in self.stop_strings):
+                    self.ends[row] = length - self.prompt_length
+        done = [end is not None for end in self.ends]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Text without special tokens, its spaces as they are."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

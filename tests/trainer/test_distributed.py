@@ -1,0 +1,48 @@
+"""Our forward inside a wrapper's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pro_trainer.distributed import call_through
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *inputs):
+        self.calls += 1
+        return self.module(*inputs)
+
+
+def test_runs_through_the_wrapper_once_and_restores_forward():
+    module = nn.Linear(2, 2)
+    wrapper = Wrapper(module)
+    seen = []
+    module.register_forward_hook(lambda *_: seen.append("hook"))
+    x = torch.ones(1, 2)
+
+    def function():
+        return module(x) * 2  # the module's own forward is back inside
+
+    plain = module(x)
+    assert call_through(wrapper, module, function).equal(plain * 2)
+    assert wrapper.calls == 1 and "forward" not in vars(module)
+    assert seen.count("hook") == 3
+
+
+def test_restores_a_forward_of_the_instance_also_after_an_error():
+    module = nn.Linear(2, 2)
+    module.forward = own = lambda x: x + 1
+    with pytest.raises(RuntimeError, match="inside"):
+        call_through(Wrapper(module), module, lambda: (_ for _ in ()).throw(RuntimeError("inside")))
+    assert module.forward is own
+
+
+def test_without_a_wrapper_it_is_a_plain_call():
+    module = nn.Linear(2, 2)
+    assert call_through(module, module, lambda: 7) == 7

@@ -1,0 +1,262 @@
+"""Sampling: the same text for a prompt whatever it is batched with, and nothing left changed."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from pro_trainer.generation import bleu, prompt_ids, prompt_limit, sample
+from pro_trainer.sampling import TokenPicker
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PROMPTS = ["a", "a much longer prompt than the others: ", "middle one", "b?"]
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(tiny):
+    """A model whose tokens are sure enough of themselves to end texts now and then."""
+    model, tokenizer = copy.deepcopy(tiny[0]), ByT5Tokenizer(extra_ids=0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    return model, tokenizer
+
+
+def draw(model, tokenizer, prompts, seeds=None, **options):
+    options = {"num_samples": 2, "max_new_tokens": 12, "batch_size": 3, **options}
+    return sample(model, tokenizer, prompts, seeds=seeds or range(len(prompts)), **options)
+
+
+def test_a_prompt_is_continued_the_same_alone_and_in_any_batch(model_and_tokenizer):
+    together = draw(*model_and_tokenizer, PROMPTS, batch_size=8, top_p=0.9)
+    for i, prompt in enumerate(PROMPTS):
+        alone = draw(*model_and_tokenizer, [prompt], seeds=[i], batch_size=1, top_p=0.9)
+        assert alone == [together[i]]
+    assert draw(*model_and_tokenizer, PROMPTS, batch_size=3, top_p=0.9) == together
+    assert [len(texts) for texts in together] == [2] * len(PROMPTS)
+    assert len({text for texts in together for text in texts}) == 2 * len(PROMPTS)
+
+
+def test_seeds_and_not_the_global_state_decide(model_and_tokenizer):
+    torch.manual_seed(1)
+    first = draw(*model_and_tokenizer, PROMPTS)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    assert draw(*model_and_tokenizer, PROMPTS) == first
+    assert draw(*model_and_tokenizer, PROMPTS, seeds=[9, 8, 7, 6]) != first
+    torch.manual_seed(1)
+    draw(*model_and_tokenizer, PROMPTS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_greedy_is_the_argmax_of_the_plain_model(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    for prompt in PROMPTS:
+        ids = prompt_ids(tokenizer, prompt)
+        expected = []
+        for _ in range(10):
+            logits = model.eval()(torch.tensor([ids + expected])).logits
+            expected.append(int(logits[0, -1].argmax()))
+            if expected[-1] == tokenizer.eos_token_id:
+                break
+        texts = sample(model, tokenizer, PROMPTS, max_new_tokens=10, do_sample=False)
+        assert texts[PROMPTS.index(prompt)] == [tokenizer.decode(expected, True)]
+
+
+def test_tokens_are_drawn_from_the_tempered_and_cut_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
+    uniforms = (torch.arange(4000, dtype=torch.float64)[:, None] + 0.5) / 4000
+
+    def shares(temperature, top_p):
+        picker = TokenPicker(uniforms, temperature, top_p)
+        return (picker(None, logits.repeat(4000, 1)) == 0).double().mean(0)
+
+    whole = (logits[0].double() / 0.7).softmax(-1)
+    torch.testing.assert_close(shares(0.7, 1.0), whole, rtol=0, atol=5e-4)
+    # 0.763 + 0.183 reach 0.94 together; the third token is the first one not needed.
+    cut = torch.where(torch.arange(5) < 2, whole, 0)
+    torch.testing.assert_close(shares(0.7, 0.94), cut / cut.sum(), rtol=0, atol=5e-4)
+    assert shares(0.7, 0.01).tolist() == [1, 0, 0, 0, 0]
+    # The least number there is draws no token of probability 0, the greatest none beyond the last.
+    edges = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
+    assert TokenPicker(edges, 1.0, 1.0)(None, logits).argmax(-1).tolist() == [1, 2]
+
+
+def test_logits_that_are_not_numbers_are_an_error(model_and_tokenizer):
+    model, tokenizer = copy.deepcopy(model_and_tokenizer[0]), model_and_tokenizer[1]
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(ValueError, match="not finite numbers"):
+        draw(model, tokenizer, ["x"])
+
+
+def test_modes_config_and_tokenizer_are_left_as_they_were(model_and_tokenizer):
+    model, tokenizer = copy.deepcopy(model_and_tokenizer)
+    model.train()
+    model.model.layers[0].eval()
+    tokenizer.padding_side = "right"
+    config = model.generation_config
+    config.repetition_penalty = 1.7  # of the checkpoint; not for us, and not to be lost
+    plain = draw(*model_and_tokenizer, PROMPTS)
+    assert draw(model, tokenizer, PROMPTS) == plain
+    assert model.generation_config is config and config.repetition_penalty == 1.7
+    assert model.training and not model.model.layers[0].training
+    assert model.model.layers[1].training and tokenizer.padding_side == "right"
+    with pytest.raises(RuntimeError), torch.no_grad():
+        model.model.embed_tokens.weight.resize_(1, 1)
+        draw(model, tokenizer, PROMPTS)
+    assert model.generation_config is config and model.training
+
+
+def test_text_ends_at_eos_and_before_a_stop_string(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    ((plain,),) = draw(model, tokenizer, ["abc"], num_samples=1, max_new_tokens=40)
+    stop = plain[5:7]
+    ((cut,),) = draw(
+        model, tokenizer, ["abc"], num_samples=1, max_new_tokens=40, stop_strings=["never", stop]
+    )
+    assert cut == plain[: plain.index(stop)] and stop in plain
+    ending = copy.deepcopy(model)
+    ending.generation_config.eos_token_id = [tokenizer(plain[4])["input_ids"][0]]
+    ((ended,),) = draw(ending, tokenizer, ["abc"], num_samples=1, max_new_tokens=40)
+    assert ended == plain[: plain.index(plain[4])]
+
+
+def test_a_stop_string_ends_the_work(model_and_tokenizer, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    steps = []
+    monkeypatch.setattr(
+        TokenPicker, "__call__", lambda self, ids, scores: (steps.append(1), _only(scores, 68))[1]
+    )
+    draw(model, tokenizer, ["abc"], max_new_tokens=30, stop_strings=["AA"])
+    assert len(steps) == 2  # token 68 is the letter A
+
+
+def _only(scores, token):
+    scores = torch.full_like(scores, -torch.inf)
+    scores[:, token] = 0
+    return scores
+
+
+@pytest.fixture(scope="module")
+def bare_tokenizer():
+    """Bytes without a single special token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bare = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bare)
+
+
+def test_a_tokenizer_with_neither_pad_nor_eos(model_and_tokenizer, bare_tokenizer):
+    model = copy.deepcopy(model_and_tokenizer[0])
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    together = draw(model, bare_tokenizer, PROMPTS, batch_size=8)
+    assert all(together[0])
+    for i, prompt in enumerate(PROMPTS):
+        assert draw(model, bare_tokenizer, [prompt], seeds=[i], batch_size=1) == [together[i]]
+    assert bare_tokenizer.pad_token is None
+    with pytest.raises(ValueError, match="an empty prompt, and a tokenizer with neither BOS nor"):
+        draw(model, bare_tokenizer, [""])
+
+
+def test_messages_go_through_the_chat_template(model_and_tokenizer):
+    model, tokenizer = copy.deepcopy(model_and_tokenizer)
+    messages = ({"role": "user", "content": "hi"},)
+    with pytest.raises(ValueError, match="no chat template"):
+        draw(model, tokenizer, [messages])
+    tokenizer.chat_template = TEMPLATE
+    assert draw(model, tokenizer, [messages]) == draw(model, tokenizer, ["<user>hi<assistant>"])
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="refuses messages of roles.*user.*must alternate"):
+        draw(model, tokenizer, [messages])
+
+
+def test_prompts_are_cut_to_what_the_context_leaves():
+    torch.manual_seed(0)
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    config = GPT2Config(vocab_size=300, n_positions=24, n_embd=16, n_layer=1, n_head=2, **ends)
+    model, tokenizer = GPT2LMHeadModel(config), ByT5Tokenizer(extra_ids=0)
+    prompt = "x" * 30 + "the end of it"
+    whole = draw(model, tokenizer, [prompt], max_new_tokens=14)
+    assert whole == draw(model, tokenizer, [prompt[-10:]], max_new_tokens=14)
+    assert prompt_limit(model, 14) == 10 and prompt_limit(model, 14, 4) == 4
+    short = draw(model, tokenizer, [prompt], max_new_tokens=14, max_prompt_length=4)
+    assert short == draw(model, tokenizer, [prompt[-4:]], max_new_tokens=14)
+    with pytest.raises(ValueError, match="max_new_tokens=24 leaves no room .* 24 positions"):
+        draw(model, tokenizer, [prompt], max_new_tokens=24)
+
+
+def test_prompt_ids_have_no_end_token_and_are_never_empty(model_and_tokenizer):
+    tokenizer = copy.deepcopy(model_and_tokenizer[1])
+    assert tokenizer("ab")["input_ids"][-1] == tokenizer.eos_token_id  # ByT5 appends one
+    assert prompt_ids(tokenizer, "ab") == tokenizer("ab", add_special_tokens=False)["input_ids"]
+    assert prompt_ids(tokenizer, "a</s>")[-1] == tokenizer.eos_token_id  # the prompt's own
+    assert prompt_ids(tokenizer, "") == [tokenizer.eos_token_id]
+
+
+def test_a_peft_model_samples_with_its_adapter(model_and_tokenizer):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = copy.deepcopy(model_and_tokenizer)
+    plain = draw(model, tokenizer, PROMPTS)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    assert draw(adapted, tokenizer, PROMPTS) != plain
+    with adapted.disable_adapter():
+        assert draw(adapted, tokenizer, PROMPTS) == plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "at least 1, got 0 and 12"),
+        ({"max_new_tokens": 0}, "at least 1, got 2 and 0"),
+        ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"do_sample": False}, "do_sample=False gives one text a prompt, but num_samples is 2"),
+        ({"seeds": [1]}, "one for each of the 4 prompts, got 1"),
+        ({"stop_strings": [""]}, "strings that are not empty"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(model_and_tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        draw(*model_and_tokenizer, PROMPTS, **options)
+
+
+def test_no_prompts_give_no_texts(model_and_tokenizer):
+    assert draw(*model_and_tokenizer, [], seeds=[]) == []
+
+
+def test_bleu():
+    pytest.importorskip("sacrebleu")
+    reference = "the cat sat on the mat today"
+    assert bleu([reference], [reference]) == pytest.approx(100)
+    # 6 of 7 words, 5 of 6 pairs, 4 of 5 triples, 3 of 4 quadruples; no brevity penalty
+    assert bleu(["the cat sat on the mat again"], [reference]) == pytest.approx(
+        100 * (6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25
+    )
+    with pytest.raises(ValueError, match="2 hypotheses and 1 references"):
+        bleu(["a", "b"], ["a"])
+
+
+def test_bleu_without_sacrebleu_names_the_extra(monkeypatch):
+    real = builtins.__import__
+
+    def no_sacrebleu(name, *args, **kwargs):
+        if name.startswith("sacrebleu"):
+            raise ModuleNotFoundError("No module named 'sacrebleu'", name="sacrebleu")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_sacrebleu)
+    with pytest.raises(ModuleNotFoundError, match=r"pro-kernels\[train\]"):
+        bleu(["a"], ["a"])

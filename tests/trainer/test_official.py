@@ -1,0 +1,275 @@
+"""The official procedure: against the authors' outputs, and the trainer's step against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pro_kernels as pk
+from pro_trainer.collate import PROCollator
+from pro_trainer.config import LossOptions
+from pro_trainer.objective import batch_loss
+from pro_trainer.official import loss_of_logits, official_batch, official_loss
+
+DATA = Path(__file__).parent.parent / "data"
+GOLDEN = ["n2_f64", "n3_f32", "n3_ties_f64", "n5_f64", "n8_f32"]
+PAD = 1
+
+
+def check_golden(path: Path) -> None:
+    d = {k: torch.from_numpy(v) if v.shape else float(v) for k, v in np.load(path).items()}
+    tolerance = 1e-9 if d["logits"].dtype == torch.float64 else 1e-5
+    logits = d["logits"].requires_grad_()
+    out = loss_of_logits(lambda i: logits[:, i], d, d["sft_weight"], dtype=logits.dtype)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(d["loss"], rel=tolerance)
+    assert out.sft_loss.item() == pytest.approx(d["sft_loss"], rel=tolerance)
+    torch.testing.assert_close(out.rank_losses.double(), d["rank_losses"], rtol=tolerance, atol=0)
+    error = (logits.grad - d["grad_logits"]).norm() / d["grad_logits"].norm()
+    assert error <= tolerance
+
+
+@pytest.mark.parametrize("name", GOLDEN[:2])
+def test_bundled_outputs_of_the_official_code(name):
+    check_golden(DATA / f"{name}.npz")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_all_outputs_of_the_official_code(shared, name):
+    check_golden(shared / "golden" / f"{name}.npz")
+
+
+MODELS = {
+    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2 untied": ("Qwen2Config", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "gpt2": ("GPT2Config", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt2 untied": (
+        "GPT2Config",
+        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False},
+    ),
+}
+FORMS = ("padded", "packed", "shared")
+VOCABULARY = 61
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Tiny models by name, in fp32, with random biases and without dropout."""
+    import transformers
+
+    made = {}
+    for name, (config_class, options) in MODELS.items():
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                 "num_attention_heads": 4}  # fmt: skip
+        if config_class == "GPT2Config":
+            shape = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        config = getattr(transformers, config_class)(
+            vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=PAD, pad_token_id=PAD,
+            **{**shape, **options},
+        )  # fmt: skip
+        torch.manual_seed(0)
+        made[name] = transformers.AutoModelForCausalLM.from_config(config).train()
+        for parameter in made[name].parameters():  # far from the flat start, biases not 0
+            torch.nn.init.normal_(parameter, mean=0.1 * (parameter.dim() == 1), std=0.2)
+    return made
+
+
+def make_features(num_prompts: int, n: int, ties: bool = False, seed: int = 0) -> list[dict]:
+    """Lists of uneven lengths, rewards descending; with ``ties`` neighbours share a reward."""
+    g = torch.Generator().manual_seed(seed)
+
+    def tokens(least: int, most: int) -> list[int]:
+        length = int(torch.randint(least, most + 1, (), generator=g))
+        return torch.randint(2, VOCABULARY, (length,), generator=g).tolist()
+
+    features = []
+    for _ in range(num_prompts):
+        rewards = torch.rand(n, generator=g).sort(descending=True).values.tolist()
+        if ties:
+            rewards = [rewards[i // 2 * 2] for i in range(n)]
+        features.append(
+            {
+                "prompts": [tokens(3, 9)],
+                "completions": [tokens(1, 7) for _ in range(n)],
+                "rewards": rewards,
+                "sft_index": 0,
+            }
+        )
+    return features
+
+
+def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def check_same(model, features: list[dict], form: str, sft_weight: float = 0.05) -> None:
+    """The trainer's step in a form against the official procedure: loss, every gradient."""
+    official = official_loss(model, official_batch(features, PAD), sft_weight)
+    expected = gradients(model, official.loss)
+    batch = PROCollator(PAD, form=form, official=True)(features)
+    config = LossOptions(compat="official", sft_weight=sft_weight)
+    ours = batch_loss(model, batch, config).loss
+    assert ours.item() == pytest.approx(official.loss.item(), rel=1e-5)
+    for name, grad in gradients(model, ours).items():
+        error = (grad - expected[name]).norm() / expected[name].norm()
+        assert error <= 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("num_prompts", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_trainers_step_equals_the_official_one(models, name, num_prompts, n, form):
+    check_same(models[name], make_features(num_prompts, n), form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_without_the_sft_term(models, name, form):
+    check_same(models[name], make_features(3, 4), form, sft_weight=0.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_with_ties(models, n, form):
+    check_same(models["llama"], make_features(2, n, ties=True), form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_with_all_rewards_equal_only_the_sft_term_is_left(models, form):
+    features = make_features(2, 2, ties=True)
+    check_same(models["llama"], features, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_with_another_sft_index_and_unsorted_rewards(models, form):
+    features = make_features(3, 3)
+    for i, feature in enumerate(features):
+        feature["sft_index"] = i
+    features[1]["rewards"] = [0.2, 0.7, 0.4]
+    check_same(models["qwen2"], features, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_with_a_prompt_of_its_own_for_each_candidate(models, form):
+    features = make_features(2, 3)
+    common = features[0]["prompts"][0]
+    features[0]["prompts"] = [common, [*common, 5, 6], [*common[:2], 7]]
+    check_same(models["llama"], features, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_where_completions_begin_alike(models, form):
+    features = make_features(2, 3)
+    features[1]["completions"] = [[5, 6, 7, 8], [5, 6, 9], [5]]
+    check_same(models["llama"], features, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_where_no_row_is_padded(models, form):
+    features = make_features(2, 3)
+    for feature in features:
+        feature["prompts"] = [[4, 5, 6]]
+        feature["completions"] = [[7 + i, 8, 9 + i] for i in range(3)]
+    check_same(models["llama"], features, form)
+
+
+def test_batch_is_laid_out_as_the_authors_collator_does():
+    features = [
+        {"prompts": [[5, 6, 7]], "completions": [[8, 9], [10]], "rewards": [1.0, 0.5],
+         "sft_index": None},
+        {"prompts": [[11], [12, 13]], "completions": [[14, 15, 16, 17], [18]],
+         "rewards": [0.5, 2.0], "sft_index": 1},
+    ]  # fmt: skip
+    batch = official_batch(features, PAD)
+    assert batch["input_ids"].tolist() == [
+        [[5, 6, 7, 8, 9], [5, 6, 7, 10, PAD]],
+        [[11, 14, 15, 16, 17], [12, 13, 18, PAD, PAD]],
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]],
+        [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]],
+    ]
+    assert batch["prefix_mask"].tolist() == [
+        [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]],
+        [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0]],
+    ]
+    assert batch["rewards"].dtype == torch.float32 and batch["sft_index"].tolist() == [0, 1]
+    targets = pk.reference.official_targets(
+        batch["input_ids"], batch["attention_mask"], batch["prefix_mask"]
+    )
+    scored = (targets != -100).sum(-1)
+    # Every completion token; in a padded row the position after the last one too.
+    assert scored.tolist() == [[2, 2], [4, 2]]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_loss_of_logits_is_the_reference_with_compat_official(n):
+    batch = official_batch(make_features(3, n), PAD)
+    logits = torch.randn(*batch["input_ids"].shape, VOCABULARY, requires_grad=True)
+    loss = loss_of_logits(lambda i: logits[:, i], batch, dtype=logits.dtype).loss
+    (ours,) = torch.autograd.grad(loss, logits)
+    targets = pk.reference.official_targets(
+        batch["input_ids"], batch["attention_mask"], batch["prefix_mask"]
+    )
+    out = pk.reference.pro_loss(
+        logits, targets, batch["rewards"], sft_index=batch["sft_index"], compat="official"
+    )
+    torch.testing.assert_close(loss, out.loss, rtol=1e-6, atol=0)
+    (expected,) = torch.autograd.grad(out.loss, logits)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_one_candidate_has_loss_and_gradient_zero():
+    batch = official_batch(make_features(2, 1), PAD)
+    logits = torch.randn(*batch["input_ids"].shape, VOCABULARY, requires_grad=True)
+    out = loss_of_logits(lambda i: logits[:, i], batch, dtype=logits.dtype)
+    out.loss.backward()
+    assert out.loss == 0 and out.rank_losses.numel() == 0 and (logits.grad == 0).all()
+
+
+def test_terms_are_cast_to_the_hidden_states_dtype(models):
+    import copy
+
+    batch = official_batch(make_features(2, 3), PAD)
+    exact = official_loss(models["llama"], batch)
+    rounded = official_loss(copy.deepcopy(models["llama"]).bfloat16(), batch)
+    assert exact.loss.dtype == torch.float32
+    assert rounded.loss.dtype == rounded.rank_losses.dtype == torch.bfloat16
+    assert rounded.loss.item() == pytest.approx(exact.loss.item(), rel=0.1)
+
+
+def test_the_authors_forward_arguments_change_nothing(models):
+    batch = official_batch(make_features(2, 3), PAD)
+    lean = official_loss(models["llama"], batch, use_cache=False)
+    published = official_loss(models["llama"], batch, use_cache=True, output_hidden_states=True)
+    assert lean.loss == published.loss
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: f.clear(), "features must hold a list"),
+        (lambda f: f[1]["completions"].pop(), r"lists of one length n, got features of n = \[3, 2"),
+        (
+            lambda f: f[1].update(rewards=None),
+            r"features\[1\] must have a reward for each",
+        ),
+        (lambda f: f[0].update(prompts=[[]]), r"features\[0\] must have 1 or 3 prompts"),
+        (lambda f: f[0].update(sft_index=3), r"sft_index in \[0, 3\), got 3"),
+    ],
+)
+def test_lists_that_the_official_procedure_cannot_take(change, said):
+    features = make_features(2, 3)
+    change(features)
+    with pytest.raises(ValueError, match=said):
+        official_batch(features, PAD)

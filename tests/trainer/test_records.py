@@ -1,0 +1,218 @@
+"""Every record format, and every record that is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pro_trainer.records import DataError, RankedList, parse_record, split_transcript
+
+GOOD = {"prompt": "p", "completions": ["a", "b"]}
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def parse(record: object) -> tuple[RankedList, bool]:
+    parsed = parse_record(record)
+    assert isinstance(parsed.content, RankedList), parsed.content
+    return parsed.content, parsed.by_rank
+
+
+@pytest.mark.parametrize("key", ["rewards", "scores"])
+def test_rewards_and_scores_are_taken_as_they_stand(key):
+    record = {"prompt": "p", "completions": ["x", "y", "z"], key: [0, 2.5, np.float32(-1)]}
+    assert parse(record) == (RankedList(("p",), ("x", "y", "z"), (0.0, 2.5, -1.0)), False)
+
+
+def test_no_rewards_or_null_means_in_order():
+    assert (
+        parse(GOOD)
+        == parse({**GOOD, "rewards": None})
+        == (
+            RankedList(("p",), ("a", "b")),
+            False,
+        )
+    )
+
+
+def test_ranks_and_order_only_order():
+    record = {"prompt": "p", "completions": ["x", "y", "z"]}
+    ranked, by_rank = parse({**record, "ranks": [2, 0, 1]})
+    assert by_rank and ranked.rewards == (-2.0, 0.0, -1.0)
+    same, by_rank = parse({**record, "order": [1, 2, 0]})  # y is the best, then z
+    assert by_rank and same == ranked
+
+
+def test_nemo_context_and_ranked_completions():
+    record = {
+        "context": [user("q")],
+        "completions": [
+            {"completion": [assistant("bad")], "rank": 1},
+            {"completion": [assistant("good")], "rank": 0},
+        ],
+    }
+    want = RankedList(((user("q"),),), ((assistant("bad"),), (assistant("good"),)), (-1.0, 0.0))
+    assert parse(record) == (want, True)
+    record["context"] = "q"  # strings beside messages become messages
+    record["completions"][1]["completion"] = "good"
+    assert parse(record) == (want, True)
+    record["completions"][0]["completion"] = "bad"
+    assert parse(record) == (RankedList(("q",), ("bad", "good"), (-1.0, 0.0)), True)
+
+
+def test_explicit_prompt_with_one_or_many_rejected():
+    record = {"prompt": "The sky is", "chosen": " blue", "rejected": " green"}
+    assert parse(record)[0] == RankedList(("The sky is",), (" blue", " green"))
+    record["rejected"] = [" green", " loud"]
+    assert parse(record)[0].completions == (" blue", " green", " loud")
+    messages = {
+        "prompt": [user("q")],
+        "chosen": [assistant("a")],
+        "rejected": [[assistant("b")], [assistant("c")]],
+    }
+    assert parse(messages)[0] == RankedList(
+        ((user("q"),),), ((assistant("a"),), (assistant("b"),), (assistant("c"),))
+    )
+
+
+def test_implicit_prompt_is_what_conversations_share():
+    start = [{"role": "system", "content": "s"}, user("q"), assistant("r"), user("more")]
+    chosen, rejected = [*start, assistant("a")], [*start, assistant("b")]
+    want = RankedList((tuple(start),), ((assistant("a"),), (assistant("b"),)))
+    assert parse({"chosen": chosen, "rejected": rejected})[0] == want
+    # the question once more as a string, as some binarised sets have it
+    assert parse({"prompt": "q", "chosen": chosen, "rejected": rejected})[0] == want
+    # a common tool turn belongs to the prompt, and extra keys of messages are left out
+    tool = [{**assistant("call"), "tool_calls": None}, {"role": "tool", "content": "42"}]
+    chosen, rejected = [user("q"), *tool, assistant("a")], [user("q"), *tool, assistant("b")]
+    ranked, _ = parse({"chosen": chosen, "rejected": rejected})
+    assert ranked.prompts == ((user("q"), assistant("call"), tool[1]),)
+    assert ranked.completions == ((assistant("a"),), (assistant("b"),))
+    same, _ = parse({"chosen": chosen, "rejected": chosen})  # equal replies keep a message each
+    assert same.completions == ((assistant("a"),), (assistant("a"),))
+
+
+def test_conversations_that_part_early_keep_prompts_of_their_own():
+    chosen = [user("q"), assistant("x"), user("m"), assistant("a")]
+    rejected = [user("q"), assistant("y"), user("m"), assistant("b")]
+    ranked, _ = parse({"chosen": chosen, "rejected": rejected})
+    assert ranked.prompts == (tuple(chosen[:3]), tuple(rejected[:3]))
+    assert ranked.completions == ((assistant("a"),), (assistant("b"),))
+
+
+def test_transcripts_keep_all_paragraphs_of_the_last_reply():
+    context = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
+    ranked, _ = parse({"chosen": context + " four\n\nfive", "rejected": context + " six"})
+    assert ranked == RankedList((context,), (" four\n\nfive", " six"))
+    other = "\n\nHuman: else\n\nAssistant:"
+    ranked, _ = parse({"chosen": context + " a", "rejected": [context + " b", other + " c"]})
+    assert ranked == RankedList((context, context, other), (" a", " b", " c"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "name"),
+    [
+        ("\n\nHuman: q", "transcript"),
+        ("\n\nHuman: q\n\nAssistant: a\n\nHuman: r", "transcript"),
+        ([user("q")], "conversation"),
+    ],
+)
+def test_what_ends_with_the_user_ranks_nothing(reply, name):
+    parsed = parse_record({"chosen": reply, "rejected": reply})
+    assert parsed.content == f"a {name} does not end with an assistant's turn"
+
+
+def test_split_transcript_without_an_assistant_turn():
+    assert split_transcript("\n\nHuman: q") is None
+
+
+def test_official_dialogue_and_summarisation():
+    turns = ["<|prompter|>q one ", "<|assistant|>r", "<|prompter|>two", "<|assistant|>"]
+    record = {
+        "meta": {"source": "x"},
+        "prefix": [turns, turns],
+        "suffix": ["good", "bad"],
+        "reward": [0.75, -1],
+        "sft_index": 0,
+    }
+    prompt = "\n\nHuman: q one \n\nAssistant: r\n\nHuman: two\n\nAssistant:"
+    want = RankedList((prompt,), (" good", " bad"), (0.75, -1.0), 0)
+    assert parse(record) == (want, False)
+    record["prefix"] = [turns, ["<|prompter|>else", "<|assistant|>"]]
+    assert parse(record)[0].prompts == (prompt, "\n\nHuman: else\n\nAssistant:")
+    plain = {"prefix": ["text TL;DR:"] * 2, "suffix": [" good", " bad"], "reward": [1.0, 0.0]}
+    assert parse(plain)[0] == RankedList(("text TL;DR:",), (" good", " bad"), (1.0, 0.0))
+
+
+def test_null_keys_are_absent_so_that_one_table_may_hold_all_formats():
+    nulls = dict.fromkeys(
+        ["prompt", "context", "completions", "rewards", "chosen", "rejected", "prefix", "suffix"]
+    )
+    assert parse({**nulls, **GOOD}) == parse(GOOD)
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert parse({**nulls, **pair})[0] == RankedList(("p",), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("record", "wrong"),
+    [
+        ([1], "must be a JSON object, got a list"),
+        (None, "must be a JSON object, got null"),
+        ({"text": "x"}, "needs 'prompt' .*'prefix' and 'suffix'; got the keys .'text'"),
+        ({"prompt": "p", "completions": None}, "got the keys .'prompt'"),
+        ({"prefix": ["p"], "reward": [1]}, "got the keys .'prefix', 'reward'"),
+        ({"completions": ["a", "b"]}, "'prompt' is missing"),
+        ({"prompt": 3, "completions": ["a", "b"]}, "'prompt' must be a string .* got a number"),
+        ({"prompt": [], "completions": ["a", "b"]}, "'prompt' holds no messages"),
+        ({"prompt": "p", "completions": "ab"}, "'completions' must be a list, got a string"),
+        ({"prompt": "p", "completions": ["a", None]}, r"completions\[1\] must be a string"),
+        ({"prompt": "p", "completions": ["a", "\ud800"]}, r"completions\[1\].*lone surrogate"),
+        ({"prompt": "p", "completions": ["a", ["b"]]}, r"completions\[1\]\[0\] must be a message"),
+        ({"prompt": "p", "completions": ["a", [{"role": "x"}]]}, r"\[0\].content must be a string"),
+        ({"prompt": "p", "completions": ["a", [user("b")]]}, "got the role 'user'"),
+        ({**GOOD, "rewards": 1}, "'rewards' must be a list of numbers, got a number"),
+        ({**GOOD, "rewards": [1]}, "2 completions but 1 rewards"),
+        ({**GOOD, "rewards": [1, "2"]}, r"rewards\[1\] must be a number, got a string"),
+        ({**GOOD, "rewards": [True, 1]}, r"rewards\[0\] must be a number, got a boolean"),
+        ({**GOOD, "rewards": [float("nan"), 1]}, r"rewards\[0\] must be finite, got nan"),
+        ({**GOOD, "scores": [1, float("-inf")]}, r"scores\[1\] must be finite, got -inf"),
+        ({**GOOD, "rewards": [1, 10**400]}, r"rewards\[1\] must be finite"),
+        ({**GOOD, "rewards": [1, 0], "ranks": [0, 1]}, "one of 'rewards' and 'ranks'"),
+        ({**GOOD, "order": [1, 1]}, "'order' must hold each index 0 to 1 once"),
+        ({**GOOD, "sft_index": 2}, "'sft_index' must be an index of the 2 completions, got 2"),
+        ({**GOOD, "sft_index": True}, "'sft_index' must be an index .* got True"),
+        (
+            {"context": "c", "completions": [{"completion": "a", "rank": 0}, "b"]},
+            r"completions\[1\] must be an object with 'completion' and 'rank'",
+        ),
+        (
+            {"context": "c", "completions": [{"completion": "a"}]},
+            r"completions\[0\] must be an object with 'completion' and 'rank'",
+        ),
+        (
+            {"context": "c", "completions": [{"rank": 1}, {"rank": 0}]},
+            r"completions\[0\].completion must be a string",
+        ),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b"}, "'rejected' is missing"),
+        ({"chosen": 1, "rejected": "x"}, "'chosen' must be a string .* got a number"),
+        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "no message of the user"),
+        ({"chosen": [user("q")], "rejected": "b"}, "all strings or all lists of messages"),
+        (
+            {"chosen": [user("q"), {**assistant(""), "tool_calls": [{}]}], "rejected": []},
+            r"'chosen'\[1\] has tool calls",
+        ),
+        ({"prefix": ["p"], "suffix": ["a", "b"]}, "2 'suffix' texts but 1 'prefix'"),
+        ({"prefix": [["p"], [3]], "suffix": ["a", "b"]}, r"prefix\[1\] must be a string"),
+        ({"prefix": ["p"] * 2, "suffix": ["a", "b"], "reward": [1]}, "but 1 reward"),
+    ],
+)
+def test_malformed_records_name_the_field(record, wrong):
+    with pytest.raises(DataError, match=wrong) as error:
+        parse_record(record)
+    assert isinstance(error.value, ValueError)

@@ -1,0 +1,206 @@
+"""Scores of tiny sequence classifiers: what is scored, and that the batch does not matter."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from test_generation import TEMPLATE
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+
+from pro_trainer.reward_model import RewardModel
+
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
+
+def llama(kind=LlamaForSequenceClassification, **config):
+    config = {"num_labels": 1, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, **config}
+    torch.manual_seed(0)
+    return kind(LlamaConfig(vocab_size=259, num_attention_heads=2, **SIZE, **config))
+
+
+def gpt2(**config):
+    torch.manual_seed(0)
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
+    ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
+    return GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=259, num_labels=1, **ends, **size, **config)
+    )
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=259, num_labels=1, num_attention_heads=2, pad_token_id=0, **SIZE)
+    return BertForSequenceClassification(config)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ByT5Tokenizer(extra_ids=0)
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    """Saves a model with the tokenizer and returns the folder."""
+
+    def save(model):
+        model.save_pretrained(tmp_path / "rm")
+        tokenizer.save_pretrained(tmp_path / "rm")
+        return str(tmp_path / "rm")
+
+    return save
+
+
+def pairs(n=20):
+    draw = random.Random(0)
+    letters = "abcdefgh </s>\n"
+    text = lambda most: "".join(draw.choices(letters, k=draw.randint(1, most)))  # noqa: E731
+    return [text(40) for _ in range(n)], [text(60) for _ in range(n)]
+
+
+@pytest.mark.parametrize("build", [llama, lambda: llama(pad_token_id=None), gpt2, bert])
+def test_scores_do_not_depend_on_the_batch(build, tokenizer):
+    prompts, completions = pairs()
+    alone = RewardModel(build(), tokenizer, batch_size=1).score(prompts, completions)
+    together = RewardModel(build(), tokenizer, batch_size=8).score(prompts, completions)
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-5, atol=1e-6)
+    assert len(set(alone)) == len(alone)
+    shuffled = list(range(len(prompts)))[::-1]
+    again = RewardModel(build(), tokenizer, batch_size=8).score(
+        [prompts[i] for i in shuffled], [completions[i] for i in shuffled]
+    )
+    torch.testing.assert_close(
+        torch.tensor(again)[shuffled], torch.tensor(alone), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_score_is_the_classifiers_own_at_the_last_token(tokenizer):
+    model = llama(pad_token_id=None).eval()
+    scores = RewardModel(model, tokenizer, batch_size=4).score(["q: ", "longer q: "], ["a", "bcd"])
+    plain = llama(pad_token_id=None).eval()  # one text, no padding: transformers' own reading
+    for text, score in zip(["q: a", "longer q: bcd"], scores, strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])  # ends with EOS
+        assert score == pytest.approx(plain(input_ids=ids).logits.item(), abs=1e-6)
+
+
+def test_it_is_in_evaluation_mode_and_makes_no_graph(tokenizer):
+    reward_model = RewardModel(llama(attention_dropout=0.5).train(), tokenizer)
+    assert not reward_model.model.training
+    first = reward_model.score(["q"] * 3, ["a", "b", "c"])
+    assert reward_model.score(["q"] * 3, ["a", "b", "c"]) == first
+    assert all(isinstance(score, float) for score in first)
+
+
+def test_messages_are_scored_as_the_template_writes_them(saved):
+    reward_model = RewardModel.from_path(saved(llama()))
+    question = ({"role": "user", "content": "hi"},)
+    answer = ({"role": "assistant", "content": "yes"},)
+    with pytest.raises(ValueError, match="/rm' has no chat template"):
+        reward_model.score([question], [answer])
+    reward_model.tokenizer.chat_template = TEMPLATE
+    text = "<user>hi<assistant>yes"
+    ids = reward_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert reward_model.encode(question, answer) == (ids, False)
+    assert reward_model.score([question, question], [answer, "yes"]) == pytest.approx(
+        reward_model.score_ids([ids]) * 2, abs=1e-6
+    )
+    with pytest.raises(TypeError, match="a prompt that is a string"):
+        reward_model.score(["hi"], [answer])
+
+
+def test_a_long_text_loses_its_start_and_is_counted(tokenizer):
+    reward_model = RewardModel(llama(), tokenizer, max_length=12)
+    long, cut = reward_model.encode("x" * 50 + "end", " answer")
+    assert cut and len(long) == 12
+    assert tokenizer.decode(long) == "xend answer</s>"
+    assert reward_model.truncated == 1
+    assert reward_model.score(["x" * 50 + "end"], [" answer"]) == reward_model.score(
+        ["y" * 9 + "xend"], [" answer"]
+    )
+    assert reward_model.truncated == 3
+    reward_model.score(["x"], ["y"])
+    assert reward_model.truncated == 3
+    assert RewardModel(gpt2(), tokenizer).max_length == 256  # the model's own limit
+
+
+def test_the_first_special_token_stays_where_a_text_is_cut(tokenizer):
+    class WithStart(ByT5Tokenizer):
+        def build_inputs_with_special_tokens(self, ids, other=None):
+            return [self.unk_token_id, *ids]
+
+    reward_model = RewardModel(llama(), WithStart(extra_ids=0), max_length=4)
+    ids, cut = reward_model.encode("abcd", "efg")
+    assert cut and ids[0] == tokenizer.unk_token_id and tokenizer.decode(ids[1:]) == "efg"
+
+
+def test_two_labels_are_refused(saved, tokenizer):
+    path = saved(llama(num_labels=2))
+    with pytest.raises(ValueError, match=rf"{path}: .*num_labels=1\), .* has num_labels=2"):
+        RewardModel.from_path(path)
+    with pytest.raises(ValueError, match="num_labels=3"):
+        RewardModel(llama(num_labels=3), tokenizer)
+
+
+def test_a_language_model_is_no_reward_model(saved):
+    path = saved(llama(LlamaForCausalLM))
+    with pytest.raises(ValueError, match=r"lacks weights of \w+ \(score.weight\)"):
+        RewardModel.from_path(path)
+
+
+def test_only_safetensors_are_loaded(saved, tmp_path):
+    model = llama()
+    path = saved(model)
+    (tmp_path / "rm" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "rm" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a reward model: .*safetensors"):
+        RewardModel.from_path(path)
+
+
+def test_code_of_a_checkpoint_is_not_run(saved, tmp_path):
+    path = saved(llama())
+    config = tmp_path / "rm" / "config.json"
+    config.write_text(
+        '{"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config"}, "num_labels": 1}'
+    )
+    (tmp_path / "rm" / "odd.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "from transformers import PretrainedConfig\n"
+        "class Config(PretrainedConfig):\n    model_type = 'odd'\n"
+    )
+    with pytest.raises(ValueError, match="not a reward model: .* contains custom code"):
+        RewardModel.from_path(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_cannot_be_scored(saved, tokenizer, tmp_path):
+    reward_model = RewardModel(llama(), tokenizer)
+    with pytest.raises(ValueError, match="2 prompts but 1 completions"):
+        reward_model.score(["a", "b"], ["c"])
+    with pytest.raises(ValueError, match="without tokens"):
+        reward_model.score_ids([[5], []])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        RewardModel(llama(), tokenizer, batch_size=0)
+    with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):
+        RewardModel(llama(), tokenizer, max_length=1)
+    with pytest.raises(ValueError, match="the tokenizer has 300 tokens, .* only 259"):
+        RewardModel(llama(), ByT5Tokenizer(extra_ids=41))
+    with pytest.raises(ValueError, match="nothing-here: not a reward model"):
+        RewardModel.from_path(str(tmp_path / "nothing-here"))
+    with torch.no_grad():
+        reward_model.model.score.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="nan.*not finite numbers, in torch.float32"):
+        reward_model.score(["a"], ["b"])
+
+
+def test_nothing_to_score(tokenizer):
+    assert RewardModel(llama(), tokenizer).score([], []) == []
