@@ -197,8 +197,10 @@ def official_targets(
     """Targets as the official code scores them, its off-by-one kept.
 
     Position t counts when ``attention_mask[t]`` and not ``prefix_mask[t]``, for t <= T - 2, with
-    label ``input_ids[t + 1]``: the first completion token is not scored, and the position of the
-    last token is, with what follows it, exactly where its row is padded.
+    label ``input_ids[t + 1]``: the position of the last token is scored too, with the padding that
+    follows it as its label, exactly where its row is padded. With a mask that is 1 on the whole
+    prompt the first completion token is not scored; the authors' collator leaves the prompt's last
+    token 0, so that it is.
     """
     targets = torch.full_like(input_ids, IGNORE_INDEX)
     scored = (attention_mask != 0) & (prefix_mask == 0)

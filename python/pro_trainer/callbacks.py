@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ _SHOWN = {  # log key -> how it is printed
     "learning_rate": "lr {:.2e}",
     "pairwise_accuracy": "pairwise accuracy {:.3f}",
     "scored_tokens_per_second": "{:.0f} scored tokens/s",
-    "eval_loss": "held out: loss {:.4f}",
-    "eval_pairwise_accuracy": "pairwise accuracy {:.3f}",
-    "eval_top1_accuracy": "top-1 {:.3f}",
-    "eval_kendall_tau": "tau {:.3f}",
+}
+_HELD_OUT = {
+    "_loss": "loss {:.4f}",
+    "_pairwise_accuracy": "pairwise accuracy {:.3f}",
+    "_top1_accuracy": "top-1 {:.3f}",
+    "_kendall_tau": "tau {:.3f}",
 }
 
 
@@ -32,8 +35,17 @@ class LogLineCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """One line, from the first process."""
         shown = [text.format(logs[name]) for name, text in _SHOWN.items() if name in logs]
+        for data in held_out_names(logs):
+            values = [f.format(logs[data + name]) for name, f in _HELD_OUT.items()]
+            shown.append(f"{data}: " + "  ".join(values))
         if shown and state.is_world_process_zero:
             print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
+
+
+def held_out_names(logs: Mapping[str, Any]) -> list[str]:
+    """``eval`` or, for several held-out data sets, ``eval_NAME`` of each that ``logs`` is about."""
+    end = "_pairwise_accuracy"
+    return [key.removesuffix(end) for key in logs if key.startswith("eval") and key.endswith(end)]
 
 
 class CurvesCallback(TrainerCallback):

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import pro_kernels as pk
+from pro_trainer.callbacks import held_out_names
 from pro_trainer.model import causal_lm
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ PRO = """@article{song2023pro,
 }"""
 
 
-_HELD_OUT = ("eval_loss", "eval_pairwise_accuracy", "eval_top1_accuracy", "eval_kendall_tau")
+_HELD_OUT = ("loss", "pairwise_accuracy", "top1_accuracy", "kendall_tau")
 
 
 def write(folder: Path, trainer: PROTrainer) -> None:
@@ -43,7 +44,9 @@ def write(folder: Path, trainer: PROTrainer) -> None:
         "loss": f"{args.loss_type}, compat {args.compat}" if is_pro else args.loss_type,
         "SFT weight": args.sft_weight if is_pro else None,
         "temperature": args.temperature if is_pro else None,
-        "scores": "mean log-probability" if args.length_normalize else "summed log-probability",
+        "scores": ("mean" if args.length_normalize else "summed") + " log-probability"
+        if is_pro
+        else None,
         "candidates at most": args.num_candidates,
         "longest sequence": f"{args.max_length} tokens",
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
@@ -54,9 +57,11 @@ def write(folder: Path, trainer: PROTrainer) -> None:
         f"torch {torch.__version__}",
     }
     rows = "\n".join(f"| {name} | {x} |" for name, x in options.items() if x is not None)
-    last = next((h for h in reversed(trainer.state.log_history) if "eval_loss" in h), {})
+    last = next((h for h in reversed(trainer.state.log_history) if held_out_names(h)), {})
     held_out = "\n".join(
-        f"| {name.removeprefix('eval_')} | {last[name]:.4f} |" for name in _HELD_OUT if name in last
+        f"| {data.removeprefix('eval').strip('_')} {name} | {last[f'{data}_{name}']:.4f} |"
+        for data in held_out_names(last)
+        for name in _HELD_OUT
     )
     if held_out:
         held_out = f"\n## Held-out lists, step {last['step']}\n\n| | |\n|---|---|\n{held_out}\n"

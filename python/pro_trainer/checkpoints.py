@@ -1,8 +1,8 @@
 """Whose checkpoints lie in a folder, and which of them are whole.
 
 Every checkpoint carries ``pro_run.json``: the options and the data that make two runs the same run.
-``Trainer`` writes ``trainer_state.json`` last, so a checkpoint without it was cut off and is passed
-over.
+``Trainer`` writes ``trainer_state.json`` last, so a checkpoint without it was cut off; one without
+an optimizer was saved with ``save_only_model``. Both are passed over.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 IDENTITY = "pro_run.json"
 _FREE = ("loss_impl", "budget_mb", "on_bad_line")  # may change on resuming: same maths, same data
 _HASHED_LISTS = 64
+_MODEL_FILES = ("model*.safetensors*", "adapter_*", "config.json", "generation_config.json")
 
 
 def run_identity(
@@ -32,7 +33,7 @@ def run_identity(
     """What two runs must agree on for one to go on from the other's checkpoint."""
     names = [f.name for part in (LossOptions, ListOptions) for f in fields(part)]
     identity: dict[str, Any] = {n: getattr(args, n) for n in names if n not in _FREE}
-    identity |= {"seed": args.seed, "data_seed": args.data_seed}
+    identity |= {"seed": args.seed, "data_seed": args.data_seed, "optim": str(args.optim)}
     identity["model"] = f"{type(model).__name__}, {model.num_parameters()} parameters"
     if dataset is not None:
         step = max(1, len(dataset) // _HASHED_LISTS)
@@ -49,7 +50,7 @@ def write_identity(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def prepare_output(
-    folder: Path, resume: str | bool | None, identity: dict[str, Any], args: PROConfig
+    folder: Path, resume: str | Path | bool | None, identity: dict[str, Any], args: PROConfig
 ) -> str | None:
     """The checkpoint to resume from, or None for a fresh run in a folder that is free for it.
 
@@ -57,10 +58,7 @@ def prepare_output(
         ValueError: see ``PROTrainer.train``.
     """
     if resume:
-        checkpoint = _whole(Path(resume)) if isinstance(resume, str) else last_whole(folder)
-        if checkpoint is None:
-            where = resume if isinstance(resume, str) else folder
-            raise ValueError(f"resume_from_checkpoint={resume!r}: no whole checkpoint in {where}")
+        checkpoint = find(folder, resume)
         _check_same_run(checkpoint, identity)
         return str(checkpoint)
     check_free(folder, args.overwrite)
@@ -68,6 +66,30 @@ def prepare_output(
         for old in checkpoints(folder):
             shutil.rmtree(old)
     return None
+
+
+def find(folder: Path, resume: str | Path | bool) -> Path:
+    """The checkpoint that ``resume`` names, or the last whole one of ``folder`` for True.
+
+    Raises:
+        ValueError: there is none.
+    """
+    checkpoint = last_whole(folder) if resume is True else _whole(Path(resume))
+    if checkpoint is None:
+        where = folder if resume is True else resume
+        raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {where}")
+    return checkpoint
+
+
+def remove_model(folder: Path) -> None:
+    """Remove the model that an earlier run saved in ``folder``, before another is saved there.
+
+    Weights of one kind beside adapters of another would be loaded together.
+    """
+    if (folder / IDENTITY).exists():
+        for pattern in _MODEL_FILES:
+            for file in folder.glob(pattern):
+                file.unlink()
 
 
 def check_folder(folder: Path) -> None:
@@ -103,7 +125,8 @@ def _whole(checkpoint: Path) -> Path | None:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return None
-    return checkpoint
+    optimizer = [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]  # DeepSpeed's
+    return checkpoint if optimizer else None
 
 
 def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:

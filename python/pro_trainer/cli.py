@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,20 @@ def prepare(argv: Sequence[str] | None = None) -> int:
     return _run("prepare", (PrepareArguments,), prepare_lists, argv)
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe, and only true and false are booleans: on, off and no are values of some options."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 def config_flags(path: str) -> list[str]:
     """The flags that a YAML file of ``key: value`` lines stands for.
 
@@ -48,7 +63,7 @@ def config_flags(path: str) -> list[str]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+            values = yaml.load(file, _Loader) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: cannot be read: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -58,13 +73,14 @@ def config_flags(path: str) -> list[str]:
         if value is None:
             continue
         items = value if isinstance(value, list) else [value]
-        flags += [f"--{key}", *map(_flag_value, items)]
+        if items:
+            flags += [f"--{key}", *map(_flag_value, items)]
     return flags
 
 
 def _flag_value(value: Any) -> str:
     if isinstance(value, (dict, bool)):
-        return json.dumps(value)
+        return json.dumps(value, default=str)
     return str(value)
 
 
@@ -86,7 +102,7 @@ def _run(
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         action(*options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingError as error:

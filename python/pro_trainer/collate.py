@@ -30,14 +30,14 @@ class Preferences:
     Attributes:
         rewards: (B, n) float32, 0 where a candidate is absent; n - 1, ..., 0 without rewards.
         candidate_mask: (B, n) bool, whether the candidate is there.
-        sft_index: (B,) int64, the candidate that carries the SFT term; None: the best of each.
+        sft_index: (B,) int64, the candidate that carries the SFT term.
         by_order: whether the lists have no rewards, only their order.
         num_positions: tokens that the decoder runs on, padding not counted.
     """
 
     rewards: Tensor
     candidate_mask: Tensor
-    sft_index: Tensor | None
+    sft_index: Tensor
     by_order: bool
     num_positions: int
 
@@ -63,6 +63,7 @@ class PROCollator:
         cost: the model's cost, needed by ``"auto"``.
         official: score as the official code does: the position of a last token too, with the
             padding id as its label, where that sequence is shorter than T.
+        ranks_only: the loss takes only the order from rewards, so lists with and without them mix.
 
     Raises:
         ValueError: an unknown form; ``"auto"`` without ``cost``; ``pad_token_id`` not an id.
@@ -76,6 +77,7 @@ class PROCollator:
         unshared: Literal["padded", "packed"] = "padded",
         cost: SharingCost | None = None,
         official: bool = False,
+        ranks_only: bool = False,
     ) -> None:
         if form not in (*FORMS, "auto"):
             raise ValueError(f"form must be padded, packed, shared or auto, got {form!r}")
@@ -90,6 +92,7 @@ class PROCollator:
         self.unshared = unshared
         self.cost = cost
         self.official = official
+        self.ranks_only = ranks_only
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of some tokenised lists.
@@ -108,7 +111,7 @@ class PROCollator:
             ValueError: no features; lists with and without rewards in one batch; an empty prompt or
                 completion; numbers of prompts, completions and rewards that do not match.
         """
-        rewards, candidate_mask, by_order = _rewards(features)
+        rewards, candidate_mask, by_order = _rewards(features, self.ranks_only)
         sequences = read_sequences(features)
         row_map = FORMS[self._form(sequences)](sequences)
         rows = row_map.rows(sequences)
@@ -171,20 +174,23 @@ class PROCollator:
         )
 
 
-def _rewards(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor, bool]:
+def _rewards(
+    features: Sequence[Mapping[str, Any]], ranks_only: bool
+) -> tuple[Tensor, Tensor, bool]:
     """Rewards (B, n) float32, candidate mask (B, n) bool, and whether there is only an order."""
     kinds = {feature.get("rewards") is None for feature in features}
-    if len(kinds) != 1:
+    if len(kinds) != 1 and not (kinds and ranks_only):
         raise ValueError(
             "a batch needs lists that all have rewards or all have none, got "
             + ("no lists" if not kinds else "both")
         )
-    by_order = kinds.pop()
+    by_order = kinds == {True} and not ranks_only
     counts = [len(feature["completions"]) for feature in features]
     rewards = torch.zeros(len(counts), max(counts))
     mask = torch.zeros(rewards.shape, dtype=torch.bool)
     for row, (feature, n) in enumerate(zip(features, counts, strict=True)):
-        values = range(n - 1, -1, -1) if by_order else feature["rewards"]
+        values = feature.get("rewards")
+        values = range(n - 1, -1, -1) if values is None else values
         if len(values) != n:
             raise ValueError(f"list {row} of the batch: {n} completions and {len(values)} rewards")
         rewards[row, :n] = torch.as_tensor(list(values), dtype=torch.float32)
@@ -192,18 +198,17 @@ def _rewards(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor, boo
     return rewards, mask, by_order
 
 
-def _sft_index(features: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    """(B,) int64; None where no list names a candidate: the loss then takes the best."""
-    given = [feature.get("sft_index") for feature in features]
-    if all(index is None for index in given):
-        return None
+def _sft_index(features: Sequence[Mapping[str, Any]]) -> Tensor:
+    """(B,) int64, the best where a list names none."""
     chosen = []
-    for row, (feature, index) in enumerate(zip(features, given, strict=True)):
+    for row, feature in enumerate(features):
         n, rewards = len(feature["completions"]), feature.get("rewards")
-        best = 0 if rewards is None else int(np.argmax(rewards))
-        chosen.append(best if index is None else index)
-        if not 0 <= chosen[-1] < n:
+        index = feature.get("sft_index")
+        if index is None:
+            index = 0 if rewards is None else int(np.argmax(rewards))
+        if not 0 <= index < n:
             raise ValueError(
                 f"list {row} of the batch: sft_index must lie in [0, {n}), got {index}"
             )
+        chosen.append(index)
     return torch.tensor(chosen)

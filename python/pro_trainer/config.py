@@ -10,12 +10,20 @@ import inspect
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
 import pro_kernels as pk
 
+# What PROTrainer does not work with otherwise: its collator reads all columns, its metrics are made
+# of the scores of all lists, and its losses have no labels to smooth.
+_FIXED = {
+    "remove_unused_columns": False,
+    "batch_eval_metrics": False,
+    "eval_do_concat_batches": True,
+    "label_smoothing_factor": 0.0,
+}
 _LOSS_ARGUMENTS = ("logps", "lengths", "rewards", "ref_logps", "mask")
 
 
@@ -68,6 +76,8 @@ class ListOptions:
 
     def check_list_options(self) -> None:
         """Raise ValueError for an option out of range."""
+        check_choices(self, ListOptions)
+        check_integers(self, "max_length", "max_prompt_length", "num_candidates")
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
         if not 1 <= self.prompt_limit() < self.max_length:
@@ -127,6 +137,7 @@ class LossOptions:
 
     def check_loss_options(self) -> None:
         """Raise ValueError for an option out of range."""
+        check_choices(self, LossOptions)
         pk.losses.get_loss(self.loss_type)
         if self.compat == "official" and self.loss_type != "pro":
             raise ValueError(
@@ -135,6 +146,7 @@ class LossOptions:
         check_positive(self, "reward_scale", "budget_mb")
         self.loss_kwargs = self._checked_loss_kwargs()
         self.fixed_temperature()
+        self.temperature = str(self.temperature)
 
     def _checked_loss_kwargs(self) -> dict[str, Any]:
         given = self.loss_kwargs or {}
@@ -155,13 +167,19 @@ class LossOptions:
             )
         return given
 
+    def ranks_only(self) -> bool:
+        """Whether the loss takes only the order from rewards, and not their gaps."""
+        if self.loss_type == "pro":
+            return self.compat == "none" and self.fixed_temperature() is not None
+        return self.loss_type not in ("listnet", "lipo_lambda")
+
     def fixed_temperature(self) -> float | None:
         """The temperature where it is a number; None under ``'reward'``."""
         if self.temperature == "reward":
             return None
         try:
             value = float(self.temperature)
-        except ValueError:
+        except (TypeError, ValueError):
             value = math.nan
         if not (math.isfinite(value) and value > 0):
             raise ValueError(
@@ -208,6 +226,15 @@ class PROConfig(LossOptions, ListOptions, TrainingArguments):
         self.check_list_options()
         self.check_loss_options()
         check_positive(self, "sample_prompts", "sample_tokens")
+        if self.prefix_sharing not in ("auto", "on", "off"):
+            raise ValueError(
+                f"prefix_sharing must be 'auto', 'on' or 'off', got {self.prefix_sharing!r}"
+            )
+        if self.sample_steps < 0:
+            raise ValueError(f"sample_steps must be >= 0, got {self.sample_steps}")
+        for name, only in _FIXED.items():
+            if getattr(self, name) != only:
+                raise ValueError(f"{name} must stay {only}, got {getattr(self, name)!r}")
         super().__post_init__()
 
     def append_eos_to_completions(self) -> bool:
@@ -215,9 +242,30 @@ class PROConfig(LossOptions, ListOptions, TrainingArguments):
         return self.compat != "official" if self.append_eos is None else self.append_eos
 
 
-def check_positive(config: object, *names: str) -> None:
-    """Raise ValueError unless the named fields are None, or finite and > 0."""
+def check_choices(config: object, kind: type) -> None:
+    """Raise ValueError where a field of ``kind`` is none of those its ``Literal`` names."""
+    for name, hint in get_type_hints(kind).items():
+        allowed = get_args(hint)
+        if get_origin(hint) is Literal and getattr(config, name) not in allowed:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, allowed))}, "
+                f"got {getattr(config, name)!r}"
+            )
+
+
+def check_integers(config: object, *names: str) -> None:
+    """Raise TypeError unless the named fields are None or integers."""
     for name in names:
         value = getattr(config, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raise TypeError or ValueError unless the named fields are None, or finite and > 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and > 0, got {value}")

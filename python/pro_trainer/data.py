@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from pro_trainer.config import ListOptions
 from pro_trainer.fields import DataError, Text, kind
 from pro_trainer.files import Source, decode_line, rows
@@ -114,7 +116,7 @@ def _usable(parsed: ParsedRecord, report: DataReport, options: ListOptions) -> R
     if len(ranked.prompts) > 1 and options.different_contexts == "drop":
         report.dropped[DIFFERENT_CONTEXTS] += 1
         return None
-    if ranked.rewards is not None and len(set(ranked.rewards)) == 1:
+    if ranked.rewards is not None and len(set(np.float32(ranked.rewards))) == 1:
         if options.all_equal == "error":
             value, name = ranked.rewards[0], "rewards"
             if parsed.by_rank:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_trainer.callbacks import LogLineCallback
+from pro_trainer.callbacks import LogLineCallback, held_out_names
 from pro_trainer.config import PROConfig
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
 from pro_trainer.model import tiny_llama
@@ -90,7 +90,7 @@ class _EvaluationLines(LogLineCallback):
     """Every step is logged, for the comparison; only evaluations are printed."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "eval_loss" in logs:
+        if held_out_names(logs):
             super().on_log(args, state, control, logs)
 
 

@@ -22,7 +22,7 @@ from pro_trainer.answers import generate_answers
 from pro_trainer.config import ListOptions, LossOptions, PROConfig, option
 from pro_trainer.data import read_lists
 from pro_trainer.generation import prompt_limit
-from pro_trainer.inputs import check_one_kind
+from pro_trainer.inputs import check_lists
 from pro_trainer.model import causal_lm, load
 from pro_trainer.objective import NEEDS_REFERENCE, Scores, describe_backend
 from pro_trainer.partial import write_atomically, write_json
@@ -114,7 +114,7 @@ def evaluate_files(arguments: EvalArguments, config: PROConfig) -> dict[str, Any
     print(report.text())
     if not len(dataset):
         raise ValueError(f"{', '.join(arguments.data)}: no lists to evaluate")
-    check_one_kind(report)
+    check_lists(report, config)
 
     trainer = PROTrainer(
         model, config, eval_dataset=dataset, processing_class=tokenizer, ref_model=ref_model

@@ -14,6 +14,8 @@ from typing import Any
 Message = dict[str, str]
 Text = str | tuple[Message, ...]
 
+_LARGEST = 3.4028234663852886e38  # of fp32, which rewards are taken in
+
 
 class DataError(ValueError):
     """Data that cannot be used; the message names file and line, or record, and what is wrong."""
@@ -105,4 +107,6 @@ def as_number(value: Any, name: str) -> float:
         value = math.inf
     if not math.isfinite(value):
         raise DataError(f"{name} must be finite, got {value}")
+    if abs(value) > _LARGEST:
+        raise DataError(f"{name} must fit fp32, got {value}")
     return value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from pro_trainer.collate import PROCollator
-from pro_trainer.config import PROConfig
+from pro_trainer.config import LossOptions, PROConfig
 from pro_trainer.model import causal_lm, pad_id
 from pro_trainer.prefix import check_sharing, packing_refusal
 from pro_trainer.prefix_cost import SharingCost
@@ -25,8 +25,7 @@ def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase, args: PROConfig) ->
     """``data`` as a data set of token ids; files and records are read, and reported on.
 
     Raises:
-        ValueError: unusable files or records (``DataError``), or lists with rewards beside lists
-            without.
+        ValueError: unusable files or records (``DataError``), or lists that do not go together.
     """
     if data is None or is_tokenized(data):
         return data
@@ -39,7 +38,7 @@ def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase, args: PROConfig) ->
     )
     if args.should_log:
         print(report.text())
-    check_one_kind(report)
+    check_lists(report, args)
     return dataset
 
 
@@ -52,13 +51,22 @@ def is_tokenized(data: Any) -> bool:
     return bool(prompts) and isinstance(prompts[0], list) and isinstance(prompts[0][0], int)
 
 
-def check_one_kind(report: DataReport) -> None:
-    """Raise ValueError where some lists have rewards and some an order only."""
-    if 0 < report.with_rewards < report.lists:
+def check_lists(report: DataReport, args: LossOptions) -> None:
+    """Raise ValueError for lists of different kinds that the loss cannot take together.
+
+    Lists with rewards beside lists with an order only, where the loss needs reward gaps; lists of
+    different lengths for ``compat="official"``.
+    """
+    if args.compat == "official" and len(report.candidates) > 1:
+        raise ValueError(
+            f"compat='official' needs lists of one length, got {sorted(report.candidates)} "
+            "candidates"
+        )
+    if 0 < report.with_rewards < report.lists and not args.ranks_only():
         raise ValueError(
             f"{report.with_rewards} of {report.lists} lists have rewards, the others only an "
             "order: what reward gaps mean beside mere order is not defined. Give all rewards, or "
-            "train on the two kinds in separate runs"
+            "set a temperature that is a number: rewards then only order"
         )
 
 
@@ -69,7 +77,7 @@ def first_list(*data: Any) -> dict[str, Any]:
         ValueError: there is none.
     """
     for dataset in _parts(data):
-        if len(dataset):
+        if dataset is not None and len(dataset):
             return dataset[0]
     raise ValueError("train_dataset and eval_dataset hold no lists")
 
@@ -126,6 +134,7 @@ def make_collator(
         unshared=unshared,
         cost=SharingCost.from_model(model),
         official=args.compat == "official",
+        ranks_only=args.ranks_only(),
     )
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CHECKED_TOKENS = 64
+# Probabilities that modules pass to functional dropout.
+_DROPOUTS = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout",
+             "activation_dropout", "layerdrop")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def load(
     Raises:
         ValueError: nothing usable there, no LM head, or weights that the checkpoint lacks.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     with quiet():
@@ -67,7 +71,7 @@ def load(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise ValueError(f"{path}: not a causal LM: {first_line(error)}") from error
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:4])
@@ -77,12 +81,18 @@ def load(
             )
         lm_head(model)
         tokenizer = load_tokenizer(tokenizer_path or path, trust_remote_code)
-    if len(tokenizer) > model.get_output_embeddings().weight.shape[0]:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the LM head of {path} only "
-            f"{model.get_output_embeddings().weight.shape[0]}"
-        )
+    check_vocabulary(model, tokenizer)
     return model, tokenizer
+
+
+def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where the tokenizer has more tokens than the model."""
+    rows = lm_head(model).weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the LM head of "
+            f"{type(causal_lm(model)).__name__} only {rows}"
+        )
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -120,7 +130,13 @@ def tiny_llama(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model with the LM head, out of PEFT's wrapper where there is one."""
+    """The transformers model with the LM head, out of PEFT's wrapper where there is one.
+
+    Raises:
+        ValueError: a PEFT method that learns a prompt: its wrapper is part of the forward.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("PEFT methods that learn a prompt are not supported; use LoRA or the like")
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -132,6 +148,10 @@ def lm_head(model: nn.Module) -> Head:
             on the head, a quantised head).
     """
     lm = causal_lm(model)
+    if not hasattr(lm, "get_output_embeddings"):
+        raise ValueError(f"model must be a transformers causal LM, got {type(lm).__name__}")
+    if lm.config.is_encoder_decoder:
+        raise ValueError(f"{type(lm).__name__} is an encoder-decoder; a causal LM is needed")
     module = lm.get_output_embeddings()
     weight = getattr(module, "weight", None)
     if weight is None:
@@ -165,7 +185,7 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout"):
+        for name in _DROPOUTS:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
 
@@ -179,13 +199,9 @@ def check_parts(model: nn.Module, input_ids: Tensor) -> None:
     """
     lm = causal_lm(model)
     ids = input_ids[None, :_CHECKED_TOKENS].to(next(model.parameters()).device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
         hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    finally:
-        model.train(was_training)
     head = lm_head(model)
     targets = ids[0].roll(-1)
     whole = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -201,6 +217,18 @@ def check_parts(model: nn.Module, input_ids: Tensor) -> None:
             f"{off:.2g} off those of the whole model, so it does something to hidden states or "
             "logits that pro_trainer does not know; this model cannot be used"
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards each as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager

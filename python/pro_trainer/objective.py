@@ -46,7 +46,7 @@ class Scores:
         rewards: (L, n) fp32; descending ranks where the lists have an order only.
         mask: (L, n) bool, candidates that are there.
         by_order: whether the lists have an order only.
-        sft_index: (L,) int64 or None.
+        sft_index: (L,) int64, the candidate that carries the SFT term.
         ref_logps: (L, n) fp32, the reference model's S, or None.
     """
 
@@ -54,8 +54,8 @@ class Scores:
     lengths: Tensor
     rewards: Tensor
     mask: Tensor
+    sft_index: Tensor
     by_order: bool = False
-    sft_index: Tensor | None = None
     ref_logps: Tensor | None = None
 
     def ranked_by(self, length_normalize: bool) -> Tensor:
@@ -72,8 +72,8 @@ class Scores:
             lengths.cpu(),
             preferences.rewards,
             preferences.candidate_mask,
-            preferences.by_order,
             preferences.sft_index,
+            preferences.by_order,
             None if ref_logps is None else ref_logps.cpu(),
         )
 
@@ -186,12 +186,11 @@ def score_metrics(scores: Scores, config: LossOptions) -> dict[str, float]:
 def label_columns(preferences: Preferences) -> tuple[Tensor, ...]:
     """What ``Trainer``'s evaluation loop gathers as labels, each (B, n) or (B, 1)."""
     prompts = preferences.num_prompts
-    sft_index = preferences.sft_index
     return (
         preferences.rewards,
         preferences.candidate_mask.to(torch.int64),
         torch.full((prompts, 1), int(preferences.by_order)),
-        torch.full((prompts, 1), -1) if sft_index is None else sft_index[:, None],
+        preferences.sft_index[:, None],
     )
 
 
@@ -215,8 +214,8 @@ def predicted_scores(predictions: Sequence[Any], labels: Sequence[Any]) -> Score
         where_present(lengths),
         where_present(rewards),
         mask,
+        sft_index[:, 0],
         bool(by_order[0, 0]),
-        sft_index[:, 0] if (sft_index >= 0).all() else None,
         where_present(ref_logps[0]) if ref_logps else None,
     )
 

@@ -11,7 +11,6 @@ the model's config and class; ``check_sharing`` runs the model and compares.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pro_trainer.collate import PROCollator
-from pro_trainer.model import causal_lm
+from pro_trainer.model import causal_lm, evaluating
 from pro_trainer.prefix_cost import SharingCost
 from pro_trainer.prefix_masks import FULL, IMPLEMENTATIONS, SLIDING, attention_masks
 
@@ -105,7 +104,7 @@ def check_sharing(
     if not sample:
         raise ValueError(f"no list to check with whether {name} can {doing}")
     padded = PROCollator(pad_token_id)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         plain = _token_logps(model, padded(sample))
         alone = torch.cat([_token_logps(model, padded([one])) for one in _singles(sample)])
         try:
@@ -177,15 +176,3 @@ def _singles(sample: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         for i, completion in enumerate(feature["completions"]):
             prompt = feature["prompts"][i if len(feature["prompts"]) > 1 else 0]
             yield {"prompts": [prompt], "completions": [completion]}
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards each as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pro_trainer import checkpoints
 from pro_trainer.config import PROConfig, option
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
-from pro_trainer.inputs import check_one_kind
+from pro_trainer.inputs import check_lists
 from pro_trainer.model import load, tiny_llama
 from pro_trainer.objective import describe_backend
 from pro_trainer.partial import write_json
@@ -72,8 +72,16 @@ def train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
         TrainingError: a loss, gradient or weight that is not finite.
     """
     output = Path(config.output_dir)
-    if not config.resume_from_checkpoint:
+    resume = _resume(config)
+    if resume is None:
         checkpoints.check_free(output, config.overwrite)
+    else:
+        checkpoints.find(output, resume)
+    if config.bf16_full_eval or config.fp16_full_eval:
+        raise ValueError(
+            "bf16_full_eval and fp16_full_eval cast the weights themselves, and training would go "
+            "on with those; use bf16 or fp16, or dtype"
+        )
     if arguments.model:
         model, tokenizer = load(
             arguments.model,
@@ -84,7 +92,8 @@ def train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
         )
     else:
         model, tokenizer = tiny_llama(config.seed)
-    print(f"loss: {describe_backend(config, config.device, model.dtype)}")
+    if config.should_log:
+        print(f"loss: {describe_backend(config, config.device, model.dtype)}")
     lists, held_out, report = read_data(arguments, config, tokenizer)
     trainer = PROTrainer(
         model,
@@ -95,7 +104,7 @@ def train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
         peft_config=_lora(arguments) if arguments.use_peft else None,
     )
     before = trainer.evaluate() if held_out is not None else None
-    trainer.train(resume_from_checkpoint=_resume(config))
+    trainer.train(resume_from_checkpoint=resume)
     after = trainer.evaluate() if held_out is not None else None
     trainer.save_model()
     result = {
@@ -114,21 +123,22 @@ def read_data(
     arguments: TrainArguments, config: PROConfig, tokenizer: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Training lists, held-out lists or None, and the report, which is printed."""
+    say = print if config.should_log else str  # one process speaks
     eos = config.append_eos_to_completions()
     lists, report = load_dataset(
         arguments.data or [BUNDLED_TRAIN], tokenizer, config, append_eos=eos
     )
-    print(report.text())
-    check_one_kind(report)
+    say(report.text())
+    check_lists(report, config)
     eval_files = arguments.eval_data or ([] if arguments.data else [BUNDLED_EVAL])
     held_out = None
     if eval_files:
         held_out, held_report = load_dataset(eval_files, tokenizer, config, append_eos=eos)
-        print(f"held out:\n{held_report.text()}")
-        check_one_kind(held_report)
+        say(f"held out:\n{held_report.text()}")
+        check_lists(held_report, config)
     elif arguments.eval_fraction:
         lists, held_out = split_held_out(lists, arguments.eval_fraction, config.seed)
-    print(f"training on {len(lists)} lists, {0 if held_out is None else len(held_out)} held out")
+    say(f"training on {len(lists)} lists, {0 if held_out is None else len(held_out)} held out")
     return lists, held_out, report.as_dict()
 
 

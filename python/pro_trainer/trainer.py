@@ -36,7 +36,9 @@ from pro_trainer.inputs import check_lengths, first_list, make_collator, tokeniz
 from pro_trainer.model import (
     causal_lm,
     check_parts,
+    check_vocabulary,
     disable_dropout,
+    evaluating,
     lm_head,
     load,
     load_tokenizer,
@@ -95,15 +97,28 @@ class PROTrainer(Trainer):
         if isinstance(model, str):
             model, tokenizer = load(model)
             processing_class = processing_class or tokenizer
+        weight = lm_head(model).weight
         if processing_class is None:
-            processing_class = load_tokenizer(causal_lm(model).config._name_or_path)
+            name = causal_lm(model).config._name_or_path
+            if not name:
+                raise ValueError(
+                    "processing_class (the tokenizer) is needed: the model has no name"
+                )
+            processing_class = load_tokenizer(name)
+        check_vocabulary(model, processing_class)
         checkpoints.check_folder(Path(args.output_dir))
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: start one process a GPU (torchrun, accelerate "
                 "launch), or show it one (CUDA_VISIBLE_DEVICES)"
             )
-        describe_backend(args, args.device, lm_head(model).weight.dtype)
+        describe_backend(args, args.device, weight.dtype)
+        if ref_model is not None and not isinstance(ref_model, nn.Module):
+            raise TypeError(f"ref_model must be a model, got {type(ref_model).__name__}")
+        if isinstance(train_dataset, Mapping):
+            raise ValueError(
+                f"train_dataset must be one data set, got a dict of {sorted(train_dataset)}"
+            )
         train_dataset, eval_dataset = (
             tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset)
         )
@@ -153,12 +168,18 @@ class PROTrainer(Trainer):
             TrainingError: loss, gradient or weights that are not finite; nothing is saved then.
         """
         run = checkpoints.run_identity(self.args, causal_lm(self.model), self.train_dataset)
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError("the model has no trainable parameter (a frozen model or adapter?)")
         resumed = checkpoints.prepare_output(
             Path(self.args.output_dir), resume_from_checkpoint, run, self.args
         )
         self._run_identity = run
         self._waiting.clear()
         self._usage.restart()
+        if self.model_wrapped is self.model:
+            # An evaluation before training marks the model as prepared, and accelerate would then
+            # leave it without DistributedDataParallel: each process would train a model of its own.
+            vars(self.model).pop("_is_accelerate_prepared", None)
         return super().train(resume_from_checkpoint=resumed, **kwargs)
 
     def compute_loss(
@@ -170,13 +191,13 @@ class PROTrainer(Trainer):
     ) -> Any:
         """The loss of one batch, weighted as its share of the lists of the whole step."""
         preferences, layout = inputs["preferences"], inputs["layout"]
-        ref_logps = self._reference_logps(inputs)
+        ref_logps = self._reference_logps(model, inputs)
         result = self._run(model, lambda: batch_loss(self._module(), inputs, self.args, ref_logps))
         loss = result.loss
         if num_items_in_batch is not None:
             lists = preferences.num_prompts / num_items_in_batch
             loss = loss * (lists * self.accelerator.num_processes)
-        if self.model.training:
+        if self.model.training and self.args.logging_strategy != "no":
             self._waiting.append((result.logps, result.lengths, preferences, ref_logps))
             self._usage.count(layout.num_tokens, preferences.num_positions)
         return (loss, result) if return_outputs else loss
@@ -199,7 +220,7 @@ class PROTrainer(Trainer):
         preferences = inputs["preferences"]
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            ref_logps = self._reference_logps(inputs)
+            ref_logps = self._reference_logps(model, inputs)
             logps, lengths = self._run(
                 model, lambda: sequence_logps(self._module(), inputs, self.args)
             )
@@ -212,9 +233,17 @@ class PROTrainer(Trainer):
         Raises:
             ValueError: nothing to score.
         """
-        dataset = tokenized(dataset, self.processing_class, self.args)
         output = self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring")
         return predicted_scores(output.predictions, output.label_ids)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """``Trainer``'s, of files and records too."""
+        if eval_dataset is not None and not (
+            isinstance(eval_dataset, str) and isinstance(self.eval_dataset, Mapping)
+        ):
+            eval_dataset = tokenized(eval_dataset, self.processing_class, self.args)
+            vars(self).get("_eval_dataloaders", {}).clear()  # kept by name, whatever the data
+        return super().get_eval_dataloader(eval_dataset)
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         """Loss and ranking metrics of ``scores``; see ``score_metrics``."""
@@ -226,7 +255,22 @@ class PROTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def _metrics_of_predictions(self, predictions: Any) -> dict[str, float]:
-        return self.metrics(predicted_scores(predictions.predictions, predictions.label_ids))
+        scores = predicted_scores(predictions.predictions, predictions.label_ids)
+        if not scores.logps.isfinite().all():
+            raise TrainingError(
+                f"step {self.state.global_step}: log-probabilities of the held-out lists are not "
+                "finite; stopped"
+            )
+        return self.metrics(scores)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError:
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is none of "
+                f"{', '.join(sorted(metrics))}"
+            ) from None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the steps since the last line scored; stop where the loss is not finite."""
@@ -257,16 +301,17 @@ class PROTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._usage.paused():
-            bad = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
-            if bad:
-                raise TrainingError(
-                    f"step {self.state.global_step}: {len(bad)} weights are not finite ({bad[0]}, "
-                    "...); stopped, and no checkpoint written"
-                )
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
+        bad = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        if bad:
+            raise TrainingError(
+                f"step {self.state.global_step}: {len(bad)} weights are not finite ({bad[0]}, "
+                "...); stopped, and nothing saved"
+            )
+        checkpoints.remove_model(folder)
         super()._save(str(folder), state_dict)
         card.write(folder, self)
         if hasattr(self, "_run_identity"):
@@ -285,21 +330,28 @@ class PROTrainer(Trainer):
         with self.accelerator.autocast():
             return call_through(model, self._module(), function)
 
-    def _reference_logps(self, inputs: Mapping[str, Any]) -> Tensor | None:
+    def _reference_logps(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
         if self.args.loss_type not in NEEDS_REFERENCE:
             return None
         with torch.no_grad(), self.accelerator.autocast():
             if self.ref_model is not None:
                 return sequence_logps(self.ref_model, inputs, self.args)[0]
-            with self._module().disable_adapter():
-                return sequence_logps(self._module(), inputs, self.args)[0]
+            module = self._module()
+            with module.disable_adapter(), evaluating(module):
+                logps, _ = call_through(
+                    model, module, lambda: sequence_logps(module, inputs, self.args)
+                )
+                return logps
 
 
 def _with_peft(model: nn.Module, peft_config: Any, args: PROConfig) -> nn.Module:
+    """The model with new adapters."""
     if hasattr(model, "peft_config"):
         raise ValueError("model is a PEFT model already; give it without peft_config")
-    from peft import get_peft_model
+    from peft import PeftConfig, get_peft_model
 
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config must be a peft config, got {type(peft_config).__name__}")
     if args.gradient_checkpointing:
         model.enable_input_require_grads()  # else no gradient enters the checkpointed layers
     wrapped = get_peft_model(model, peft_config)

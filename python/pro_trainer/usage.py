@@ -20,6 +20,7 @@ class Usage:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._depth = 0
         self.restart()
 
     def restart(self) -> None:
@@ -35,11 +36,13 @@ class Usage:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent inside does not count."""
-        begin = time.perf_counter()
+        begin, self._depth = time.perf_counter(), self._depth + 1
         try:
             yield
         finally:
-            self._start += time.perf_counter() - begin
+            self._depth -= 1
+            if not self._depth:  # an evaluation of several data sets calls itself
+                self._start += time.perf_counter() - begin
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics since the last call, over all processes (memory: the largest)."""

@@ -31,7 +31,7 @@ def test_train_resume_and_eval(data_file, tmp_path, capsys):
     assert cli.train(argv) == 0
     printed = capsys.readouterr().out
     for part in ("loss: fused, backend", "lists kept: 8 (8 of 3 candidates)", "step 2/2  loss",
-                 "held out: loss", "saved"):  # fmt: skip
+                 "eval: loss", "saved"):  # fmt: skip
         assert part in printed, part
     saved = json.loads((output / "metrics.json").read_text())
     assert saved["before"]["eval_prompts"] + 6 == 8 and saved["data"]["lists"] == 8
@@ -109,6 +109,18 @@ def test_yaml_is_checked_and_loaded_safely(text, wrong, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=wrong):
         cli.config_flags(str(path))
+
+
+def test_yaml_values_become_flags(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "prefix_sharing: on\neval_strategy: no\nbf16: true\ndata: []\nseed: 3\nmodel:\n"
+    )
+    assert cli.config_flags(str(path)) == [
+        "--prefix_sharing", "on", "--eval_strategy", "no", "--bf16", "true", "--seed", "3",
+    ]  # fmt: skip
+    path.write_text("")
+    assert cli.config_flags(str(path)) == []
 
 
 def test_an_unknown_key_of_the_file_is_refused(tmp_path, capsys):

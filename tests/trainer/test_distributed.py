@@ -46,3 +46,23 @@ def test_restores_a_forward_of_the_instance_also_after_an_error():
 def test_without_a_wrapper_it_is_a_plain_call():
     module = nn.Linear(2, 2)
     assert call_through(module, module, lambda: 7) == 7
+
+
+def test_runs_inside_the_hooks_of_fsdp2(tmp_path):
+    """fully_shard wraps nothing: the module's own hooks gather its parameters."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        module = nn.Linear(4, 4)
+        weight, x = module.weight.detach().clone(), torch.randn(2, 4)
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        made = call_through(module, module, lambda: x @ module.weight.t())
+        torch.testing.assert_close(made, x @ weight.t())
+        made.sum().backward()
+        assert module.weight.grad.full_tensor().shape == (4, 4)
+    finally:
+        dist.destroy_process_group()

@@ -183,6 +183,7 @@ def test_null_keys_are_absent_so_that_one_table_may_hold_all_formats():
         ({**GOOD, "rewards": [float("nan"), 1]}, r"rewards\[0\] must be finite, got nan"),
         ({**GOOD, "scores": [1, float("-inf")]}, r"scores\[1\] must be finite, got -inf"),
         ({**GOOD, "rewards": [1, 10**400]}, r"rewards\[1\] must be finite"),
+        ({**GOOD, "rewards": [1, 1e300]}, r"rewards\[1\] must fit fp32, got 1e\+300"),
         ({**GOOD, "rewards": [1, 0], "ranks": [0, 1]}, "one of 'rewards' and 'ranks'"),
         ({**GOOD, "order": [1, 1]}, "'order' must hold each index 0 to 1 once"),
         ({**GOOD, "sft_index": 2}, "'sft_index' must be an index of the 2 completions, got 2"),
