@@ -1,0 +1,47 @@
+"""Options out of range or of the wrong type."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from trainer_runs import config
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({"max_length": 1}, "max_length must be at least 2"),
+        ({"max_length": 8, "max_prompt_length": 8}, r"max_prompt_length must lie in \[1, max_"),
+        ({"num_candidates": 1}, "num_candidates must be at least 2"),
+        ({"temperature": "warm"}, "temperature must be 'reward' or a number > 0, got 'warm'"),
+        ({"temperature": "0"}, "temperature must be"),
+        ({"reward_scale": math.nan}, "reward_scale must be finite and > 0"),
+        ({"budget_mb": 0}, "budget_mb must be finite and > 0"),
+        ({"loss_type": "best"}, "unknown loss 'best'"),
+        ({"loss_type": "dpo", "compat": "official"}, "compat='official' is a meaning of"),
+        ({"loss_type": "dpo", "loss_kwargs": {"bta": 1}}, r"may hold \['beta'.*got \['bta'\]"),
+        ({"loss_type": "dpo", "loss_kwargs": "{"}, "loss_kwargs must be JSON"),
+        ({"loss_kwargs": {"eps": 1}}, "loss_kwargs of loss_type='pro' may hold"),
+        ({"compat": "offical"}, "compat must be one of 'none', 'official', got 'offical'"),
+        ({"truncation_mode": "end"}, "truncation_mode must be one of 'keep_end', 'keep_start'"),
+        ({"prefix_sharing": "maybe"}, "prefix_sharing must be 'auto', 'on' or 'off'"),
+        ({"temperature": None}, "temperature must be 'reward' or a number > 0, got None"),
+        ({"sample_steps": -1}, "sample_steps must be >= 0"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must stay False, got True"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must stay 0.0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, wrong, tmp_path):
+    with pytest.raises(ValueError, match=wrong):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize("options", [{"max_length": "64"}, {"num_candidates": 2.5}], ids=str)
+def test_options_of_the_wrong_type_are_refused(options, tmp_path):
+    with pytest.raises(TypeError, match="must be an integer"):
+        config(tmp_path, **options)
+
+
+def test_a_temperature_may_be_given_as_a_number(tmp_path):
+    assert config(tmp_path, temperature=2).fixed_temperature() == 2.0

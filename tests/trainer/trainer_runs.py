@@ -1,0 +1,58 @@
+"""Short runs of the trainer on lists that can be learnt, shared by its tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pro_trainer.config import PROConfig
+from pro_trainer.model import tiny_llama
+from pro_trainer.trainer import PROTrainer
+
+
+def records(count: int = 8, n: int = 3) -> list[dict]:
+    """Lists that can be learnt: longer praise is better."""
+    return [
+        {
+            "prompt": f"q{i}: ",
+            "completions": [f"{'good ' * k}{i}" for k in range(n, 0, -1)],
+            "rewards": [float(k * k) / 4 for k in range(n, 0, -1)],
+        }
+        for i in range(count)
+    ]
+
+
+def config(output: Path, **options) -> PROConfig:
+    defaults = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    return PROConfig(output_dir=str(output), **(defaults | options))
+
+
+def trainer_for(output: Path, model=None, data=None, eval_data=None, **options) -> PROTrainer:
+    peft_config = options.pop("peft_config", None)
+    tiny_model, tokenizer = tiny_llama(0)
+    return PROTrainer(
+        tiny_model if model is None else model,
+        config(output, **options),
+        records() if data is None else data,
+        eval_data,
+        tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def losses(trainer: PROTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(trainer: PROTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
