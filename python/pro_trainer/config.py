@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from transformers import TrainingArguments
 
 import pro_kernels as pk
@@ -236,6 +237,8 @@ class PROConfig(LossOptions, ListOptions, TrainingArguments):
             if getattr(self, name) != only:
                 raise ValueError(f"{name} must stay {only}, got {getattr(self, name)!r}")
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to copy to; torch would warn
 
     def append_eos_to_completions(self) -> bool:
         """Whether completions end with EOS."""
