@@ -34,7 +34,7 @@ from bench.step import Step, describe
 _ROOT = Path(__file__).resolve().parent.parent
 _MARK = "@bench "
 # Blocks of 64 KiB and more are mapped one by one and unmapped when freed; MKL keeps no buffers.
-_CHILD_ENV = {
+CHILD_ENV = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_TOP_PAD_": "0",
@@ -66,7 +66,7 @@ def weigh(
 
 def _child(module: str, provider: str, cases: list, device: torch.device) -> Iterator[dict]:
     command = [sys.executable, "-m", module, provider, str(device)]
-    env = {**os.environ, **_CHILD_ENV, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    env = {**os.environ, **CHILD_ENV, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     child = subprocess.Popen(
         command, cwd=_ROOT, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
