@@ -28,6 +28,7 @@ class HeadCall:
     backend: str
     plan: Plan
     shared_rows: bool
+    grad_filter: float | None = None
 
 
 def ranking_config(options: RankingOptions, backend: str) -> tuple:
@@ -47,12 +48,15 @@ def ranking_config(options: RankingOptions, backend: str) -> tuple:
 
 
 class HeadLogps(torch.autograd.Function):
-    """Log-probs ``(N,)`` of the scored rows from hidden states and head weight."""
+    """Log-probs ``(N,)`` of the scored rows from hidden states and head weight.
+
+    Then ``dropped`` (3, N) of ``head.Kept``; empty without a filter.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, call: HeadCall):  # noqa: D102
         plan = call.plan
-        logps, stats, residual, side = ops.head_logps(
+        logps, *saved, dropped = ops.head_logps(
             hidden,
             weight,
             bias,
@@ -66,6 +70,7 @@ class HeadLogps(torch.autograd.Function):
             plan.chunk,
             plan.retained,
             plan.need_hidden,
+            call.grad_filter,
         )
         # All of dZ0 at hand: the backward does without the weight, which may be re-sharded by then.
         whole = plan.retained >= targets.shape[0] or not plan.need_weight
@@ -76,20 +81,21 @@ class HeadLogps(torch.autograd.Function):
             None if whole else bias,
             rows,
             targets,
-            stats,
-            residual,
-            side,
+            *saved,
+            dropped,
         )
-        return logps
+        ctx.mark_non_differentiable(dropped)
+        return logps, dropped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad, _dropped):  # noqa: D102
         call = ctx.call
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grads = ops.head_backward(
             grad.contiguous(),
             *ctx.saved_tensors,
+            call.grad_filter,
             call.compute_dtype,
             call.logits_dtype,
             call.options.softcap,
@@ -129,7 +135,7 @@ class Logps(torch.autograd.Function):
 
 
 class Ranking(torch.autograd.Function):
-    """Loss terms ``(B, n)`` and their weighted sum from log-probs; also the sequence sums."""
+    """Weighted sum of the loss terms and the terms, from log-probs; sequence sums, row weights."""
 
     @staticmethod
     def forward(  # noqa: D102
@@ -157,18 +163,21 @@ class Ranking(torch.autograd.Function):
         )
         ctx.save_for_backward(row_weights)
         per_rank = _over_prompts(weights, terms, final_dtype)
-        ctx.mark_non_differentiable(per_rank, sums)
-        return per_rank.sum(), per_rank, sums
+        ctx.mark_non_differentiable(per_rank, sums, row_weights)
+        return per_rank.sum(), per_rank, sums, row_weights
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _per_rank, _sums):  # noqa: D102
+    def backward(ctx, grad, *_others):  # noqa: D102
         (row_weights,) = ctx.saved_tensors
         return grad.to(row_weights.dtype) * row_weights, *[None] * 9
 
 
 class LinearPRO(torch.autograd.Function):
-    """Tier T2: the scalar loss whose gradients were made in the forward."""
+    """Tier T2: the scalar loss whose gradients were made in the forward.
+
+    Outputs as of ``Ranking``, then ``dropped`` as of ``HeadLogps``.
+    """
 
     @staticmethod
     def forward(  # noqa: D102
@@ -189,7 +198,7 @@ class LinearPRO(torch.autograd.Function):
         final_dtype,
         call: HeadCall,
     ):
-        terms, sums, *grads = ops.linear_pro(
+        terms, sums, *grads, row_weights, dropped = ops.linear_pro(
             hidden,
             weight,
             bias,
@@ -210,15 +219,16 @@ class LinearPRO(torch.autograd.Function):
             call.shared_rows,
             call.plan.need_hidden,
             bias is not None and ctx.needs_input_grad[2],
+            call.grad_filter,
         )
         ctx.save_for_backward(*grads)
         per_rank = _over_prompts(weights, terms, final_dtype)
-        ctx.mark_non_differentiable(per_rank, sums)
-        return per_rank.sum(), per_rank, sums
+        ctx.mark_non_differentiable(per_rank, sums, row_weights, dropped)
+        return per_rank.sum(), per_rank, sums, row_weights, dropped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _per_rank, _sums):  # noqa: D102
+    def backward(ctx, grad, *_others):  # noqa: D102
         # Out of place: a second backward through a retained graph must find them unscaled.
         grads = [ops.scaled(g, grad) for g in ctx.saved_tensors]
         return *_needed(grads, ctx.needs_input_grad), *[None] * 12

@@ -19,8 +19,8 @@ def rank(
     ranked: RankedCandidates,
     backend: str,
     final_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its terms ``(n,)`` over prompts, and the sequence sums ``(S,)``, of ``logps (N,)``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, its terms ``(n,)`` over prompts, sequence sums ``(S,)`` and row weights ``(N,)``."""
     backend = resolve(backend, logps.device, logps.dtype, layout.shape[1])
     return autograd.Ranking.apply(
         logps,
@@ -45,6 +45,7 @@ def head_call(
     budget: int | None,
     *,
     scalar_loss: bool,
+    grad_filter: float | None,
 ) -> autograd.HeadCall:
     """Choose backend and tier, and bundle all that is not a tensor."""
     checks.check_device("layout", layout.targets, "hidden", hidden)
@@ -70,7 +71,10 @@ def head_call(
     )
     candidates = layout.shape[1] if scalar_loss else None
     backend = resolve(backend, hidden.device, logits_dtype, candidates)
-    return autograd.HeadCall(compute, logits_dtype, options, backend, plan, layout.shared_rows)
+    filtered = grad_filter if plan.need_hidden or plan.need_weight else None
+    return autograd.HeadCall(
+        compute, logits_dtype, options, backend, plan, layout.shared_rows, filtered
+    )
 
 
 def layout_of(targets: Tensor, ignore_index: int, vocab: int) -> Layout:

@@ -13,10 +13,11 @@ from torch import Tensor
 from pro_kernels import autograd, checks
 from pro_kernels.backends import resolve
 from pro_kernels.calls import head_call, layout_of, pro_layout, rank
+from pro_kernels.column_filter import check_grad_filter
 from pro_kernels.head import acc_dtype
 from pro_kernels.layout import Layout, check_targets, mark_unscored, shift_targets
 from pro_kernels.options import IGNORE_INDEX, LogitOptions, PROOptions
-from pro_kernels.output import PROOutput
+from pro_kernels.output import GradFilter, PROOutput
 from pro_kernels.pro import make_output, rank_candidates
 
 
@@ -31,9 +32,11 @@ def linear_token_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     logits_dtype: torch.dtype | None = None,
+    grad_filter: float | None = None,
+    return_dropped: bool = False,
     backend: str = "auto",
     budget: int | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under ``softmax(head(hidden))``, without holding all logits.
 
     Rows whose target is ``ignore_index`` never reach the head. Any upstream gradient is served at
@@ -49,17 +52,25 @@ def linear_token_logps(
         softcap: ``c * tanh(z / c)`` on the logits, or None.
         logit_scale: factor on the logits, before the softcap.
         logits_dtype: ``torch.float32`` keeps logits of lower-precision inputs unrounded.
+        grad_filter: None, or a probability mass tau in (0, 1): vocabulary columns that hold at most
+            tau of each row's probability together leave the gradient matmuls; ``return_dropped``
+            tells what was lost. On a GPU the host then waits once a chunk.
+        return_dropped: also return what each row's gradient lost, as (3, ...) fp32: the sum of
+            ``|dZ0|`` over the dropped columns, the sum of its squares, and a bound of
+            the norm of its share of dHidden, all for an upstream gradient of 1.
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
 
     Returns:
-        (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``.
+        (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``. With
+        ``return_dropped`` a pair.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, dtypes or values that do not fit, a target outside [0, V).
     """
     compute = checks.check_head(hidden, weight, bias)
+    check_grad_filter(grad_filter)
     check_targets(targets)
     checks.check_same_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
     checks.check_device("targets", targets, "hidden", hidden)
@@ -78,13 +89,19 @@ def linear_token_logps(
         backend,
         budget,
         scalar_loss=False,
+        grad_filter=grad_filter,
     )
-    logps = autograd.HeadLogps.apply(
+    logps, dropped = autograd.HeadLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout.rows, layout.targets, call
     )
     if layout.rows is not None:
         logps = logps.new_zeros(flat.numel()).index_copy(0, layout.rows, logps)
-    return logps.view(targets.shape)
+    if not return_dropped:
+        return logps.view(targets.shape)
+    lost = logps.new_zeros((3, flat.numel()), dtype=torch.float32)
+    if dropped.numel():
+        lost = dropped if layout.rows is None else lost.index_copy(1, layout.rows, dropped)
+    return logps.view(targets.shape), lost.view(3, *targets.shape)
 
 
 def token_logps(
@@ -159,6 +176,7 @@ def linear_pro_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     logits_dtype: torch.dtype | None = None,
+    grad_filter: float | None = None,
     layout: Layout | None = None,
     backend: str = "auto",
     budget: int | None = None,
@@ -197,6 +215,9 @@ def linear_pro_loss(
         softcap: ``c * tanh(z / c)`` on the logits, or None.
         logit_scale: factor on the logits, before the softcap.
         logits_dtype: ``torch.float32`` keeps logits of lower-precision inputs unrounded.
+        grad_filter: None, or a probability mass tau in (0, 1): vocabulary columns that hold at most
+            tau of each row's probability together leave the gradient matmuls;
+            ``PROOutput.grad_filter`` tells what was lost. On a GPU the host waits once a chunk.
         layout: which rows are scored, made with the batch (``Layout.from_padded`` and others).
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
@@ -211,6 +232,7 @@ def linear_pro_loss(
     """
     compute = checks.check_head(hidden, weight, bias)
     logits_dtype = checks.check_logits_dtype(logits_dtype, compute)
+    check_grad_filter(grad_filter)
     options = PROOptions(
         sft_weight=sft_weight,
         sft_reduction=sft_reduction,
@@ -238,10 +260,11 @@ def linear_pro_loss(
         backend,
         budget,
         scalar_loss=True,
+        grad_filter=grad_filter,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
     if call.plan.tier == "T2":
-        loss, per_rank, sums = autograd.LinearPRO.apply(
+        loss, per_rank, sums, row_weights, dropped = autograd.LinearPRO.apply(
             rows,
             weight,
             bias,
@@ -256,9 +279,17 @@ def linear_pro_loss(
             call,
         )
     else:
-        logps = autograd.HeadLogps.apply(rows, weight, bias, layout.rows, layout.targets, call)
-        loss, per_rank, sums = rank(logps, layout, ranked, backend, final_dtype)
-    return make_output(loss, per_rank, sums, layout, options)
+        logps, dropped = autograd.HeadLogps.apply(
+            rows, weight, bias, layout.rows, layout.targets, call
+        )
+        loss, per_rank, sums, row_weights = rank(logps, layout, ranked, backend, final_dtype)
+    out = make_output(loss, per_rank, sums, layout, options)
+    if call.grad_filter is None:
+        return out
+    mass, square, reach = dropped
+    return out._replace(
+        grad_filter=GradFilter(call.grad_filter, mass, square, reach, layout.rows, row_weights)
+    )
 
 
 def pro_loss(
@@ -324,5 +355,5 @@ def pro_loss(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    loss, per_rank, sums = rank(logps.view(-1), layout, ranked, backend, final_dtype)
+    loss, per_rank, sums, _ = rank(logps.view(-1), layout, ranked, backend, final_dtype)
     return make_output(loss, per_rank, sums, layout, options)

@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pro_kernels import matmul
+from pro_kernels import column_filter, matmul
 from pro_kernels.options import LogitOptions, RankingOptions
 
 
@@ -65,6 +65,56 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Which columns stay in the gradient matmuls of each chunk; filled by ``forward``."""
+
+    tau: float
+    columns: Tensor  # (chunks, V) int32; row c holds counts[c] columns
+    counts: Tensor  # (chunks,) int64, on the CPU: they size the matmuls
+    # (3, N) fp32: dropped mass, its square sum, bound of the error of dZ0 W (column_filter.py)
+    dropped: Tensor
+
+    @classmethod
+    def empty(cls, tau: float | None, chunks: int, vocab: int, n: int, like: Tensor) -> Kept:
+        """Room for ``chunks`` chunks of ``n`` rows in all; no room without a filter."""
+        on = tau is not None
+        return cls(
+            tau or 0.0,
+            like.new_zeros((chunks if on else 0, vocab), dtype=torch.int32),
+            torch.zeros(chunks if on else 0, dtype=torch.int64, device="cpu"),
+            like.new_zeros((3, n if on else 0), dtype=torch.float32),
+        )
+
+    def choose(
+        self, chunk: int, residual: Tensor, targets: Tensor, weight: Tensor, at: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose a chunk's columns; its dZ0, compacted in place, the dropped mass and u."""
+        chosen = column_filter.select(residual, targets, self.tau)
+        count = chosen.columns.shape[0]
+        u, radius = column_filter.center(weight, chosen.shares)
+        self.columns[chunk, :count] = chosen.columns
+        self.counts[chunk] = count
+        mass = chosen.mass
+        self.dropped[:, at] = torch.stack([mass, chosen.square, mass * radius])
+        return column_filter.compact_(residual, chosen.columns), mass, u
+
+    def spread_dropped(self, live: Tensor) -> None:
+        """Move ``dropped`` from compact order to the positions ``live``."""
+        if self.dropped.shape[1]:
+            values = self.dropped[:, : live.shape[0]].clone()
+            self.dropped.zero_().index_copy_(1, live, values)
+
+    def part(self, chunk: int, at: slice) -> Kept:
+        """The same for one chunk and its rows."""
+        one = slice(chunk, chunk + 1)
+        return Kept(self.tau, self.columns[one], self.counts[one], self.dropped[:, at])
+
+    def of(self, chunk: int) -> Tensor:
+        """The columns of a chunk, (kept,)."""
+        return self.columns[chunk, : int(self.counts[chunk])]
+
+
+@dataclass(frozen=True)
 class RankingArgs:
     """The arguments of a backend's ``ranking`` beside the log-probs."""
 
@@ -103,13 +153,14 @@ def forward(
     side: Tensor,  # (N, H) to fill with dZ0 W where need_hidden
     logps: Tensor,  # (N,) fp32 to fill
     stats: Tensor,  # (1 or 2, N) fp32 to fill: log-sum-exp; raw target logit if rounded
+    kept: Kept | None = None,  # to fill; None: every column stays
 ) -> None:
     """Log-probs of all rows, chunk by chunk, and what the backward will need."""
     n, vocab = rows.shape[0], head.weight.shape[0]
     retained = min(residual.shape[0], n)
     wide = head.logits_dtype != head.compute_dtype
     scratch = None
-    for start, stop in _chunks(n, chunk, retained):
+    for i, (start, stop) in enumerate(_chunks(n, chunk, retained)):
         keep = start < retained
         x, t = head.rows_of(rows[start:stop]), targets[start:stop]
         exact = head.target_logits(x, t)
@@ -127,11 +178,17 @@ def forward(
         logps[start:stop], stats[0, start:stop] = logp, lse
         if exact is not None:
             stats[1, start:stop] = exact
+        dz, weight = logits, head.weight
+        if kept is not None:
+            dz, mass, u = kept.choose(i, logits, t, weight, slice(start, stop))
+            weight = weight.index_select(0, kept.of(i)) if need_hidden else weight
         if keep and wide:
-            residual[start:stop] = logits
+            dz = residual[start:stop, : dz.shape[1]].copy_(dz)
         if need_hidden:
-            dz = residual[start:stop] if keep else logits.to(head.compute_dtype)
-            side[start:stop] = matmul.hidden_grad(dz, head.weight)
+            side[start:stop] = matmul.hidden_grad(dz.to(head.compute_dtype), weight)
+            if kept is not None:  # off the target the entries of dZ0 have the sign of -logit_scale
+                mass = mass.to(side.dtype).mul_(-1 if head.options.logit_scale > 0 else 1)
+                side[start:stop].addr_(mass, u.to(side.dtype))
 
 
 def weight_backward(
@@ -145,6 +202,7 @@ def weight_backward(
     stats: Tensor,  # (1 or 2, N)
     out: Tensor | None,  # (V, H)
     bias_out: Tensor | None,  # (V,)
+    kept: Kept | None = None,
 ) -> None:
     """DW and dbias. Rows whose dZ0 was not retained are computed again, a block of columns a time.
 
@@ -153,6 +211,17 @@ def weight_backward(
     """
     n, retained = rows.shape[0], min(residual.shape[0], rows.shape[0])
     xw = head.weighted_rows(rows, row_weights)
+    if kept is not None:
+        several = len(_chunks(n, chunk, retained)) > 1  # their sum is fp32
+        sums = [_zeros_for(x, several) for x in (out, bias_out)]
+        for at, columns, dz in _kept_chunks(
+            head, rows, targets, retained, chunk, residual, stats, kept
+        ):
+            add_kept(columns, dz, xw[at], row_weights[at], *sums)
+        for x, total in zip((out, bias_out), sums, strict=True):
+            if x is not None and total is not None and total is not x:
+                x.copy_(total)
+        return
     blocks = (
         [(slice(None), residual[:n])]
         if retained == n
@@ -163,6 +232,61 @@ def weight_backward(
             matmul.weight_grad(dz, xw, out[cols], accumulate=False)
         if bias_out is not None:
             bias_out[cols] = bias_grad(dz, row_weights)
+
+
+def _zeros_for(out: Tensor | None, several: bool) -> Tensor | None:
+    """``out`` itself, cleared; where several 16-bit terms are to be added, an fp32 one."""
+    if out is None or not several or out.dtype == acc_dtype(out.dtype):
+        return None if out is None else out.zero_()
+    return torch.zeros_like(out, dtype=acc_dtype(out.dtype))
+
+
+def _kept_chunks(
+    head: Head,
+    rows: Tensor,
+    targets: Tensor,
+    retained: int,
+    chunk: int,
+    residual: Tensor,
+    stats: Tensor,
+    kept: Kept,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The rows, kept columns and compact dZ0 of each chunk, computed again where not retained."""
+    for i, (start, stop) in enumerate(_chunks(rows.shape[0], chunk, retained)):
+        at, columns = slice(start, stop), kept.of(i)
+        if start < retained:
+            yield at, columns, residual[at, : columns.shape[0]]
+            continue
+        dz = residual.new_empty(stop - start, columns.shape[0], dtype=head.logits_dtype)
+        bias = None if head.bias is None else head.bias.index_select(0, columns)
+        weight = head.weight.index_select(0, columns)
+        matmul.logits_into(dz, head.rows_of(rows[at]), weight, bias)
+        head.backend.logits_grad(
+            dz,
+            stats[0, at],
+            torch.searchsorted(columns, targets[at].to(columns.dtype)),
+            None,
+            target_logits=stats[1, at] if head.logits_dtype.itemsize < 4 else None,
+            options=head.options,
+            out=dz,
+        )
+        yield at, columns, dz.to(head.compute_dtype)
+
+
+def add_kept(
+    columns: Tensor,  # (kept,)
+    dz: Tensor,  # (rows, kept)
+    xw: Tensor,  # (rows, H)
+    row_weights: Tensor,  # (rows,)
+    out: Tensor | None,  # (V, H)
+    bias_out: Tensor | None,  # (V,)
+) -> None:
+    """Add a chunk's dW and dbias to the columns it kept, in the dtype of ``out``."""
+    if out is not None:
+        part = out.new_empty(columns.shape[0], xw.shape[1])
+        out.index_add_(0, columns, matmul.weight_grad(dz, xw, part, accumulate=False))
+    if bias_out is not None:
+        bias_out.index_add_(0, columns, bias_grad(dz, row_weights).to(bias_out.dtype))
 
 
 def _recomputed(
@@ -244,10 +368,12 @@ def pro_forward(
     d_hidden: Tensor | None,  # (R, H), zeros
     d_weight: Tensor,  # (V, H) zeros, fp32 or wider
     d_bias: Tensor | None,  # (V,) zeros, fp32 or wider
-) -> tuple[Tensor, Tensor]:
+    kept: Kept | None = None,  # to fill, a chunk each; None: every column stays
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tier T2: loss terms and all gradients in one pass over prompt-aligned chunks.
 
-    Returns ``terms`` (B, n) and ``sums`` (S,) as the backends' ``ranking`` does.
+    Returns ``terms`` (B, n), ``sums`` (S,) as the backends' ``ranking`` does, and the row weights
+    (N,).
     """
     vocab, width = head.weight.shape
     sizes = _chunk_tokens(prompt_tokens, prompt_chunks)
@@ -256,7 +382,8 @@ def pro_forward(
     stats = logps.new_empty(2, max(sizes, default=0))
     terms, sums = [], logps.new_zeros(ranking_args.lengths.shape)
     prompt = start = 0
-    for count, tokens in zip(prompt_chunks, sizes, strict=True):
+    weights = torch.zeros_like(logps)
+    for i, (count, tokens) in enumerate(zip(prompt_chunks, sizes, strict=True)):
         at = slice(start, start + tokens)
         residual = buffer[:tokens]
         side = residual.new_empty(
@@ -272,6 +399,7 @@ def pro_forward(
             side=side,
             logps=logps[at],
             stats=stats[:, :tokens],
+            kept=None if kept is None else kept.part(i, at),
         )
         # Later log-probs are still 0: after the last chunk the sums are whole.
         part, sums, row_weights = ranking_args.run(
@@ -279,14 +407,19 @@ def pro_forward(
         )
         terms.append(part)
         if tokens:
-            w = row_weights[at]
-            matmul.weight_grad(residual, head.weighted_rows(rows[at], w), d_weight, accumulate=True)
-            if d_bias is not None:
-                d_bias += bias_grad(residual, w)
+            w = weights[at] = row_weights[at]
+            xw = head.weighted_rows(rows[at], w)
+            if kept is not None:
+                columns = kept.of(i)
+                add_kept(columns, residual[:, : len(columns)], xw, w, d_weight, d_bias)
+            else:
+                matmul.weight_grad(residual, xw, d_weight, accumulate=True)
+                if d_bias is not None:
+                    d_bias += bias_grad(residual, w)
             if d_hidden is not None:
                 scatter_rows(side, w, rows[at], d_hidden, shared)
         prompt, start = prompt + count, start + tokens
-    return torch.cat(terms), sums
+    return torch.cat(terms), sums, weights
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

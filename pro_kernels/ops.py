@@ -133,17 +133,22 @@ def head_logps(
     chunk: int,
     retained: int,
     need_hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_filter: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
 
     Returns ``logps`` (N,); ``stats``, the log-sum-exp of each row and, where logits are rounded,
-    the raw target logit, in compact order; ``residual`` (retained, V); ``side`` (N or 0, H), dZ0 W.
+    the raw target logit, in compact order; ``residual`` (retained, V); ``side`` (N or 0, H), dZ0 W;
+    with a filter the ``columns``, ``counts`` and ``dropped`` of ``head.Kept``, else empty ones.
     """
     with _autocast_off(hidden):
         check_range(targets, weight.shape[0])
         options = LogitOptions(softcap, logit_scale)
         h = _head(hidden, weight, bias, compute_dtype, logits_dtype, options, backend)
-        logps, stats, residual, side = _head_buffers(h, targets, retained, need_hidden)
+        logps, stats, residual, side, *buffers = _head_buffers(
+            h, targets, chunk, retained, need_hidden, grad_filter
+        )
+        kept = _kept(grad_filter, buffers)
         live, rows, kept_targets = _compact(rows, targets)
         n = rows.shape[0]
         compact = logps if live is None else logps.new_empty(n)
@@ -157,10 +162,14 @@ def head_logps(
             side=side,
             logps=compact,
             stats=stats[:, :n],
+            kept=kept,
         )
         if live is not None:
             logps.zero_().index_copy_(0, live, compact)
-        return logps, stats, residual, side
+            if kept is not None:
+                kept.spread_dropped(live)
+        columns, counts, dropped = buffers
+        return logps, stats, residual, side, columns, counts, dropped
 
 
 @head_logps.register_fake
@@ -178,9 +187,10 @@ def _(
     chunk,
     retained,
     need_hidden,
+    grad_filter,
 ):
     h = head.Head(hidden, weight, bias, None, None, compute_dtype, logits_dtype)
-    return _head_buffers(h, targets, retained, need_hidden)
+    return _head_buffers(h, targets, chunk, retained, need_hidden, grad_filter)
 
 
 @torch.library.custom_op("pro_kernels::head_backward", mutates_args=())
@@ -194,6 +204,10 @@ def head_backward(
     stats: Tensor,  # (1 or 2, N)
     residual: Tensor,  # (retained, V)
     side: Tensor,  # (N or 0, H)
+    columns: Tensor,  # of head.Kept
+    counts: Tensor,
+    dropped: Tensor,
+    grad_filter: float | None,
     compute_dtype: torch.dtype,
     logits_dtype: torch.dtype,
     softcap: float | None,
@@ -230,12 +244,13 @@ def head_backward(
                 stats=stats[:, :n],
                 out=d_weight if need_weight else None,
                 bias_out=d_bias if need_bias else None,
+                kept=_kept(grad_filter, (columns, counts, dropped)),
             )
         return d_hidden, d_weight, d_bias
 
 
 @head_backward.register_fake
-def _(grad, hidden, weight, bias, rows, targets, stats, residual, side, *config):
+def _(grad, hidden, weight, *config):
     vocab, weight_dtype, _shared, need_hidden, need_weight, need_bias = config[-6:]
     return _grad_buffers(hidden, vocab, weight_dtype, need_hidden, need_weight, need_bias)
 
@@ -270,8 +285,12 @@ def linear_pro(
     shared_rows: bool,
     need_hidden: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Tier T2: loss terms (B, n), sequence sums (S,), and dHidden, dW, dbias of the loss."""
+    grad_filter: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tier T2: loss terms (B, n), sequence sums (S,), and dHidden, dW, dbias of the loss.
+
+    Then the row weights (N,) and, with a filter, ``dropped`` of ``head.Kept``.
+    """
     with _autocast_off(hidden):
         check_range(targets, weight.shape[0])
         logit_options = LogitOptions(softcap, logit_scale)
@@ -287,7 +306,10 @@ def linear_pro(
         options = RankingOptions(
             length_normalize, tau, skip_ties, eps, sft_weight, sft_mean, top_k, single_sft
         )
-        terms, sums = head.pro_forward(
+        kept = head.Kept.empty(
+            grad_filter, len(prompt_chunks), weight.shape[0], targets.shape[0], hidden
+        )
+        terms, sums, row_weights = head.pro_forward(
             h,
             rows,
             kept_targets,
@@ -298,17 +320,26 @@ def linear_pro(
             d_hidden=d_hidden.zero_() if need_hidden else None,
             d_weight=d_weight.zero_(),
             d_bias=d_bias.zero_() if need_bias else None,
+            kept=None if grad_filter is None else kept,
         )
-        return terms, sums, d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+        if live is not None:
+            compact, row_weights = row_weights, row_weights.new_zeros(targets.shape[0])
+            row_weights.index_copy_(0, live, compact)
+            kept.spread_dropped(live)
+        grads = (d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype))
+        return terms, sums, *grads, row_weights, kept.dropped
 
 
 @linear_pro.register_fake
 def _(hidden, weight, bias, rows, targets, offsets, lengths, order, *config):
-    compute_dtype, need_hidden, need_bias = config[5], config[-2], config[-1]
+    compute_dtype, (need_hidden, need_bias, grad_filter) = config[5], config[-3:]
     acc = head.acc_dtype(compute_dtype)
     grads = _grad_buffers(hidden, weight.shape[0], weight.dtype, need_hidden, True, need_bias)
     terms = hidden.new_empty(order.shape, dtype=acc)
-    return (terms, hidden.new_empty(lengths.shape, dtype=acc), *grads)
+    n = targets.shape[0]
+    dropped = hidden.new_empty((3, 0 if grad_filter is None else n), dtype=torch.float32)
+    row_weights = hidden.new_empty(n, dtype=acc)
+    return (terms, hidden.new_empty(lengths.shape, dtype=acc), *grads, row_weights, dropped)
 
 
 @torch.library.custom_op("pro_kernels::scaled", mutates_args=())
@@ -354,16 +385,30 @@ def _head(hidden, weight, bias, compute_dtype, logits_dtype, options, backend) -
     )
 
 
+def _kept(tau: float | None, buffers: Sequence[Tensor]) -> head.Kept | None:
+    return None if tau is None else head.Kept(tau, *buffers)
+
+
 def _head_buffers(
-    h: head.Head, targets: Tensor, retained: int, need_hidden: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h: head.Head,
+    targets: Tensor,
+    chunk: int,
+    retained: int,
+    need_hidden: bool,
+    grad_filter: float | None,
+) -> tuple[Tensor, ...]:
     n, hidden = targets.shape[0], h.hidden
     acc = head.acc_dtype(h.compute_dtype)
+    chunks = -(-retained // chunk) - (-n // chunk) + 1
+    kept = head.Kept.empty(grad_filter, chunks, h.weight.shape[0], n, hidden)
     return (
         hidden.new_empty(n, dtype=acc),
         hidden.new_empty((2 if h.logits_dtype.itemsize < 4 else 1, n), dtype=acc),
         hidden.new_empty((retained, h.weight.shape[0]), dtype=h.compute_dtype),
         hidden.new_empty((n if need_hidden else 0, hidden.shape[1]), dtype=h.side_dtype),
+        kept.columns,
+        kept.counts,
+        kept.dropped,
     )
 
 

@@ -1,10 +1,53 @@
-"""The result of the PRO losses."""
+"""The results of the PRO losses."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GradFilter:
+    """What ``grad_filter`` left out of the gradients of one call.
+
+    Bounds and their derivation: ``column_filter.py``, docs/design.md.
+
+    Attributes:
+        tau: the largest mass that a row was allowed to lose.
+        dropped_mass: (N,) fp32, the mass that each scored row lost, at most tau.
+        dropped_square: (N,) fp32, the squared norm of what each row of dZ0 lost.
+        dropped_hidden: (N,) fp32, bound of the norm of what each row of dZ0 W lost.
+        rows: (N,) rows of the flattened hidden states; None: row i is token i.
+        row_weights: (N,) ``d loss / d log-prob`` for an upstream gradient of 1.
+    """
+
+    tau: float
+    dropped_mass: Tensor
+    dropped_square: Tensor
+    dropped_hidden: Tensor
+    rows: Tensor | None
+    row_weights: Tensor
+
+    @torch.no_grad()
+    def error_bounds(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Upper bounds of the Frobenius norms of the errors of dHidden and dW, 0-dim fp32.
+
+        For an upstream gradient of 1, against the gradients without a filter in exact arithmetic.
+
+        Args:
+            hidden: (..., H), as given to the loss.
+        """
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows = self.rows
+        if rows is None:
+            rows = torch.arange(flat.shape[0], device=flat.device)
+        size = self.row_weights.abs().float()
+        lost = size.new_zeros(flat.shape[0]).index_add_(0, rows, size * self.dropped_hidden)
+        norms = torch.linalg.vector_norm(flat, dim=1).float()[rows]
+        return torch.linalg.vector_norm(lost), (size * norms * self.dropped_square.sqrt()).sum()
 
 
 class PROOutput(NamedTuple):
@@ -17,6 +60,7 @@ class PROOutput(NamedTuple):
         scores: (B, n), S / m (or S), by column; 0 where nothing is scored.
         logps: (B, n), S, the summed log-probs, by column.
         lengths: (B, n) int64, m, the scored tokens, by column.
+        grad_filter: what ``grad_filter`` left out of the gradients; None without one.
     """
 
     loss: Tensor
@@ -25,3 +69,4 @@ class PROOutput(NamedTuple):
     scores: Tensor
     logps: Tensor
     lengths: Tensor
+    grad_filter: GradFilter | None = None

@@ -39,15 +39,16 @@ def test_opcheck_logits_ops(backend):
 @pytest.mark.parametrize("backend", usable_backends())
 @pytest.mark.parametrize("rows", [True, False], ids=["compact", "dense"])
 @pytest.mark.parametrize("retained", ["all", "some"])
-def test_opcheck_head_ops(backend, rows, retained):
+@pytest.mark.parametrize("tau", [None, 0.3], ids=["exact", "filtered"])
+def test_opcheck_head_ops(backend, rows, retained, tau):
     hidden, weight, bias, layout, _ = head_inputs(rows=rows)
     n = layout.num_tokens
     kept = n if retained == "all" else 4
     config = (torch.float32, torch.float32, *CONFIG, backend, 5 if kept < n else n)
-    args = (hidden, weight, bias, layout.rows, layout.targets, *config, kept, True)
+    args = (hidden, weight, bias, layout.rows, layout.targets, *config, kept, True, tau)
     # Dense buffers have tails that nobody writes or reads: not to be compared value by value.
     torch.library.opcheck(ops.head_logps, args, test_utils=FULL if rows else FULL[:2])
-    logps, stats, residual, side = ops.head_logps(*args)
+    logps, *saved = ops.head_logps(*args)
     args = (
         torch.randn_like(logps),
         hidden,
@@ -55,9 +56,8 @@ def test_opcheck_head_ops(backend, rows, retained):
         bias,
         layout.rows,
         layout.targets,
-        stats,
-        residual,
-        side,
+        *saved,
+        tau,
         *config,
         weight.shape[0],
         torch.float32,
@@ -70,7 +70,8 @@ def test_opcheck_head_ops(backend, rows, retained):
 
 
 @pytest.mark.parametrize("backend", usable_backends())
-def test_opcheck_ranking_and_linear_pro(backend):
+@pytest.mark.parametrize("tau", [None, 0.3], ids=["exact", "filtered"])
+def test_opcheck_ranking_and_linear_pro(backend, tau):
     hidden, weight, bias, layout, rewards = head_inputs()
     order, rank = layout.sequences, torch.zeros(2, dtype=torch.int64)
     ranked = (order, rewards.sort(1, descending=True).values, rank, torch.full((2,), 0.5))
@@ -79,7 +80,7 @@ def test_opcheck_ranking_and_linear_pro(backend):
     torch.library.opcheck(ops.ranking, args, test_utils=FULL)
     args = (hidden, weight, bias, layout.rows, layout.targets, layout.offsets, layout.lengths)
     args += (*ranked, list(layout.prompt_tokens), [1, 1], torch.float32, *CONFIG, *RANKING)
-    torch.library.opcheck(ops.linear_pro, (*args, backend, False, True, True), test_utils=FULL)
+    torch.library.opcheck(ops.linear_pro, (*args, backend, False, True, True, tau), test_utils=FULL)
 
 
 def test_scaled_never_rounds_the_scalar():

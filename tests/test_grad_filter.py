@@ -1,0 +1,233 @@
+"""``grad_filter``: what leaves the gradients is bounded as promised, in every tier and dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pro_kernels as pk
+from pro_kernels import column_filter
+from pro_kernels.planner import make_plan
+
+B, N, T, H, V = 4, 3, 8, 16, 301
+TAU = 0.03
+# Tier -> budget that leads to it for these shapes in fp64.
+BUDGETS = {"T1": None, "T2": 120_000, "T3": 1}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(B, N, T, H, generator=g, dtype=torch.float64)
+    weight = 2 * torch.randn(V, H, generator=g, dtype=torch.float64)
+    weight[:, 0] -= 3  # what all columns share cancels in the exact gradient
+    bias = torch.randn(V, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, V, (B, N, T), generator=g)
+    targets[torch.rand(B, N, T, generator=g) < 0.4] = -100
+    rewards = torch.randn(B, N, generator=g)
+    leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+    return leaves, targets, rewards
+
+
+def run(dtype=torch.float64, upstream=1.3, freeze=False, **options):
+    (hidden, weight, bias), targets, rewards = inputs(dtype)
+    if freeze:
+        weight, bias = weight.detach(), bias.detach()
+    out = pk.linear_pro_loss(hidden, weight, targets, rewards, bias=bias, **options)
+    (upstream * out.loss).backward()
+    return out, [x.grad for x in (hidden, weight, bias)], hidden
+
+
+def lost(filtered, exact):
+    return [(a.double() - b.double()).norm().item() for a, b in zip(filtered, exact, strict=True)]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """T2 takes prompts one by one instead of calling them too few for it."""
+    monkeypatch.setattr("pro_kernels.planner.MIN_T2_ROWS", 1)
+    monkeypatch.setattr("pro_kernels.planner.CHUNK_ROWS", 16)
+    monkeypatch.setattr("pro_kernels.planner.MIN_ROWS", 4)
+
+
+@pytest.mark.parametrize("tier", BUDGETS)
+@pytest.mark.parametrize(
+    "extra", [{}, {"softcap": 20.0}, {"logit_scale": -0.9}], ids=["plain", "softcap", "negative"]
+)
+def test_errors_lie_within_the_bounds(small_chunks, monkeypatch, tier, extra):
+    plans = []
+    monkeypatch.setattr(
+        "pro_kernels.calls.make_plan", lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1]
+    )
+    options = dict(extra, budget=BUDGETS[tier])
+    plain, exact, _ = run(**options)
+    out, filtered, hidden = run(grad_filter=TAU, **options)
+    assert [p.tier for p in plans] == [tier, tier]
+    assert torch.equal(out.loss, plain.loss) and torch.equal(out.scores, plain.scores)
+    assert 0 < out.grad_filter.dropped_mass.max() <= TAU
+    bounds = [1.3 * b.item() for b in out.grad_filter.error_bounds(hidden)]
+    errors = lost(filtered, exact)
+    for error, bound, whole in zip(errors, bounds, exact, strict=False):
+        assert 0 < error <= bound
+        assert bound < 0.2 * whole.norm()  # a bound that says something
+    size = 1.3 * out.grad_filter.row_weights.abs() * out.grad_filter.dropped_square.sqrt()
+    assert errors[2] <= size.sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_lower_precision_adds_its_own_rounding_only(dtype, backend):
+    if pk.backends.refusal(backend, torch.device("cpu"), dtype):
+        pytest.skip(pk.backends.refusal(backend, torch.device("cpu"), dtype))
+    _, exact, _ = run(dtype, backend=backend)
+    out, filtered, hidden = run(dtype, backend=backend, grad_filter=TAU)
+    for error, bound, whole in zip(
+        lost(filtered, exact), out.grad_filter.error_bounds(hidden), exact, strict=False
+    ):
+        assert error <= 1.3 * bound + torch.finfo(dtype).eps * whole.double().norm()
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_bf16_inputs_with_wide_logits(logits_dtype, budget):
+    options = {"logits_dtype": logits_dtype, "budget": budget}
+    _, exact, _ = run(torch.bfloat16, **options)
+    out, filtered, hidden = run(torch.bfloat16, grad_filter=TAU, **options)
+    for error, bound, whole in zip(
+        lost(filtered, exact), out.grad_filter.error_bounds(hidden), exact, strict=False
+    ):
+        assert error <= 1.3 * bound + 2**-8 * whole.double().norm()
+
+
+def test_frozen_head():
+    _, exact, _ = run(freeze=True)
+    out, filtered, hidden = run(freeze=True, grad_filter=TAU)
+    assert filtered[1] is None
+    assert 0 < (filtered[0] - exact[0]).norm() <= 1.3 * out.grad_filter.error_bounds(hidden)[0]
+
+
+def test_dropped_columns_get_no_gradient_and_targets_always_do():
+    _, exact, _ = run()
+    _, filtered, _ = run(grad_filter=0.5)
+    _, targets, _ = inputs()
+    zero = (filtered[1] == 0).all(1)
+    assert V // 4 < zero.sum() < V
+    torch.testing.assert_close(filtered[1][~zero], exact[1][~zero], rtol=1e-12, atol=1e-14)
+    assert not zero[targets[targets >= 0].unique()].any()
+
+
+@pytest.mark.parametrize("tier", BUDGETS)
+def test_nothing_negligible_is_the_plain_result(small_chunks, tier):
+    _, exact, _ = run(budget=BUDGETS[tier])
+    out, filtered, hidden = run(budget=BUDGETS[tier], grad_filter=1e-15)
+    assert out.grad_filter.dropped_mass.max() == 0
+    assert [b.item() for b in out.grad_filter.error_bounds(hidden)] == [0, 0]
+    for a, b in zip(filtered, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+def test_token_logps_tell_what_each_row_lost():
+    (hidden, weight, _), targets, _ = inputs()
+    upstream = torch.randn(targets.shape, dtype=torch.float64)
+    grads = []
+    for tau in (None, TAU):
+        logps, dropped = pk.linear_token_logps(
+            hidden, weight, targets, grad_filter=tau, return_dropped=True
+        )
+        grads.append(torch.autograd.grad((upstream * logps).sum(), [hidden, weight]))
+    mass, square, reach = dropped
+    assert mass.shape == targets.shape and 0 < mass.max() <= TAU
+    assert (mass[targets < 0] == 0).all()
+    error = (grads[1][0] - grads[0][0]).norm(dim=-1)
+    assert (error <= upstream.abs() * reach).all()
+    bound = (upstream.abs() * square.sqrt() * hidden.norm(dim=-1)).sum()
+    assert 0 < (grads[1][1] - grads[0][1]).norm() <= bound
+
+
+def test_selection_keeps_the_fewest_columns_of_its_steps():
+    p = torch.zeros(3, 64)
+    p[:, :4] = 0.24
+    p[:, 4:] = 0.04 / 60
+    chosen = column_filter.select(-p, torch.tensor([0, 1, 2]), 0.05)
+    assert chosen.columns.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(chosen.mass, torch.full((3,), 0.04), rtol=1e-5, atol=0)
+    # One row alone may not lose it: nobody drops those columns.
+    p[1, 40:] += 0.03
+    chosen = column_filter.select(-p, torch.tensor([0, 1, 2]), 0.05)
+    assert set(range(4)) | set(range(40, 64)) <= set(chosen.columns.tolist())
+    assert chosen.mass.max() <= 0.05
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_keeps_every_column(bad):
+    (hidden, weight, _), targets, _ = inputs()
+    targets[0, 0, 0], targets[0, 0, 1] = 5, 7
+    logps = []
+    for tau in (None, TAU):
+        h = hidden.detach().clone()
+        h[0, 0, 0] = bad
+        h.requires_grad_()
+        logp = pk.linear_token_logps(h, weight, targets, grad_filter=tau)
+        logp.sum().backward()
+        logps.append((logp.detach(), h.grad[0, 0, 1]))
+    torch.testing.assert_close(logps[0][0], logps[1][0], equal_nan=True)
+    torch.testing.assert_close(logps[0][1], logps[1][1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8, 1), (1, 1, 1, 8, 2), (2, 2, 0, 8, 5)])
+def test_tiny_and_empty(shape):
+    b, n, t, h, v = shape
+    hidden = torch.randn(b, n, t, h, requires_grad=True)
+    weight = torch.randn(v, h, requires_grad=True)
+    targets = torch.zeros(b, n, t, dtype=torch.int64)
+    rewards = torch.arange(b * n).view(b, n).float()
+    out = pk.linear_pro_loss(hidden, weight, targets, rewards, grad_filter=0.1)
+    out.loss.backward()
+    assert weight.grad.isfinite().all() and out.grad_filter.dropped_mass.shape == (b * n * t,)
+
+
+def test_second_backward_and_repeatable(small_chunks):
+    for budget in BUDGETS.values():
+        (hidden, weight, bias), targets, rewards = inputs(torch.bfloat16)
+        out = pk.linear_pro_loss(hidden, weight, targets, rewards, grad_filter=TAU, budget=budget)
+        first = torch.autograd.grad(out.loss, [hidden, weight], retain_graph=True)
+        second = torch.autograd.grad(out.loss, [hidden, weight])
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_without_gradients_there_is_nothing_to_filter():
+    (hidden, weight, _), targets, rewards = inputs()
+    with torch.no_grad():
+        assert pk.linear_pro_loss(hidden, weight, targets, rewards, grad_filter=TAU)[-1] is None
+    assert pk.linear_pro_loss(hidden, weight, targets, rewards).grad_filter is None
+
+
+@pytest.mark.parametrize("bad", [0, 1, -0.1, 1.5, float("nan")])
+def test_values_outside_the_range(bad):
+    (hidden, weight, _), targets, rewards = inputs()
+    with pytest.raises(ValueError, match=r"grad_filter must lie in \(0, 1\), got"):
+        pk.linear_pro_loss(hidden, weight, targets, rewards, grad_filter=bad)
+    with pytest.raises(ValueError, match="grad_filter"):
+        pk.linear_token_logps(hidden, weight, targets, grad_filter=bad)
+
+
+@pytest.mark.parametrize("bad", [True, "0.1", torch.tensor(0.1)])
+def test_types(bad):
+    (hidden, weight, _), targets, rewards = inputs()
+    with pytest.raises(TypeError, match="grad_filter must be a number"):
+        pk.linear_pro_loss(hidden, weight, targets, rewards, grad_filter=bad)
+
+
+def test_compiles_in_one_graph():
+    (hidden, weight, _), targets, rewards = inputs(torch.float32)
+
+    def loss(hidden, weight):
+        out = pk.linear_pro_loss(hidden, weight, targets, rewards, grad_filter=TAU)
+        return out.loss, out.grad_filter.dropped_mass
+
+    eager = loss(hidden, weight)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight)
+    grads = [torch.autograd.grad(x[0], [hidden, weight]) for x in (eager, compiled)]
+    torch.testing.assert_close(eager[0], compiled[0])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-7)
+    assert eager[1].max() == compiled[1].max()
