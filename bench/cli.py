@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from bench import filtering, gpu
 from bench.cases import PRESETS, cases_of
+from bench.model import page, resources
 from bench.report import write_report
 from bench.runner import Settings, run
 from bench.training.cases import cases_of as training_cases
@@ -19,6 +21,12 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and report; 0 if all went well, 1 if interrupted, 2 for a wrong call."""
     args = _parser().parse_args(argv)
     try:
+        if args.model:
+            return _model(args.resources)
+        if args.gpu:
+            return gpu.main(args.out, args.seconds, tuple(args.parts), tuple(args.backends))
+        if args.filter:
+            return _filter(args)
         args.preset = args.preset or ("full" if args.training else "quick")
         if args.list:
             table = training_cases if args.training else cases_of
@@ -51,6 +59,23 @@ def _measure(args: argparse.Namespace) -> int:
         _write(path, None)
         return 1
     _write(path, args.update)
+    return 0
+
+
+def _filter(args: argparse.Namespace) -> int:
+    folder = args.out or filtering.FOLDER
+    if args.report is None:
+        filtering.run(folder / "results.json", args.repeats or 5)
+    for path in filtering.write(args.report or folder / "results.json", args.update):
+        print(f"wrote {path}")
+    return 0
+
+
+def _model(again: bool) -> int:
+    if again:
+        resources.save(resources.collect())
+    print(page.update(resources.load()))
+    print(f"\nwrote {page.PAGE}")
     return 0
 
 
@@ -95,6 +120,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--update", type=Path, metavar="README",
         help="replace the text between the bench (or training) marks of this file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--filter", action="store_true",
+        help="time and error of grad_filter on peaked distributions, on the CPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", action="store_true",
+        help="print the times predicted for a GPU and rewrite docs/performance.md",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resources", action="store_true",
+        help="with --model: read registers and shared memory from the built binaries first",
+    )  # fmt: skip
+    parser.add_argument("--gpu", action="store_true", help="everything that needs a GPU, at once")
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, metavar="S", help="with --gpu: stop by then"
+    )
+    parser.add_argument(
+        "--parts", action="append", default=[], metavar="NAME",
+        help="with --gpu: only this part (repeatable)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--backends", action="append", default=[], metavar="NAME",
+        help="with --gpu: only this backend (repeatable)",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     return parser

@@ -135,8 +135,9 @@ def target_logits_kernel(N: int, H: int, b: int = _BF16, launches: int = 1) -> P
 
 
 def matmul(name: str, m: int, n: int, k: int, b: int = _BF16, launches: int = 1) -> Piece:
-    """``(m, k) (k, n)``, every operand moved once."""
-    return Piece(name, 2.0 * m * n * k, (m * k + k * n) * b, m * n * b, launches=launches)
+    """``(m, k) (k, n)``; in several launches, by rows, each reads the whole second operand."""
+    read = (m * k + launches * k * n) * b
+    return Piece(name, 2.0 * m * n * k, read, m * n * b, launches=launches)
 
 
 def linear(

@@ -60,11 +60,12 @@ def occupancy(arch: str, registers: int, threads: int, shared: int = 0) -> Occup
     by_registers = in_a_file * _PARTITIONS // warps if a_warp * dealt <= _REGISTERS else 0
     a_cta = _up(shared + _RESERVED, _SHARED_UNIT)
     limits = {
+        "warps": _WARPS // warps,
         "registers": by_registers,
         "shared memory": _SHARED[base] // a_cta,
-        "warps": _WARPS // warps,
         "CTAs": _CTAS,
     }
+    # Of equal limits the first: at full occupancy that is the warps.
     limit = min(limits, key=lambda name: limits[name])
     ctas = limits[limit]
     return Occupancy(ctas, ctas * warps, ctas * warps / _WARPS, limit)

@@ -1,0 +1,128 @@
+"""Batches whose next-token distributions are peaked: what ``grad_filter`` is for.
+
+``zipf``: logits are a shared Zipf law over a random order of the vocabulary, plus noise, plus one
+token of each position lifted by 6 to 18. ``trained``: hidden states and head of a small Llama,
+trained here on a random Markov chain with Zipf-distributed successors. Targets are drawn from the
+distributions themselves, so a row is as uncertain as its target is surprising.
+
+Legend: ``N`` positions, ``H`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_EXPONENT = 1.5
+
+
+@dataclass
+class Peaked:
+    """One batch in bf16.
+
+    Attributes:
+        name: "zipf" or "trained".
+        hidden: (B, n, T, H).
+        weight: (V, H).
+        targets: (B, n, T), -100 where not scored.
+        rewards: (B, n).
+        top1: mean largest probability of the scored positions.
+    """
+
+    name: str
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    rewards: Tensor
+    top1: float
+
+
+def zipf(B: int, n: int, T: int, H: int, V: int, masked: float = 0.55, seed: int = 0) -> Peaked:
+    """Synthetic Zipf logits."""
+    g = torch.Generator().manual_seed(seed)
+    law = _law(V)
+    order = torch.randperm(V, generator=g)
+    weight = torch.randn(V, H, generator=g) * 0.6 * H**-0.5
+    weight[:, 0] = 0
+    lifted = order[torch.multinomial(law.sqrt(), B * n * T, replacement=True, generator=g)]
+    towards = weight[lifted]
+    height = 6 + 12 * torch.rand(B * n * T, 1, generator=g)
+    hidden = torch.randn(B * n * T, H, generator=g)
+    hidden += towards / towards.square().sum(1, keepdim=True) * height
+    hidden[:, 0] = 1
+    weight[order, 0] = law.log() - law.log().mean()
+    return _batch("zipf", hidden, weight, (B, n, T), masked, g)
+
+
+def trained(
+    B: int, n: int, T: int, H: int, V: int, steps: int = 150, masked: float = 0.55, seed: int = 0
+) -> Peaked:
+    """A small Llama after ``steps`` steps of 1024 tokens each."""
+    import transformers
+
+    import pro_kernels as pk
+
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=H, intermediate_size=2 * H, num_hidden_layers=1,
+        num_attention_heads=max(1, H // 64), num_key_value_heads=max(1, H // 64),
+        max_position_embeddings=max(128, T),
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    weight = model.get_output_embeddings().weight
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    successors = torch.multinomial(_law(V), V, replacement=True, generator=g)
+    for _ in range(steps):
+        ids = _walk(successors, 8, 128, V, g)
+        hidden = model.model(input_ids=ids).last_hidden_state
+        logps = pk.linear_token_logps(hidden[:, :-1], weight, ids[:, 1:])
+        (-logps.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        hidden = model.model(input_ids=_walk(successors, B * n, T, V, g)).last_hidden_state
+    return _batch("trained", hidden.reshape(-1, H), weight.detach(), (B, n, T), masked, g)
+
+
+def _law(vocab: int) -> Tensor:
+    law = torch.arange(1, vocab + 1, dtype=torch.float32) ** -_EXPONENT
+    return law / law.sum()
+
+
+def _walk(successors: Tensor, rows: int, length: int, vocab: int, g: torch.Generator) -> Tensor:
+    """Four times in five the successor of the token before, else a token of the Zipf law."""
+    ids = torch.multinomial(_law(vocab), rows * length, replacement=True, generator=g)
+    ids = ids.view(rows, length)
+    follow = torch.rand(rows, length, generator=g) < 0.8
+    for t in range(1, length):
+        ids[:, t] = torch.where(follow[:, t], successors[ids[:, t - 1]], ids[:, t])
+    return ids
+
+
+def _batch(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    shape: tuple[int, int, int],
+    masked: float,
+    g: torch.Generator,
+) -> Peaked:
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    scored = torch.rand(len(hidden), generator=g) >= masked
+    targets = torch.full((len(hidden),), -100)
+    largest = []
+    for rows in scored.nonzero()[:, 0].split(256):
+        p = (hidden[rows].float() @ weight.float().t()).softmax(1)
+        largest.append(p.amax(1))
+        targets[rows] = torch.multinomial(p, 1, generator=g)[:, 0]
+    return Peaked(
+        name,
+        hidden.view(*shape, -1),
+        weight,
+        targets.view(shape),
+        torch.rand(shape[:2], generator=g),
+        torch.cat(largest).mean().item(),
+    )
