@@ -33,7 +33,8 @@ from torch import Tensor
 
 # Kept counts tried: V, V / 2^(1/8), ... V / 2^7.
 _STEPS = 56
-_BLOCK_BYTES = 1 << 22
+# Rows are taken in blocks: ones that fit a processor's cache, or few of them where launches cost.
+_BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def select(residual: Tensor, targets: Tensor, tau: float) -> Selection:
 
 def center(weight: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """``u (H,)`` and ``max |W_v - u|`` over the dropped columns, fp32; 0 where none is dropped."""
-    blocks = _row_blocks(weight.shape[0], 4 * weight.shape[1])
+    blocks = _row_blocks(weight, 4)
     u = shares.new_zeros(weight.shape[1])
     for at in blocks:
         u.addmv_(weight[at].float().t(), shares[at])
@@ -107,24 +108,24 @@ def center(weight: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
 
 def compact_(residual: Tensor, columns: Tensor) -> Tensor:
     """Move these columns of ``residual (R, V)`` to its front, in place; a view ``(R, kept)``."""
-    rows, vocab = residual.shape
     front = residual[:, : columns.shape[0]]
-    if columns.shape[0] < vocab:
-        for at in _row_blocks(rows, vocab * residual.itemsize):
+    if columns.shape[0] < residual.shape[1]:
+        for at in _row_blocks(residual, residual.itemsize):
             front[at] = residual[at].index_select(1, columns)
     return front
 
 
 def _masses(residual: Tensor, step: Tensor, power: int) -> Tensor:
     """``|residual|^power step``, (R, steps) fp32."""
-    rows, vocab = residual.shape
-    out = step.new_empty(rows, step.shape[1])
-    for at in _row_blocks(rows, 4 * vocab):
+    out = step.new_empty(residual.shape[0], step.shape[1])
+    for at in _row_blocks(residual, 4):
         entries = residual[at].abs().float()
         torch.mm(entries if power == 1 else entries.square_(), step, out=out[at])
     return out
 
 
-def _row_blocks(rows: int, row_bytes: int) -> list[slice]:
-    size = max(1, _BLOCK_BYTES // max(1, row_bytes))
+def _row_blocks(x: Tensor, itemsize: int) -> list[slice]:
+    """Slices of the rows of ``x`` such that a block at ``itemsize`` bytes an entry is small."""
+    rows, columns = x.shape
+    size = max(1, _BLOCK_BYTES.get(x.device.type, 1 << 24) // max(1, columns * itemsize))
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]

@@ -186,7 +186,10 @@ def logits_in(R: int, N: int, V: int, B: int, n: int) -> Cost:
 
 
 def grad_filter(R: int, N: int, H: int, V: int, B: int, n: int, kept: float) -> Cost:
-    """The trained head with the share ``kept`` of the columns left in the gradient matmuls."""
+    """The trained head with the share ``kept`` of the columns left in the gradient matmuls.
+
+    As fused kernels would do it, one pass a step; the package's selection takes more of them.
+    """
     K = round(kept * V)
     size = N * K * _BF16
     pieces = (

@@ -57,8 +57,10 @@ def block(resources: dict) -> str:
         "more than this share of cuBLAS's rate; its own rate is not predicted.",
         _crossover(cards),
         "### `grad_filter`, predicted",
-        "The first case with a share of the columns kept; matmul flops 2 + 4 kept/V, and the "
-        "passes that choose and compact the columns.",
+        "The first case with a share of the columns kept: matmul flops 2 + 4 kept/V, and one pass "
+        "each to choose the columns, compact dZ, gather W and put dW back. **The code as it stands "
+        "takes far more passes and launches to choose them** (above), so this is what fused "
+        "kernels could reach, not what it does.",
         _filter(cards),
         "### Kernels as compiled for sm_90",
         _resources(resources),
