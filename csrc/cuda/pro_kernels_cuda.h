@@ -26,9 +26,9 @@ PK_EXPORT const char* pk_cuda_error(int32_t code);
 // 0 where this library holds code for the current device.
 PK_EXPORT int32_t pk_cuda_ready(void);
 
-// logits (n, v); targets (n,), negative = row not scored, never read, outputs 0; exact (n,) raw fp32
-// target logits or null; scale and softcap as in LogitOptions, softcap 0 = none; logp, lse, entropy
-// (n,), entropy may be null.
+// logits (n, v); targets (n,), negative = row not scored, never read, outputs 0; exact (n,) raw
+// fp32 target logits or null; scale and softcap as in LogitOptions, softcap 0 = none; logp, lse,
+// entropy (n,), entropy may be null.
 PK_EXPORT int32_t pk_cuda_logp(int32_t dtype, const void* logits, int64_t n, int64_t v,
                                int64_t stride, const int64_t* targets, const float* exact,
                                float scale, float softcap, float* logp, float* lse, float* entropy,
@@ -57,8 +57,8 @@ PK_EXPORT int32_t pk_cuda_ranking(const float* logps, int64_t n, const int64_t* 
                                   const int64_t* sft_rank, const float* prompt_weights,
                                   int32_t length_normalize, double tau, int32_t skip_ties,
                                   double eps, double sft_weight, int32_t sft_mean, int64_t top_k,
-                                  int32_t single_sft, float* terms, float* sums,
-                                  float* row_weights, void* stream);
+                                  int32_t single_sft, float* terms, float* sums, float* row_weights,
+                                  void* stream);
 
 // out[i] = weights[i] * in[rows[i]]; weights null = 1.
 PK_EXPORT int32_t pk_cuda_gather_rows(int32_t in_dtype, const void* in, int64_t in_stride,
@@ -77,9 +77,9 @@ PK_EXPORT int32_t pk_cuda_scatter_rows(int32_t side_dtype, const void* side, int
 
 // out[i] = x[i] . weight[targets[i]] + bias[targets[i]] in fp32; x, weight, bias of one dtype.
 PK_EXPORT int32_t pk_cuda_target_logits(int32_t dtype, const void* x, int64_t x_stride,
-                                        const void* weight, int64_t weight_stride,
-                                        const void* bias, const int64_t* targets, int64_t n,
-                                        int64_t width, float* out, void* stream);
+                                        const void* weight, int64_t weight_stride, const void* bias,
+                                        const int64_t* targets, int64_t n, int64_t width,
+                                        float* out, void* stream);
 
 #ifdef __cplusplus
 }
