@@ -130,4 +130,26 @@ PK_HOST_DEVICE double sft_factor(int64_t count, const RankingOptions& o) {
   return o.sft_weight * double(count - 1) * double(count - 1);
 }
 
+// The softmax of term k as the parallel form has it (csrc/cuda/ranking.cu): exponents are double,
+// exponentials of their distance from the largest are float.
+struct TermSum {
+  double top;    // largest exponent, finite
+  float others;  // sum of e^{z - top} over all entries but k's own, log eps among them
+  float own;     // e^{z_kk - top}
+};
+
+// 0 where there is no entry, or only a score of -inf.
+PK_HOST_DEVICE double finite_top(double top) {
+  return top == minus_infinity<double>() ? 0.0 : top;
+}
+
+PK_HOST_DEVICE float term_of(const TermSum& t, double own_z) {
+  return float((t.top - own_z) + double(std::log(t.others + t.own)));
+}
+
+// 1 - p_kk without cancellation where p_kk is close to 1.
+PK_HOST_DEVICE float one_minus_own_p(const TermSum& t) {
+  return t.others / (t.others + t.own);
+}
+
 }  // namespace pk

@@ -1,0 +1,98 @@
+// The gradient of rows of logits from their log-sum-exp: one read, one write, 2 N V b bytes, one
+// launch, one block a row. Rows that are not scored are written only.
+#include "rows.cuh"
+
+namespace pk {
+namespace {
+
+// Where logits and gradient are misaligned differently there are no common vectors.
+template <class T, bool kCap>
+__device__ void write_single(const T* in, T* out, int v, int64_t column, const Gradient& g,
+                             const Transform& transform) {
+  for (int c = int(threadIdx.x); c < v; c += int(blockDim.x)) {
+    const float value = gradient_of<kCap>(load_one(in + c), transform, g.others);
+    store_one(out + c, c == column ? g.at_target : value);
+  }
+}
+
+template <class T, bool kCap>
+__device__ __forceinline__ void write_vectors(const Row<T>& in, uint4* out, const Target& target,
+                                              const Gradient& g, const Transform& transform) {
+  const int threads = int(blockDim.x);
+  int i = int(threadIdx.x);
+  for (; i + (kUnroll - 1) * threads < in.vectors; i += kUnroll * threads) {
+    uint4 vectors[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) vectors[u] = load_streaming(in.body() + i + u * threads);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + u * threads;
+      store_vector(out + at, vector_gradient<T, kCap>(vectors[u], at, target, g, transform));
+    }
+  }
+  for (; i < in.vectors; i += threads) {
+    const uint4 vector = load_streaming(in.body() + i);
+    store_vector(out + i, vector_gradient<T, kCap>(vector, i, target, g, transform));
+  }
+}
+
+template <class T, bool kCap>
+__global__ void __launch_bounds__(kMaxRowThreads) logits_grad_kernel(const Rows a) {
+  const int64_t n = blockIdx.x;
+  const int64_t column = a.targets[n];
+  const Row<T> out(static_cast<T*>(a.out) + n * a.out_stride, a.v);
+  if (column < 0) {
+    write_zeros(out, 0, 1);
+    return;
+  }
+  const Row<T> in(static_cast<T*>(a.logits) + n * a.stride, a.v);
+  const int64_t local = column - a.first_column;
+  const Target target = find_target(in, local, a.v, a.exact ? a.exact + n : nullptr);
+  // In place no barrier is needed: the target's logit matters only to the thread that overwrites
+  // it.
+  const float lse = a.lse_in[n];
+  const float weight = a.weights ? a.weights[n] : 1.0f;
+  float slope;
+  const float log_p = transform_fast<kCap>(target.raw, a.transform, slope) - lse;
+  const Gradient g = {{lse, -weight}, one_minus_p(log_p) * slope * weight};
+  if (in.head == out.head) {
+    write_vectors<T, kCap>(in, out.body(), target, g, a.transform);
+    const int edge = int(threadIdx.x);
+    if (edge < in.edges) {
+      const int c = in.column_of_edge(edge);
+      const float value = gradient_of<kCap>(load_one(in.at + c), a.transform, g.others);
+      store_one(out.at + c, edge == target.edge ? g.at_target : value);
+    }
+  } else {
+    write_single<T, kCap>(in.at, out.at, a.v, local, g, a.transform);
+  }
+}
+
+}  // namespace
+}  // namespace pk
+
+using namespace pk;
+
+int32_t pk_cuda_logits_grad(int32_t dtype, const void* logits, int64_t n, int64_t v, int64_t stride,
+                            const float* lse, const int64_t* targets, const float* weights,
+                            const float* exact, int64_t first_column, float scale, float softcap,
+                            void* out, int64_t out_stride, void* stream) {
+  if (v > kMaxColumns) return kInvalidValue;
+  Rows rows = {};
+  rows.logits = const_cast<void*>(logits);
+  rows.stride = stride;
+  rows.out = out;
+  rows.out_stride = out_stride;
+  rows.targets = targets;
+  rows.exact = exact;
+  rows.weights = weights;
+  rows.lse_in = lse;
+  rows.first_column = first_column;
+  rows.v = int(v);
+  rows.transform = {scale, softcap};
+  const RowConfig* config = row_config(kStreaming, bytes_of_row(dtype, v));
+  const Shape shape = {n, config->threads};
+  return for_dtype(dtype, softcap, [&](auto type, auto cap) {
+    return launch(logits_grad_kernel<decltype(type), decltype(cap)::value>, shape, stream, rows);
+  });
+}
