@@ -313,6 +313,32 @@ def test_rows_repeat_bitwise_and_do_not_see_their_neighbours():
         assert torch.equal(a, b) and torch.equal(a[some], c)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, inside the interpreter
+@pytest.mark.parametrize("columns", [1, 300, 3000])
+def test_programs_that_walk_rows_give_what_a_program_a_row_gives(columns, monkeypatch):
+    """Also with a NaN row, a row of -inf and rows not scored on the way of one program."""
+    from pro_kernels.backends.triton import launch
+
+    parts = [make_rows(columns, torch.bfloat16, seed) for seed in (1, 2)]
+    logits, targets, exact, weights = (torch.cat(pair) for pair in zip(*parts, strict=True))
+    logits[3], logits[4] = torch.nan, -torch.inf
+    plan = launch.configs.row_plan
+    keywords = {"target_logits": exact, "options": LogitOptions()}
+
+    def run(programs):
+        monkeypatch.setattr(launch.configs, "row_plan", lambda *a: (programs, plan(*a)[1]))
+        stats = triton_backend.logp(logits, targets, entropy=True, **keywords)
+        raw = logits.clone()
+        triton_backend.residual_(raw, targets, **keywords)
+        grad = triton_backend.logits_grad(logits, stats[1], targets, weights, **keywords)
+        return *stats, raw, grad
+
+    for walked, alone in zip(run(3), run(10), strict=True):
+        bits = torch.int16 if walked.dtype == torch.bfloat16 else torch.int32
+        assert torch.equal(walked.view(bits), alone.view(bits))
+        assert alone[5:].isfinite().all()
+
+
 def _environment() -> dict[str, str]:
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

@@ -3,11 +3,12 @@
 State: never run on a GPU so far. The kernels are compiled ahead of time for sm_80, sm_90, sm_100
 and gfx942; what they compute is checked under Triton's interpreter (``TRITON_INTERPRET=1``) only.
 
-Files: ``rows.py`` (one program a row of logits) on ``elementwise.py``; ``prompts.py`` (one program
-a prompt); ``configs.py`` (launch configurations, as data); ``launch.py`` (checks, allocations,
-launches); ``aot.py`` (compile without a GPU: registers, shared memory, spills).
+Files: ``rows.py`` (a program walks rows of logits) on ``elementwise.py``; ``prompts.py`` (one
+program a prompt); ``sides.py`` (gather, scatter, the target's logit); ``scoring.py`` (log-probs,
+no logit written); ``configs.py`` (launch configurations, as data); ``launch.py`` (checks,
+allocations, launches); ``aot.py`` (compile without a GPU: registers, shared memory, spills).
 Contract: ``backends/torch.py``. Importing this package imports no Triton; the first use of one of
-the four functions does.
+the functions in ``__all__`` does.
 """
 
 from __future__ import annotations
@@ -20,14 +21,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from pro_kernels.backends.triton.launch import logits_grad, logp, ranking, residual_
+    from pro_kernels.backends.triton.launch import (
+        gather_rows,
+        logits_grad,
+        logp,
+        ranking,
+        residual_,
+        scatter_rows,
+        score,
+        scores_fused,
+        target_logits,
+    )
 
-__all__ = ["logits_grad", "logp", "ranking", "residual_"]
+__all__ = [
+    "gather_rows",
+    "logits_grad",
+    "logp",
+    "ranking",
+    "residual_",
+    "scatter_rows",
+    "score",
+    "scores_fused",
+    "target_logits",
+]
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One program holds a prompt's scores in registers and walks its (k, i) plane in tiles.
 MAX_CANDIDATES = 1024
+# Names of the cards, as torch.cuda.get_device_name gives them, that the gpu tests passed on.
+VERIFIED: tuple[str, ...] = ()
 
 # What is compiled and checked ahead of time; older ones have no bf16 arithmetic.
 _MIN_CAPABILITY = (8, 0)
@@ -52,7 +75,8 @@ def unusable(device: torch.device) -> str | None:
 
 def details() -> dict[str, str]:
     """What ``pro-kernels env`` shows."""
-    return {"state": "never run on a GPU so far: compiled for its targets, run interpreted"}
+    never = "never run on a GPU so far: compiled for its targets, run interpreted"
+    return {"state": f"tests passed on {', '.join(VERIFIED)}" if VERIFIED else never}
 
 
 def interpreted() -> bool:
@@ -74,5 +98,7 @@ def _cuda_unusable(device: torch.device) -> str | None:
 def __getattr__(name: str) -> Any:
     # The launchers import triton, so they load when one is first asked for.
     if name in __all__:
-        return getattr(importlib.import_module(f"{__name__}.launch"), name)
+        function = getattr(importlib.import_module(f"{__name__}.launch"), name)
+        globals()[name] = function  # the next call finds it without coming here
+        return function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

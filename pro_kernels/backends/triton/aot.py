@@ -28,12 +28,17 @@ from pro_kernels.backends.triton import configs, interpreted
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-# Types of the run-time arguments; ``*logits`` is a pointer to the logits' dtype.
+# Types of the run-time arguments; ``*data`` is a pointer to the kernel's main dtype.
 _TYPES = {
-    **dict.fromkeys(("logits_ptr", "out_ptr"), "*logits"),
+    **dict.fromkeys(("logits_ptr", "out_ptr", "x_ptr", "weight_ptr"), "*data"),
+    **dict.fromkeys(("source_ptr", "side_ptr", "bias_ptr"), "*data"),
+    **dict.fromkeys(("rows_ptr", "by_row_ptr"), "*i64"),
+    **dict.fromkeys(("weight_stride", "H", "tiles"), "i32"),
     **dict.fromkeys(("targets_ptr", "offsets_ptr", "lengths_ptr", "order_ptr"), "*i64"),
     "sft_rank_ptr": "*i64",
-    **dict.fromkeys(("stride", "out_stride", "V", "first_column", "B", "n", "terms_live"), "i32"),
+    **dict.fromkeys(
+        ("stride", "out_stride", "N", "V", "first_column", "B", "n", "terms_live"), "i32"
+    ),
     **dict.fromkeys(("length_normalize", "skip_ties", "sft_mean"), "i32"),
     **dict.fromkeys(("logit_scale", "softcap", "fixed_tau", "log_eps"), "fp32"),
     **dict.fromkeys(("sft_weight", "single_weight"), "fp32"),
@@ -43,8 +48,17 @@ _OPTIONAL = {
     "residual": ("exact_ptr",),
     "logits_grad": ("exact_ptr", "weights_ptr"),
     "ranking": ("rewards_ptr",),
+    "gather": ("weights_ptr",),
+    "scatter": ("by_row_ptr",),
+    "target_logits": ("bias_ptr",),
+    "score": ("bias_ptr",),
+    "merge": (),
 }
-_DIVISIBLE = ("logits_ptr", "out_ptr", "stride", "out_stride", "V")
+_SIDES = ("gather", "scatter", "target_logits")
+_DIVISIBLE = (
+    *("logits_ptr", "out_ptr", "x_ptr", "weight_ptr", "source_ptr", "side_ptr"),
+    *("stride", "out_stride", "weight_stride", "V", "H"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,15 +67,18 @@ class Variant:
 
     kernel: str
     arch: str
-    dtype: str  # of the logits; "fp32" for ranking
-    config: configs.RowConfig | configs.RankingConfig
+    dtype: str  # of the logits or of the matmul's operands; "fp32" for ranking and merge
+    config: configs.RowConfig | configs.RankingConfig | configs.ScoreConfig | None
     transform: int = 0
     given: tuple[str, ...] = ()  # the optional pointers that are not None
     aligned: bool = True  # pointers to 16 bytes, V and the strides to 16 elements
 
 
 def variants(arch: str, exhaustive: bool = False) -> Iterator[Variant]:
-    """Every binary the launchers can ask for on ``arch``, or the corners of the flags only."""
+    """Every binary the launchers can ask for on ``arch``, or the corners of the flags only.
+
+    ``gather`` is compiled with one dtype for both sides; it has four more with two.
+    """
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {list(ARCHS)}, got {arch!r}")
     target = _target(arch)
@@ -71,6 +88,17 @@ def variants(arch: str, exhaustive: bool = False) -> Iterator[Variant]:
             every = itertools.product(range(3), _subsets(_OPTIONAL[kernel]), (True, False))
             for transform, given, aligned in every if exhaustive else corners:
                 yield Variant(kernel, arch, dtype, config, transform, given, aligned)
+    for dtype, bytes_ in DTYPES.items():
+        flags = list(itertools.product(range(3), _subsets(_OPTIONAL["score"]), (True, False)))
+        corners = [(0, (), True), *((2, _OPTIONAL["score"], aligned) for aligned in (True, False))]
+        for transform, given, aligned in flags if exhaustive else corners:
+            score = configs.score_config(target.family, bytes_, aligned)
+            yield Variant("score", arch, dtype, score, transform, given, aligned)
+        for kernel in _SIDES:
+            for given, aligned in (((), True), (_OPTIONAL[kernel], False)):
+                yield Variant(kernel, arch, dtype, None, given=given, aligned=aligned)
+    for transform in range(3):
+        yield Variant("merge", arch, "fp32", None, transform)
     for ranking in configs.RANKING:
         for given in _subsets(_OPTIONAL["ranking"]):
             yield Variant("ranking", arch, "fp32", ranking, given=given)
@@ -87,7 +115,7 @@ def resources(variant: Variant) -> dict[str, Any]:
     asm = compiled.asm
     if "cubin" in asm:
         regs, spills = _cubin_usage(asm["cubin"])
-        vectors = bool(re.search(r"ld\.global\S*\.v4\.b32", asm["ptx"]))
+        vectors = bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg.* 0x10", asm["ptx"]))
     else:
         text = asm["amdgcn"]
         regs = _amd_field(text, "vgpr_count")
@@ -124,7 +152,7 @@ def compile_variant(variant: Variant) -> Any:
     constants = _constants(variant)
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
-        kind = _TYPES.get(name, "*fp32").replace("logits", variant.dtype)
+        kind = _TYPES.get(name, "*fp32").replace("data", variant.dtype)
         signature[name] = "constexpr" if name in constants else kind
         if variant.aligned and name in _DIVISIBLE:
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -132,33 +160,49 @@ def compile_variant(variant: Variant) -> Any:
     target = (
         GPUTarget("cuda", int(variant.arch[3:]), 32) if cuda else GPUTarget("hip", variant.arch, 64)
     )
-    options = {"num_warps": variant.config.num_warps}
-    if isinstance(variant.config, configs.RowConfig):
-        options["num_stages"] = variant.config.num_stages
+    chosen = variant.config
+    options = {} if chosen is None else {"num_warps": chosen.num_warps}
+    if isinstance(chosen, configs.RowConfig | configs.ScoreConfig):
+        options["num_stages"] = chosen.num_stages
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options)
 
 
 def _kernel(name: str) -> Any:
-    from pro_kernels.backends.triton import prompts, rows
+    from pro_kernels.backends.triton import prompts, rows, scoring, sides
 
-    return prompts.ranking_kernel if name == "ranking" else getattr(rows, f"{name}_kernel")
+    home = {"ranking": prompts, "score": scoring, "merge": scoring, **dict.fromkeys(_SIDES, sides)}
+    return getattr(home.get(name, rows), f"{name}_kernel")
 
 
 def _constants(variant: Variant) -> dict[str, Any]:
     absent = dict.fromkeys(set(_OPTIONAL[variant.kernel]) - set(variant.given))
     config = variant.config
+    if config is None:
+        if variant.kernel in _SIDES:
+            return {**absent, "BLOCK": configs.SIDE_BLOCK}
+        return {"TRANSFORM": variant.transform, "BLOCK": configs.MERGE_BLOCK}
     if isinstance(config, configs.RankingConfig):
         blocks = {"BLOCK_K": config.block_k, "BLOCK_N": config.block_n, "BLOCK_T": config.block_t}
         return {**absent, **blocks}
+    constants = {**absent, "TRANSFORM": variant.transform}
+    if isinstance(config, configs.ScoreConfig):
+        blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_H": config.block_h}
+        return {**constants, **blocks, "GROUP": config.group}
     lanes, group = _tile(variant.arch, variant.dtype, variant.transform, config)
-    return {**absent, "TRANSFORM": variant.transform, "LANES": lanes, "GROUP": group}
+    return {**constants, "LANES": lanes, "GROUP": group}
 
 
 def _describe(variant: Variant) -> str:
     config = variant.config
+    if config is None:
+        block = configs.SIDE_BLOCK if variant.kernel in _SIDES else configs.MERGE_BLOCK
+        return f"BLOCK={block} warps=4"
     if isinstance(config, configs.RankingConfig):
         return f"BLOCK_N={config.block_n} BLOCK_K={config.block_k} warps={config.num_warps}"
+    if isinstance(config, configs.ScoreConfig):
+        shape = f"{config.block_n}x{config.block_v}x{config.block_h}"
+        return f"{shape} warps={config.num_warps} stages={config.num_stages}"
     lanes, group = _tile(variant.arch, variant.dtype, variant.transform, config)
     limit = "any V" if config.max_columns is None else f"V<={config.max_columns}"
     return f"{limit} BLOCK_V={lanes * group} warps={config.num_warps}"

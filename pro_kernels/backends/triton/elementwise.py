@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+# Few of these: Triton compares each with its first value at every launch, half a microsecond each.
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 # Under the interpreter a cast to bf16 truncates (Triton 3.6, 3.7); there it is rounded by hand.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -66,7 +66,7 @@ def one_minus_exp(x):
 @triton.jit
 def exp(x):
     """``exp(x)``, 0 below 2**-126: keeping those costs ``tl.exp`` three more instructions."""
-    return tl.exp2(x * LOG2_E)
+    return tl.exp2(x * 1.4426950408889634)  # log2(e)
 
 
 @triton.jit

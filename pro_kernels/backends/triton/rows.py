@@ -1,6 +1,12 @@
-"""Row kernels: one program reads one row of logits, in tiles of BLOCK_V columns.
+"""Row kernels: a program reads a row of logits at a time, in tiles of BLOCK_V columns.
 
-Legend: ``N`` rows (the grid), ``V`` columns, ``LANES x GROUP`` = BLOCK_V the tile: GROUP columns
+The launch is persistent: program p takes the rows p, p + G, p + 2 G, ... of a grid of G programs.
+How a row is added up depends on V and the dtype only, so neither N nor G changes a bit of it.
+
+The compiler is told to hoist nothing out of that loop: a tile's offsets and masks, kept in
+registers from row to row, spill.
+
+Legend: ``N`` rows, ``V`` columns, ``LANES x GROUP`` = BLOCK_V the tile: GROUP columns
 side by side are one 16-byte vector, held by one thread. Bytes moved, logits of ``b`` bytes each:
 
     logp           N V b          one read
@@ -41,7 +47,7 @@ from pro_kernels.backends.triton.elementwise import (
 # Numbers that differ from call to call without being worth a compilation. ``V`` and the strides
 # keep their specialisation (a multiple of 16 or not): vector loads need it. The pointers to one
 # number a row need no alignment.
-_VARYING = ["first_column", "logit_scale", "softcap"]
+_VARYING = ["N", "first_column", "logit_scale", "softcap"]
 _UNALIGNED = ["targets_ptr", "exact_ptr", "weights_ptr", "lse_ptr", "logp_ptr", "entropy_ptr"]
 
 
@@ -54,6 +60,7 @@ def logp_kernel(
     lse_ptr,  # (N,) fp32
     entropy_ptr,  # (N,) fp32 or None
     stride,
+    N,
     V,
     logit_scale,
     softcap,
@@ -62,27 +69,32 @@ def logp_kernel(
     GROUP: tl.constexpr,
 ):
     """Write logp, lse and, if asked for, the entropy of each row."""
-    row = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
-    target = tl.load(targets_ptr + row)
-    logp = 0.0
-    lse = 0.0
-    entropy = 0.0
-    if target >= 0:
-        row_ptr = logits_ptr + row * stride
-        raw_t = _target_logit(row_ptr, exact_ptr, row, target, V)
-        z_t, _ = transform(raw_t, logit_scale, softcap, TRANSFORM)
-        top, total, moment = _row_sums(
-            row_ptr, V, target.to(tl.int32), raw_t, logit_scale, softcap,
-            exact_ptr is not None, TRANSFORM, entropy_ptr is not None, "evict_first", LANES, GROUP,
-        )  # fmt: skip
-        log_total = tl.log(total)
-        logp = at_most_zero((z_t - top) - log_total)
-        lse = top + log_total
-        entropy = log_total - moment / total
-    tl.store(logp_ptr + row, logp)
-    tl.store(lse_ptr + row, lse)
-    if entropy_ptr is not None:
-        tl.store(entropy_ptr + row, entropy)
+    step = tl.num_programs(0)
+    first = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
+    target = tl.load(targets_ptr + first)
+    for row in tl.range(first, N, step, disable_licm=True):
+        # Asked for a row ahead: all that follows waits for it.
+        following = tl.load(targets_ptr + row + step, mask=row + step < N, other=-1)
+        logp = 0.0
+        lse = 0.0
+        entropy = 0.0
+        if target >= 0:
+            row_ptr = logits_ptr + row * stride
+            raw_t = _target_logit(row_ptr, exact_ptr, row, target, V)
+            z_t, _ = transform(raw_t, logit_scale, softcap, TRANSFORM)
+            top, total, moment = _row_sums(
+                row_ptr, V, target.to(tl.int32), raw_t, logit_scale, softcap, exact_ptr is not None,
+                TRANSFORM, entropy_ptr is not None, "evict_first", LANES, GROUP,
+            )  # fmt: skip
+            log_total = tl.log(total)
+            logp = at_most_zero((z_t - top) - log_total)
+            lse = top + log_total
+            entropy = log_total - moment / total
+        tl.store(logp_ptr + row, logp)
+        tl.store(lse_ptr + row, lse)
+        if entropy_ptr is not None:
+            tl.store(entropy_ptr + row, entropy)
+        target = following
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
@@ -93,6 +105,7 @@ def residual_kernel(
     logp_ptr,  # (N,) fp32
     lse_ptr,  # (N,) fp32
     stride,
+    N,
     V,
     logit_scale,
     softcap,
@@ -101,30 +114,35 @@ def residual_kernel(
     GROUP: tl.constexpr,
 ):
     """Overwrite each row with d logp / d raw; write logp and lse."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride
-    target = tl.load(targets_ptr + row)
-    logp = 0.0
-    lse = 0.0
-    if target < 0:
-        _write_zeros(row_ptr, V, LANES, GROUP)
-    else:
-        column = target.to(tl.int32)
-        raw_t = _target_logit(row_ptr, exact_ptr, row, target, V)
-        z_t, slope_t = transform(raw_t, logit_scale, softcap, TRANSFORM)
-        top, total, _ = _row_sums(
-            row_ptr, V, column, raw_t, logit_scale, softcap,
-            exact_ptr is not None, TRANSFORM, False, "evict_last", LANES, GROUP,
-        )  # fmt: skip
-        log_total = tl.log(total)
-        logp = at_most_zero((z_t - top) - log_total)
-        lse = top + log_total
-        _write_gradient(
-            row_ptr, row_ptr, V, column, top, -1.0 / total, one_minus_exp(logp) * slope_t,
-            logit_scale, softcap, TRANSFORM, LANES, GROUP,
-        )  # fmt: skip
-    tl.store(logp_ptr + row, logp)
-    tl.store(lse_ptr + row, lse)
+    step = tl.num_programs(0)
+    first = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
+    target = tl.load(targets_ptr + first)
+    for row in tl.range(first, N, step, disable_licm=True):
+        # Asked for a row ahead: all that follows waits for it.
+        following = tl.load(targets_ptr + row + step, mask=row + step < N, other=-1)
+        row_ptr = logits_ptr + row * stride
+        logp = 0.0
+        lse = 0.0
+        if target < 0:
+            _write_zeros(row_ptr, V, LANES, GROUP)
+        else:
+            column = target.to(tl.int32)
+            raw_t = _target_logit(row_ptr, exact_ptr, row, target, V)
+            z_t, slope_t = transform(raw_t, logit_scale, softcap, TRANSFORM)
+            top, total, _ = _row_sums(
+                row_ptr, V, column, raw_t, logit_scale, softcap,
+                exact_ptr is not None, TRANSFORM, False, "evict_last", LANES, GROUP,
+            )  # fmt: skip
+            log_total = tl.log(total)
+            logp = at_most_zero((z_t - top) - log_total)
+            lse = top + log_total
+            _write_gradient(
+                row_ptr, row_ptr, V, column, top, -1.0 / total, one_minus_exp(logp) * slope_t,
+                logit_scale, softcap, TRANSFORM, LANES, GROUP,
+            )  # fmt: skip
+        tl.store(logp_ptr + row, logp)
+        tl.store(lse_ptr + row, lse)
+        target = following
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
@@ -137,6 +155,7 @@ def logits_grad_kernel(
     out_ptr,  # (N, V), may be logits_ptr
     stride,
     out_stride,
+    N,
     V,
     first_column,
     logit_scale,
@@ -146,30 +165,35 @@ def logits_grad_kernel(
     GROUP: tl.constexpr,
 ):
     """Write weights * d logp / d raw for columns first_column ... first_column + V."""
-    row = tl.program_id(0).to(tl.int64)
-    out_row_ptr = out_ptr + row * out_stride
-    target = tl.load(targets_ptr + row)
-    if target < 0:
-        _write_zeros(out_row_ptr, V, LANES, GROUP)
-    else:
-        row_ptr = logits_ptr + row * stride
-        lse = tl.load(lse_ptr + row)
-        weight = 1.0
-        if weights_ptr is not None:
-            weight = tl.load(weights_ptr + row)
-        local = target - first_column
-        column = tl.where((local >= 0) & (local < V), local, -1).to(tl.int32)
-        raw_t = 0.0
-        if column >= 0:
-            raw_t = _target_logit(row_ptr, exact_ptr, row, local, V)
-        # In place, a slow warp must not read the target's logit after a fast one overwrote it.
-        tl.debug_barrier()
-        z_t, slope_t = transform(raw_t, logit_scale, softcap, TRANSFORM)
-        grad_t = one_minus_exp(at_most_zero(z_t - lse)) * slope_t * weight
-        _write_gradient(
-            row_ptr, out_row_ptr, V, column, lse, -weight, grad_t,
-            logit_scale, softcap, TRANSFORM, LANES, GROUP,
-        )  # fmt: skip
+    step = tl.num_programs(0)
+    first = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
+    target = tl.load(targets_ptr + first)
+    for row in tl.range(first, N, step, disable_licm=True):
+        # Asked for a row ahead: all that follows waits for it.
+        following = tl.load(targets_ptr + row + step, mask=row + step < N, other=-1)
+        out_row_ptr = out_ptr + row * out_stride
+        if target < 0:
+            _write_zeros(out_row_ptr, V, LANES, GROUP)
+        else:
+            row_ptr = logits_ptr + row * stride
+            lse = tl.load(lse_ptr + row)
+            weight = 1.0
+            if weights_ptr is not None:
+                weight = tl.load(weights_ptr + row)
+            local = target - first_column
+            column = tl.where((local >= 0) & (local < V), local, -1).to(tl.int32)
+            raw_t = 0.0
+            if column >= 0:
+                raw_t = _target_logit(row_ptr, exact_ptr, row, local, V)
+            # In place, a slow warp must not read the target's logit after a fast one overwrote it.
+            tl.debug_barrier()
+            z_t, slope_t = transform(raw_t, logit_scale, softcap, TRANSFORM)
+            grad_t = one_minus_exp(at_most_zero(z_t - lse)) * slope_t * weight
+            _write_gradient(
+                row_ptr, out_row_ptr, V, column, lse, -weight, grad_t,
+                logit_scale, softcap, TRANSFORM, LANES, GROUP,
+            )  # fmt: skip
+        target = following
 
 
 @triton.jit
