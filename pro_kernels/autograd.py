@@ -71,6 +71,7 @@ class HeadLogps(torch.autograd.Function):
             plan.retained,
             plan.need_hidden,
             call.grad_filter,
+            budget=plan.budget,
         )
         # All of dZ0 at hand: the backward does without the weight, which may be re-sharded by then.
         whole = plan.retained >= targets.shape[0] or not plan.need_weight
@@ -108,6 +109,7 @@ class HeadLogps(torch.autograd.Function):
             need_hidden,
             need_weight,
             need_bias,
+            budget=call.plan.budget,
         )
         return *_needed(grads, ctx.needs_input_grad), None, None, None
 
@@ -220,6 +222,7 @@ class LinearPRO(torch.autograd.Function):
             call.plan.need_hidden,
             bias is not None and ctx.needs_input_grad[2],
             call.grad_filter,
+            budget=call.plan.budget,
         )
         ctx.save_for_backward(*grads)
         per_rank = _over_prompts(weights, terms, final_dtype)

@@ -38,24 +38,36 @@ class Head:
     logits_dtype: torch.dtype
 
     @property
-    def side_dtype(self) -> torch.dtype:
-        """Dtype of the thin (N, H) sides: that in which the matmuls really run."""
+    def operand_dtype(self) -> torch.dtype:
+        """Dtype in which the matmuls really run."""
         upcasts = matmul.upcasts(self.compute_dtype, self.hidden.device.type)
         return torch.float32 if upcasts else self.compute_dtype
 
+    @property
+    def side_dtype(self) -> torch.dtype:
+        """Dtype of dZ0 W: fp32 where the matmul can leave its sums so, rounded with w once."""
+        return matmul.sums_dtype(self.compute_dtype, self.hidden.device.type)
+
     def rows_of(self, rows: Tensor) -> Tensor:
         """The hidden states of these rows, in the dtype of the matmuls."""
+        if gather := getattr(self.backend, "gather_rows", None):
+            return gather(self.hidden, rows, None, self.compute_dtype)
         return self.hidden.index_select(0, rows).to(self.compute_dtype)
 
     def weighted_rows(self, rows: Tensor, row_weights: Tensor) -> Tensor:
         """``w * X`` for the dW matmul, rounded only as far as that matmul reads it."""
+        if gather := getattr(self.backend, "gather_rows", None):
+            if self.hidden.dtype == self.compute_dtype:  # else the cast rounds first, as X did
+                return gather(self.hidden, rows, row_weights, self.operand_dtype)
         x = self.rows_of(rows).to(row_weights.dtype)
-        return x.mul_(row_weights[:, None]).to(self.side_dtype)
+        return x.mul_(row_weights[:, None]).to(self.operand_dtype)
 
     def target_logits(self, x: Tensor, targets: Tensor) -> Tensor | None:
         """Raw target logits as fp32 dot products, where the logits themselves are rounded."""
         if self.logits_dtype.itemsize >= 4:
             return None
+        if own := getattr(self.backend, "target_logits", None):
+            return own(x, self.weight, self.bias, targets)
         exact = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         for i in range(0, x.shape[0], 1024):
             at = slice(i, i + 1024)
@@ -185,7 +197,7 @@ def forward(
         if keep and wide:
             dz = residual[start:stop, : dz.shape[1]].copy_(dz)
         if need_hidden:
-            side[start:stop] = matmul.hidden_grad(dz.to(head.compute_dtype), weight)
+            matmul.hidden_grad(dz.to(head.compute_dtype), weight, side[start:stop])
             if kept is not None:  # off the target the entries of dZ0 have the sign of -logit_scale
                 mass = mass.to(side.dtype).mul_(-1 if head.options.logit_scale > 0 else 1)
                 side[start:stop].addr_(mass, u.to(side.dtype))
@@ -300,7 +312,7 @@ def _recomputed(
 ) -> Iterator[tuple[slice, Tensor]]:
     """dZ0 of all rows by blocks of columns: retained rows copied, the others computed again."""
     n, vocab = rows.shape[0], head.weight.shape[0]
-    x, t = head.rows_of(rows[retained:]).to(head.side_dtype), targets[retained:]
+    x, t = head.rows_of(rows[retained:]).to(head.operand_dtype), targets[retained:]
     exact = stats[1, retained:] if head.logits_dtype.itemsize < 4 else None
     # In the dtype they had in the forward: a logit rounded differently would no longer fit its lse.
     dtype = head.logits_dtype
@@ -331,8 +343,12 @@ def scatter_rows(
     rows: Tensor,  # (N,)
     out: Tensor,  # (R, H), zeros on entry
     shared: bool,
+    backend: ModuleType,
 ) -> None:
     """``out[rows] += row_weights * side``; in fp32, in a fixed order, where rows are shared."""
+    if own := getattr(backend, "scatter_rows", None):
+        own(side, row_weights, rows, out, shared)
+        return
     acc = out.float() if shared and out.itemsize < 4 else out
     for i in range(0, rows.shape[0], 4096):
         at = slice(i, i + 4096)
@@ -350,7 +366,7 @@ def scatter_rows(
 def bias_grad(dz: Tensor, row_weights: Tensor) -> Tensor:
     """``dz^T w`` summed in fp32."""
     out = row_weights.new_empty(dz.shape[1])
-    step = max(64, matmul.WORKSPACE // (4 * max(1, dz.shape[0])))
+    step = max(64, matmul.workspace(dz.device.type) // (4 * max(1, dz.shape[0])))
     for i in range(0, dz.shape[1], step):
         torch.mv(dz[:, i : i + step].to(row_weights.dtype).t(), row_weights, out=out[i : i + step])
     return out
@@ -417,7 +433,7 @@ def pro_forward(
                 if d_bias is not None:
                     d_bias += bias_grad(residual, w)
             if d_hidden is not None:
-                scatter_rows(side, w, rows[at], d_hidden, shared)
+                scatter_rows(side, w, rows[at], d_hidden, shared, head.backend)
         prompt, start = prompt + count, start + tokens
     return torch.cat(terms), sums, weights
 

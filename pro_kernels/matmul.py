@@ -4,10 +4,12 @@
     dHidden = dZ W                (R, H)
     dW      = dZ^T X              (V, H)
 
-On a GPU, and on a CPU with matrix units (AMX) for the dtype, that is ``torch.mm`` as it stands. On
-an x86 CPU without them the low-precision matmul is slower than the fp32 one (measured in
-docs/design.md), so the operands are upcast tile by tile and multiplied in fp32: no more memory
-than ``WORKSPACE``, the same or a smaller rounding error.
+On a CPU with matrix units (AMX) for the dtype that is ``torch.mm`` as it stands. On an x86 CPU
+without them the low-precision matmul is slower than the fp32 one (measured in docs/design.md), so
+the operands are upcast tile by tile and multiplied in fp32: no more memory than ``WORKSPACE``, the
+same or a smaller rounding error. On an NVIDIA GPU a 16-bit matmul sums in fp32 and may leave the
+sums as they are (``out_dtype``): fp32 logits, dZ W and the dW of several chunks are made that way,
+from 16-bit operands and with no pass after them.
 
 Legend: ``R`` rows, ``H`` hidden, ``V`` vocabulary.
 """
@@ -25,6 +27,8 @@ from pro_kernels.options import constant_while_compiling
 
 # Bytes of fp32 workspace a blocked matmul may use; the planner counts it outside the budget.
 WORKSPACE = 16 << 20
+# The same on a GPU, where small blocks cost launches.
+GPU_WORKSPACE = 256 << 20
 # Rows per tile: enough to keep fp32 matmuls at full rate, few enough for wide column blocks.
 TILE_ROWS = 4096
 _LOW = (torch.bfloat16, torch.float16)
@@ -54,18 +58,53 @@ def _upcasts(dtype: torch.dtype, device_type: str) -> bool:
     return not getattr(torch.cpu, has_amx, lambda: False)()
 
 
-def column_block(rows: int, hidden: int, vocab: int) -> int:
+@constant_while_compiling
+def leaves_sums(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether a matmul of this dtype can write its fp32 sums unrounded.
+
+    ``aten::mm.dtype_out`` and ``aten::addmm.dtype_out`` exist for CUDA only and want compute
+    capability 8.0: both operands of one 16-bit dtype, ``out`` and the input of ``addmm`` fp32.
+    """
+    return dtype in _LOW and device_type == "cuda" and _ampere_or_newer()
+
+
+@functools.cache
+def _ampere_or_newer() -> bool:
+    """Every card here; True where there is none, as plans for one are made then."""
+    if torch.version.hip is not None:
+        return False
+    cards = range(torch.cuda.device_count())
+    return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in cards)
+
+
+def mm_fp32(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+    """``out = a b`` or ``out += a b``, out fp32, where ``leaves_sums``."""
+    if accumulate:  # beta = 1: out is read and written once, by the matmul's epilogue
+        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def workspace(device_type: str) -> int:
+    """Bytes that fp32 copies of 16-bit operands may take at a time."""
+    return GPU_WORKSPACE if device_type == "cuda" else WORKSPACE
+
+
+def column_block(rows: int, hidden: int, vocab: int, device_type: str = "cpu") -> int:
     """Vocabulary columns per block so that the fp32 operands of one tile fit the workspace."""
-    block = WORKSPACE // (4 * (min(rows, TILE_ROWS) + hidden)) // 64 * 64
+    block = workspace(device_type) // (4 * (min(rows, TILE_ROWS) + hidden)) // 64 * 64
     return max(64, min(block, vocab))
 
 
 def logits_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``out[R, V] = x weight^T + bias`` in out's dtype (fp32 from low inputs is fp32 maths)."""
-    if out.dtype == x.dtype == weight.dtype and not upcasts(x.dtype, x.device.type):
+    native = x.dtype == weight.dtype and not upcasts(x.dtype, x.device.type)
+    if native and out.dtype == x.dtype:
         if bias is None:
             return torch.mm(x, weight.t(), out=out)
         return torch.addmm(bias, x, weight.t(), out=out)
+    if native and out.dtype == torch.float32 and leaves_sums(x.dtype, x.device.type):
+        mm_fp32(x, weight.t(), out)
+        return out if bias is None else out.add_(bias)
     work = _Workspace(x, weight.shape[0])
     for rows in work.tiles:
         tile = x[rows].float()
@@ -77,28 +116,42 @@ def logits_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return out
 
 
-def hidden_grad(dz: Tensor, weight: Tensor) -> Tensor:
-    """``dz weight`` as ``(R, H)``: fp32 where the maths is fp32, else the weight's dtype."""
-    if not upcasts(dz.dtype, dz.device.type):
-        return torch.mm(dz, weight)
-    out = dz.new_zeros((dz.shape[0], weight.shape[1]), dtype=torch.float32)
-    work = _Workspace(out, dz.shape[1])
-    for rows in work.tiles:
-        for cols in work.blocks:
-            part = work.rows(rows, cols).copy_(dz[rows, cols])
-            out[rows].addmm_(part, work.wide(weight[cols]))
-    return out
+def sums_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Dtype of ``dz weight``: fp32 where the sums can be had unrounded."""
+    sums = upcasts(dtype, device_type) or leaves_sums(dtype, device_type)
+    return torch.float32 if sums else dtype
+
+
+def hidden_grad(dz: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """``out[R, H] = dz weight``, in the ``sums_dtype`` of dz."""
+    if out is None:
+        dtype = sums_dtype(dz.dtype, dz.device.type)
+        out = dz.new_empty((dz.shape[0], weight.shape[1]), dtype=dtype)
+    if upcasts(dz.dtype, dz.device.type):
+        out.zero_()
+        work = _Workspace(out, dz.shape[1])
+        for rows in work.tiles:
+            for cols in work.blocks:
+                part = work.rows(rows, cols).copy_(dz[rows, cols])
+                out[rows].addmm_(part, work.wide(weight[cols]))
+        return out
+    if out.dtype == dz.dtype:
+        return torch.mm(dz, weight, out=out)
+    return mm_fp32(dz, weight, out)
 
 
 def weight_grad(dz: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> Tensor:
     """``out = dz^T x``, or ``out += dz^T x``; accumulation needs an fp32 (or wider) ``out``."""
-    if upcasts(dz.dtype, dz.device.type):
+    device = dz.device.type
+    if upcasts(dz.dtype, device):
         return _weight_grad_by_tiles(dz, x, out, accumulate)
     if dz.dtype == x.dtype == out.dtype:
         return out.addmm_(dz.t(), x) if accumulate else torch.mm(dz.t(), x, out=out)
-    # A wider out: by blocks of columns, so that the product beside it stays small.
-    for cols in _slices(dz.shape[1], column_block(x.shape[0], x.shape[1], dz.shape[1])):
-        part = _mm_fp32(dz[:, cols].t().to(x.dtype), x)
+    if dz.dtype == x.dtype and out.dtype == torch.float32 and leaves_sums(x.dtype, device):
+        return mm_fp32(dz.t(), x, out, accumulate)
+    # Operands or result of another dtype: by blocks of columns, so that the copies stay small.
+    for cols in _slices(dz.shape[1], column_block(x.shape[0], x.shape[1], dz.shape[1], device)):
+        part = torch.mm(dz[:, cols].t().to(x.dtype), x)
         out[cols] = out[cols] + part if accumulate else part
     return out
 
@@ -115,13 +168,6 @@ def _weight_grad_by_tiles(dz: Tensor, x: Tensor, out: Tensor, accumulate: bool) 
     return out
 
 
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, on a GPU with the fp32 sums unrounded (elsewhere no such output is to be had)."""
-    if a.is_cuda and a.dtype in _LOW:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
-
-
 def _slices(size: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
@@ -131,7 +177,7 @@ class _Workspace:
 
     def __init__(self, side: Tensor, vocab: int) -> None:
         n, width = side.shape
-        block = column_block(n, width, vocab)
+        block = column_block(n, width, vocab, side.device.type)
         self.blocks = _slices(vocab, block)
         # No rows are one empty tile: sums over them are 0.
         self.tiles = _slices(n, TILE_ROWS) or [slice(0, 0)]

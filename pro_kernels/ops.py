@@ -12,7 +12,8 @@ sequences, ``B`` prompts, ``n`` candidates.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +22,57 @@ from pro_kernels import backends, head
 from pro_kernels.layout import raise_bad_target
 from pro_kernels.options import IGNORE_INDEX, LogitOptions, RankingOptions
 
+# Not ``torch.library.custom_op``: its Python wrappers cost more than a small batch's arithmetic.
+_LIBRARY = torch.library.Library("pro_kernels", "DEF")
+# What is inside each op, by name.
+BODIES: dict[str, Callable] = {}
+# How PyTorch's CPU allocator says that there is no memory.
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
 
-@torch.library.custom_op("pro_kernels::logps", mutates_args=())
+
+def _op(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Register a function as the op of its name, on every device; the op stands in its place."""
+
+    def register(function: Callable) -> torch._ops.OpOverload:
+        name = function.__name__
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        BODIES[name] = _naming_the_budget(function)
+        _LIBRARY.impl(name, BODIES[name], "CompositeExplicitAutograd")
+        return getattr(torch.ops.pro_kernels, name).default
+
+    return register
+
+
+def _fake(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
+    """Register a function as the fake implementation of ``op``: shapes and dtypes only."""
+    return torch.library.register_fake(op.name(), lib=_LIBRARY)
+
+
+def _naming_the_budget(function: Callable) -> Callable:
+    """``function`` whose out-of-memory error says which budget to lower.
+
+    An op that takes a budget writes to nothing but its own outputs: an error drops them.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            text = str(error)
+            short = isinstance(error, torch.OutOfMemoryError) or any(t in text for t in _NO_MEMORY)
+            if short and kwargs.get("budget"):
+                error.args = (
+                    f"{text}\npro_kernels::{function.__name__} ran with a budget of "
+                    f"{kwargs['budget']} bytes: lower it by budget= or PRO_KERNELS_BUDGET",
+                )
+            raise
+
+    return run
+
+
+@_op()
 def logps(
     logits: Tensor,  # (N, V)
     targets: Tensor,  # (N,), IGNORE_INDEX where not scored
@@ -37,7 +87,7 @@ def logps(
     return logp, lse
 
 
-@logps.register_fake
+@_fake(logps)
 def _(logits, targets, softcap, logit_scale, backend):
     out = logits.new_empty(targets.shape, dtype=head.acc_dtype(logits.dtype))
     return out, torch.empty_like(out)
@@ -49,7 +99,7 @@ def _logits_grad(logits, lse, targets, weights, softcap, logit_scale, backend, o
     )
 
 
-@torch.library.custom_op("pro_kernels::logits_grad", mutates_args=())
+@_op()
 def logits_grad(
     logits: Tensor,  # (N, V)
     lse: Tensor,  # (N,)
@@ -63,12 +113,12 @@ def logits_grad(
     return _logits_grad(logits, lse, targets, weights, softcap, logit_scale, backend, None)
 
 
-@logits_grad.register_fake
+@_fake(logits_grad)
 def _(logits, lse, targets, weights, softcap, logit_scale, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("pro_kernels::logits_grad_", mutates_args=("logits",))
+@_op(mutates_args=("logits",))
 def logits_grad_(
     logits: Tensor,
     lse: Tensor,
@@ -82,7 +132,12 @@ def logits_grad_(
     _logits_grad(logits, lse, targets, weights, softcap, logit_scale, backend, logits)
 
 
-@torch.library.custom_op("pro_kernels::ranking", mutates_args=())
+@_fake(logits_grad_)
+def _(logits, lse, targets, weights, softcap, logit_scale, backend):
+    return None
+
+
+@_op()
 def ranking(
     logps: Tensor,  # (N,) fp32
     offsets: Tensor,  # (S + 1,)
@@ -109,7 +164,7 @@ def ranking(
     return args.run(backends.get(backend), logps)
 
 
-@ranking.register_fake
+@_fake(ranking)
 def _(logps, offsets, lengths, order, rewards, sft_rank, prompt_weights, *options):
     return (
         logps.new_empty(order.shape),
@@ -118,7 +173,7 @@ def _(logps, offsets, lengths, order, rewards, sft_rank, prompt_weights, *option
     )
 
 
-@torch.library.custom_op("pro_kernels::head_logps", mutates_args=())
+@_op()
 def head_logps(
     hidden: Tensor,  # (R, H)
     weight: Tensor,  # (V, H)
@@ -134,6 +189,8 @@ def head_logps(
     retained: int,
     need_hidden: bool,
     grad_filter: float | None,
+    *,
+    budget: int = 0,  # that of the plan, for its error message
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
 
@@ -172,7 +229,7 @@ def head_logps(
         return logps, stats, residual, side, columns, counts, dropped
 
 
-@head_logps.register_fake
+@_fake(head_logps)
 def _(
     hidden,
     weight,
@@ -188,12 +245,14 @@ def _(
     retained,
     need_hidden,
     grad_filter,
+    *,
+    budget=0,
 ):
     h = head.Head(hidden, weight, bias, None, None, compute_dtype, logits_dtype)
     return _head_buffers(h, targets, chunk, retained, need_hidden, grad_filter)
 
 
-@torch.library.custom_op("pro_kernels::head_backward", mutates_args=())
+@_op()
 def head_backward(
     grad: Tensor,  # (N,) upstream gradient of each log-prob
     hidden: Tensor,  # (R, H)
@@ -220,6 +279,8 @@ def head_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    *,
+    budget: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DHidden (R, H), dW (V, H) and dbias (V,); those not needed are empty."""
     with _autocast_off(hidden):
@@ -232,7 +293,7 @@ def head_backward(
         n = rows.shape[0]
         w = grad.to(stats.dtype) if live is None else grad.to(stats.dtype)[live]
         if need_hidden:
-            head.scatter_rows(side[:n], w, rows, d_hidden.zero_(), shared_rows)
+            head.scatter_rows(side[:n], w, rows, d_hidden.zero_(), shared_rows, h.backend)
         if need_weight or need_bias:
             head.weight_backward(
                 h,
@@ -249,13 +310,13 @@ def head_backward(
         return d_hidden, d_weight, d_bias
 
 
-@head_backward.register_fake
-def _(grad, hidden, weight, *config):
+@_fake(head_backward)
+def _(grad, hidden, weight, *config, budget=0):
     vocab, weight_dtype, _shared, need_hidden, need_weight, need_bias = config[-6:]
     return _grad_buffers(hidden, vocab, weight_dtype, need_hidden, need_weight, need_bias)
 
 
-@torch.library.custom_op("pro_kernels::linear_pro", mutates_args=())
+@_op()
 def linear_pro(
     hidden: Tensor,  # (R, H)
     weight: Tensor,  # (V, H)
@@ -286,6 +347,8 @@ def linear_pro(
     need_hidden: bool,
     need_bias: bool,
     grad_filter: float | None,
+    *,
+    budget: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tier T2: loss terms (B, n), sequence sums (S,), and dHidden, dW, dbias of the loss.
 
@@ -330,8 +393,8 @@ def linear_pro(
         return terms, sums, *grads, row_weights, kept.dropped
 
 
-@linear_pro.register_fake
-def _(hidden, weight, bias, rows, targets, offsets, lengths, order, *config):
+@_fake(linear_pro)
+def _(hidden, weight, bias, rows, targets, offsets, lengths, order, *config, budget=0):
     compute_dtype, (need_hidden, need_bias, grad_filter) = config[5], config[-3:]
     acc = head.acc_dtype(compute_dtype)
     grads = _grad_buffers(hidden, weight.shape[0], weight.dtype, need_hidden, True, need_bias)
@@ -342,7 +405,7 @@ def _(hidden, weight, bias, rows, targets, offsets, lengths, order, *config):
     return (terms, hidden.new_empty(lengths.shape, dtype=acc), *grads, row_weights, dropped)
 
 
-@torch.library.custom_op("pro_kernels::scaled", mutates_args=())
+@_op()
 def scaled(x: Tensor, by: Tensor) -> Tensor:
     """``by * x`` in x's dtype, multiplied in fp32 (fp64): neither factor is rounded before."""
     acc = head.acc_dtype(x.dtype)
@@ -354,7 +417,7 @@ def scaled(x: Tensor, by: Tensor) -> Tensor:
     return out
 
 
-@scaled.register_fake
+@_fake(scaled)
 def _(x, by):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -6,12 +6,22 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from cases import CASE_IDS, CASES, DTYPES, IDS, Case, assert_no_worse, run, truth, usable_backends
+from cases import (
+    CASE_IDS,
+    CASES,
+    DTYPES,
+    FLOOR,
+    IDS,
+    Case,
+    assert_no_worse,
+    run,
+    truth,
+    usable_backends,
+)
 from pro_kernels import calls, matmul
 from pro_kernels.planner import Plan
 
 TIERS = ["T1", "T2", "T3"]
-FLOOR = {torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 
 
 @pytest.fixture

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pro_kernels import matmul
+import pro_kernels as pk
+from cases import FLOOR, Case, assert_no_worse, fp32_sums, run, truth
+from pro_kernels import calls, matmul
+from pro_kernels.planner import Plan
 
 LOW = [torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["native", "fp32"])
+@pytest.fixture(params=["native", "fp32", "gpu"])
 def route(request, monkeypatch):
     monkeypatch.setattr(
         matmul, "_upcasts", lambda dtype, _: request.param == "fp32" and dtype.itemsize == 2
     )
+    if request.param == "gpu":
+        fp32_sums(monkeypatch)
     # Blocks of 64 columns: several of them at these sizes, the last one short.
     monkeypatch.setattr(matmul, "WORKSPACE", 1)
     return request.param
@@ -80,3 +87,85 @@ def test_workspace_holds():
         assert 1 <= block
         tile = min(rows, matmul.TILE_ROWS)
         assert block <= 64 or 4 * block * (tile + hidden) <= matmul.WORKSPACE
+
+
+def test_fp32_sums_of_16_bit_operands_take_no_pass_after_the_matmul(monkeypatch):
+    """On a GPU each of the three is one call of ATen's, checked on CUDA tensors without data."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.is_view or func.namespace == "prim":
+                return func(*args, **(kwargs or {}))
+            names.append(str(func))
+            return kwargs["out"]  # what it computes is not the question here
+
+    names: list[str] = []
+    monkeypatch.setattr(matmul, "_ampere_or_newer", lambda: True)
+    with FakeTensorMode():
+        x, w = (torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in ((9, 21), (150, 21)))
+        dz = torch.empty(9, 150, device="cuda", dtype=torch.bfloat16)
+        logits, d_weight, side = (
+            torch.empty(s, device="cuda") for s in ((9, 150), (150, 21), (9, 21))
+        )
+        with Calls():
+            matmul.logits_into(logits, x, w, None)
+            matmul.hidden_grad(dz, w, side)
+            matmul.weight_grad(dz, x, d_weight, accumulate=False)
+            matmul.weight_grad(dz, x, d_weight, accumulate=True)
+    assert names == ["aten.mm.dtype_out"] * 3 + ["aten.addmm.dtype_out"]
+
+
+GPU_ROUTE = [
+    Case("T1", B=3, n=4, T=12, H=96, V=515),
+    Case("bias", B=3, n=4, T=12, H=96, V=515, bias=True),
+    Case("logits of 50", B=3, n=4, T=12, H=96, V=515, scale=25.0),
+]
+
+
+@pytest.mark.parametrize("case", GPU_ROUTE, ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("tier", ["T1", "T2", "T3"])
+def test_gradients_on_the_route_of_a_gpu(case, dtype, tier, monkeypatch):
+    """DHidden as exact as plain PyTorch's; dW within the one rounding of w X more."""
+    fp32_sums(monkeypatch)
+    needs = {"need_hidden": True, "need_weight": True}
+
+    def plan(rows, *args, **kwargs):
+        return {
+            "T1": Plan("T1", rows, retained=rows, **needs),
+            "T2": Plan("T2", rows, prompt_chunks=(1,) * case.B, **needs),
+            "T3": Plan("T3", 20, retained=rows // 3, **needs),
+        }[tier]
+
+    monkeypatch.setattr(calls, "make_plan", plan)
+    ours = run(pk.linear_pro_loss, case, dtype, backend="torch")
+    plain, exact = run(pk.reference.linear_pro_loss, case, dtype), truth(case, dtype)
+    for name, grad in exact.grads.items():
+        args = (ours.grads[name], plain.grads[name], grad, FLOOR[dtype], f"gradient of {name}")
+        assert_no_worse(*args, norm=True)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_fp32_logits_on_the_route_of_a_gpu(dtype, monkeypatch):
+    """``logits_dtype=float32`` without upcast operands: exact to fp32 roundings."""
+    fp32_sums(monkeypatch)
+    hidden, weight, _, targets, _ = GPU_ROUTE[2].tensors()
+    h, w = hidden.to(dtype), weight.to(dtype)
+    logps = pk.linear_token_logps(h, w, targets, logits_dtype=torch.float32)
+    exact = pk.reference.token_logps(h.double() @ w.double().t(), targets)
+    torch.testing.assert_close(logps.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hip", "cards", "expected"),
+    [(None, [(9, 0)], True), (None, [(8, 0), (7, 5)], False), ("7.0", [(9, 4)], False)],
+)
+def test_which_cards_leave_their_sums(hip, cards, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: cards[i])
+    matmul._ampere_or_newer.cache_clear()
+    assert matmul.leaves_sums(torch.bfloat16, "cuda") is expected
+    assert not matmul.leaves_sums(torch.float32, "cuda")
+    assert not matmul.leaves_sums(torch.bfloat16, "cpu")
+    matmul._ampere_or_newer.cache_clear()

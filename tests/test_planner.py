@@ -90,3 +90,46 @@ def test_plans_do_not_depend_on_data():
     import inspect
 
     assert "Tensor" not in str(inspect.signature(make_plan))
+
+
+def gpu_plan(rows, budget=16 << 30, **options):
+    options = {"need_hidden": True, "need_weight": True, **options}
+    device = torch.device("cuda", 0)
+    return make_plan(rows, 4096, 128256, torch.bfloat16, device, budget=budget, **options)
+
+
+def test_few_large_equal_chunks_on_a_gpu():
+    frozen = gpu_plan(20_000, need_weight=False)
+    assert frozen.tier == "T1f" and frozen.chunk == 6912  # 3 chunks, in tiles of 256 rows
+    assert frozen.chunk % planner.GPU_TILE_ROWS == 0
+    assert gpu_plan(5000, need_weight=False).chunk == 5000
+    summed = gpu_plan(200_000, prompt_tokens=(1000,) * 200)
+    assert summed.tier == "T2" and max(summed.prompt_chunks) == planner.GPU_SUMMED_ROWS // 1000
+
+
+@pytest.mark.parametrize("rows", [1, 255, 257, 8191, 8193, 70_001])
+def test_chunks_on_a_gpu_keep_to_the_budget(rows):
+    p = gpu_plan(rows, budget=1 << 30, need_weight=False)
+    assert 1 <= p.chunk <= rows and p.chunk * 128256 * 2 <= 1 << 30
+
+
+def test_the_fp32_side_of_a_gpu_counts():
+    """A budget that 16-bit sides would fit, and fp32 ones do not."""
+    rows, width, vocab = 1000, 4096, 32000
+    low = rows * (2 * vocab + 3 * 2 * width)
+    options = {"need_hidden": True, "need_weight": True}
+    device = torch.device("cuda", 0)
+    for budget, tier in ((low, "T3"), (low + rows * 2 * width, "T1")):
+        p = make_plan(rows, width, vocab, torch.bfloat16, device, budget=budget, **options)
+        assert p.tier == tier
+
+
+def test_memory_cached_for_nobody_counts_as_free(monkeypatch):
+    numbers = {"mem_get_info": (1 << 30, 80 << 30), "memory_reserved": 41 << 30}
+    numbers["memory_allocated"] = 10 << 30
+    for name, value in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda index, value=value: value)
+    monkeypatch.delenv("PRO_KERNELS_BUDGET", raising=False)
+    planner._default_budget.cache_clear()
+    assert planner.default_budget(torch.device("cuda", 0)) == 8 << 30  # of 80; half of 32 is free
+    planner._default_budget.cache_clear()

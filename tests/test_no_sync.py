@@ -1,0 +1,358 @@
+"""Nothing in forward or backward waits for a device.
+
+Without one: the source of the hot path is searched for calls that wait, and the public functions
+run on CPU tensors that pass for a GPU's, watched for what would wait there. On a card:
+tests/test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import pro_kernels as pk
+from cases import Case, fp32_sums
+from pro_kernels import calls, functional, ops
+from pro_kernels.planner import Plan
+
+ROOT = Path(pk.__file__).parent
+HOT = [ROOT / f"{name}.py" for name in ("head", "ops", "autograd", "matmul", "calls", "pro")]
+HOT += [ROOT / name for name in ("functional.py", "planner.py", "options.py", "checks.py")]
+HOT += sorted(set((ROOT / "backends").rglob("*.py")) - {ROOT / "backends/triton/aot.py"})
+
+METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "synchronize"}
+METHODS |= {"argwhere", "unique_consecutive", "is_nonzero", "equal", "allclose", "bincount"}
+REDUCTIONS = {"any", "all", "sum", "max", "min", "amax", "amin"}  # in an ``if`` or int(...)
+
+# function -> why what it calls there does not make a training step wait
+ALLOWED = {
+    "ops._compact": "the dense form: sizes are unknown until the data is looked at",
+    "ops.linear_pro": "the dense form",
+    "ops.check_range": "only of CPU tensors",
+    "checks.check_all": "only of CPU tensors",
+    "checks.check_finite": "only of CPU tensors",
+    "checks.check_gaps": "called for CPU tensors only",
+    "pro._check_official": "only of CPU tensors",
+    "planner._meminfo": "text of /proc/meminfo, once a process",
+    "head.Kept.of": "counts are on the CPU; grad_filter waits when it chooses the columns",
+}
+
+
+class Waits(ast.NodeVisitor):
+    """Collects the calls in a module that make the host wait, by the function they are in."""
+
+    def __init__(self, module: str) -> None:
+        self.scope = [module]
+        self.found: list[tuple[str, int, str]] = []
+
+    def report(self, node: ast.AST, what: str) -> None:
+        self.found.append((".".join(self.scope), node.lineno, what))
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.scope.append(node.name)
+        self.generic_visit(node)
+        self.scope.pop()
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self.visit_FunctionDef(node)  # type: ignore[arg-type]
+
+    def visit_Call(self, node: ast.Call) -> None:
+        keywords = {k.arg for k in node.keywords}
+        if isinstance(node.func, ast.Attribute):
+            name = node.func.attr
+            if name in METHODS:
+                self.report(node, name)
+            if name == "repeat_interleave" and "output_size" not in keywords:
+                self.report(node, "repeat_interleave without output_size")
+            if name == "to" and "non_blocking" not in keywords and any(map(_is_device, node.args)):
+                self.report(node, "copy between devices that waits")
+            if name == "cuda" and not isinstance(node.func.value, ast.Name):
+                self.report(node, "cuda()")
+            if name in ("tensor", "as_tensor") and "device" in keywords:
+                device = next(k.value for k in node.keywords if k.arg == "device")
+                if not (isinstance(device, ast.Constant) and device.value == "cpu"):
+                    self.report(node, "a host number copied to a device")
+        elif isinstance(node.func, ast.Name) and node.func.id in ("int", "float", "bool"):
+            if any(isinstance(a, ast.Subscript) or _reads_a_tensor(a) for a in node.args):
+                self.report(node, f"{node.func.id}() of a tensor")
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If | ast.IfExp | ast.While) -> None:
+        if _reads_a_tensor(node.test):
+            self.report(node, "a branch on a tensor")
+        self.generic_visit(node)
+
+    visit_IfExp = visit_While = visit_If
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        if isinstance(node.slice, (ast.Compare, ast.UnaryOp)) and not (
+            isinstance(node.slice, ast.UnaryOp) and isinstance(node.slice.op, ast.USub)
+        ):
+            self.report(node, "index by a mask")
+        self.generic_visit(node)
+
+
+def _is_device(node: ast.expr) -> bool:
+    return "device" in ast.unparse(node)
+
+
+def _reads_a_tensor(node: ast.expr) -> bool:
+    """``x.any()`` and the like, negated or joined, that only tensors have."""
+    return any(
+        isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in REDUCTIONS
+        for n in ast.walk(node)
+    )
+
+
+def waits(source: str, module: str = "m") -> list[tuple[str, int, str]]:
+    visitor = Waits(module)
+    visitor.visit(ast.parse(source))
+    return visitor.found
+
+
+def test_the_hot_path_has_no_call_that_waits():
+    found, used = [], set()
+    for path in HOT:
+        module = path.relative_to(ROOT).with_suffix("").as_posix()
+        for scope, line, what in waits(path.read_text(), module):
+            allowed = next((a for a in ALLOWED if f"{scope}.".startswith(f"{a}.")), None)
+            used.add(allowed)
+            if allowed is None:
+                found.append(f"{path.name}:{line} ({scope}): {what}")
+    assert not found, "\n".join(found)
+    assert used >= set(ALLOWED), f"no longer needed: {set(ALLOWED) - used}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x.item()",
+        "x.sum().tolist()",
+        "torch.nonzero(x)",
+        "x[x > 0]",
+        "x[~mask]",
+        "int(x.max())",
+        "if x.any(): pass",
+        "y = 1 if (x > 0).all() else 2",
+        "torch.cuda.synchronize()",
+        "torch.repeat_interleave(x, y)",
+        "x.to(device)",
+        "torch.tensor([1], device=x.device)",
+    ],
+)
+def test_the_search_finds(line):
+    assert waits(f"def f(x):\n    {line}")
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
+CUDA = torch.device("cuda", 0)
+
+
+def on_host(x: torch.Tensor) -> torch.Tensor:
+    """Mark a tensor that stays on the CPU while the others pass for ones on a GPU."""
+    x.stays_on_host = True
+    return x
+
+
+def _host(x: torch.Tensor) -> bool:
+    return getattr(x, "stays_on_host", False)
+
+
+def _is_device_argument(x: object) -> bool:
+    return isinstance(x, torch.device) or (isinstance(x, str) and x == "cpu")
+
+
+class Gpu(TorchFunctionMode):
+    """CPU tensors say that they are on a GPU; what the host would wait for there fails.
+
+    Tensors made without a device, or marked by ``on_host``, are the host's, and so is what is
+    computed from them alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = False
+        self.calls = NoWait(self)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        name = getattr(func, "__name__", "")
+        if func == torch.Tensor.device.__get__:
+            return torch.device("cpu") if _host(args[0]) else CUDA
+        if func == torch.Tensor.is_cuda.__get__:
+            return not _host(args[0])
+        if func is torch.Tensor.backward:
+            with self:
+                return torch.autograd.backward(args[0])
+        if getattr(func, "namespace", "") == "pro_kernels":
+            with self:  # inside the op everything is watched too
+                return ops.BODIES[func._schema.name.split("::")[1]](*args, **kwargs)
+        leaves = tree_leaves((args, kwargs))
+        made_for = [torch.device(x) for x in leaves if _is_device_argument(x)]
+        host = [_host(x) for x in tensors]
+        assert all(host) or name not in METHODS, f"{name} waits"
+        if made_for and tensors and (made_for[0] == CUDA) == all(host):
+            assert kwargs.get("non_blocking"), f"{name} between devices waits"
+        elif name == "copy_" and host[0] != host[1]:
+            assert kwargs.get("non_blocking"), "copy_ between devices waits"
+        else:
+            shaped = {_host(x) for x in tensors if x.dim()}
+            assert len(shaped) < 2, f"{name} of tensors on two devices"
+        args, kwargs = tree_map(
+            lambda x: torch.device("cpu") if isinstance(x, torch.device) else x, (args, kwargs)
+        )
+        stays = made_for[0] != CUDA if made_for else all(host)
+        self.host = stays
+        try:
+            with self.calls:
+                out = func(*args, **kwargs)
+        finally:
+            self.host = False
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and _host(x) != stays:
+                if any(x is given for given in tensors):
+                    out = x = x.detach().clone()  # ``to`` another device never gives the same
+                x.stays_on_host = stays
+        return out
+
+
+class NoWait(TorchDispatchMode):
+    """Fails on ops whose result the host waits for; sees those inside of other ops too."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self.gpu.host:
+            name = func.name().removeprefix("aten::").split(".")[0]
+            assert name not in WAITING, f"{func} waits"
+            if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+                masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
+                assert not masks, f"{func} with a mask waits"
+            if name == "repeat_interleave":
+                assert kwargs.get("output_size") is not None, f"{func} without a size waits"
+        return func(*args, **kwargs)
+
+
+def plan_of(tier: str, rows: int, prompts: int) -> Plan:
+    needs = {"need_hidden": tier != "T0", "need_weight": tier in ("T1", "T2", "T3")}
+    retained = {"T1": rows, "T3": rows // 2}.get(tier, 0)
+    chunk = rows if tier == "T1" else 5
+    return Plan(
+        tier, chunk, retained, **needs, prompt_chunks=(1,) * prompts if tier == "T2" else ()
+    )
+
+
+OPTIONS = [
+    {},
+    {"softcap": 5.0, "ties": "skip", "eps": 1e-3, "top_k": 1, "sft_reduction": "mean"},
+    {"rewards": None, "length_normalize": False, "temperature": 2.0},
+    {"compat": "official"},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tier", ["T0", "T1", "T1f", "T2", "T3"])
+@pytest.mark.parametrize("shared", [False, True], ids=["distinct", "shared"])
+@pytest.mark.parametrize("host", [True, False], ids=["rewards-host", "rewards-device"])
+def test_linear_pro_loss(tier, dtype, shared, host, monkeypatch):
+    case = Case("gpu", bias=True)
+    hidden, weight, bias, targets, rewards = case.tensors()
+    layout = pk.Layout.from_padded(targets.masked_fill(targets < 0, 3))
+    if shared:
+        layout = pk.Layout.from_rows(
+            layout.rows // 2,
+            layout.targets,
+            layout.offsets,
+            case.n,
+            num_rows=layout.num_rows,
+        )
+    fp32_sums(monkeypatch)
+    monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, case.B))
+    per_candidate = {
+        "candidate_mask": torch.ones(case.B, case.n, dtype=torch.bool),
+        "prompt_weights": torch.rand(case.B),
+        "sft_index": torch.zeros(case.B, dtype=torch.int64),
+        "rewards": rewards,
+    }
+    needs = {"h": tier != "T0", "w": tier in ("T1", "T2", "T3"), "b": tier in ("T1", "T2", "T3")}
+
+    def step() -> list[torch.Tensor]:
+        leaves = [
+            x.to(dtype).requires_grad_(need)
+            for x, need in zip((hidden.flatten(0, 2), weight, bias), needs.values(), strict=True)
+        ]
+        out = pk.linear_pro_loss(
+            leaves[0], leaves[1], None, bias=leaves[2], layout=layout, backend="torch", **options
+        )
+        if tier != "T0":
+            (2 * out.loss).backward()
+        return [*out[:-1], *(x.grad for x in leaves if x.grad is not None)]
+
+    for options in OPTIONS:
+        official = "compat" in options
+        options = {**({"rewards": rewards} if official else per_candidate), **options}
+        options = {k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+        expected = step()
+        if host:
+            for x in options.values():
+                if isinstance(x, torch.Tensor):
+                    on_host(x)
+        with Gpu():
+            found = step()
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_pro_loss(inplace):
+    logits = torch.randn(2, 3, 5, 37, requires_grad=True)
+    targets, rewards = torch.randint(0, 37, (2, 3, 5)), torch.randn(2, 3)
+    with Gpu():
+        out = pk.pro_loss(logits * 1.0, targets, rewards, backend="torch", inplace_backward=inplace)
+        out.loss.backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tier", ["T0", "T1", "T1f", "T3"])
+def test_token_log_probs_wait_for_their_layout_only(tier, monkeypatch):
+    """Targets on the device: how many are scored is asked for once, and nothing else."""
+    hidden, weight = torch.randn(20, 8), torch.randn(37, 8)
+    targets = torch.randint(0, 37, (20,))
+    hidden.requires_grad_(tier != "T0")
+    weight.requires_grad_(tier in ("T1", "T3"))
+    monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 1))
+    layout = calls.layout_of(targets.view(1, 1, -1), -100, 37)
+    monkeypatch.setattr(functional, "layout_of", lambda *_: layout)
+    with Gpu():
+        logps = pk.linear_token_logps(hidden, weight, targets, backend="torch")
+        if tier != "T0":
+            (logps * torch.arange(20, device=targets.device)).sum().backward()
+    assert logps.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        lambda x: x[x > 0],
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+        lambda x: torch.repeat_interleave(x, torch.ones_like(x, dtype=torch.int64)),
+        lambda x: torch.zeros(3).to(x.device),
+        lambda x: torch.tensor([1.0, 2.0]) + x,
+        lambda x: x.to("cpu").sum(),
+        lambda x: pk.Layout.from_padded(x.long().view(1, -1)),
+    ],
+)
+def test_the_watch_sees_what_waits(waiting):
+    with Gpu(), pytest.raises(AssertionError, match="wait|two devices"):
+        waiting(torch.ones(2, device=CUDA))

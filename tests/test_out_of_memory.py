@@ -1,0 +1,100 @@
+"""Out of memory in the middle of a chunk: the error names the budget; nothing of it is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pro_kernels as pk
+from cases import Case, run
+from pro_kernels import backends, calls, matmul
+from pro_kernels.planner import Plan
+
+CASE = Case("out of memory", B=2, n=3, T=8, bias=True)
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+]
+NEEDS = {"need_hidden": True, "need_weight": True, "budget": 123456}
+PLANS = {
+    "T1": lambda rows: Plan("T1", rows, retained=rows, **NEEDS),
+    "T2": lambda rows: Plan("T2", rows, prompt_chunks=(1, 1), **NEEDS),
+    "T3": lambda rows: Plan("T3", 5, retained=7, **NEEDS),
+}
+
+
+def fail_at(monkeypatch, module, name: str, call: int, error: RuntimeError) -> None:
+    """The call number ``call`` of ``module.name`` does half its work, then raises ``error``."""
+    function, calls_so_far = getattr(module, name), [0]
+
+    def failing(*args, **kwargs):
+        calls_so_far[0] += 1
+        out = function(*args, **kwargs)
+        if calls_so_far[0] == call:
+            raise error
+        return out
+
+    monkeypatch.setattr(module, name, failing)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
+@pytest.mark.parametrize(
+    ("tier", "where", "call", "op"),
+    [
+        ("T1", "logits_into", 1, "head_logps"),
+        ("T1", "weight_grad", 1, "head_backward"),
+        ("T2", "logits_into", 2, "linear_pro"),
+        ("T2", "weight_grad", 2, "linear_pro"),
+        ("T3", "logits_into", 2, "head_logps"),
+        ("T3", "weight_grad", 1, "head_backward"),
+    ],
+)
+def test_the_error_names_the_budget_and_a_smaller_one_is_right(
+    tier, where, call, op, error, monkeypatch
+):
+    error = type(error)(*error.args)
+    expected = run(pk.linear_pro_loss, CASE, torch.float32, backend="torch")
+    hidden, weight, bias, targets, rewards = CASE.tensors()
+    leaves = [x.float().requires_grad_() for x in (hidden, weight, bias)]
+    before = [x.detach().clone() for x in (*leaves, targets, rewards)]
+
+    def step(**options) -> None:
+        out = pk.linear_pro_loss(
+            *leaves[:2], targets, rewards, bias=leaves[2], backend="torch", **options
+        )
+        (1.7 * out.loss).backward()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calls, "make_plan", lambda rows, *_, **__: PLANS[tier](rows))
+        fail_at(patch, matmul, where, call, error)
+        with pytest.raises(RuntimeError, match="budget of 123456 bytes") as raised:
+            step()
+    assert type(raised.value) is type(error)
+    for text in (f"pro_kernels::{op}", "budget=", "PRO_KERNELS_BUDGET", "memory"):
+        assert text in str(raised.value)
+    for x, was in zip((*leaves, targets, rewards), before, strict=True):
+        assert torch.equal(x, was)
+    assert all(x.grad is None for x in leaves)
+
+    step(budget=4000)
+    for x, grad in zip(leaves, expected.grads.values(), strict=True):
+        torch.testing.assert_close(x.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_real_allocation_that_fails():
+    """The CPU allocator's own words are known: a chunk no machine holds."""
+    hidden, weight = torch.randn(2, 4), torch.randn(1, 4).expand(1 << 44, 4)
+    targets = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="budget of 1152921504606846976 bytes"):
+        pk.linear_token_logps(hidden, weight, targets, budget=1 << 60, backend="torch")
+
+
+def test_other_errors_stay_as_they_are(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(backends.get("torch"), "logp", broken)
+    with pytest.raises(RuntimeError, match="^something else$"):
+        pk.linear_token_logps(
+            torch.randn(2, 4), torch.randn(5, 4), torch.zeros(2).long(), backend="torch"
+        )
