@@ -1,9 +1,12 @@
-"""Build of the native library; all metadata is in pyproject.toml.
+"""Build of the native libraries; all metadata is in pyproject.toml.
 
-The library has a plain C ABI and needs neither torch nor Python to build: ninja and a C++17
-compiler ($CXX, c++, g++ or clang++). ``PRO_KERNELS_BUILD`` says what a missing or failing compiler
-means: ``auto`` (default) installs without the library and keeps the reason, ``1`` is an error,
-``0`` does not try. Result and reason are in ``pro_kernels/lib/build.json``.
+They have a plain C ABI and need neither torch nor Python to build: ninja and a C++17 compiler
+($CXX, c++, g++ or clang++) for the CPU; for CUDA nvcc ($PRO_KERNELS_NVCC, $CUDA_HOME/bin/nvcc or on
+PATH), whose run-time library is linked in. ``PRO_KERNELS_BUILD`` says what a missing or failing
+compiler means: ``auto`` (default) installs without that library and keeps the reason, ``1`` is an
+error (but a machine without nvcc just has no CUDA library), ``0`` does not try. One library never
+depends on the other. Results and reasons are in ``pro_kernels/lib/build.json``.
+``PRO_KERNELS_CUDA_ARCHS`` (such as "sm_90a compute_100") replaces the targets.
 
 In place, as ``pip install -e .`` does it:  python setup.py build_native --inplace
 """
@@ -24,7 +27,9 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc" / "cpu"
+CUDA_SOURCES = ROOT / "csrc" / "cuda"
 LIBRARY = "libpro_kernels_cpu.so"
+CUDA_LIBRARY = "libpro_kernels_cuda.so"
 
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fno-math-errno -ffp-contract=on -fno-exceptions -fno-rtti "
@@ -38,9 +43,20 @@ _ARM64 = {"neon": []}
 ISAS = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM64, "arm64": _ARM64}
 COMMON_SOURCES = ("dispatch", "logits", "ranking")
 
+CUDA_FLAGS = (
+    "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden -I csrc/include "
+    "-I csrc/cuda"
+).split()
+# Machine code for these, and PTX (compute_*) for what comes later.
+CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100", "compute_100")
+
 
 class BuildError(Exception):
     """Why there is no library; the message is shown to users."""
+
+
+class NotThereError(BuildError):
+    """There is nothing to build with, which no setting makes an error."""
 
 
 def find_compiler() -> list[str]:
@@ -108,14 +124,86 @@ def plan(work: Path) -> dict:
     }
 
 
+def find_nvcc() -> str:
+    """The CUDA compiler. An explicit $PRO_KERNELS_NVCC never falls back."""
+    chosen = os.environ.get("PRO_KERNELS_NVCC")
+    if chosen:
+        if shutil.which(chosen) is None:
+            raise BuildError(f"no CUDA compiler: PRO_KERNELS_NVCC={chosen} is not an executable")
+        return chosen
+    home = os.environ.get("CUDA_HOME")
+    for name in ([os.path.join(home, "bin", "nvcc")] if home else []) + ["nvcc"]:
+        if shutil.which(name):
+            return name
+    raise NotThereError(
+        "no CUDA compiler found (tried $PRO_KERNELS_NVCC, $CUDA_HOME/bin/nvcc, nvcc)"
+    )
+
+
+def gencode(target: str) -> str:
+    """The option for machine code of sm_90a, or for PTX of compute_90."""
+    kind, _, number = target.partition("_")
+    if kind not in ("sm", "compute") or not number[:2].isdigit():
+        raise BuildError(
+            f"PRO_KERNELS_CUDA_ARCHS: no target such as sm_90a or compute_90: {target!r}"
+        )
+    return f"-gencode=arch=compute_{number},code={target}"
+
+
+def plan_cuda(work: Path) -> dict:
+    """What will be built for CUDA and how; asks nvcc what it knows."""
+    if sys.platform == "win32":
+        raise NotThereError("no native build for Windows yet")
+    nvcc = find_nvcc()
+    version = next(
+        (line for line in output_of([nvcc, "--version"]).splitlines() if "release" in line), nvcc
+    )
+    known = output_of([nvcc, "--list-gpu-arch"]) + output_of([nvcc, "--list-gpu-code"])
+    chosen = os.environ.get("PRO_KERNELS_CUDA_ARCHS", "").split()
+    # An old nvcc does without the new targets; those asked for by name are compiled or fail.
+    targets = chosen or [t for t in CUDA_TARGETS if t.rstrip("a") in known.split()]
+    if not targets:
+        raise BuildError(f"{nvcc} ({version}) knows none of {', '.join(CUDA_TARGETS)}")
+    return {
+        "library": CUDA_LIBRARY,
+        "compiler": nvcc,
+        "version": version,
+        "flags": CUDA_FLAGS,
+        "targets": targets,
+    }
+
+
+def write_cuda_ninja(spec: dict, work: Path) -> None:
+    """One object per source, then one shared library with the CUDA run-time library inside."""
+    flags = [*spec["flags"], *map(gencode, spec["targets"])]
+    flags = [f"-I{ROOT / f}" if f.startswith("csrc/") else f for f in flags if f != "-I"]
+    names = " ".join(spec["targets"])
+    flags.append(f"'-DPK_CUDA_TARGETS=\"{names}\"'")
+    units = sorted(p.stem for p in CUDA_SOURCES.glob("*.cu"))
+    lines = [
+        f"compiler = {spec['compiler']}",
+        "rule compile",
+        f"  command = $compiler {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $compiler -shared -cudart static $in -o $out",
+        *(f"build {u}.o: compile {escape(str(CUDA_SOURCES / u))}.cu" for u in units),
+        f"build {CUDA_LIBRARY}: link {' '.join(f'{u}.o' for u in units)}",
+    ]
+    (work / "build.ninja").write_text("\n".join(lines) + "\n")
+
+
+def escape(text: str) -> str:
+    """A path as ninja takes it."""
+    return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def write_ninja(spec: dict, work: Path) -> None:
     """One object per common source and per instruction set, then one shared library."""
     have = [f"-DPK_HAVE_{name.upper()}" for name in spec["isas"]]
     units = {name: have for name in COMMON_SOURCES}
     units |= {f"isa_{name}": flags for name, flags in spec["isas"].items()}
-
-    def escape(text: str) -> str:
-        return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
     lines = [
         f"compiler = {spec['compiler']}".replace("$", "$$"),
@@ -133,11 +221,19 @@ def write_ninja(spec: dict, work: Path) -> None:
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
-def build_library(work: Path) -> dict:
-    """Build in ``work``; returns what ``build.json`` records."""
+# Part of build.json -> its library, what plans it and what writes its build.ninja.
+LIBRARIES = {
+    "cpu": (LIBRARY, plan, write_ninja),
+    "cuda": (CUDA_LIBRARY, plan_cuda, write_cuda_ninja),
+}
+
+
+def build_library(part: str, work: Path) -> dict:
+    """Build one library in ``work``; returns what ``build.json`` records."""
     work.mkdir(parents=True, exist_ok=True)
-    spec = plan(work)
-    write_ninja(spec, work)
+    _, make_plan, write = LIBRARIES[part]
+    spec = make_plan(work)
+    write(spec, work)
     done = subprocess.run([*find_ninja(), "-C", str(work)], capture_output=True, text=True)
     sys.stderr.write(done.stdout + done.stderr)
     if done.returncode:
@@ -146,9 +242,9 @@ def build_library(work: Path) -> dict:
 
 
 class BuildNative(Command):
-    """Build the library into the wheel, or in place (also in an editable install)."""
+    """Build the libraries into the wheel, or in place (also in an editable install)."""
 
-    description = "build the native library (PRO_KERNELS_BUILD=0|1|auto)"
+    description = "build the native libraries (PRO_KERNELS_BUILD=0|1|auto)"
     user_options = [
         ("inplace", "i", "put the library into the source tree"),
         ("build-lib=", None, "directory of the wheel's contents"),
@@ -172,23 +268,31 @@ class BuildNative(Command):
         work = Path(self.build_base).resolve() / "native"
         target = self._target()
         target.mkdir(parents=True, exist_ok=True)
+        records = {part: self._build(part, mode, work / part, target) for part in LIBRARIES}
+        self.distribution.native_libraries = [
+            LIBRARIES[part][0] for part, record in records.items() if "reason" not in record
+        ]
+        (target / "build.json").write_text(json.dumps(records, indent=1) + "\n")
+
+    def _build(self, part: str, mode: str, work: Path, target: Path) -> dict:
+        """Build one library into ``target``; its record."""
+        library = LIBRARIES[part][0]
         try:
             if mode == "0":
                 raise BuildError("PRO_KERNELS_BUILD=0")
-            record = build_library(work)
-            shutil.copy2(work / LIBRARY, target / f"{LIBRARY}.new")
-            os.replace(target / f"{LIBRARY}.new", target / LIBRARY)  # running programs keep the old
-            self.distribution.has_library = True
+            record = build_library(part, work)
+            shutil.copy2(work / library, target / f"{library}.new")
+            os.replace(target / f"{library}.new", target / library)  # running programs keep the old
+            return record
         except BuildError as error:
-            (target / LIBRARY).unlink(missing_ok=True)  # never an old library with new Python code
-            if mode == "1":
+            (target / library).unlink(missing_ok=True)  # never an old library with new Python code
+            if mode == "1" and not isinstance(error, NotThereError):
                 raise SystemExit(f"PRO_KERNELS_BUILD=1 and the build failed: {error}") from error
-            record = {"reason": str(error)}
-            sys.stderr.write(f"pro_kernels: installing without the native library: {error}\n")
-        (target / "build.json").write_text(json.dumps({"cpu": record}, indent=1) + "\n")
+            sys.stderr.write(f"pro_kernels: installing without {library}: {error}\n")
+            return {"reason": str(error)}
 
     def _target(self) -> Path:
-        """Directory of the library (`lib` inside the package)."""
+        """Directory of the libraries (`lib` inside the package)."""
         if self.inplace or self.editable_mode:
             return ROOT / "pro_kernels" / "lib"
         self.set_undefined_options("build", ("build_lib", "build_lib"))
@@ -199,7 +303,7 @@ class BuildNative(Command):
         return [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.*"))]
 
     def get_outputs(self) -> list[str]:
-        names = [LIBRARY, "build.json"] if self.distribution.has_library else ["build.json"]
+        names = [*self.distribution.native_libraries, "build.json"]
         return [str(self._target() / name) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -207,7 +311,7 @@ class BuildNative(Command):
 
 
 class Build(build):
-    """The usual build, the native library last (build_py must not sweep it away)."""
+    """The usual build, the native libraries last (build_py must not sweep it away)."""
 
     sub_commands = [*build.sub_commands, ("build_native", None)]
 
@@ -217,22 +321,22 @@ class BdistWheel(bdist_wheel):
 
     def run(self) -> None:
         self.run_command("build")
-        self.root_is_pure = not self.distribution.has_library
+        self.root_is_pure = not self.distribution.native_libraries
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
-        # The library does not know about Python: only the platform matters.
-        return ("py3", "none", platform if self.distribution.has_library else "any")
+        # The libraries do not know about Python: only the platform matters.
+        return ("py3", "none", platform if self.distribution.native_libraries else "any")
 
 
 class NativeDistribution(Distribution):
-    """Knows whether the library was built (set by BuildNative)."""
+    """Knows which libraries were built (set by BuildNative)."""
 
-    has_library = False
+    native_libraries: list[str] = []
 
     def has_ext_modules(self) -> bool:
-        return self.has_library
+        return bool(self.native_libraries)
 
 
 setup(

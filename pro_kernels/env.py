@@ -28,7 +28,8 @@ def report() -> dict:
         "devices": {
             str(device): {
                 "backends": {
-                    name: backends.refusal(name, device, torch.bfloat16) or "usable"
+                    name: backends.refusal(name, device, torch.bfloat16)
+                    or f"usable{_only_when_named(name, device)}"
                     for name in backends.ORDER
                 },
                 "auto": backends.resolve("auto", device, torch.bfloat16),
@@ -76,6 +77,11 @@ def run(as_json: bool) -> int:
         for key, value in details.items():
             print(f"{name} {key}: {value}")
     return 0
+
+
+def _only_when_named(name: str, device: torch.device) -> str:
+    reason = backends.not_by_itself(name, device)
+    return f"; auto passes it over: {reason}" if reason else ""
 
 
 def _version(package: str) -> str | None:

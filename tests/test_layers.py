@@ -24,7 +24,9 @@ ALLOWED = {
     "checks": set(),
     "backends": {"backends", "options"},
     "backends.torch": {"options"},
-    "backends.cpu": {"options"},
+    "backends.native": {"options"},
+    "backends.cpu": {"backends.native", "options"},
+    "backends.cuda": {"backends.native", "options"},
     "backends.triton": {"options", "backends.triton"},
     "head": {"column_filter", "matmul", "options"},
     "ops": {"backends", "head", "layout", "options"},
@@ -85,7 +87,7 @@ def test_imports_go_down(name, path):
 
 
 def test_backends_never_import_each_other():
-    names = {"torch", "cpu", "triton"}
+    names = {"torch", "cpu", "cuda", "triton"}
     for name, path in modules():
         if name.startswith("backends.") and name != "backends.__init__":
             own = name.split(".")[1]

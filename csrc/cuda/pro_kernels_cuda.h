@@ -68,7 +68,7 @@ PK_EXPORT int32_t pk_cuda_gather_rows(int32_t in_dtype, const void* in, int64_t 
 
 // out[rows[i]] = sum of weights[i] * side[i] over the tokens of that row, in fp32, rounded once.
 // `by_row` null: every row occurs once. Otherwise a stable argsort of `rows`: the tokens of a row
-// are added in their own order. Rows of `out` without a token are not written.
+// are added in their own order, to what `out` holds. Rows of `out` without a token are not written.
 PK_EXPORT int32_t pk_cuda_scatter_rows(int32_t side_dtype, const void* side, int64_t side_stride,
                                        const float* weights, const int64_t* rows,
                                        const int64_t* by_row, int64_t n, int64_t width,

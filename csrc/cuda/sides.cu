@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(kThreads)
   while (by_row && end < n && rows[by_row[end]] == row) ++end;
   for (int64_t c = threadIdx.x * kEight; c < width; c += kThreads * kEight) {
     float sum[kEight] = {};
+    if (by_row) load_eight(out, row, c, width, sum);
     for (int64_t at = first; at < end; ++at) {
       const int64_t i = by_row ? by_row[at] : at;
       const float weight = weights[i];

@@ -5,11 +5,18 @@ Every backend module has the same names: ``NAME``, ``DTYPES`` (logits it takes),
 ``logp``, ``residual_``, ``logits_grad``, ``ranking`` (contract: ``backends/torch.py``). They never
 import each other. ``auto`` walks ``ORDER`` and keeps every refusal; an explicit choice never falls
 back. A new backend is its module and one entry in ``ORDER``.
+
+Optional, and used by ``head.py`` where a backend has them: ``gather_rows``, ``scatter_rows``,
+``target_logits`` for the thin sides, and ``score`` with ``scores_fused``: log-probs straight from
+hidden states and weight. A backend with kernels of its own for GPUs lists in ``VERIFIED`` the cards
+that its tests passed on; while that is empty ``auto`` does not pick it there, unless
+``PRO_KERNELS_UNVERIFIED=1``.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 from torch import device as Device
@@ -18,9 +25,7 @@ from torch import dtype as DType
 from pro_kernels.options import constant_while_compiling
 
 # Fastest first; on a GPU "cpu" refuses.
-ORDER = ("cpu", "triton", "torch")
-# Usable, but only when asked for by name.
-_NOT_BY_ITSELF = {("triton", "cpu"): "on CPU tensors it runs interpreted, only when named"}
+ORDER = ("cpu", "cuda", "triton", "torch")
 
 
 def get(name: str) -> ModuleType:
@@ -43,6 +48,29 @@ def refusal(name: str, device: Device, dtype: DType, candidates: int | None = No
     return reason
 
 
+def passed_over(
+    name: str, device: Device, dtype: DType, candidates: int | None = None
+) -> str | None:
+    """Why ``auto`` does not take ``name``: it cannot serve, or only those who name it get it."""
+    return refusal(name, device, dtype, candidates) or not_by_itself(name, device)
+
+
+def not_by_itself(name: str, device: Device) -> str | None:
+    """Why ``auto`` leaves a backend that could serve to those who name it (None: it does not)."""
+    if device.type == "cpu":
+        return "on CPU tensors it runs interpreted, only when named" if name == "triton" else None
+    if getattr(get(name), "VERIFIED", None) == () and not _unverified_allowed():
+        return "its kernels never ran on a GPU: only when named, or with PRO_KERNELS_UNVERIFIED=1"
+    return None
+
+
+def _unverified_allowed() -> bool:
+    choice = os.environ.get("PRO_KERNELS_UNVERIFIED", "0")
+    if choice not in ("0", "1"):
+        raise ValueError(f"PRO_KERNELS_UNVERIFIED must be 0 or 1, got {choice!r}")
+    return choice == "1"
+
+
 @constant_while_compiling
 def resolve(choice: str, device: Device, dtype: DType, candidates: int | None = None) -> str:
     """Name of the backend that serves the request.
@@ -53,9 +81,7 @@ def resolve(choice: str, device: Device, dtype: DType, candidates: int | None = 
     if choice == "auto":
         reasons = {}
         for name in ORDER:
-            reasons[name] = _NOT_BY_ITSELF.get((name, device.type)) or refusal(
-                name, device, dtype, candidates
-            )
+            reasons[name] = passed_over(name, device, dtype, candidates)
             if reasons[name] is None:
                 return name
         raise ValueError(f"no backend can serve {device} {dtype}: {reasons}")

@@ -11,32 +11,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import pro_kernels.backends.native as native
 from pro_kernels.options import LogitOptions, RankingOptions
 
 NAME = "cpu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = native.DTYPES
 MAX_CANDIDATES = None  # any n
 
-_LIB = Path(__file__).resolve().parent.parent / "lib"
-_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}  # DType in csrc/cpu/dtype.h
+_LIB = native.LIB
 
-# The C ABI (csrc/cpu/pro_kernels_cpu.h), name -> (result, arguments); "p" is a pointer.
+# The C ABI (csrc/cpu/pro_kernels_cpu.h); see native.open_library.
 _ABI = 1
-_TYPES = {
-    "p": ctypes.c_void_p,
-    "i": ctypes.c_int32,
-    "l": ctypes.c_int64,
-    "f": ctypes.c_float,
-    "d": ctypes.c_double,
-    "s": ctypes.c_char_p,
-}
 _SIGNATURES = {
     "pk_cpu_abi": ("i", ""),
     "pk_cpu_isa": ("s", ""),
@@ -69,11 +60,7 @@ def library_path() -> Path:
 
 def build_info() -> dict:
     """How the library was built, or why not: compiler, flags, instruction sets, reason."""
-    try:
-        return json.loads((_LIB / "build.json").read_text())["cpu"]
-    except FileNotFoundError:
-        command = "python setup.py build_native --inplace"
-        return {"reason": f"never built ({command}, or pip install)"}
+    return native.build_info(_LIB, "cpu")
 
 
 def details() -> dict[str, str]:
@@ -116,14 +103,14 @@ def logp(
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Read-only statistics of each row: ``(logp, lse, entropy or None)``, each ``(N,)`` fp32."""
-    logits = _unit_stride(logits)
-    targets = _vector(targets, torch.int64, logits)
-    exact = _optional(target_logits, torch.float32, logits)
-    out = [_empty(logits) for _ in range(3 if entropy else 2)]
+    logits = native.unit_stride(logits)
+    targets = native.vector(targets, torch.int64, logits)
+    exact = native.optional(target_logits, torch.float32, logits)
+    out = [native.empty(logits) for _ in range(3 if entropy else 2)]
     _library().pk_cpu_logp(
-        *_matrix(logits),
+        *native.matrix(logits),
         targets.data_ptr(),
-        _pointer(exact),
+        native.pointer(exact),
         options.logit_scale,
         options.softcap or 0.0,
         out[0].data_ptr(),
@@ -142,14 +129,14 @@ def residual_(
     options: LogitOptions,
 ) -> tuple[Tensor, Tensor]:
     """Overwrite ``logits`` with ``d logp / d raw`` (unweighted); return ``(logp, lse)``."""
-    _check_writable("logits", logits)
-    targets = _vector(targets, torch.int64, logits)
-    exact = _optional(target_logits, torch.float32, logits)
-    logps, lse = _empty(logits), _empty(logits)
+    native.check_writable("logits", logits)
+    targets = native.vector(targets, torch.int64, logits)
+    exact = native.optional(target_logits, torch.float32, logits)
+    logps, lse = native.empty(logits), native.empty(logits)
     _library().pk_cpu_residual(
-        *_matrix(logits),
+        *native.matrix(logits),
         targets.data_ptr(),
-        _pointer(exact),
+        native.pointer(exact),
         options.logit_scale,
         options.softcap or 0.0,
         logps.data_ptr(),
@@ -173,23 +160,18 @@ def logits_grad(
     """``weights * d logp / d raw`` for these columns; rows with a negative target become 0."""
     if out is None:
         out = logits.new_empty(logits.shape)
-    _check_writable("out", out)
-    if out.shape != logits.shape or out.dtype != logits.dtype:
-        raise ValueError(
-            f"out must be {tuple(logits.shape)} {logits.dtype} like logits, got "
-            f"{tuple(out.shape)} {out.dtype}"
-        )
-    logits = _unit_stride(logits)
-    lse = _vector(lse, torch.float32, logits)
-    targets = _vector(targets, torch.int64, logits)
-    weights = _optional(weights, torch.float32, logits)
-    exact = _optional(target_logits, torch.float32, logits)
+    native.check_gradient(out, logits)
+    logits = native.unit_stride(logits)
+    lse = native.vector(lse, torch.float32, logits)
+    targets = native.vector(targets, torch.int64, logits)
+    weights = native.optional(weights, torch.float32, logits)
+    exact = native.optional(target_logits, torch.float32, logits)
     _library().pk_cpu_logits_grad(
-        *_matrix(logits),
+        *native.matrix(logits),
         lse.data_ptr(),
         targets.data_ptr(),
-        _pointer(weights),
-        _pointer(exact),
+        native.pointer(weights),
+        native.pointer(exact),
         first_column,
         options.logit_scale,
         options.softcap or 0.0,
@@ -212,46 +194,11 @@ def ranking(
     options: RankingOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ranking loss and its closed-form gradient: terms (B, n), sums (S,), row weights (N,)."""
-    logps, prompt_weights = _dense(logps, torch.float32), _dense(prompt_weights, torch.float32)
-    offsets, lengths = _dense(offsets, torch.int64), _dense(lengths, torch.int64)
-    order, sft_rank = _dense(order, torch.int64), _dense(sft_rank, torch.int64)
-    rewards = None if rewards is None else _dense(rewards, torch.float32)
-    prompts, n = order.shape
-    sequences = lengths.shape[0]
-    assert offsets.shape == (sequences + 1,), (offsets.shape, lengths.shape)
-    assert sft_rank.shape == prompt_weights.shape == (prompts,), (sft_rank.shape, order.shape)
-    assert rewards is None or rewards.shape == order.shape, order.shape
-    # Made like logps, fp32 on the CPU, whatever torch's default dtype and device are.
-    terms = logps.new_empty(prompts, n)
-    sums = logps.new_empty(sequences)
-    row_weights = logps.new_empty(logps.shape[0])
-    o = options
-    _library().pk_cpu_ranking(
-        logps.data_ptr(),
-        logps.shape[0],
-        offsets.data_ptr(),
-        lengths.data_ptr(),
-        sequences,
-        order.data_ptr(),
-        prompts,
-        n,
-        _pointer(rewards),
-        sft_rank.data_ptr(),
-        prompt_weights.data_ptr(),
-        o.length_normalize,
-        o.tau,
-        o.skip_ties,
-        o.eps,
-        o.sft_weight,
-        o.sft_mean,
-        -1 if o.top_k is None else o.top_k,
-        o.single_sft,
-        terms.data_ptr(),
-        sums.data_ptr(),
-        row_weights.data_ptr(),
-        torch.get_num_threads(),
+    call = native.ranking_call(
+        logps, offsets, lengths, order, rewards, sft_rank, prompt_weights, options
     )
-    return terms, sums, row_weights
+    _library().pk_cpu_ranking(*call.arguments, torch.get_num_threads())
+    return call.outputs
 
 
 @functools.cache
@@ -260,16 +207,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     path = library_path()
     if not path.exists():
         return None, f"{path.name} was not built: {build_info().get('reason', 'unknown reason')}"
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype = _TYPES[result] if result else None
-            function.argtypes = [_TYPES[a] for a in arguments]
-    except (OSError, AttributeError) as error:
-        return None, f"{path} does not load: {error}"
-    if library.pk_cpu_abi() != _ABI:
-        return None, f"{path} is of another version (ABI {library.pk_cpu_abi()}, need {_ABI})"
+    library, reason = native.open_library(path, _SIGNATURES, "pk_cpu_abi", _ABI)
+    if library is None:
+        return None, reason
     forced = os.environ.get("PRO_KERNELS_CPU_ISA")
     if forced and library.pk_cpu_set_isa(forced.encode()):
         return None, f"PRO_KERNELS_CPU_ISA={forced}: not in this build or not on this processor"
@@ -281,43 +221,3 @@ def _library() -> ctypes.CDLL:
     if library is None:
         raise RuntimeError(reason)
     return library
-
-
-def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Arguments that describe logits: dtype, pointer, rows, columns, row stride."""
-    rows, columns = x.shape
-    return _CODES[x.dtype], x.data_ptr(), rows, columns, x.stride(0)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _check_writable(name: str, x: Tensor) -> None:
-    rows, columns = x.shape
-    if (columns > 1 and x.stride(1) != 1) or (rows > 1 and x.stride(0) < columns):
-        raise ValueError(
-            f"{name} of shape {tuple(x.shape)} must have unit stride along V and rows that do not "
-            f"overlap, got strides {x.stride()}"
-        )
-
-
-def _vector(x: Tensor, dtype: torch.dtype, logits: Tensor) -> Tensor:
-    assert x.shape[0] == logits.shape[0] and x.dim() == 1, (x.shape, logits.shape)
-    return _dense(x, dtype)
-
-
-def _optional(x: Tensor | None, dtype: torch.dtype, logits: Tensor) -> Tensor | None:
-    return None if x is None else _vector(x, dtype, logits)
-
-
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.contiguous() if x.dtype == dtype else x.to(dtype).contiguous()
-
-
-def _empty(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.float32)
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

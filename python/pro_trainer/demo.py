@@ -140,7 +140,7 @@ def print_table(
 def print_refusals(device: torch.device, dtype: torch.dtype) -> None:
     """Which backends could serve here, and why the others cannot."""
     for name in pk.backends.ORDER:
-        reason = pk.backends.refusal(name, device, dtype)
+        reason = pk.backends.passed_over(name, device, dtype)
         print(f"  backend {name}: {'usable' if reason is None else reason}")
 
 

@@ -232,7 +232,7 @@ def describe_backend(config: LossOptions, device: torch.device, dtype: torch.dty
     refused = {}
     if config.loss_impl == "auto":
         before = pk.backends.ORDER[: pk.backends.ORDER.index(chosen)]
-        refused = {name: pk.backends.refusal(name, device, dtype) for name in before}
+        refused = {name: pk.backends.passed_over(name, device, dtype) for name in before}
     return f"fused, backend {chosen}" + "".join(f"; not {k}: {v}" for k, v in refused.items())
 
 

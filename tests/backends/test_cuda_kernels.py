@@ -478,14 +478,14 @@ def test_gather_and_scatter(dtype, out_dtype, width):
 
 @dtypes
 def test_scatter_of_shared_rows(dtype):
-    """Each row is the fp32 sum of its tokens in their order, rounded once."""
+    """Each row is what it holds and its tokens, added in fp32 in their order, rounded once."""
     rows = torch.tensor([3, 1, 3, 3, 0, 1, 6, 3])
     by_row = torch.sort(rows, stable=True).indices
     weights = torch.randn(8)
     for side in _views(8, 1000, dtype):
-        out = torch.zeros(7, 1000, dtype=dtype)
+        out = torch.randn(7, 1000).to(dtype)
+        want = out.float()
         calls.scatter_rows(side, weights, rows, out, by_row)
-        want = torch.zeros(7, 1000)
         for i, row in enumerate(rows):
             want[row] += weights[i] * side[i].float()
         assert torch.equal(out, want.to(dtype))
