@@ -43,10 +43,7 @@ _ARM64 = {"neon": []}
 ISAS = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM64, "arm64": _ARM64}
 COMMON_SOURCES = ("dispatch", "logits", "ranking")
 
-CUDA_FLAGS = (
-    "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden -I csrc/include "
-    "-I csrc/cuda"
-).split()
+CUDA_FLAGS = "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden".split()
 # Machine code for these, and PTX (compute_*) for what comes later.
 CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100", "compute_100")
 
@@ -176,12 +173,11 @@ def plan_cuda(work: Path) -> dict:
 def write_cuda_ninja(spec: dict, work: Path) -> None:
     """One object per source, then one shared library with the CUDA run-time library inside."""
     flags = [*spec["flags"], *map(gencode, spec["targets"])]
-    flags = [f"-I{ROOT / f}" if f.startswith("csrc/") else f for f in flags if f != "-I"]
     names = " ".join(spec["targets"])
     flags.append(f"'-DPK_CUDA_TARGETS=\"{names}\"'")
     units = sorted(p.stem for p in CUDA_SOURCES.glob("*.cu"))
     lines = [
-        f"compiler = {spec['compiler']}",
+        f"compiler = {shlex.quote(spec['compiler'])}".replace("$", "$$"),
         "rule compile",
         f"  command = $compiler {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",

@@ -18,6 +18,10 @@ CPU = ROOT / "csrc" / "cpu"
 LIBRARY = "pro_kernels/lib/libpro_kernels_cpu.so"
 RECORD = "pro_kernels/lib/build.json"
 
+_SETTINGS = (
+    "CXX", "CUDA_HOME", "PRO_KERNELS_BUILD", "PRO_KERNELS_NVCC", "PRO_KERNELS_CUDA_ARCHS",
+)  # fmt: skip
+
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
 
 
@@ -37,7 +41,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def _python(tree: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
-    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "PRO_KERNELS_BUILD")}
+    clean = {k: v for k, v in os.environ.items() if k not in _SETTINGS}
     return subprocess.run(
         [sys.executable, *args], cwd=tree, env={**clean, **env}, capture_output=True, text=True
     )
@@ -149,6 +153,77 @@ def test_compile_error_is_kept_or_raised(tree):
     assert "broken on purpose" in json.loads((tree / RECORD).read_text())["cpu"]["reason"]
     done = _build_in_place(tree, PRO_KERNELS_BUILD="1")
     assert done.returncode != 0 and "broken on purpose" in done.stderr
+
+
+FAKE_NVCC = """#!/bin/sh
+case "$*" in
+  --version) echo "Cuda compilation tools, release 12.4, V12.4.1" ;;
+  --list-gpu-arch) echo compute_80; echo compute_90 ;;
+  --list-gpu-code) echo sm_80; echo sm_90 ;;
+  *BROKEN*) echo "broken on purpose"; exit 1 ;;
+  *) echo "$*" >> "$CALLS"; while [ "$1" != -o ]; do shift; done; echo built > "$2" ;;
+esac
+"""
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path: Path) -> dict[str, str]:
+    """Settings under which no C++ compiler is found and nvcc only writes down how it was called."""
+    if not shutil.which("ninja"):
+        pytest.skip("no ninja on PATH")
+    script = tmp_path / "my nvcc"
+    script.write_text(FAKE_NVCC)
+    script.chmod(0o755)
+    return {
+        "PRO_KERNELS_NVCC": str(script),
+        "CXX": "/nowhere/c++",
+        "CALLS": str(tmp_path / "calls"),
+    }
+
+
+CUDA_LIBRARY = LIBRARY.replace("cpu", "cuda")
+
+
+def _cuda_record(tree: Path) -> dict:
+    return json.loads((tree / RECORD).read_text())["cuda"]
+
+
+def test_cuda_is_built_for_what_nvcc_knows_and_without_the_cpu_library(tree, fake_nvcc):
+    done = _build_in_place(tree, **fake_nvcc)
+    assert done.returncode == 0, done.stderr
+    assert (tree / CUDA_LIBRARY).read_text() == "built\n" and not (tree / LIBRARY).exists()
+    record = _cuda_record(tree)
+    assert record["targets"] == ["sm_80", "sm_90a"] and "release 12.4" in record["version"]
+    *compiled, linked = Path(fake_nvcc["CALLS"]).read_text().splitlines()
+    assert len(compiled) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
+    for call in compiled:
+        assert "-gencode=arch=compute_80,code=sm_80" in call and "compute_90a,code=sm_90a" in call
+    assert "-cudart static" in linked
+    assert json.loads((tree / RECORD).read_text())["cpu"]["reason"]
+
+
+def test_cuda_targets_can_be_chosen(tree, fake_nvcc):
+    done = _build_in_place(tree, **fake_nvcc, PRO_KERNELS_CUDA_ARCHS="sm_120 compute_120")
+    assert done.returncode == 0, done.stderr
+    assert _cuda_record(tree)["targets"] == ["sm_120", "compute_120"]
+    assert "-gencode=arch=compute_120,code=compute_120" in Path(fake_nvcc["CALLS"]).read_text()
+    done = _build_in_place(tree, **fake_nvcc, PRO_KERNELS_CUDA_ARCHS="hopper")
+    assert "'hopper'" in _cuda_record(tree)["reason"] and not (tree / CUDA_LIBRARY).exists()
+
+
+def test_a_failing_nvcc_is_kept_or_raised(tree, fake_nvcc):
+    (tree / "csrc" / "cuda" / "BROKEN.cu").write_text("")
+    done = _build_in_place(tree, **fake_nvcc)
+    assert done.returncode == 0 and "broken on purpose" in _cuda_record(tree)["reason"]
+    missing = {**fake_nvcc, "PRO_KERNELS_NVCC": "/nowhere/nvcc"}
+    _build_in_place(tree, **missing)
+    assert "PRO_KERNELS_NVCC=/nowhere/nvcc" in _cuda_record(tree)["reason"]
+
+
+def test_no_nvcc_is_a_reason_and_never_an_error(tree, tmp_path):
+    done = _build_in_place(tree, PATH=_without_compiler(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert _cuda_record(tree)["reason"].startswith("no CUDA compiler found")
 
 
 STRICT = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]

@@ -151,8 +151,7 @@ def cuda_rows(usage: str, elf: str, demangle=lambda names: names) -> list[dict]:
 
 def _split(signature: str) -> tuple[str, str]:
     """``(kernel, template arguments)`` of a demangled function."""
-    text = signature.split("(anonymous namespace)::")[-1].removeprefix("void ")
-    found = re.match(r"(?:[\w]+::)*(\w+)(?:<(.*)>)?\(", text)
+    found = re.search(r"(\w+)(?:<([^()]*)>)?\((?!anonymous)", signature)
     return (found[1], found[2] or "") if found else (signature, "")
 
 
