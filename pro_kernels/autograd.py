@@ -72,6 +72,7 @@ class HeadLogps(torch.autograd.Function):
             plan.need_hidden,
             call.grad_filter,
             budget=plan.budget,
+            score_only=plan.tier == "T0",
         )
         # All of dZ0 at hand: the backward does without the weight, which may be re-sharded by then.
         whole = plan.retained >= targets.shape[0] or not plan.need_weight

@@ -75,6 +75,23 @@ class Head:
             torch.sum(w.mul_(x[at]), 1, out=exact[at])
         return exact if self.bias is None else exact + self.bias[targets].float()
 
+    def scores_fused(self, rows: int) -> bool:
+        """Whether the backend's matmul with a log-sum-exp behind it serves, and is the faster."""
+        measured = getattr(self.backend, "scores_fused", None)
+        shape = rows, self.hidden.shape[1], self.weight.shape[0]
+        return measured is not None and measured(*shape, self.compute_dtype, self.hidden.device)
+
+    def score(
+        self, rows: Tensor, targets: Tensor, chunk: int, logps: Tensor, stats: Tensor
+    ) -> None:
+        """Log-probs and log-sum-exps straight from hidden states: no logit is ever written."""
+        for i in range(0, rows.shape[0], chunk):
+            at = slice(i, i + chunk)
+            x = self.rows_of(rows[at])
+            logps[at], stats[0, at] = self.backend.score(
+                x, self.weight, self.bias, targets[at], options=self.options
+            )
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -166,9 +183,13 @@ def forward(
     logps: Tensor,  # (N,) fp32 to fill
     stats: Tensor,  # (1 or 2, N) fp32 to fill: log-sum-exp; raw target logit if rounded
     kept: Kept | None = None,  # to fill; None: every column stays
+    score_only: bool = False,  # no backward will come
 ) -> None:
     """Log-probs of all rows, chunk by chunk, and what the backward will need."""
     n, vocab = rows.shape[0], head.weight.shape[0]
+    if score_only and head.scores_fused(n):
+        head.score(rows, targets, chunk, logps, stats)
+        return
     retained = min(residual.shape[0], n)
     wide = head.logits_dtype != head.compute_dtype
     scratch = None

@@ -191,6 +191,7 @@ def head_logps(
     grad_filter: float | None,
     *,
     budget: int = 0,  # that of the plan, for its error message
+    score_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
 
@@ -220,6 +221,7 @@ def head_logps(
             logps=compact,
             stats=stats[:, :n],
             kept=kept,
+            score_only=score_only,
         )
         if live is not None:
             logps.zero_().index_copy_(0, live, compact)
@@ -247,6 +249,7 @@ def _(
     grad_filter,
     *,
     budget=0,
+    score_only=False,
 ):
     h = head.Head(hidden, weight, bias, None, None, compute_dtype, logits_dtype)
     return _head_buffers(h, targets, chunk, retained, need_hidden, grad_filter)

@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 pytest.importorskip("triton")
 
+import pro_kernels as pk  # noqa: E402
+from cases import Case  # noqa: E402
 from pro_kernels import backends  # noqa: E402
 from pro_kernels.options import LogitOptions  # noqa: E402
 
@@ -227,3 +229,32 @@ def test_the_crossover_is_measured_or_forced(monkeypatch):
     monkeypatch.setenv("PRO_KERNELS_SCORE", "yes")
     with pytest.raises(ValueError, match="PRO_KERNELS_SCORE must be fused, matmul or auto.*'yes'"):
         triton_backend.scores_fused(*shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_scoring_through_the_public_function(dtype, budget, monkeypatch):
+    """Where asked for, calls without gradients take ``score``; those with gradients never do."""
+    case = Case("score", B=2, n=2, T=9, H=32, V=75, bias=True)
+    hidden, weight, bias, targets, _ = case.tensors()
+    exact = pk.reference.linear_token_logps(
+        *(x.to(dtype).double() for x in (hidden, weight)), targets, bias=bias.to(dtype).double()
+    )
+    inputs = [x.to(dtype) for x in (hidden, weight)]
+    calls = []
+    own = triton_backend.score
+    monkeypatch.setattr(
+        triton_backend, "score", lambda *a, **k: calls.append(len(a[0])) or own(*a, **k)
+    )
+    monkeypatch.setenv("PRO_KERNELS_SCORE", "fused")
+    options = {"bias": bias.to(dtype), "backend": "triton", "budget": budget}
+    got = pk.linear_token_logps(*inputs, targets, **options)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-5)
+    assert sum(calls) == (targets >= 0).sum()
+    calls.clear()
+    monkeypatch.setenv("PRO_KERNELS_SCORE", "auto")  # nothing is measured yet
+    pk.linear_token_logps(*inputs, targets, **options)
+    monkeypatch.setenv("PRO_KERNELS_SCORE", "fused")
+    inputs[1].requires_grad_()
+    pk.linear_token_logps(*inputs, targets, **options)
+    assert not calls
