@@ -116,16 +116,19 @@ class Kept:
 
     def choose(
         self, chunk: int, residual: Tensor, targets: Tensor, weight: Tensor, at: slice
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose a chunk's columns; its dZ0, compacted in place, the dropped mass and u."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Choose a chunk's columns; its dZ0, compacted in place, and the dropped mass and u."""
         chosen = column_filter.select(residual, targets, self.tau)
+        if chosen is None:
+            self.counts[chunk] = residual.shape[1]
+            return residual, None
         count = chosen.columns.shape[0]
         u, radius = column_filter.center(weight, chosen.shares)
         self.columns[chunk, :count] = chosen.columns
         self.counts[chunk] = count
         mass = chosen.mass
         self.dropped[:, at] = torch.stack([mass, chosen.square, mass * radius])
-        return column_filter.compact_(residual, chosen.columns), mass, u
+        return column_filter.compact_(residual, chosen.columns), (mass, u)
 
     def spread_dropped(self, live: Tensor) -> None:
         """Move ``dropped`` from compact order to the positions ``live``."""
@@ -138,9 +141,10 @@ class Kept:
         one = slice(chunk, chunk + 1)
         return Kept(self.tau, self.columns[one], self.counts[one], self.dropped[:, at])
 
-    def of(self, chunk: int) -> Tensor:
-        """The columns of a chunk, (kept,)."""
-        return self.columns[chunk, : int(self.counts[chunk])]
+    def of(self, chunk: int) -> Tensor | None:
+        """The columns of a chunk, (kept,); None where all stay."""
+        count = int(self.counts[chunk])
+        return None if count == self.columns.shape[1] else self.columns[chunk, :count]
 
 
 @dataclass(frozen=True)
@@ -211,15 +215,16 @@ def forward(
         logps[start:stop], stats[0, start:stop] = logp, lse
         if exact is not None:
             stats[1, start:stop] = exact
-        dz, weight = logits, head.weight
+        dz, weight, lost = logits, head.weight, None
         if kept is not None:
-            dz, mass, u = kept.choose(i, logits, t, weight, slice(start, stop))
-            weight = weight.index_select(0, kept.of(i)) if need_hidden else weight
+            dz, lost = kept.choose(i, logits, t, weight, slice(start, stop))
+            weight = _take(weight, kept.of(i)) if need_hidden else weight
         if keep and wide:
             dz = residual[start:stop, : dz.shape[1]].copy_(dz)
         if need_hidden:
             matmul.hidden_grad(dz.to(head.compute_dtype), weight, side[start:stop])
-            if kept is not None:  # off the target the entries of dZ0 have the sign of -logit_scale
+            if lost is not None:  # off the target the entries of dZ0 have the sign of -logit_scale
+                mass, u = lost
                 mass = mass.to(side.dtype).mul_(-1 if head.options.logit_scale > 0 else 1)
                 side[start:stop].addr_(mass, u.to(side.dtype))
 
@@ -283,21 +288,23 @@ def _kept_chunks(
     residual: Tensor,
     stats: Tensor,
     kept: Kept,
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
     """The rows, kept columns and compact dZ0 of each chunk, computed again where not retained."""
     for i, (start, stop) in enumerate(_chunks(rows.shape[0], chunk, retained)):
-        at, columns = slice(start, stop), kept.of(i)
+        at, columns, count = slice(start, stop), kept.of(i), int(kept.counts[i])
         if start < retained:
-            yield at, columns, residual[at, : columns.shape[0]]
+            yield at, columns, residual[at, :count]
             continue
-        dz = residual.new_empty(stop - start, columns.shape[0], dtype=head.logits_dtype)
-        bias = None if head.bias is None else head.bias.index_select(0, columns)
-        weight = head.weight.index_select(0, columns)
-        matmul.logits_into(dz, head.rows_of(rows[at]), weight, bias)
+        dz = residual.new_empty(stop - start, count, dtype=head.logits_dtype)
+        bias = None if head.bias is None else _take(head.bias, columns)
+        matmul.logits_into(dz, head.rows_of(rows[at]), _take(head.weight, columns), bias)
+        t = targets[at]
+        if columns is not None:
+            t = torch.searchsorted(columns, t.to(columns.dtype))
         head.backend.logits_grad(
             dz,
             stats[0, at],
-            torch.searchsorted(columns, targets[at].to(columns.dtype)),
+            t,
             None,
             target_logits=stats[1, at] if head.logits_dtype.itemsize < 4 else None,
             options=head.options,
@@ -306,15 +313,29 @@ def _kept_chunks(
         yield at, columns, dz.to(head.compute_dtype)
 
 
+def _take(x: Tensor, columns: Tensor | None) -> Tensor:
+    """The rows ``columns`` of ``x (V, ...)``; None: all."""
+    return x if columns is None else x.index_select(0, columns)
+
+
 def add_kept(
-    columns: Tensor,  # (kept,)
+    columns: Tensor | None,  # (kept,); None: all
     dz: Tensor,  # (rows, kept)
     xw: Tensor,  # (rows, H)
     row_weights: Tensor,  # (rows,)
     out: Tensor | None,  # (V, H)
     bias_out: Tensor | None,  # (V,)
 ) -> None:
-    """Add a chunk's dW and dbias to the columns it kept, in the dtype of ``out``."""
+    """Add a chunk's dW and dbias to the columns it kept, in the dtype of ``out``.
+
+    A 16-bit ``out`` is for a single chunk, and all zeros.
+    """
+    if columns is None:
+        if out is not None:
+            matmul.weight_grad(dz, xw, out, accumulate=out.itemsize >= 4)
+        if bias_out is not None:
+            bias_out += bias_grad(dz, row_weights).to(bias_out.dtype)
+        return
     if out is not None:
         part = out.new_empty(columns.shape[0], xw.shape[1])
         out.index_add_(0, columns, matmul.weight_grad(dz, xw, part, accumulate=False))
@@ -447,8 +468,8 @@ def pro_forward(
             w = weights[at] = row_weights[at]
             xw = head.weighted_rows(rows[at], w)
             if kept is not None:
-                columns = kept.of(i)
-                add_kept(columns, residual[:, : len(columns)], xw, w, d_weight, d_bias)
+                dz = residual[:, : int(kept.counts[i])]
+                add_kept(kept.of(i), dz, xw, w, d_weight, d_bias)
             else:
                 matmul.weight_grad(residual, xw, d_weight, accumulate=True)
                 if d_bias is not None:
