@@ -104,9 +104,13 @@ def check_finite(name: str, value: Tensor, mask: Tensor | None) -> None:
 
 
 def check_gaps(rewards: Tensor, valid: Tensor, equal_allowed: bool) -> None:
-    """Reward gaps of each prompt are finite and, of two candidates or more, not all 0 (CPU)."""
-    low = rewards.masked_fill(~valid, torch.inf).amin(1)
-    high = rewards.masked_fill(~valid, -torch.inf).amax(1)
+    """Rewards (B, n) are finite, their gaps too and, of two candidates or more, not all 0 (CPU)."""
+    low = torch.where(valid, rewards, torch.inf).amin(1)
+    high = torch.where(valid, rewards, -torch.inf).amax(1)
+    gap = high - low
+    if ((gap > 0) & (gap < torch.inf)).all():  # what nearly every batch is; NaN is not
+        return
+    check_finite("rewards", rewards, valid)
     several = valid.sum(1) > 1
     wide = several & ~(high - low).isfinite()
     if wide.any():

@@ -141,9 +141,12 @@ class Kept:
         one = slice(chunk, chunk + 1)
         return Kept(self.tau, self.columns[one], self.counts[one], self.dropped[:, at])
 
+    def count(self, chunk: int) -> int:
+        return int(self.counts[chunk])
+
     def of(self, chunk: int) -> Tensor | None:
         """The columns of a chunk, (kept,); None where all stay."""
-        count = int(self.counts[chunk])
+        count = self.count(chunk)
         return None if count == self.columns.shape[1] else self.columns[chunk, :count]
 
 
@@ -291,7 +294,7 @@ def _kept_chunks(
 ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
     """The rows, kept columns and compact dZ0 of each chunk, computed again where not retained."""
     for i, (start, stop) in enumerate(_chunks(rows.shape[0], chunk, retained)):
-        at, columns, count = slice(start, stop), kept.of(i), int(kept.counts[i])
+        at, columns, count = slice(start, stop), kept.of(i), kept.count(i)
         if start < retained:
             yield at, columns, residual[at, :count]
             continue
@@ -468,7 +471,7 @@ def pro_forward(
             w = weights[at] = row_weights[at]
             xw = head.weighted_rows(rows[at], w)
             if kept is not None:
-                dz = residual[:, : int(kept.counts[i])]
+                dz = residual[:, : kept.count(i)]
                 add_kept(kept.of(i), dz, xw, w, d_weight, d_bias)
             else:
                 matmul.weight_grad(residual, xw, d_weight, accumulate=True)

@@ -431,8 +431,11 @@ def check_range(targets: Tensor, vocab: int) -> None:
     On a GPU the check is queued with ``torch._assert_async`` (as ``cross_entropy`` does with its
     device-side assertion): nothing waits, and the error surfaces at the next synchronisation.
     """
+    on_cpu = targets.device.type == "cpu"
+    if on_cpu and targets.numel() and targets.min() >= 0 and targets.max() < vocab:
+        return
     bad = (targets >= vocab) | ((targets < 0) & (targets != IGNORE_INDEX))
-    if targets.device.type == "cpu":
+    if on_cpu:
         if bad.any():
             raise_bad_target(targets, int(bad.nonzero()[0]), vocab, IGNORE_INDEX)
     elif targets.device.type != "meta":

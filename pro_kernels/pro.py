@@ -111,7 +111,7 @@ def _scaled(rewards: Tensor, options: PROOptions, dtype: torch.dtype) -> Tensor:
     """Rewards in the dtype their gaps are taken in: their own if it is fp32, else ``dtype``."""
     if rewards.dtype not in (torch.float32, dtype):
         rewards = rewards.to(dtype)
-    return rewards * options.reward_scale
+    return rewards if options.reward_scale == 1 else rewards * options.reward_scale
 
 
 def _check_arguments(
@@ -153,11 +153,11 @@ def _check_values(
     """Values: looked at on the CPU, queued as asynchronous assertions on a GPU."""
     if rewards is not None:
         known = _valid_on_host(layout, valid, candidate_mask)
-        mask = known if rewards.device.type == "cpu" else valid
-        checks.check_finite("rewards", rewards, mask)
-        by_reward = isinstance(options.temperature, str)
-        if rewards.device.type == "cpu" and known is not None and by_reward:
+        on_cpu = rewards.device.type == "cpu"
+        if on_cpu and known is not None and isinstance(options.temperature, str):
             checks.check_gaps(rewards, known, equal_allowed=options.official)
+        else:
+            checks.check_finite("rewards", rewards, known if on_cpu else valid)
     if prompt_weights is not None:
         good = prompt_weights.isfinite() & (prompt_weights >= 0)
         checks.check_all("prompt_weights must be finite and >= 0", good, prompt_weights)

@@ -40,7 +40,7 @@ ALLOWED = {
     "checks.check_gaps": "called for CPU tensors only",
     "pro._check_official": "only of CPU tensors",
     "planner._meminfo": "text of /proc/meminfo, once a process",
-    "head.Kept.of": "counts are on the CPU; grad_filter waits when it chooses the columns",
+    "head.Kept.count": "counts are on the CPU; grad_filter waits when it chooses the columns",
 }
 
 
