@@ -142,6 +142,7 @@ class Kept:
         return Kept(self.tau, self.columns[one], self.counts[one], self.dropped[:, at])
 
     def count(self, chunk: int) -> int:
+        """How many columns of a chunk stay."""
         return int(self.counts[chunk])
 
     def of(self, chunk: int) -> Tensor | None:
