@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -54,11 +55,15 @@ def _naming_the_budget(function: Callable) -> Callable:
 
     An op that takes a budget writes to nothing but its own outputs: an error drops them.
     """
+    # Where Dynamo is on and an op runs between graphs, it would trace into the body.
+    untraced = torch._disable_dynamo(function)
 
     @functools.wraps(function)
     def run(*args, **kwargs):
+        # ``untraced`` imports Dynamo, a second of work: not for those who do not compile.
+        body = untraced if "torch._dynamo" in sys.modules else function
         try:
-            return function(*args, **kwargs)
+            return body(*args, **kwargs)
         except RuntimeError as error:
             text = str(error)
             short = isinstance(error, torch.OutOfMemoryError) or any(t in text for t in _NO_MEMORY)
@@ -130,6 +135,10 @@ def logits_grad_(
 ) -> None:
     """``logits_grad`` written over the logits."""
     _logits_grad(logits, lse, targets, weights, softcap, logit_scale, backend, logits)
+    # Kernels write through pointers, which autograd does not see; it must find logits that another
+    # node saved, or a second backward of this one, changed.
+    if not logits.is_inference():
+        torch.autograd.graph.increment_version(logits)
 
 
 @_fake(logits_grad_)

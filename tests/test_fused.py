@@ -146,6 +146,20 @@ def test_logits_in(backend, dtype, inplace, poison):
         assert_no_worse(*(r[i] for r in results), floor, name, norm=i > 0)
 
 
+@pytest.mark.parametrize("backend", usable_backends())
+def test_logits_changed_in_place_are_not_used_again_unnoticed(backend):
+    x = torch.randn(4, 50, requires_grad=True)
+    logits = x * 1.0
+    other = logits.square().sum()  # saves the logits
+    logps = pk.token_logps(
+        logits, torch.randint(0, 50, (4,)), backend=backend, inplace_backward=True
+    )
+    torch.autograd.grad(logps.sum(), x, retain_graph=True)
+    for output in (logps.sum(), other):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(output, x)
+
+
 def test_fp32_logits_of_bf16_inputs_are_more_exact():
     hidden = torch.randn(300, 64).bfloat16()
     weight = torch.randn(999, 64).bfloat16()
