@@ -4,18 +4,22 @@ In a trained model most columns have next to no probability in any row of a chun
 (its entries are ``-p_v`` off the target, times the slope of scale and softcap), the columns with
 the smallest largest entry are dropped as long as, in every row r,
 
-    m_r = sum_{v dropped} |dZ0_rv| <= tau
+    m_r = sum_{v dropped} |dZ0_rv| <= tau |logit_scale|
 
-Columns that are a row's target stay. What is left is dense, ``(rows, kept)``, so the two gradient
-matmuls cost ``4 kept / V`` instead of 4 (in units of ``N H V`` flops).
+so that, without a softcap, no row loses more than tau of its probability (with one, probabilities
+count by the softcap's slope: where it is flat they do not reach the gradient). Columns that are a
+row's target stay. What is left is dense, ``(rows, kept)``, so the two gradient matmuls cost
+``4 kept / V`` instead of 4 (in units of ``N H V`` flops).
 
 The rows of dZ0 W keep what the dropped columns have in common: a vector ``u``, the mean of their
 W_v weighted by their largest entries, stands in for each W_v, as ``-m_r u`` (any u is allowed; with
 none the sum over a row of dZ0 would no longer be 0, and what all W_v share would not cancel). For
-row weights w, by the triangle inequality and Cauchy-Schwarz:
+row weights w and the stored dZ0, by the triangle inequality and Cauchy-Schwarz:
 
-    |error of dHidden_r|  <= |w_r| m_r max_{v dropped} |W_v - u|
+    |error of dHidden_r|  <= |w_r| (m_r max_{v dropped} |W_v - u| + |m_r - s_r| |u|)
     |error of dW|_F       <= sum_r |w_r| |x_r| (sum_{v dropped} dZ0_rv^2)^(1/2)
+
+where s_r is m_r as it was summed; ``_SUMS`` bounds what that rounds away.
 
 How many columns stay is known from data only: on a GPU the host waits once a chunk. Nothing else in
 the package does, and nothing does without a filter.
@@ -35,6 +39,9 @@ from torch import Tensor
 _STEPS = 56
 # Leaving out fewer than an eighth of the columns costs more than it saves (measured on a CPU).
 _WORTH_DROPPING = 1 / 8
+# Relative error of a sum over a row: of fp32, or of TF32, which a GPU may be told to multiply in.
+_SUMS = 4 * 2.0**-11
+_TINY = torch.finfo(torch.float32).tiny
 # Rows are taken in blocks: ones that fit a processor's cache, or few of them where launches cost.
 _BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 
@@ -45,14 +52,16 @@ class Selection:
 
     Attributes:
         columns: (kept,) int64, ascending.
-        mass: (R,) fp32, the dropped ``sum |dZ0|`` of each row, rounded up.
-        square: (R,) fp32, the dropped ``sum dZ0^2`` of each row, rounded up.
+        total: (R,) fp32, the dropped ``sum |dZ0|`` of each row.
+        mass: (R,) fp32, the same rounded up, past the roundings of the entries too.
+        norm: (R,) fp32, the dropped ``(sum dZ0^2)^(1/2)`` of each row, rounded up.
         shares: (V,) fp32, weights of the dropped columns in ``u``, 0 for the others.
     """
 
     columns: Tensor
+    total: Tensor
     mass: Tensor
-    square: Tensor
+    norm: Tensor
     shares: Tensor
 
 
@@ -86,21 +95,27 @@ def select(residual: Tensor, targets: Tensor, tau: float) -> Selection | None:
     step = largest.new_zeros(vocab, len(kept))
     for j, (more, fewer) in enumerate(itertools.pairwise(kept), start=1):
         step[order[vocab - more : vocab - fewer], j] = 1
-    # Rounded up: the stored entries are rounded, and a GPU may be told to multiply in TF32.
-    up = 1 + 4 * max(torch.finfo(residual.dtype).eps, 2.0**-11)
-    mass = _masses(residual, step, 1).cumsum_(1).mul_(up)
+    up = 1 + max(4 * torch.finfo(residual.dtype).eps, _SUMS)
+    totals = _sums(residual, step).cumsum_(1)
     edge = torch.stack([edges.new_zeros(()), *(edges[vocab - k - 1] for k in kept[1:])])
-    fits = (mass.amax(0) <= tau) & edge.isfinite()  # False for NaN
+    fits = (totals.amax(0) * up <= tau) & edge.isfinite()  # False for NaN
     fits[0] = True  # nothing dropped
     best = int(fits.cumprod(0).sum()) - 1
     if vocab - kept[best] < _WORTH_DROPPING * vocab:
         return None
     left = order[vocab - kept[best] :]
     dropped = torch.ones_like(largest).index_fill_(0, left, 0.0)
-    square = _masses(residual, dropped[:, None], 2)[:, 0].mul_(up)
+    total = totals[:, best]
+    # What fp32 cannot hold of an entry is less than tiny.
+    tiny = (vocab - kept[best]) * _TINY
+    mass = total * up + tiny
+    top = edge[best].clamp_min(_TINY)
+    squares = _sums(residual, dropped[:, None], top)[:, 0]
+    # Entries below 2^-63 top have no square: their sum is at most 2^-63 top m.
+    norm = top * (squares * up).sqrt() + 2.0**-31 * top.sqrt() * mass.sqrt() + tiny
     shares = largest.index_fill_(0, left, 0.0)
-    shares /= shares.sum().clamp_min(torch.finfo(torch.float32).tiny)  # all may be 0
-    return Selection(left.sort().values, mass[:, best], square, shares)
+    shares /= shares.sum().clamp_min(_TINY)  # all may be 0
+    return Selection(left.sort().values, total, mass, norm, shares)
 
 
 def center(weight: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +128,11 @@ def center(weight: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     return u, torch.cat(far).amax().sqrt()
 
 
+def reach(chosen: Selection, u: Tensor, radius: Tensor) -> Tensor:
+    """Bound of the norm of what each row of dZ0 W lost, (R,) fp32."""
+    return chosen.mass * radius + _SUMS * chosen.mass * torch.linalg.vector_norm(u)
+
+
 def compact_(residual: Tensor, columns: Tensor) -> Tensor:
     """Move these columns of ``residual (R, V)`` to its front, in place; a view ``(R, kept)``."""
     front = residual[:, : columns.shape[0]]
@@ -121,12 +141,14 @@ def compact_(residual: Tensor, columns: Tensor) -> Tensor:
     return front
 
 
-def _masses(residual: Tensor, step: Tensor, power: int) -> Tensor:
-    """``|residual|^power step``, (R, steps) fp32."""
+def _sums(residual: Tensor, step: Tensor, top: Tensor | None = None) -> Tensor:
+    """``|residual| step``, or ``(residual / top)^2 step``; (R, steps) fp32."""
     out = step.new_empty(residual.shape[0], step.shape[1])
     for at in _row_blocks(residual, 4):
         entries = residual[at].abs().float()
-        torch.mm(entries if power == 1 else entries.square_(), step, out=out[at])
+        if top is not None:
+            entries.div_(top).square_()
+        torch.mm(entries, step, out=out[at])
     return out
 
 

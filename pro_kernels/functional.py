@@ -53,11 +53,12 @@ def linear_token_logps(
         logit_scale: factor on the logits, before the softcap.
         logits_dtype: ``torch.float32`` keeps logits of lower-precision inputs unrounded.
         grad_filter: None, or a probability mass tau in (0, 1): vocabulary columns that hold at most
-            tau of each row's probability together leave the gradient matmuls; ``return_dropped``
-            tells what was lost. On a GPU the host then waits once a chunk.
-        return_dropped: also return what each row's gradient lost, as (3, ...) fp32: the sum of
-            ``|dZ0|`` over the dropped columns, the sum of its squares, and a bound of
-            the norm of its share of dHidden, all for an upstream gradient of 1.
+            tau of each row's probability together (under a softcap: probability times the
+            softcap's slope) leave the gradient matmuls; ``return_dropped`` tells what was lost. On
+            a GPU the host then waits once a chunk.
+        return_dropped: also return what each row's gradient lost, as (3, ...) fp32: that
+            probability, the norm of its dropped ``dZ0``, and a bound of the norm of its share of
+            dHidden, for an upstream gradient of 1.
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
 
@@ -216,8 +217,9 @@ def linear_pro_loss(
         logit_scale: factor on the logits, before the softcap.
         logits_dtype: ``torch.float32`` keeps logits of lower-precision inputs unrounded.
         grad_filter: None, or a probability mass tau in (0, 1): vocabulary columns that hold at most
-            tau of each row's probability together leave the gradient matmuls;
-            ``PROOutput.grad_filter`` tells what was lost. On a GPU the host waits once a chunk.
+            tau of each row's probability together (under a softcap: probability times the
+            softcap's slope) leave the gradient matmuls; ``PROOutput.grad_filter`` tells what was
+            lost. On a GPU the host waits once a chunk.
         layout: which rows are scored, made with the batch (``Layout.from_padded`` and others).
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.

@@ -93,6 +93,16 @@ class Head:
             )
 
 
+def empty_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised ``(rows, columns)``, the rows 16 bytes apart or a multiple of it.
+
+    What cuBLAS and vector loads are fast with, and what makes the CUDA kernels split every row
+    alike: a row's bits must not depend on where it stands.
+    """
+    step = max(1, 16 // dtype.itemsize)
+    return like.new_empty((rows, -(-columns // step) * step), dtype=dtype)[:, :columns]
+
+
 @dataclass(frozen=True)
 class Kept:
     """Which columns stay in the gradient matmuls of each chunk; filled by ``forward``."""
@@ -100,35 +110,37 @@ class Kept:
     tau: float
     columns: Tensor  # (chunks, V) int32; row c holds counts[c] columns
     counts: Tensor  # (chunks,) int64, on the CPU: they size the matmuls
-    # (3, N) fp32: dropped mass, its square sum, bound of the error of dZ0 W (column_filter.py)
+    # (3, N) fp32: dropped mass, norm, bound of the error of dZ0 W (column_filter.py)
     dropped: Tensor
 
     @classmethod
     def empty(cls, tau: float | None, chunks: int, vocab: int, n: int, like: Tensor) -> Kept:
         """Room for ``chunks`` chunks of ``n`` rows in all; no room without a filter."""
-        on = tau is not None
+        on, empty = tau is not None, like.new_zeros(0)
         return cls(
             tau or 0.0,
             like.new_zeros((chunks if on else 0, vocab), dtype=torch.int32),
-            torch.zeros(chunks if on else 0, dtype=torch.int64, device="cpu"),
+            # Without a filter on the call's device: a CPU tensor would cost Inductor its graphs.
+            torch.zeros(chunks, dtype=torch.int64, device="cpu") if on else empty.long(),
             like.new_zeros((3, n if on else 0), dtype=torch.float32),
         )
 
     def choose(
-        self, chunk: int, residual: Tensor, targets: Tensor, weight: Tensor, at: slice
+        self, chunk: int, residual: Tensor, targets: Tensor, head: Head, at: slice
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Choose a chunk's columns; its dZ0, compacted in place, and the dropped mass and u."""
-        chosen = column_filter.select(residual, targets, self.tau)
+        """Choose a chunk's columns; its dZ0, compacted in place, and the dropped sum and u."""
+        scale = abs(head.options.logit_scale)  # of dZ0 over the probabilities
+        chosen = column_filter.select(residual, targets, self.tau * scale)
         if chosen is None:
             self.counts[chunk] = residual.shape[1]
             return residual, None
         count = chosen.columns.shape[0]
-        u, radius = column_filter.center(weight, chosen.shares)
+        u, radius = column_filter.center(head.weight, chosen.shares)
         self.columns[chunk, :count] = chosen.columns
         self.counts[chunk] = count
-        mass = chosen.mass
-        self.dropped[:, at] = torch.stack([mass, chosen.square, mass * radius])
-        return column_filter.compact_(residual, chosen.columns), (mass, u)
+        reach = column_filter.reach(chosen, u, radius)
+        self.dropped[:, at] = torch.stack([chosen.mass / scale, chosen.norm, reach])
+        return column_filter.compact_(residual, chosen.columns), (chosen.total, u)
 
     def spread_dropped(self, live: Tensor) -> None:
         """Move ``dropped`` from compact order to the positions ``live``."""
@@ -209,7 +221,7 @@ def forward(
             logits = residual[start:stop]
         else:
             if scratch is None:
-                scratch = residual.new_empty(min(chunk, n), vocab, dtype=head.logits_dtype)
+                scratch = empty_rows(residual, min(chunk, n), vocab, head.logits_dtype)
             logits = scratch[: stop - start]
         matmul.logits_into(logits, x, head.weight, head.bias)
         if need_hidden or keep:
@@ -221,16 +233,16 @@ def forward(
             stats[1, start:stop] = exact
         dz, weight, lost = logits, head.weight, None
         if kept is not None:
-            dz, lost = kept.choose(i, logits, t, weight, slice(start, stop))
+            dz, lost = kept.choose(i, logits, t, head, slice(start, stop))
             weight = _take(weight, kept.of(i)) if need_hidden else weight
         if keep and wide:
             dz = residual[start:stop, : dz.shape[1]].copy_(dz)
         if need_hidden:
             matmul.hidden_grad(dz.to(head.compute_dtype), weight, side[start:stop])
             if lost is not None:  # off the target the entries of dZ0 have the sign of -logit_scale
-                mass, u = lost
-                mass = mass.to(side.dtype).mul_(-1 if head.options.logit_scale > 0 else 1)
-                side[start:stop].addr_(mass, u.to(side.dtype))
+                total, u = lost
+                sign = -1 if head.options.logit_scale > 0 else 1
+                side[start:stop].addr_(total.to(side.dtype), u.to(side.dtype), alpha=sign)
 
 
 def weight_backward(
@@ -299,7 +311,7 @@ def _kept_chunks(
         if start < retained:
             yield at, columns, residual[at, :count]
             continue
-        dz = residual.new_empty(stop - start, count, dtype=head.logits_dtype)
+        dz = empty_rows(residual, stop - start, count, head.logits_dtype)
         bias = None if head.bias is None else _take(head.bias, columns)
         matmul.logits_into(dz, head.rows_of(rows[at]), _take(head.weight, columns), bias)
         t = targets[at]
@@ -363,10 +375,10 @@ def _recomputed(
     # In the dtype they had in the forward: a logit rounded differently would no longer fit its lse.
     dtype = head.logits_dtype
     block = max(64, chunk * vocab // n * head.compute_dtype.itemsize // dtype.itemsize)
-    buffer = torch.empty(n * min(block, vocab), dtype=dtype, device=x.device)
+    buffer = empty_rows(x, n, min(block, vocab), dtype)
     for first in range(0, vocab, block):
         cols = slice(first, min(first + block, vocab))
-        dz = buffer[: n * (cols.stop - first)].view(n, -1)
+        dz = buffer[:, : cols.stop - first]
         dz[:retained] = residual[:retained, cols]
         bias = None if head.bias is None else head.bias[cols]
         logits = matmul.logits_into(dz[retained:], x, head.weight[cols], bias)
@@ -439,7 +451,7 @@ def pro_forward(
     """
     vocab, width = head.weight.shape
     sizes = _chunk_tokens(prompt_tokens, prompt_chunks)
-    buffer = head.weight.new_empty(max(sizes, default=0), vocab)
+    buffer = empty_rows(head.weight, max(sizes, default=0), vocab, head.weight.dtype)
     logps = torch.zeros(rows.shape[0], dtype=acc_dtype(head.logits_dtype), device=rows.device)
     stats = logps.new_empty(2, max(sizes, default=0))
     terms, sums = [], logps.new_zeros(ranking_args.lengths.shape)

@@ -259,6 +259,8 @@ class Layout:
     ) -> Layout:
         """Drop unscored tokens. One device-to-host copy in all, none for CPU tensors."""
         targets = targets.long()
+        if counts and offsets.shape[0] == 1:  # an empty sequence, nobody's, so that indexing works
+            offsets = offsets.repeat(2)
         live = targets != ignore_index
         before = torch.nn.functional.pad(live.cumsum(0), (1, 0))
         new_offsets = before[offsets]

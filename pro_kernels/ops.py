@@ -482,7 +482,7 @@ def _head_buffers(
     return (
         hidden.new_empty(n, dtype=acc),
         hidden.new_empty((2 if h.logits_dtype.itemsize < 4 else 1, n), dtype=acc),
-        hidden.new_empty((retained, h.weight.shape[0]), dtype=h.compute_dtype),
+        head.empty_rows(hidden, retained, h.weight.shape[0], h.compute_dtype),
         hidden.new_empty((n if need_hidden else 0, hidden.shape[1]), dtype=h.side_dtype),
         kept.columns,
         kept.counts,

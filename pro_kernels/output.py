@@ -17,8 +17,9 @@ class GradFilter:
 
     Attributes:
         tau: the largest mass that a row was allowed to lose.
-        dropped_mass: (N,) fp32, the mass that each scored row lost, at most tau.
-        dropped_square: (N,) fp32, the squared norm of what each row of dZ0 lost.
+        dropped_mass: (N,) fp32, the probability that each scored row lost, at most tau; under a
+            softcap every probability counts by the softcap's slope at its logit.
+        dropped_norm: (N,) fp32, the norm of what each row of dZ0 lost.
         dropped_hidden: (N,) fp32, bound of the norm of what each row of dZ0 W lost.
         rows: (N,) rows of the flattened hidden states; None: row i is token i.
         row_weights: (N,) ``d loss / d log-prob`` for an upstream gradient of 1.
@@ -26,7 +27,7 @@ class GradFilter:
 
     tau: float
     dropped_mass: Tensor
-    dropped_square: Tensor
+    dropped_norm: Tensor
     dropped_hidden: Tensor
     rows: Tensor | None
     row_weights: Tensor
@@ -35,7 +36,8 @@ class GradFilter:
     def error_bounds(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Upper bounds of the Frobenius norms of the errors of dHidden and dW, 0-dim fp32.
 
-        For an upstream gradient of 1, against the gradients without a filter in exact arithmetic.
+        For an upstream gradient of 1, against the gradients without a filter from the same stored
+        dZ0, in exact arithmetic.
 
         Args:
             hidden: (..., H), as given to the loss.
@@ -46,8 +48,9 @@ class GradFilter:
             rows = torch.arange(flat.shape[0], device=flat.device)
         size = self.row_weights.abs().float()
         lost = size.new_zeros(flat.shape[0]).index_add_(0, rows, size * self.dropped_hidden)
-        norms = torch.linalg.vector_norm(flat, dim=1).float()[rows]
-        return torch.linalg.vector_norm(lost), (size * norms * self.dropped_square.sqrt()).sum()
+        wide = torch.promote_types(flat.dtype, torch.float32)  # norms of 16 bits round, or overflow
+        norms = torch.linalg.vector_norm(flat, dim=1, dtype=wide).float()[rows]
+        return torch.linalg.vector_norm(lost), (size * norms * self.dropped_norm).sum()
 
 
 class PROOutput(NamedTuple):

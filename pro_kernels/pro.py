@@ -125,6 +125,8 @@ def _check_arguments(
     """Types and shapes: these cost nothing, on any device and while compiling too."""
     if rewards is not None:
         checks.check_tensor("rewards", rewards)
+        if rewards.is_complex():
+            raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
         checks.check_same_shape("rewards", rewards, shape, "(B, n)")
     elif options.official:
         raise ValueError('rewards must be given with compat="official", got None')

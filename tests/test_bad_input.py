@@ -83,6 +83,12 @@ BAD = [
         TypeError,
         "candidate_mask must be a tensor or None",
     ),
+    (
+        "complex",
+        {"rewards": torch.zeros(2, 3, dtype=torch.complex64)},
+        TypeError,
+        "rewards must be real numbers, got torch.complex64",
+    ),
     ("far apart", {"rewards": torch.tensor([[3e38, -3e38, 0.0]] * 2)}, ValueError, "too far apart"),
     (
         "equal in fp32",

@@ -355,3 +355,15 @@ def test_empty_batch_has_zero_loss_and_gradients(backend):
         assert out.loss == 0 and (weight.grad == 0).all() and hidden.grad.shape == hidden.shape
         logits = torch.randn(*shape, 11, requires_grad=True)
         assert pk.pro_loss(logits, targets, torch.zeros(shape[:2]), backend=backend).loss == 0
+
+
+@pytest.mark.parametrize("backend", usable_backends())
+def test_prompts_without_any_sequence_have_zero_loss_and_gradients(backend):
+    none = torch.zeros(0, dtype=torch.long)
+    layout = pk.Layout.from_rows(none, none, torch.tensor([0]), [0, 0], num_rows=3)
+    hidden = torch.randn(3, 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=True)
+    out = pk.linear_pro_loss(hidden, weight, None, None, layout=layout, backend=backend)
+    out.loss.backward()
+    assert out.loss == 0 and (out.lengths == 0).all() and out.scores.shape == layout.shape
+    assert (weight.grad == 0).all() and (hidden.grad == 0).all()
