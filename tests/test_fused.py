@@ -297,6 +297,20 @@ def test_a_row_does_not_depend_on_its_neighbours(backend):
 
 
 @pytest.mark.parametrize("backend", usable_backends())
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_row_does_not_depend_on_where_it_stands(backend, tier, force_tier):
+    force_tier(tier)
+    hidden = torch.randn(1, 8).bfloat16().repeat(24, 1).view(2, 2, 6, 8).requires_grad_()
+    weight = torch.randn(777, 8).bfloat16()
+    logps = pk.linear_token_logps(
+        hidden, weight, torch.full((2, 2, 6), 5), logits_dtype=torch.float32, backend=backend
+    )
+    assert logps.unique().numel() == 1
+    logps.sum().backward()
+    assert hidden.grad.view(24, 8).unique(dim=0).shape[0] == 1
+
+
+@pytest.mark.parametrize("backend", usable_backends())
 def test_bad_rows_stay_to_themselves(backend):
     logits, targets = torch.randn(6, 50), torch.randint(1, 50, (6,))
     clean = pk.token_logps(logits, targets, backend=backend)
