@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pro_kernels as pk
 from pro_kernels import backends, matmul
+from pro_kernels.options import RankingOptions
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -193,3 +194,23 @@ def assert_no_worse(
         assert a <= factor * b + floor * scale + 1e-6, (
             f"{what}: {measure} error {a:.3e}, plain PyTorch {b:.3e}, floor {floor * scale:.1e}"
         )
+
+
+def check_infinite_scores(ranking) -> None:
+    """A score of -inf at a negative temperature makes its terms infinite and no other row NaN.
+
+    ``ranking`` is a backend's function; the torch backend says what comes out.
+    """
+    logps = torch.tensor([-1.0, -2.0, -torch.inf, -1.0, -2.0, -3.0, -1.0, -torch.inf, -2.0])
+    arguments = (
+        *(logps, torch.arange(10), torch.ones(9, dtype=torch.int64), torch.arange(9).view(3, 3)),
+        torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 3.0, 2.0]]),
+        *(torch.zeros(3, dtype=torch.int64), torch.full((3,), 0.5)),
+    )
+    for options in (RankingOptions(), RankingOptions(eps=1e-10)):
+        found = ranking(*arguments, options=options)
+        expected = backends.get("torch").ranking(*arguments, options=options)
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want, equal_nan=True)
+        assert found[0].isposinf().any() and found[2].isnan().sum() == 2
+        assert found[2][3:6].isfinite().all()

@@ -58,9 +58,14 @@ int32_t launch(void (*kernel)(Parameters...), const Shape& shape, void* stream,
   config.attrs = &cluster;
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
   cudaError_t error = cudaSuccess;
-  if (shape.shared > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(shape.shared));
+  if (shape.shared > 48 * 1024) {
+    // Always the device's limit, so that threads which launch at once set the same.
+    Device device;
+    error = cudaError_t(current_device(device));
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   device.shared_optin);
+  }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   if (error != cudaSuccess) cudaGetLastError();  // ours to report, not the next caller's
   return int32_t(error);

@@ -173,14 +173,18 @@ int32_t pk_cuda_residual(int32_t dtype, void* logits, int64_t n, int64_t v, int6
     const int64_t share = (vectors + config->cluster - 1) / config->cluster;
     shared = kScratchBytes + size_t(share) * sizeof(uint4);
   }
-  const bool on_chip = config != nullptr && shared <= size_t(device.shared_optin);
-  if (!on_chip) config = row_config(kReread, bytes);
-  const Shape shape = {n * config->cluster, config->threads, on_chip ? shared : kScratchBytes,
-                       config->cluster};
+  const bool fits = config != nullptr && shared <= size_t(device.shared_optin);
+  const int cluster = fits ? config->cluster : 1;
+  const Shape on_chip = {n * cluster, fits ? config->threads : 0, shared, cluster};
+  const Shape reread = {n, row_config(kReread, bytes)->threads, kScratchBytes};
   return for_dtype(dtype, softcap, [&](auto type, auto cap) {
     using T = decltype(type);
     constexpr bool kCap = decltype(cap)::value;
-    return on_chip ? launch(residual_on_chip_kernel<T, kCap>, shape, stream, rows)
-                   : launch(residual_reread_kernel<T, kCap>, shape, stream, rows);
+    if (fits) {
+      const int32_t error = launch(residual_on_chip_kernel<T, kCap>, on_chip, stream, rows);
+      // A share of a device may have no room for a cluster. Nothing has run then.
+      if (error == 0 || cluster == 1) return error;
+    }
+    return launch(residual_reread_kernel<T, kCap>, reread, stream, rows);
   });
 }

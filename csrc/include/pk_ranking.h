@@ -138,17 +138,22 @@ struct TermSum {
   float own;     // e^{z_kk - top}
 };
 
-// 0 where there is no entry, or only a score of -inf.
+constexpr double kDoubleMax = 1.7976931348623157e308;
+
+// 0 where there is no entry, or only a score of -inf. A score of -inf at a negative temperature is
+// an exponent of +inf: the distance of every other one from the largest double is -inf as well.
 PK_HOST_DEVICE double finite_top(double top) {
-  return top == minus_infinity<double>() ? 0.0 : top;
+  if (top == minus_infinity<double>()) return 0.0;
+  return top > kDoubleMax ? kDoubleMax : top;
 }
 
 PK_HOST_DEVICE float term_of(const TermSum& t, double own_z) {
   return float((t.top - own_z) + double(std::log(t.others + t.own)));
 }
 
-// 1 - p_kk without cancellation where p_kk is close to 1.
+// 1 - p_kk without cancellation where p_kk is close to 1; 1 where another entry takes everything.
 PK_HOST_DEVICE float one_minus_own_p(const TermSum& t) {
+  if (t.own == 0.0f && t.others > 0.0f) return 1.0f;
   return t.others / (t.others + t.own);
 }
 

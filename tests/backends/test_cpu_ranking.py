@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import check_infinite_scores
 from pro_kernels import backends
 from pro_kernels.backends import cpu
 from pro_kernels.options import RankingOptions
@@ -170,3 +171,7 @@ def test_everything_is_written(poison):
         options=RankingOptions(),
     )
     assert terms.shape == (0, 4) and sums.shape == (0,) and weights.shape == (0,)
+
+
+def test_infinite_scores():
+    check_infinite_scores(cpu.ranking)

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import check_infinite_scores
 from cuda_emulation import build, calls
 from pro_kernels import backends
 from pro_kernels.options import LogitOptions, RankingOptions
@@ -152,6 +153,16 @@ def test_wide_rows(major, dtype, v):
         want = _check_stats(got, logits, targets, PLAIN)
         _check_gradient(x, logits, want[1], targets, None, PLAIN)
     _check_stats(calls.logp(logits, targets, options=PLAIN, entropy=True), logits, targets, PLAIN)
+
+
+@pytest.mark.parametrize("max_cluster", [1, 2, 4])
+def test_rows_are_read_twice_where_a_cluster_finds_no_room(max_cluster):
+    logits = torch.randn(3, 128_256, dtype=torch.float32)
+    targets = torch.tensor([7, -1, 128_255])
+    with calls.device(9, max_cluster=max_cluster):
+        got = calls.residual_(x := logits.clone(), targets, options=PLAIN)
+    want = _check_stats(got, logits, targets, PLAIN)
+    _check_gradient(x, logits, want[1], targets, None, PLAIN)
 
 
 @dtypes
@@ -413,6 +424,10 @@ def test_scores_of_any_size(with_rewards, eps):
         torch.tensor([1.0, 0.5]),
     )
     _check_ranking(batch, RankingOptions(eps=eps), with_rewards)
+
+
+def test_infinite_scores():
+    check_infinite_scores(calls.ranking)
 
 
 def test_long_sequences_and_tokens_of_no_sequence():

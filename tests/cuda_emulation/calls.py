@@ -45,13 +45,13 @@ def library() -> ctypes.CDLL:
 
 
 @contextmanager
-def device(major: int, backward: bool = False):
+def device(major: int, backward: bool = False, max_cluster: int = 8):
     """Emulate a compute capability; threads and blocks in ascending or descending order."""
-    library().pk_emulation_set(major, int(backward))
+    library().pk_emulation_set(major, int(backward), max_cluster)
     try:
         yield
     finally:
-        library().pk_emulation_set(9, 0)
+        library().pk_emulation_set(9, 0, 8)
 
 
 def _call(name: str, *arguments) -> None:

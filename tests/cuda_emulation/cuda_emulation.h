@@ -77,6 +77,7 @@ struct Fiber {
 struct Machine {
   std::mutex mutex;
   int major = 9;
+  int max_cluster = 8;
   bool backward = false;
   Index block_dim;
   std::vector<std::unique_ptr<Fiber>> fibers;

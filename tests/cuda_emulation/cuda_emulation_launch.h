@@ -15,7 +15,8 @@ int32_t launch(void (*kernel)(Parameters...), const Shape& shape, void*, Argumen
   Device device;
   current_device(device);
   if (shape.blocks == 0) return 0;
-  const bool clusters = shape.cluster == 1 || (device.major >= 9 && shape.cluster <= 8);
+  const bool clusters =
+      shape.cluster == 1 || (device.major >= 9 && shape.cluster <= machine.max_cluster);
   if (shape.blocks < 0 || shape.blocks > kMaxBlocks || shape.blocks % shape.cluster != 0 ||
       !clusters || shape.threads % 32 != 0 || shape.threads > 1024 ||
       shape.shared > size_t(device.shared_optin))

@@ -150,12 +150,15 @@ def _rank_terms(
         z_own = tl.sum(tl.where(own, z, 0.0), axis=1)
         top = tl.maximum(tl.max(z, axis=1), log_eps)
         top = tl.where(top == -float("inf"), 0.0, top)  # no entry, or a score of -inf
+        # A score of -inf at a negative temperature is +inf: all others are 0 beside it.
+        top = tl.where(top == float("inf"), 3.4028234663852886e38, top)
         e = tl.where(keep, tl.exp(z - top[:, None]), 0.0)
         # 1 - p_kk = others / sum: no cancellation where p_kk is close to 1.
         others = tl.sum(tl.where(own, 0.0, e), axis=1) + tl.exp(log_eps - top)
-        total = others + tl.sum(tl.where(own, e, 0.0), axis=1)
-        total = tl.where(rank < live_terms, total, 1.0)
-        slope = tl.where(own, -others[:, None], e) / total[:, None]
+        own_e = tl.sum(tl.where(own, e, 0.0), axis=1)
+        total = tl.where(rank < live_terms, others + own_e, 1.0)
+        own_slope = tl.where((own_e == 0.0) & (others > 0.0), -1.0, -others / total)
+        slope = tl.where(own, own_slope[:, None], e / total[:, None])
         d_score += tl.sum(tl.where(keep, tau * slope, 0.0), axis=0)
         term = tl.where(rank < live_terms, (top - z_own) + tl.log(total), 0.0)
         tl.store(terms_ptr + rank, term, mask=rank < n - 1)
