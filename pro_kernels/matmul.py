@@ -4,12 +4,12 @@
     dHidden = dZ W                (R, H)
     dW      = dZ^T X              (V, H)
 
-On a CPU with matrix units (AMX) for the dtype that is ``torch.mm`` as it stands. On an x86 CPU
-without them the low-precision matmul is slower than the fp32 one (measured in docs/design.md), so
-the operands are upcast tile by tile and multiplied in fp32: no more memory than ``WORKSPACE``, the
-same or a smaller rounding error. On an NVIDIA GPU a 16-bit matmul sums in fp32 and may leave the
-sums as they are (``out_dtype``): fp32 logits, dZ W and the dW of several chunks are made that way,
-from 16-bit operands and with no pass after them.
+On a CPU with matrix units (AMX) for the dtype, or an AMD one with bf16 dot products, that is
+``torch.mm`` as it stands. On other x86 CPUs the low-precision matmul is slower than the fp32 one
+(measured in docs/design.md), so the operands are upcast tile by tile and multiplied in fp32: no
+more memory than ``WORKSPACE``, the same or a smaller rounding error. On an NVIDIA GPU a 16-bit
+matmul sums in fp32 and may leave the sums as they are (``out_dtype``): fp32 logits, dZ W and the dW
+of several chunks are made that way, from 16-bit operands and with no pass after them.
 
 Legend: ``R`` rows, ``H`` hidden, ``V`` vocabulary.
 """
@@ -54,8 +54,24 @@ def _upcasts(dtype: torch.dtype, device_type: str) -> bool:
         return choice == "fp32"
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    has_amx = "_is_amx_tile_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
-    return not getattr(torch.cpu, has_amx, lambda: False)()
+    if dtype == torch.float16:
+        return not _has("_is_amx_fp16_supported")
+    fast_dot = _has("_is_avx512_bf16_supported") and _is_amd()
+    return not (fast_dot or _has("_is_amx_tile_supported"))
+
+
+def _has(check: str) -> bool:
+    """What torch says of this CPU; an older one that does not know: no."""
+    return bool(getattr(torch.cpu, check, lambda: False)())
+
+
+def _is_amd() -> bool:
+    """Zen 4 and newer do two bf16 multiplications in the time of one in fp32, Intel's do not."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return "AuthenticAMD" in f.read()
+    except OSError:  # not Linux
+        return "AuthenticAMD" in platform.processor()
 
 
 @constant_while_compiling

@@ -19,7 +19,7 @@ from pro_kernels.options import RankingOptions
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = ["fp32", "bf16", "fp16"]
-FLOOR = {torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
+FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 
 
 def usable_backends(dtype: torch.dtype = torch.float32) -> list[str]:
@@ -155,7 +155,7 @@ def fp32_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "mm_fp32", mm_fp32)
 
 
-def allowance(what: str, low: bool, device: str) -> float:
+def allowance(what: str, dtype: torch.dtype, device: str) -> float:
     """How many times plain PyTorch's error a gradient may have, by the roundings to 16 bits.
 
     Plain PyTorch rounds the gradient of the logits and the result. With fp32 matmuls so do we, and
@@ -163,9 +163,9 @@ def allowance(what: str, low: bool, device: str) -> float:
     same size: sqrt(3/2)). Native matmuls without fp32 sums round dZ0 W too, and plain PyTorch's
     share may be down to one of three: sqrt(3).
     """
-    if not low or matmul.upcasts(torch.bfloat16, device):
+    if dtype.itemsize > 2 or matmul.upcasts(dtype, device):
         return 1.0
-    if matmul.leaves_sums(torch.bfloat16, device):
+    if matmul.leaves_sums(dtype, device):
         return 1.5**0.5 if "weight" in what else 1.0
     return 3**0.5
 
@@ -174,12 +174,16 @@ def assert_no_worse(
     ours: Tensor,
     plain: Tensor,
     exact: Tensor,
-    floor: float,
+    dtype: torch.dtype,
     what: str,
     norm: bool,
     device: str = "cpu",
 ) -> None:
-    """Error of ``ours`` at most that of ``plain`` plus ``floor`` (relative to the exact values)."""
+    """Error of ``ours`` at most that of ``plain``, both computed in ``dtype``, plus its floor.
+
+    The floor is relative to the exact values.
+    """
+    floor = FLOOR[dtype]
     ours, plain, exact = ours.double(), plain.double(), exact.double()
     assert ours.isfinite().all(), f"{what} is not finite"
     scale = exact.norm() if norm else exact.abs().amax() if exact.numel() else exact.new_zeros(())
@@ -190,7 +194,7 @@ def assert_no_worse(
             (getattr((x - exact).abs(), measure)() if measure != "norm" else (x - exact).norm())
             for x in (ours, plain)
         )
-        factor = allowance(what, floor > 1e-5, device) if norm else 1.0
+        factor = allowance(what, dtype, device) if norm else 1.0
         assert a <= factor * b + floor * scale + 1e-6, (
             f"{what}: {measure} error {a:.3e}, plain PyTorch {b:.3e}, floor {floor * scale:.1e}"
         )

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pro_kernels as pk
-from cases import FLOOR, Case, assert_no_worse, fp32_sums, run, truth
+from cases import Case, assert_no_worse, fp32_sums, run, truth
 from pro_kernels import calls, matmul
 from pro_kernels.planner import Plan
 
@@ -63,6 +63,26 @@ def test_the_blocked_route_rounds_once(monkeypatch):
     dz, w = torch.randn(4, 640).bfloat16(), torch.randn(640, 8).bfloat16()
     exact = dz.double() @ w.double()
     assert (matmul.hidden_grad(dz, w).double() - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("amd", "has", "bf16", "fp16"),
+    [
+        (False, {"_is_avx512_bf16_supported"}, True, True),
+        (True, {"_is_avx512_bf16_supported"}, False, True),
+        (True, set(), True, True),
+        (False, {"_is_avx512_bf16_supported", "_is_amx_tile_supported"}, False, True),
+        (False, {"_is_amx_tile_supported", "_is_amx_fp16_supported"}, False, False),
+    ],
+    ids=["Intel dot products", "AMD dot products", "neither", "AMX", "AMX with fp16"],
+)
+def test_choice_by_processor(monkeypatch, amd, has, bf16, fp16):
+    monkeypatch.delenv("PRO_KERNELS_MATMUL", raising=False)
+    monkeypatch.setattr(matmul.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(matmul, "_is_amd", lambda: amd)
+    monkeypatch.setattr(matmul, "_has", lambda check: check in has)
+    for dtype, expected in ((torch.bfloat16, bf16), (torch.float16, fp16), (torch.float32, False)):
+        assert matmul._upcasts.__wrapped__(dtype, "cpu") is expected
 
 
 def test_choice(monkeypatch):
@@ -141,7 +161,7 @@ def test_gradients_on_the_route_of_a_gpu(case, dtype, tier, monkeypatch):
     ours = run(pk.linear_pro_loss, case, dtype, backend="torch")
     plain, exact = run(pk.reference.linear_pro_loss, case, dtype), truth(case, dtype)
     for name, grad in exact.grads.items():
-        args = (ours.grads[name], plain.grads[name], grad, FLOOR[dtype], f"gradient of {name}")
+        args = (ours.grads[name], plain.grads[name], grad, dtype, f"gradient of {name}")
         assert_no_worse(*args, norm=True)
 
 
