@@ -224,7 +224,7 @@ def forward(
                 scratch = empty_rows(residual, min(chunk, n), vocab, head.logits_dtype)
             logits = scratch[: stop - start]
         matmul.logits_into(logits, x, head.weight, head.bias)
-        if need_hidden or keep:
+        if need_hidden or keep or kept is not None:
             logp, lse = head.backend.residual_(logits, t, target_logits=exact, options=head.options)
         else:
             logp, lse, _ = head.backend.logp(logits, t, target_logits=exact, options=head.options)

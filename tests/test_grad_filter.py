@@ -29,10 +29,13 @@ def inputs(dtype=torch.float64, seed=0):
     return leaves, targets, rewards
 
 
-def run(dtype=torch.float64, upstream=1.3, freeze=False, **options):
+def run(dtype=torch.float64, upstream=1.3, frozen="", **options):
+    """``frozen``: initials of hidden, weight and bias."""
     (hidden, weight, bias), targets, rewards = inputs(dtype)
-    if freeze:
-        weight, bias = weight.detach(), bias.detach()
+    hidden, weight, bias = (
+        x.detach() if name in frozen else x
+        for name, x in zip("hwb", (hidden, weight, bias), strict=True)
+    )
     out = pk.linear_pro_loss(hidden, weight, targets, rewards, bias=bias, **options)
     (upstream * out.loss).backward()
     return out, [x.grad for x in (hidden, weight, bias)], hidden
@@ -102,10 +105,25 @@ def test_bf16_inputs_with_wide_logits(logits_dtype, budget):
 
 
 def test_frozen_head():
-    _, exact, _ = run(freeze=True)
-    out, filtered, hidden = run(freeze=True, grad_filter=TAU)
+    _, exact, _ = run(frozen="wb")
+    out, filtered, hidden = run(frozen="wb", grad_filter=TAU)
     assert filtered[1] is None
     assert 0 < (filtered[0] - exact[0]).norm() <= 1.3 * out.grad_filter.error_bounds(hidden)[0]
+
+
+@pytest.mark.parametrize("tier", BUDGETS)
+@pytest.mark.parametrize("frozen", ["h", "hb", "hw"], ids=["weight, bias", "weight", "bias"])
+def test_frozen_hidden_states(small_chunks, tier, frozen):
+    """Columns are chosen by dZ0 where the forward alone would do without it, too."""
+    options = {"frozen": frozen, "budget": BUDGETS[tier]}
+    _, exact, _ = run(**options)
+    out, filtered, hidden = run(grad_filter=TAU, **options)
+    assert 0 < out.grad_filter.dropped_mass.max() <= TAU
+    size = 1.3 * out.grad_filter.row_weights.abs() * out.grad_filter.dropped_norm
+    bounds = {"w": 1.3 * out.grad_filter.error_bounds(hidden)[1], "b": size.sum()}
+    for name, a, b in zip("hwb", filtered, exact, strict=True):
+        if name not in frozen:
+            assert 0 < (a - b).norm() <= bounds[name]
 
 
 def test_dropped_columns_get_no_gradient_and_targets_always_do():
