@@ -2,16 +2,19 @@
 #   make demo        train a tiny model on bundled lists, fused against reference; table and plot
 #   make test        all tests (slow ones: make test PYTEST_ARGS="-m slow")
 #   make study       SFT against PRO at n = 2, 3, 5 on a known reward; docs/study.md (20 minutes)
-#   make bench       benchmarks; PRESET=tiny|quick|full, PEERS=1 installs and times the peers
+#   make bench       benchmarks; PRESET=cpu-small|cpu|MODEL, PEERS=1 installs and times the peers
+#   make bench-gpu   everything that needs a GPU, offline, in eight minutes, with the Python that is
+#                    there; into $PRO_KERNELS_BENCH_OUT (default: bench/results/gpu)
 #   make lint        ruff, mypy, clang-format
 PYTHON ?= python3
 VENV ?= .venv
-PRESET ?= quick
+PRESET ?= cpu-small
+PRO_KERNELS_BENCH_OUT ?= bench/results/gpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test study bench lint env clean
+.PHONY: demo test study bench bench-gpu lint env clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +43,9 @@ study: $(VENV)/.installed
 
 bench: $(VENV)/.installed $(if $(PEERS),$(VENV)/.peers)
 	$(BIN)/python -m bench --preset $(PRESET)
+
+bench-gpu:
+	$(PYTHON) -m bench --gpu --out '$(PRO_KERNELS_BENCH_OUT)'
 
 lint: $(VENV)/.installed $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -9,64 +9,98 @@ from pathlib import Path
 import torch
 
 from bench import filtering, gpu
-from bench.cases import PRESETS, cases_of
+from bench.case_run import DeviceLost, Settings
+from bench.compare import THRESHOLD, compare
 from bench.model import page, resources
+from bench.presets import NAMES, cases_of
 from bench.report import write_report
-from bench.runner import Settings, run
+from bench.runner import run
 from bench.training.cases import cases_of as training_cases
 from bench.training.runner import run as run_training
 
+_RESULTS = Path(__file__).resolve().parent / "results"
+DEVICE_LOST = 75
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and report; 0 if all went well, 1 if interrupted, 2 for a wrong call."""
+    """Measure and report; 0 if all went well, 1 if interrupted or worse, 2 for a wrong call.
+
+    75: a provider left the GPU unusable; the same call with ``--resume`` goes on without it.
+    """
     args = _parser().parse_args(argv)
+    args.preset = args.preset or ("gpu-quick" if args.device.type == "cuda" else "cpu-small")
     try:
         if args.model:
             return _model(args.resources)
         if args.gpu:
-            return gpu.main(args.out, args.seconds, tuple(args.parts), tuple(args.backends))
+            return gpu.main(
+                args.out, args.seconds or 480.0, tuple(args.parts), tuple(args.backends)
+            )
         if args.filter:
             return _filter(args)
-        args.preset = args.preset or ("full" if args.training else "quick")
+        if args.compare is not None:
+            return _compare(args)
         if args.list:
-            table = training_cases if args.training else cases_of
-            print("\n".join(case.name for case in table(args.preset, tuple(args.case))))
+            print("\n".join(case.name for case in _cases(args)))
             return 0
         if args.report is not None:
             _write(args.report, args.update)
             return 0
         if args.repeats is not None and args.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
-        if args.update is not None and not args.update.is_file():
-            raise ValueError(f"--update: no file {args.update}")
+        if args.seconds is not None and not args.seconds > 0:
+            raise ValueError(f"--seconds must be > 0, got {args.seconds}")
+        for page_ in args.update:
+            if not page_.is_file():
+                raise ValueError(f"--update: no file {page_}")
         return _measure(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+def _cases(args: argparse.Namespace) -> list:
+    patterns, on_gpu = tuple(args.case), args.device.type == "cuda"
+    if args.training:
+        return training_cases(args.preset, patterns, on_gpu)
+    return cases_of(args.preset, patterns, on_gpu)
+
+
 def _measure(args: argparse.Namespace) -> int:
     settings = Settings(
-        args.preset, tuple(args.case), tuple(args.provider), args.repeats, not args.no_memory
-    )
-    name = "training" if args.training else args.preset
-    folder = args.out or Path(__file__).resolve().parent / "results" / name
-    path = folder / "results.json"
+        args.preset, tuple(args.case), tuple(args.provider), tuple(args.without), args.repeats,
+        not args.no_memory, seconds=args.seconds,
+    )  # fmt: skip
+    name = f"training-{args.preset}" if args.training else args.preset
+    path = (args.out or _RESULTS / name) / "results.json"
     try:
-        (run_training if args.training else run)(settings, path, args.device)
+        if args.training:
+            run_training(settings, path, args.device)
+        else:
+            run(settings, path, args.device, resume=args.resume)
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, marked partial", file=sys.stderr)
-        _write(path, None)
+        _write(path, [])
         return 1
+    except DeviceLost as lost:
+        print(f"the GPU was lost in {lost}; --resume goes on without it", file=sys.stderr)
+        return DEVICE_LOST
     _write(path, args.update)
     return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    text, worse = compare(*args.compare, threshold=args.threshold)
+    print(text)
+    return 1 if worse else 0
 
 
 def _filter(args: argparse.Namespace) -> int:
     folder = args.out or filtering.FOLDER
     if args.report is None:
         filtering.run(folder / "results.json", args.repeats or 5)
-    for path in filtering.write(args.report or folder / "results.json", args.update):
+    page_ = args.update[0] if args.update else None
+    for path in filtering.write(args.report or folder / "results.json", page_):
         print(f"wrote {path}")
     return 0
 
@@ -79,8 +113,8 @@ def _model(again: bool) -> int:
     return 0
 
 
-def _write(results: Path, readme: Path | None) -> None:
-    for path in write_report(results, readme):
+def _write(results: Path, pages: list[Path]) -> None:
+    for path in write_report(results, pages):
         print(f"wrote {path}")
 
 
@@ -94,14 +128,18 @@ def _parser() -> argparse.ArgumentParser:
         help="whole training steps against the official procedure, instead of the loss alone",
     )  # fmt: skip
     parser.add_argument(
-        "--preset", choices=list(PRESETS), help="case table (default: quick; with --training full)"
-    )
+        "--preset", choices=NAMES, default=None, help="case table (default: cpu-small, on a GPU "
+        "gpu-quick); a model's name measures its head",
+    )  # fmt: skip
     parser.add_argument(
         "--case", action="append", default=[], metavar="TEXT",
         help="only cases whose name holds TEXT, or of the group TEXT (repeatable)",
     )  # fmt: skip
     parser.add_argument(
         "--provider", action="append", default=[], metavar="NAME", help="only this one (repeatable)"
+    )
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="NAME", help="not this one (repeatable)"
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default: each case's)")
     parser.add_argument("--no-memory", action="store_true", help="do not weigh")
@@ -110,16 +148,32 @@ def _parser() -> argparse.ArgumentParser:
         default=torch.device("cuda" if torch.cuda.is_available() else "cpu"), help="cpu or cuda",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, metavar="DIR",
-        help="folder of results.json, report.md and plots (default: bench/results/PRESET, or "
-        "bench/results/training)",
-    )  # fmt: skip
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of results.json, report.md and plots (default: bench/results/PRESET)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="start nothing more after S seconds"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run's results file"
+    )
     parser.add_argument(
         "--report", type=Path, metavar="JSON", help="measure nothing; report this results file"
     )
     parser.add_argument(
-        "--update", type=Path, metavar="README",
-        help="replace the text between the bench (or training) marks of this file",
+        "--update", type=Path, action="append", default=[], metavar="FILE",
+        help="replace the text between this benchmark's marks in FILE (repeatable)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("OLD", "NEW"),
+        help="measure nothing; ratios of two results files (or pytest-benchmark's JSON); exit code "
+        "1 if one is worse by more than the threshold",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, metavar="SHARE",
+        help=f"with --compare (default: {THRESHOLD})",
     )  # fmt: skip
     parser.add_argument(
         "--filter", action="store_true",
@@ -134,9 +188,6 @@ def _parser() -> argparse.ArgumentParser:
         help="with --model: read registers and shared memory from the built binaries first",
     )  # fmt: skip
     parser.add_argument("--gpu", action="store_true", help="everything that needs a GPU, at once")
-    parser.add_argument(
-        "--seconds", type=float, default=600.0, metavar="S", help="with --gpu: stop by then"
-    )
     parser.add_argument(
         "--parts", action="append", default=[], metavar="NAME",
         help="with --gpu: only this part (repeatable)",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import PRESETS
+from bench.presets import NAMES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option."""
     parser.addoption(
-        "--bench-preset", choices=list(PRESETS), default="tiny", help="case table (default: tiny)"
+        "--bench-preset", choices=NAMES, default="tiny", help="case table (default: tiny)"
     )

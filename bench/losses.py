@@ -41,11 +41,26 @@ def loss_of_logps(
     return ranking_loss(torch.where(live, logps, 0.0).sum(-1), live.sum(-1), rewards)
 
 
-def plain_loss(logits: Tensor, targets: Tensor, rewards: Tensor) -> Tensor:
-    """fp32 log_softmax of every token's logits (B, n, T, V), then gather and mask."""
+def plain_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """fp32 log_softmax of every token's logits (B, n, T, V), then gather: (B, n, T)."""
     logps = logits.float().log_softmax(-1)
-    logps = logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return loss_of_logps(logps, targets, rewards)
+    return logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+
+
+def plain_loss(logits: Tensor, targets: Tensor, rewards: Tensor) -> Tensor:
+    """``loss_of_logps`` of ``plain_logps``."""
+    return loss_of_logps(plain_logps(logits, targets), targets, rewards)
+
+
+def official_logps(
+    logits_of: Callable[[int], Tensor],  # candidate -> (B, T, V)
+    targets: Tensor,  # (B, n, T)
+) -> list[Tensor]:
+    """The authors' log-probs, candidate by candidate, in the model's dtype: n of (B, T)."""
+    return [
+        torch.log_softmax(logits_of(i), dim=2).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        for i, labels in enumerate(targets.unbind(1))
+    ]
 
 
 def official_loss(
@@ -60,17 +75,11 @@ def official_loss(
     rank, each term cast to the model's dtype.
     """
     n = targets.shape[1]
-    sums, counts = [], []
-    for i in range(n):
-        logps = torch.log_softmax(logits_of(i), dim=2)
-        labels = targets[:, i]
-        mask = labels != -100
-        chosen = logps.gather(2, labels.clamp(min=0)[..., None])[..., 0]
-        chosen = torch.where(mask, chosen, 0.0)
-        sums.append(chosen.sum(1))
-        counts.append(mask.sum(1))
+    masks = (targets != -100).unbind(1)
+    logps = official_logps(logits_of, targets)
+    sums = [torch.where(mask, x, 0.0).sum(1) for mask, x in zip(masks, logps, strict=True)]
     sum_scores = torch.stack(sums, 1)
-    scores = sum_scores / torch.stack(counts, 1)
+    scores = sum_scores / torch.stack([mask.sum(1) for mask in masks], 1)
     dtype = sum_scores.dtype
     total = torch.zeros((), dtype=dtype, device=targets.device)
     for k in range(n - 1):

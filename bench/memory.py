@@ -127,10 +127,8 @@ def _weigh_case(provider, case: Case, device: torch.device) -> dict:  # noqa: AN
     answer = {"peak_bytes": peak, "gradient_bytes": step.gradient_bytes}
     if alone:
         answer["seconds"] = time.perf_counter() - start
-        truth = make_truth(inputs)
         answer["loss"] = float(value)
-        answer["loss_error"] = truth.loss_error(float(value))
-        answer["grad_error"] = truth.grad_error(step.leaves)
+        answer |= make_truth(inputs).errors(answer["loss"], replace(step, logps=None))
     return answer
 
 

@@ -1,4 +1,4 @@
-"""PNG plots from a results file: time by provider, the other entrances, growth, memory."""
+"""PNG plots from a results file: bars of time, memory and error by provider; see ``curves``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from bench.cases import is_main
 
 Label = Callable[[dict], str]
 _OURS, _FLOOR, _PEER = "#c2410c", "#94a3b8", "#3b6ea5"
-_ENTRANCES = ("fp32", "frozen", "score", "logits")
-_GROWTH = {
-    "growth N": ("scored", "scored tokens N"),
-    "growth V": ("V", "vocabulary V"),
-    "growth n": ("n", "candidates n (same tokens in all)"),
-    "growth unscored": ("tokens", "positions (same scored tokens)"),
+_ENTRANCES = ("fp32", "fp16", "frozen", "score", "ce", "logits", "ranking", "small")
+_ERRORS = {
+    "logp_error": "log-probs (largest, absolute)",
+    "input_grad_error": "gradient of hidden states (relative)",
+    "weight_grad_error": "gradient of the weight (relative)",
 }
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -39,8 +38,8 @@ def draw_all(data: dict, folder: Path) -> list[str]:
     rows = data["results"]
     figures = {
         "time.png": _time(rows, data["machine"]),
+        "errors.png": _errors(rows),
         "entrances.png": _entrances(rows),
-        "growth.png": _growth(rows),
         "memory.png": _memory(rows),
     }
     return save(figures, folder)
@@ -58,7 +57,7 @@ def save(figures: dict[str, Figure | None], folder: Path) -> list[str]:
     return written
 
 
-def _color(row: dict) -> str:
+def color(row: dict) -> str:
     if row["provider"].startswith("ours-"):
         return _OURS
     return _FLOOR if row["provider"].startswith("floor") else _PEER
@@ -80,7 +79,7 @@ def _time(rows: list[dict], machine: str) -> Figure | None:
         return None
     fullest_first = sorted(panels.values(), key=len, reverse=True)
     labels = list(dict.fromkeys(row["label"] for bars in fullest_first for row in bars))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(panels), figsize=(2.6 + 3.7 * len(panels), 1.7 + 0.3 * len(labels)),
             squeeze=False, sharey=True,
@@ -102,6 +101,28 @@ def _entrances(rows: list[dict]) -> Figure | None:
     """fp32, frozen head, scoring and logits in: one panel each."""
     panels = panels_of([r for r in rows if r["group"] in _ENTRANCES], "seconds")
     return stacked(panels, "PRO loss: the other entrances", "seconds", _time_label, "seconds")
+
+
+def _errors(rows: list[dict]) -> Figure | None:
+    """Largest error of a log-prob and both gradients' errors, the first main case, log scale."""
+    main = [r for r in rows if is_main(r) and r["logp_error"] is not None and not r["wrong"]]
+    mine = [r for r in main if r["case"] == main[0]["case"]]
+    if len(mine) < 3:
+        return None
+    labels = [row["label"] for row in mine]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, 3, figsize=(13, 1.5 + 0.27 * len(labels)), squeeze=False, sharey=True
+        )
+        for axis, (key, title) in zip(axes.flat, _ERRORS.items(), strict=True):
+            shown = [row for row in mine if row[key]]
+            least = min(row[key] for row in shown)
+            _bars(axis, title, shown, labels, key, lambda row, key=key: f"{row[key]:.1e}")
+            axis.set_xscale("log")
+            axis.set_xlim(least / 3, max(row[key] for row in shown) * 30)
+        figure.suptitle(f"Error against fp64 ({mine[0]['case']})", x=0.01, ha="left", fontsize=11)
+        figure.tight_layout()
+    return figure
 
 
 def _memory(rows: list[dict]) -> Figure | None:
@@ -128,7 +149,7 @@ def stacked(
     items = list(panels.items())
     lines = [items[i : i + columns] for i in range(0, len(items), columns)]
     heights = [1.2 + 0.27 * max(len(bars) for _, bars in line) for line in lines]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(lines), columns, figsize=(6.4 * columns, sum(heights) + 0.4), squeeze=False,
             height_ratios=heights,
@@ -166,54 +187,10 @@ def _bars(
         if row is None:
             axis.text(most * 0.01, place, "not run", va="center", fontsize=8.5, color="gray")
             continue
-        axis.barh(place, row[value], color=_color(row), height=0.72)
+        axis.barh(place, row[value], color=color(row), height=0.72)
         axis.text(row[value] + most * 0.01, place, label(row), va="center", fontsize=8.5)
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.set_title(title, fontsize=10)
     axis.set_xlim(0, most * 1.5)
     axis.locator_params(axis="x", nbins=6)
-
-
-def _growth(rows: list[dict]) -> Figure | None:
-    """Time above, memory below, one column an axis of growth."""
-    groups = [g for g in _GROWTH if sum(r["group"] == g for r in rows) > 3]
-    if not groups:
-        return None
-    weighed = any(r["group"] in groups and r["peak_bytes"] is not None for r in rows)
-    with plt.rc_context(_STYLE):
-        lines = 1 + weighed
-        figure, axes = plt.subplots(
-            lines, len(groups), figsize=(4.1 * len(groups), 3.1 * lines + 0.5), squeeze=False
-        )
-        for column, group in enumerate(groups):
-            mine = [r for r in rows if r["group"] == group]
-            _curves(axes[0, column], mine, group, "seconds", 1e3, "ms")
-            if weighed:
-                _curves(axes[1, column], mine, group, "peak_bytes", 2**-20, "peak extra MB")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.suptitle("Growth of time and memory", x=0.01, ha="left", fontweight="bold")
-        figure.tight_layout(rect=(0, 0.06, 1, 1))
-        figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-    return figure
-
-
-def _curves(axis: Axes, rows: list[dict], group: str, value: str, scale: float, unit: str) -> None:
-    key, name = _GROWTH[group]
-    for provider in dict.fromkeys(row["provider"] for row in rows):
-        points = [r for r in rows if r["provider"] == provider and r[value] is not None]
-        if points:
-            axis.plot(
-                [r[key] for r in points], [r[value] * scale for r in points], marker="o", ms=4,
-                color=_color(points[0]), label=points[0]["label"],
-            )  # fmt: skip
-    if key == "n":
-        axis.set_xscale("log", base=2)
-        ticks = sorted({row["n"] for row in rows})
-        axis.set_xticks(ticks, [str(n) for n in ticks])
-    else:
-        axis.set_xlim(left=0)
-        axis.locator_params(axis="x", nbins=5)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel(name)
-    axis.set_ylabel(unit)

@@ -1,7 +1,6 @@
 """The contenders: same inputs, same mask, same loss; each builds a closure of forward + backward.
 
-Legend: ``B`` prompts, ``n`` candidates, ``T`` positions, ``N`` scored tokens, ``H`` hidden, ``V``
-vocabulary.
+What they do is in ``formulations`` (floors, ours, plain PyTorch, the authors') and ``peers``.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
-import pro_kernels as pk
-from bench import peers
+from bench import formulations, peers
 from bench.cases import Case
 from bench.inputs import Inputs
-from bench.losses import official_loss, plain_loss
-from bench.step import Refused, Step, backward_step
+from bench.step import Step
 from pro_kernels import backends
+
+# How much of the free memory a case may take.
+_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -46,50 +45,65 @@ class Provider:
         """Whether it is a bound, not a loss."""
         return self.name.startswith("floor")
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is pro_kernels."""
+        return self.name.startswith("ours-")
+
     def label_of(self, case: Case) -> str:
         """The label in a case's table: floors say what they are there."""
-        if self.is_floor and case.kind == "logits":
-            return "floor: the gradient buffer made"
+        if self.is_floor and case.flops is None:
+            made = "gradient buffer made" if case.kind == "logits" else "log-probs copied"
+            return f"floor: {made}"
         return f"{self.label}, {case.dtype}" if self.name == "floor" else self.label
 
     def refusal_of_size(self, case: Case) -> str | None:
         """Why a case is too large for this provider on this machine."""
-        need = case.tokens * case.V * self.logit_bytes[case.dtype != "fp32"]
+        logits = case.tokens * case.V * self.logit_bytes[case.dtype != "fp32"]
+        need = case.input_bytes + logits
         free = available_bytes()
-        if need > 0.7 * free:
-            return f"not run: needs about {need / 1e9:.0f} GB for logits, {free / 1e9:.0f} are free"
+        if need > _SHARE * free:
+            return f"not run: needs about {need / 1e9:.0f} GB, {free / 1e9:.0f} are free"
         return None
 
 
 def all_providers(device: torch.device) -> dict[str, Provider]:
     """Every provider by name, in the order of the tables."""
     usable = [b for b in backends.ORDER if _times_well(b, device)]
-    ours = [Provider(f"ours-{b}", f"pro_kernels ({b})", partial(_ours, backend=b)) for b in usable]
     auto = ours_name(device).removeprefix("ours-")
-    ours.append(
-        Provider(
-            "ours-trained-head",
-            f"pro_kernels ({auto}), head trained",
-            partial(_ours, backend=auto, train_head=True),
-        )
-    )
+    ours = {f"ours-{b}": (f"pro_kernels ({b})", {"backend": b}) for b in usable}
+    for name, what, more in (
+        ("T2", "tier T2", {"tier": "T2"}),
+        ("T3", "tier T3, least memory", {"tier": "T3"}),
+        ("layout", "layout made before", {"with_layout": True}),
+        ("trained-head", "head trained", {"train_head": True}),
+    ):
+        ours[f"ours-{name}"] = (f"pro_kernels ({auto}), {what}", {"backend": auto, **more})
+    f = formulations
     table = [
-        Provider("floor", "floor: head matmuls", _floor),
-        Provider("floor-fp32", "floor: head matmuls, fp32 operands", partial(_floor, upcast=True)),
-        *ours,
-        Provider("plain-fp32", "plain PyTorch, fp32 log_softmax", _plain, (16, 16)),
-        Provider("official", "official formulation", _official, (12, 6)),
-        Provider(
-            "official-compiled",
-            "official, torch.compile",
-            partial(_official, compiled=True),
-            (12, 6),
-            compiles=True,
-        ),
+        Provider("floor", "floor: head matmuls", f.floor),
+        Provider("floor-fp32", "floor: head matmuls, fp32 operands", partial(f.floor, upcast=True)),
+        *(Provider(n, label, partial(f.ours, **more)) for n, (label, more) in ours.items()),
+        Provider("plain-fp32", "plain PyTorch, fp32 log_softmax", f.plain, (16, 16)),
+        Provider("plain-compiled", "plain PyTorch, torch.compile", partial(f.plain, compiled=True),
+                 (16, 16), compiles=True),
+        Provider("official", "official formulation", f.official, (12, 6)),
+        Provider("official-compiled", "official, torch.compile", partial(f.official, compiled=True),
+                 (12, 6), compiles=True),
         Provider("trl", "TRL 1.16 chunked log-probs", peers.trl),
-        Provider("liger", "Liger 0.8 fused linear preference", peers.liger, compiles=True),
+        Provider("liger", "Liger 0.8 fused linear preference", peers.liger_preference,
+                 compiles=True),
+        Provider("liger-ce", "Liger 0.8 fused linear CE (mean)", peers.liger_ce),
         Provider("cce", "CCE 25.1", peers.cce, (12, 8), compiles=True),
-    ]
+        Provider("quack", "QuACK 0.6 cross-entropy", peers.quack, (0, 2), compiles=True),
+        Provider("quack-mean", "QuACK 0.6 linear CE (mean)", peers.quack_mean, compiles=True),
+        Provider("verl", "verl 0.9 fused linear CE", peers.verl, compiles=True),
+        Provider("torch-lce", "PyTorch linear_cross_entropy", peers.torch_linear, (12, 6)),
+        Provider("torch-lce-chunked", "PyTorch linear_cross_entropy, chunked",
+                 partial(peers.torch_linear, chunked=True)),
+        Provider("torch-lce-mean", "PyTorch linear_cross_entropy, chunked (mean)",
+                 partial(peers.torch_linear, mean=True)),
+    ]  # fmt: skip
     return {p.name: p for p in table}
 
 
@@ -99,28 +113,33 @@ def ours_name(device: torch.device) -> str:
 
 
 def select(
-    providers: dict[str, Provider], only: tuple[str, ...], wanted: tuple[str, ...]
+    providers: dict[str, Provider],
+    only: tuple[str, ...],
+    wanted: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
 ) -> list[Provider]:
     """Providers of a case: its own list, narrowed to those asked for ("ours" is either's auto).
+
+    A case may name backends that are not usable here.
 
     Raises:
         ValueError: a name that no provider has.
     """
-    auto = next(name for name in providers if name.startswith("ours-"))
+    auto = next(name for name, p in providers.items() if p.is_ours)
+    known = {*providers, "ours", *(f"ours-{b}" for b in backends.ORDER)}
+    unknown = sorted({*only, *wanted, *without} - known)
+    if unknown:
+        raise ValueError(
+            f"provider must be 'ours' or one of {list(providers)}, got {', '.join(unknown)}"
+        )
 
     def resolved(names: tuple[str, ...]) -> set[str]:
-        found = {auto if name == "ours" else name for name in names}
-        if found - set(providers):
-            raise ValueError(
-                f"provider must be 'ours' or one of {list(providers)}, got "
-                f"{sorted(found - set(providers))}"
-            )
-        return found
+        return {auto if name == "ours" else name for name in names}
 
-    names = resolved(only) if only else set(providers) - {"ours-trained-head"}
+    names = resolved(only) or set(providers)
     if wanted:
         names &= resolved(wanted)
-    return [p for p in providers.values() if p.name in names]
+    return [p for p in providers.values() if p.name in names - resolved(without)]
 
 
 def available_bytes() -> int:
@@ -139,89 +158,3 @@ def _times_well(name: str, device: torch.device) -> bool:
     """Usable here, and not through an interpreter, whose time says nothing."""
     interpreted = name == "triton" and device.type != "cuda"
     return not interpreted and backends.refusal(name, device, torch.float32) is None
-
-
-def _floor(inputs: Inputs, upcast: bool = False) -> Step:
-    """The matmuls that no exact method avoids, on the scored rows; for logits the bytes moved."""
-    case = inputs.case
-    if upcast and (case.dtype == "fp32" or case.kind == "logits"):
-        raise Refused("the same as the floor here")
-    if inputs.logits is not None:
-        return _copy_floor(inputs)
-    dtype = torch.float32 if upcast else case.torch_dtype
-    assert inputs.weight is not None
-    x, w = inputs.scored_hidden().to(dtype), inputs.weight.detach().to(dtype)
-
-    def run() -> tuple[Tensor, ...]:
-        logits = torch.mm(x, w.t())
-        if case.kind == "score":
-            return (logits,)
-        d_hidden = torch.mm(logits, w)
-        if case.kind == "frozen":
-            return logits, d_hidden
-        return logits, d_hidden, torch.mm(logits.t(), x)
-
-    return Step(run)
-
-
-def _copy_floor(inputs: Inputs) -> Step:
-    """A gradient buffer made: scored rows read once and written, the others zeroed."""
-    assert inputs.logits is not None
-    logits = inputs.logits.detach().flatten(0, 1)
-    live = (inputs.targets != -100).flatten(0, 1)
-    starts = live.to(torch.int8).argmax(1).tolist()  # one completion a row, without holes
-    ends = [a + m for a, m in zip(starts, live.sum(1).tolist(), strict=True)]
-
-    def run() -> Tensor:
-        out = torch.empty_like(logits)
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            out[i, :start].zero_()
-            out[i, start:end].copy_(logits[i, start:end])
-            out[i, end:].zero_()
-        return out
-
-    return Step(run)
-
-
-def _ours(inputs: Inputs, backend: str, train_head: bool = False) -> Step:
-    case, options = inputs.case, {"backend": backend}
-    if inputs.logits is not None:
-        return backward_step(
-            lambda: pk.pro_loss(inputs.logits, inputs.targets, inputs.rewards, **options).loss,
-            inputs.leaves,
-        )
-    hidden, weight, leaves = inputs.hidden, inputs.weight, inputs.leaves
-    if train_head:
-        weight = weight.detach().requires_grad_()
-        leaves = (hidden, weight)
-
-    def loss() -> Tensor:
-        return pk.linear_pro_loss(
-            hidden, weight, inputs.targets, inputs.rewards, budget=case.budget, **options
-        ).loss
-
-    return backward_step(loss, leaves, grad=case.kind != "score")
-
-
-def _plain(inputs: Inputs) -> Step:
-    def loss() -> Tensor:
-        logits = inputs.logits
-        if logits is None:
-            logits = inputs.hidden @ inputs.weight.t()
-        return plain_loss(logits, inputs.targets, inputs.rewards)
-
-    return backward_step(loss, inputs.leaves, grad=inputs.case.kind != "score")
-
-
-def _official(inputs: Inputs, compiled: bool = False) -> Step:
-    def function(hidden, weight, logits, targets, rewards) -> Tensor:  # noqa: ANN001
-        if logits is None:
-            return official_loss(lambda i: hidden[:, i] @ weight.t(), targets, rewards)
-        return official_loss(lambda i: logits[:, i], targets, rewards)
-
-    if compiled:
-        function = torch.compile(function, dynamic=False)
-    arguments = (inputs.hidden, inputs.weight, inputs.logits, inputs.targets, inputs.rewards)
-    return backward_step(
-        lambda: function(*arguments), inputs.leaves, grad=inputs.case.kind != "score"
-    )

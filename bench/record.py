@@ -18,8 +18,13 @@ import torch
 from bench.cases import Case
 from pro_kernels import env, matmul
 
-SCHEMA = 1
-_PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "pro-kernels")
+SCHEMA = 2
+# Why a row has no numbers where the time was over.
+NO_TIME = "no time was left"
+PACKAGES = (
+    *("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl"),
+    "pro-kernels",
+)
 
 
 class Record:
@@ -31,6 +36,59 @@ class Record:
         self.data = {"schema": SCHEMA, "complete": False, **facts, "results": []}
         self.save()
 
+    @classmethod
+    def resume(cls, path: Path, facts: dict) -> Record:
+        """Go on with the file at ``path``, or start it.
+
+        Cases that had no time are measured again; whoever was running when the process died is
+        remembered as lost.
+
+        Raises:
+            ValueError: it is of another machine, commit, preset or set of versions.
+        """
+        if not path.exists():
+            return cls(path, facts)
+        record = cls.__new__(cls)
+        record.path, record.data = path, load(path)
+        for key in ("machine", "device", "threads", "versions", "commit"):
+            if record.data.get(key) != facts[key]:
+                raise ValueError(
+                    f"{path} was made with {key} {record.data.get(key)}, not {facts[key]}: "
+                    "it cannot be resumed"
+                )
+        if record.data["settings"]["preset"] != facts["settings"]["preset"]:
+            raise ValueError(f"{path} is of preset {record.data['settings']['preset']!r}")
+        late = {r["case"] for r in record.data["results"] if r["note"].endswith(NO_TIME)}
+        record.data["results"] = [r for r in record.data["results"] if r["case"] not in late]
+        record.data["complete"] = False
+        running = record.data.pop("running", None)
+        if running is not None:
+            record.data.setdefault("lost", []).append(running)
+        record.save()
+        return record
+
+    def has(self, case: str) -> bool:
+        """Whether the case is measured."""
+        return any(row["case"] == case for row in self.data["results"])
+
+    def lost(self, case: str, provider: str) -> str | None:
+        """Why a provider takes no further part in a case: the process died in it."""
+        died = [case, provider] in self.data.get("lost", [])
+        return "not run: the process died, or the GPU was lost, in its first try" if died else None
+
+    def row(self, case: str, provider: str) -> dict:
+        """The row of a case and provider."""
+        rows = self.data["results"]
+        return next(r for r in rows if (r["case"], r["provider"]) == (case, provider))
+
+    def put(self, **facts: object) -> None:
+        """Set what is said of the whole run and save; None takes it away."""
+        for key, value in facts.items():
+            self.data[key] = value
+            if value is None:
+                del self.data[key]
+        self.save()
+
     def add(self, rows: list[dict]) -> None:
         """Append rows and save."""
         self.data["results"] += rows
@@ -38,10 +96,9 @@ class Record:
 
     def update(self, case: str, provider: str, numbers: dict) -> None:
         """Merge numbers into one row and save; notes add up."""
-        for row in self.data["results"]:
-            if (row["case"], row["provider"]) == (case, provider):
-                note = "; ".join(x for x in (row["note"], numbers.get("note", "")) if x)
-                row.update(numbers, note=note)
+        row = self.row(case, provider)
+        note = "; ".join(x for x in (row["note"], numbers.get("note", "")) if x)
+        row.update(numbers, note=note)
         self.save()
 
     def finish(self) -> None:
@@ -72,7 +129,7 @@ def load(path: Path) -> dict:
     return data
 
 
-def facts(device: torch.device, packages: tuple[str, ...] = _PACKAGES, **settings) -> dict:
+def facts(device: torch.device, packages: tuple[str, ...] = PACKAGES, **settings) -> dict:
     """Machine, versions, commit, threads and date of a run, with its settings."""
     root = Path(__file__).resolve().parent.parent
     return {
@@ -91,29 +148,27 @@ def facts(device: torch.device, packages: tuple[str, ...] = _PACKAGES, **setting
     }
 
 
+# What is measured, in a row of its own for each (case, provider); None where it was not.
+MEASURED = (
+    *("seconds", "q1", "q3", "warm_seconds"),  # medians and quartiles over rounds
+    *("rate", "of_ceiling"),  # flops or bytes a second that the maths needs, of the ceiling
+    *("of_floor", "of_floor_fp32", "vs_ours"),  # floor / this, this / ours
+    *("peak_bytes", "gradient_bytes"),
+    *("loss", "loss_error", "logp_error", "input_grad_error", "weight_grad_error"),
+)
+
+
 def empty_row(case: Case, provider: str, label: str) -> dict:
     """A row without numbers: every key is always there."""
+    keys = ("group", "kind", "dtype", "H", "V", "B", "n", "T", "masked", "tokens", "scored",
+            "budget", "softcap", "flops", "bytes")  # fmt: skip
     return {
         "case": case.name,
-        **{k: getattr(case, k) for k in ("group", "kind", "dtype", "H", "V", "B", "n", "T")},
-        "masked": case.masked,
-        "tokens": case.tokens,
-        "scored": case.scored,
-        "budget": case.budget,
+        **{key: getattr(case, key) for key in keys},
         "provider": provider,
         "label": label,
-        "seconds": None,
-        "q1": None,
-        "q3": None,
+        **dict.fromkeys(MEASURED),
         "rounds": 0,
-        "of_floor": None,
-        "of_floor_fp32": None,
-        "vs_ours": None,
-        "peak_bytes": None,
-        "gradient_bytes": None,
-        "loss": None,
-        "loss_error": None,
-        "grad_error": None,
         "wrong": False,
         "note": "",
     }

@@ -21,10 +21,13 @@ class Step:
     Attributes:
         run: does the work; returns the detached loss, or for a floor what it made.
         leaves: tensors whose ``.grad`` it fills; cleared outside the timing.
+        logps: its log-prob of every position (B, n, T), any value where nothing is scored; for the
+            errors, never timed. None where it gives none.
     """
 
     run: Callable[[], Any]
     leaves: tuple[Tensor, ...] = ()
+    logps: Callable[[], Tensor] | None = None
 
     def clear(self) -> None:
         """Drop the gradients."""
@@ -38,7 +41,10 @@ class Step:
 
 
 def backward_step(
-    loss: Callable[[], Tensor], leaves: tuple[Tensor, ...], grad: bool = True
+    loss: Callable[[], Tensor],
+    leaves: tuple[Tensor, ...],
+    grad: bool = True,
+    logps: Callable[[], Tensor] | None = None,
 ) -> Step:
     """Forward and backward of ``loss``; forward alone, without autograd, where not ``grad``."""
 
@@ -49,7 +55,7 @@ def backward_step(
             value.backward()
         return value.detach()
 
-    return Step(run, leaves if grad else ())
+    return Step(run, leaves if grad else (), logps)
 
 
 def describe(error: Exception) -> str:

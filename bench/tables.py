@@ -7,27 +7,39 @@ from pathlib import Path
 from bench.cases import is_main
 from bench.targets import Outcome, outcomes
 
-BLOCK = "bench"
+BLOCK, MEASURED, GPU = "bench", "measured", "gpu"
+ERRORS = ("loss_error", "logp_error", "input_grad_error", "weight_grad_error")
 TITLES = {
     "head": "Hidden states in, head trained: `linear_pro_loss`, forward + backward",
     "fp32": "The same in fp32",
+    "fp16": "The same in fp16",
     "frozen": "Head frozen (LoRA, PEFT)",
     "score": "Score only, no gradient",
+    "ce": "Mean cross-entropy on the scored tokens (peers without gradients per token run too)",
     "logits": "Logits in: `pro_loss`, forward + backward",
+    "ranking": "Log-probs in: the ranking loss and its gradient",
+    "small": "Two prompts: host work and launches",
     "growth N": "Growth with the scored tokens N",
     "growth V": "Growth with the vocabulary V",
     "growth n": "Growth with the candidates n, the same tokens in all",
     "growth unscored": "Growth with unscored positions, the same scored tokens",
     "memory": "One long prompt, under a budget",
+    "budget": "A small budget",
 }
 _NOTES = """\
 *Floor*: the head matmuls alone on the scored rows (`torch.mm`, three with the head trained, two
 frozen, one to score), the same process and rounds; for logits, making the gradient buffer (scored
-rows copied, the others zeroed). *of floor* = floor / provider; *of fp32 floor*: the same matmuls
-with fp32 operands. *x ours* = provider / pro_kernels with `backend="auto"`. Ratios are medians over
-rounds of times taken in the same round. *Peak extra*: high water in a process of its own beyond
-what was held before the call; *of it gradients*: the inputs' gradients. *Error*: of the loss, and
-of sampled gradients, against fp64, relative.
+rows copied, the others zeroed); for log-probs, a copy. *Of floor* = floor / provider; *of fp32
+floor*: the same matmuls with fp32 operands. *x ours* = provider / pro_kernels with
+`backend="auto"`. Ratios are medians over rounds of times taken in the same round. Times are with
+cold caches (256 MiB written before each call where the tensors are smaller than that), *warm* right
+after another call. *TFLOP/s* counts the matmuls that no exact method avoids on the scored rows,
+*GB/s* the bytes that the maths has to move: scored logits read twice, the gradient written. *Of
+ceiling*: of the rate of one large matmul (the faster of the dtype's and fp32's), or of a large copy
+(read and written), measured at the start. *Peak extra*: high water in a process of its own (GPU: of
+the allocator) beyond what was held before the call; *of it gradients*: the inputs' gradients.
+*Errors* against fp64: loss relative; log-prob the largest absolute; gradients of sampled rows,
+relative in norm (d input: of hidden states, logits or log-probs, row by row).
 """
 _UPCASTS = """\
 This CPU has no matrix units for bf16, so pro_kernels multiplies in fp32, block by block, which is
@@ -39,7 +51,8 @@ written, and part of their distance is that.
 
 def full_report(data: dict, images: list[str]) -> str:
     """The whole report; ``images`` are file names beside it."""
-    parts = ["# Benchmarks", header(data), "## Targets", targets_table(data["results"])]
+    parts = ["# Benchmarks", header(data), f"Measured by `{command(data)}`.", ceilings_line(data)]
+    parts += ["## Targets", targets_table(data)]
     parts += _upcast_note(data)
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in images]
     parts += ["## Numbers", _NOTES]
@@ -60,14 +73,23 @@ def full_report(data: dict, images: list[str]) -> str:
 
 def summary(data: dict, image: str | None) -> str:
     """What goes between the marks of README.md: machine, targets, main table, plot."""
-    parts = [header(data), "### Targets", targets_table(data["results"])]
+    parts = [header(data), f"Measured by `{command(data)}`.", "### Targets", targets_table(data)]
     parts += _upcast_note(data)
     main = [rows for rows in _cases(data["results"], "head").values() if is_main(rows[0])]
     if main:
-        parts += ["### Forward + backward, seconds (times ours)", _main_table(main)]
+        parts += ["### Forward + backward, ms (times ours)", _main_table(main)]
     if image:
         parts.append(f"![time by provider]({image})")
     return "\n\n".join(part.strip("\n") for part in parts)
+
+
+def details(data: dict, links: dict[str, str]) -> str:
+    """What goes between the marks of docs/performance.md: ceilings, plots, the logits table."""
+    parts = [header(data), f"Measured by `{command(data)}`.", ceilings_line(data)]
+    for name in ("roofline.png", "memory-by-n.png", "errors.png", "entrances.png", "growth.png"):
+        if name in links:
+            parts.append(f"![{name.removesuffix('.png')}]({links[name]})")
+    return "\n\n".join(parts)
 
 
 def marks(block: str) -> tuple[str, str]:
@@ -89,9 +111,34 @@ def update_block(readme: Path, text: str, block: str = BLOCK) -> None:
     readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
-def targets_table(rows: list[dict]) -> str:
+def targets_table(data: dict) -> str:
     """Every target, what was measured, met or not."""
-    return outcome_table(outcomes(rows))
+    return outcome_table(outcomes(data["results"], data["device"].startswith("cuda")))
+
+
+def command(data: dict) -> str:
+    """What was called."""
+    settings = data["settings"]
+    words = ["pro-kernels bench --preset", settings["preset"]]
+    for flag, names in (("case", settings["cases"]), ("provider", settings["providers"])):
+        words += [f"--{flag} '{name}'" for name in names]
+    if settings["repeats"]:
+        words.append(f"--repeats {settings['repeats']}")
+    return " ".join(words)
+
+
+def ceilings_line(data: dict) -> str:
+    """The measured ceilings."""
+    found = data.get("ceilings")
+    if not found:
+        return ""
+    rates = ", ".join(f"{k} {v['rate'] / 1e12:.3g} TFLOP/s" for k, v in found["matmul"].items())
+    N, H, V = found["sizes"]["matmul"]
+    return (
+        f"Ceilings: copy {found['copy']['rate'] / 1e9:.3g} GB/s "
+        f"({found['sizes']['copy_bytes'] >> 20} MiB, read and written); matmul "
+        f"({N} x {H} by {H} x {V}) {rates}."
+    )
 
 
 def outcome_table(found: list[Outcome]) -> str:
@@ -103,24 +150,28 @@ def outcome_table(found: list[Outcome]) -> str:
 
 def case_table(rows: list[dict]) -> str:
     """One case: a line a provider, a refusal in the last column where there are no numbers."""
+    unit, scale = ("TFLOP/s", 1e12) if rows[0]["flops"] else ("GB/s", 1e9)
     head = [
-        "provider", "seconds", "quartiles", "of floor", "of fp32 floor", "x ours", "peak extra MB",
-        "of it gradients MB", "error: loss", "gradient", "note",
+        "provider", "ms", "quartiles", "warm ms", unit, "of ceiling", "of floor", "of fp32 floor",
+        "x ours", "peak extra MB", "of it gradients MB", "error: loss", "log-prob", "d input",
+        "d weight", "note",
     ]  # fmt: skip
     lines = []
     for row in rows:
         timed = row["seconds"] is not None
         lines.append([
             row["label"],
-            seconds(row["seconds"]),
-            f"{seconds(row['q1'])} - {seconds(row['q3'])}" if timed else "",
+            milliseconds(row["seconds"]),
+            f"{milliseconds(row['q1'])} - {milliseconds(row['q3'])}" if timed else "",
+            milliseconds(row["warm_seconds"]),
+            number(row["rate"] and row["rate"] / scale, ".3g"),
+            number(row["of_ceiling"], ".2f"),
             number(row["of_floor"], ".2f"),
             number(row["of_floor_fp32"], ".2f"),
             number(row["vs_ours"], ".2f"),
             megabytes(row["peak_bytes"]),
             megabytes(row["gradient_bytes"] if row["peak_bytes"] is not None else None),
-            number(row["loss_error"], ".0e"),
-            number(row["grad_error"], ".0e"),
+            *(number(row[key], ".0e") for key in ERRORS),
             row["note"].replace("|", "\\|"),
         ])  # fmt: skip
     return table(*used_columns(head, lines))
@@ -150,6 +201,11 @@ def growth_table(cases: dict[str, list[dict]]) -> str:
     return table(head, lines)
 
 
+def milliseconds(value: float | None) -> str:
+    """Three digits, in milliseconds."""
+    return "" if value is None else f"{value * 1e3:.3g}" if value < 1 else f"{value * 1e3:.0f}"
+
+
 def seconds(value: float | None) -> str:
     """Three digits, in seconds."""
     if value is None:
@@ -159,21 +215,23 @@ def seconds(value: float | None) -> str:
 
 def _main_table(cases: list[list[dict]]) -> str:
     labels = list(dict.fromkeys(row["label"] for rows in cases for row in rows))
-    head = ["", *(f"H={rows[0]['H']} V={rows[0]['V']}" for rows in cases)]
+    head = ["", *(_size(rows[0]) for rows in cases)]
     lines = []
     for label in labels:
         found = [next((r for r in rows if r["label"] == label), None) for rows in cases]
         lines.append([label, *(_cell(row) for row in found)])
-    footnote = f"\n\n{cases[0][0]['case']}; B*n*T = {cases[0][0]['tokens']} tokens."
-    return table(head, lines) + footnote.replace(cases[0][0]["case"], _what(cases[0][0]))
+    first = cases[0][0]
+    what = f"{first['dtype']}, n={first['n']}, {first['masked']:.0%} of the positions not scored"
+    return f"{table(head, lines)}\n\n{what}; R positions."
+
+
+def _size(row: dict) -> str:
+    cap = "" if row["softcap"] is None else f" softcap {row['softcap']:g}"
+    return f"H={row['H']} V={row['V']} R={row['tokens']}{cap}"
 
 
 def _upcast_note(data: dict) -> list[str]:
     return [] if data["bf16_matmuls"] == "native" else [_UPCASTS]
-
-
-def _what(row: dict) -> str:
-    return f"{row['dtype']}, n={row['n']}, {row['masked']:.0%} of the tokens not scored"
 
 
 def _cell(row: dict | None) -> str:
@@ -182,7 +240,7 @@ def _cell(row: dict | None) -> str:
     if row["seconds"] is None or row["wrong"]:
         return row["note"].split(":")[0]
     times = "" if row["vs_ours"] is None else f" ({row['vs_ours']:.2f}x)"
-    return seconds(row["seconds"]) + times
+    return milliseconds(row["seconds"]) + times
 
 
 def header(data: dict) -> str:

@@ -24,7 +24,7 @@ torch.set_num_threads(int(os.environ.get("PRO_KERNELS_TEST_THREADS", "1")))
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and the slow ones unless asked for by ``-m``."""
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
         if "slow" in item.keywords and not config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))

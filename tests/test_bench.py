@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,18 +16,32 @@ import torch
 import pro_kernels as pk
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed
-from bench import losses, memory, record, report, runner, tables, targets  # noqa: E402
-from bench.cases import PRESETS, Case, cases_of  # noqa: E402
+from bench import (  # noqa: E402
+    case_run,
+    compare,
+    losses,
+    memory,
+    peers,
+    record,
+    report,
+    runner,
+    tables,
+    targets,
+)
+from bench.case_run import CaseRun, Settings  # noqa: E402
+from bench.cases import Case  # noqa: E402
 from bench.cli import main  # noqa: E402
 from bench.inputs import make_inputs, make_truth  # noqa: E402
+from bench.presets import NAMES, PRESETS, cases_of  # noqa: E402
 from bench.providers import all_providers, ours_name, select  # noqa: E402
 from bench.step import Refused, Step, backward_step  # noqa: E402
 
 pytest.importorskip("matplotlib")
 BEGIN, END = tables.marks("bench")
 CPU = torch.device("cpu")
-PEERS = ("trl", "liger", "cce")
+PEERS = ("trl", "liger", "liger-ce", "cce", "quack", "quack-mean", "verl")
 CASE = Case("case", 16, 101, 2, 3, 8, 0.5, repeats=2)
+SETTINGS = {"preset": "tiny", "cases": [], "providers": [], "repeats": None}
 
 
 @pytest.fixture
@@ -35,7 +50,7 @@ def no_peers(monkeypatch):
     real = importlib.metadata.version
 
     def version(package: str) -> str:
-        if package in ("trl", "liger-kernel", "cut-cross-entropy"):
+        if package in peers.VERSIONS:
             raise importlib.metadata.PackageNotFoundError(package)
         return real(package)
 
@@ -71,14 +86,22 @@ def test_tiny_preset_through_the_command_without_peers(tmp_path, no_peers, no_co
             measured = row["seconds"] is not None and row["seconds"] > 0
             assert measured or row["note"] or case.kind == "memory", row
             if measured and not row["provider"].startswith("floor"):
-                assert row["loss_error"] < runner.LOSS_TOLERANCE and not row["wrong"]
+                assert row["loss_error"] < case_run.LOSS_TOLERANCE and not row["wrong"]
+                assert row["rate"] > 0 and row["of_ceiling"] > 0
+                assert row["warm_seconds"] > 0, "tiny cases fit a cache"
+                gradients = {"score": 0, "frozen": 1, "logits": 1, "ranking": 1}
+                found = [row[f"{name}_grad_error"] for name in ("input", "weight")]
+                assert sum(e is not None for e in found) == (
+                    2 if "trained-head" in row["provider"] else gradients.get(case.kind, 2)
+                )
     head = {r["provider"]: r for r in data["results"] if r["case"] == "tiny head"}
     assert all(head[name]["note"].startswith("not installed: pip install") for name in PEERS)
     assert head["floor"]["of_floor"] == 1.0 and head[ours_name(CPU)]["vs_ours"] == 1.0
 
     text = (out / "report.md").read_text()
     assert all(f"| {row['label']} |" in text for row in data["results"])
-    for image in ("time.png", "growth.png"):
+    assert "Ceilings: copy" in text and "`pro-kernels bench --preset tiny`" in text
+    for image in ("time.png", "growth.png", "errors.png"):
         assert (out / image).read_bytes().startswith(b"\x89PNG")
         assert f"({image})" in text
     new = readme.read_text()
@@ -97,7 +120,7 @@ def test_the_same_file_gives_the_same_report(tmp_path):
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 1), (MemoryError, None)])
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch, error, code):
-    real, count = runner.time_case, []
+    real, count = CaseRun.rows, []
 
     def fails_on_the_second(*arguments):
         count.append(1)
@@ -105,7 +128,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch, error,
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(runner, "time_case", fails_on_the_second)
+    monkeypatch.setattr(CaseRun, "rows", fails_on_the_second)
     arguments = ["--preset", "tiny", "--provider", "ours", "--no-memory", "--out", str(tmp_path)]
     if code is None:
         with pytest.raises(error):
@@ -118,6 +141,52 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch, error,
     assert [r["case"] for r in data["results"]] == ["tiny head"]
     assert data["results"][0]["seconds"] > 0
     assert "Partial" in (tmp_path / "report.md").read_text()
+
+    monkeypatch.setattr(CaseRun, "rows", real)
+    cases = ["--case", "tiny head", "--case", "tiny fp32"]
+    assert main([*arguments, *cases, "--resume"]) == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["complete"] and again["results"][0] == data["results"][0], "kept as it was"
+    assert [r["case"] for r in again["results"]] == ["tiny head", "tiny fp32"]
+
+
+def test_a_run_out_of_time_says_so_and_is_resumed(tmp_path):
+    cases = ["--case", "tiny head", "--case", "tiny fp32", "--provider", "ours", "--no-memory"]
+    arguments = ["--preset", "tiny", *cases, "--out", str(tmp_path)]
+    assert main([*arguments, "--seconds", "1e-9"]) == 0
+    assert {r["note"] for r in rows_of(tmp_path / "results.json")} == {"not run: no time was left"}
+    assert main([*arguments, "--resume"]) == 0
+    assert all(r["seconds"] > 0 for r in rows_of(tmp_path / "results.json"))
+
+
+def test_a_run_of_another_kind_is_not_resumed(tmp_path, capsys):
+    arguments = ["--preset", "tiny", "--case", "tiny fp32", "--no-memory", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "machine": "another"}))
+    assert main([*arguments, "--resume"]) == 2
+    assert "cannot be resumed" in capsys.readouterr().err
+
+
+def test_a_provider_in_which_the_process_died_is_left_out(tmp_path):
+    facts = record.facts(CPU, preset="tiny")
+    path = tmp_path / "results.json"
+    record.Record(path, facts).put(running=[CASE.name, "ours-torch"])
+    again = record.Record.resume(path, facts)
+    assert "running" not in again.data
+    providers = [all_providers(CPU)[name] for name in ("floor", "ours-torch")]
+    found = {r["provider"]: r for r in CaseRun(CASE, Settings(), CPU, record=again).rows(providers)}
+    assert "the process died" in found["ours-torch"]["note"]
+    assert found["floor"]["seconds"] > 0 and found["ours-torch"]["seconds"] is None
+
+
+def test_a_lost_device_ends_the_process_with_its_own_code(tmp_path, monkeypatch, capsys):
+    def lost(self, providers):
+        raise case_run.DeviceLost("cuda: an illegal access")
+
+    monkeypatch.setattr(CaseRun, "rows", lost)
+    assert main(["--preset", "tiny", "--case", "tiny fp32", "--out", str(tmp_path)]) == 75
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_a_provider_that_raises_has_its_reason_in_its_row():
@@ -147,7 +216,7 @@ def test_a_provider_that_raises_has_its_reason_in_its_row():
             ("a", build_fails), ("b", fails_in_a_round), ("c", computes_something_else)
         ]
     ]  # fmt: skip
-    rows = {r["provider"]: r for r in runner.time_case(CASE, providers, runner.Settings(), CPU)}
+    rows = {r["provider"]: r for r in CaseRun(CASE, Settings(), CPU).rows(providers)}
     assert rows["a"]["note"] == "RuntimeError: cannot" and rows["a"]["seconds"] is None
     assert rows["b"]["note"] == "ValueError: second call" and rows["b"]["seconds"] is None
     assert rows["c"]["wrong"] and "WRONG" in rows["c"]["note"]
@@ -156,8 +225,8 @@ def test_a_provider_that_raises_has_its_reason_in_its_row():
 
 def test_a_slow_peer_takes_part_in_fewer_rounds():
     providers = [all_providers(CPU)[name] for name in ("floor", "official")]
-    settings = runner.Settings(repeats=4, peer_seconds=0.0)
-    rows = {r["provider"]: r for r in runner.time_case(CASE, providers, settings, CPU)}
+    settings = Settings(repeats=4, peer_seconds=0.0)
+    rows = {r["provider"]: r for r in CaseRun(CASE, settings, CPU).rows(providers)}
     assert (rows["floor"]["rounds"], rows["official"]["rounds"]) == (4, 1)
     assert rows["official"]["note"] == "one call, the first"
 
@@ -169,20 +238,44 @@ def test_a_case_too_large_for_a_provider_is_refused_with_its_size():
     assert table["ours-torch"].refusal_of_size(huge) is None
 
 
-@pytest.mark.parametrize("kind", ["linear", "frozen", "score", "logits"])
-@pytest.mark.parametrize("name", ["ours-torch", "plain-fp32", "official", "trl"])
-def test_every_provider_computes_the_same_loss_and_gradient(kind, name):
+def test_a_case_whose_inputs_do_not_fit_says_how_much_they_need(tmp_path, monkeypatch):
+    huge = Case("huge", 10**5, 10**7, 1, 2, 8, 0.0, only=("floor", "ours"))
+    monkeypatch.setattr(runner, "cases_of", lambda *_: [huge, CASE])
+    settings = Settings(providers=("floor",), memory=False)
+    data = runner.run(settings, tmp_path / "results.json", CPU, lambda line: None)
+    notes = {r["case"]: r["note"] for r in data["results"]}
+    assert notes["huge"].startswith("not run: its inputs need 2000 GB") and not notes["case"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "softcap"),
+    [("linear", None), ("linear", 3.0), ("frozen", None), ("score", None), ("logits", None),
+     ("ce", None), ("ranking", None)],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["ours-torch", "ours-layout", "plain-fp32", "official", "trl", "torch-lce",
+     "torch-lce-chunked", "torch-lce-mean"],
+)  # fmt: skip
+def test_every_provider_computes_the_same_loss_and_gradient(kind, name, softcap):
     if name == "trl":
         pytest.importorskip("trl")
-    case = Case("case", 16, 101, 2, 3, 8, 0.5, "fp32", kind)
+    case = Case("case", 16, 101, 2, 3, 8, 0.5, "fp32", kind, softcap=softcap)
+    if kind in ("logits", "ranking"):
+        case = Case("case", 0, 101, 2, 3, 8, 0.5 * (kind == "logits"), "fp32", kind)
     inputs = make_inputs(case)
-    step = all_providers(CPU)[name].build(inputs)
+    try:
+        step = all_providers(CPU)[name].build(inputs)
+    except Refused as refused:
+        assert kind in ("logits", "ranking", "score") or softcap or "mean" in str(refused)
+        return
     loss, truth = float(step.run()), make_truth(inputs)
-    assert truth.loss_error(loss) < 1e-5
-    error = truth.grad_error(step.leaves)
-    assert (error is None) if kind == "score" else error < 1e-5
-    leaves = {"linear": 2, "frozen": 1, "score": 0, "logits": 1}[kind]
+    errors = truth.errors(loss, step)
+    assert errors.pop("loss_error") < 1e-5
+    assert all(e < 1e-5 for e in errors.values() if e is not None), errors
+    leaves = {"linear": 2, "ce": 2, "frozen": 1, "score": 0, "logits": 1, "ranking": 1}[kind]
     assert len(step.leaves) == leaves and (step.gradient_bytes > 0) == (leaves > 0)
+    assert (errors["logp_error"] is None) == (kind == "ranking" or "mean" in name)
 
 
 @pytest.mark.slow
@@ -193,8 +286,21 @@ def test_compiled_providers_compute_the_same_loss_and_gradient(name):
         step = all_providers(CPU)[name].build(inputs)
     except Refused as refused:
         pytest.skip(str(refused))
-    loss, truth = float(step.run()), make_truth(inputs)
-    assert truth.loss_error(loss) < 1e-5 and truth.grad_error(step.leaves) < 1e-5
+    errors = make_truth(inputs).errors(float(step.run()), step)
+    assert all(e < 1e-5 for e in errors.values() if e is not None), errors
+
+
+@pytest.mark.parametrize("tier", ["T2", "T3"])
+def test_a_tier_is_reached_by_its_budget(tier, monkeypatch):
+    monkeypatch.setattr("pro_kernels.planner.MIN_T2_ROWS", 1)
+    plans = []
+    real = pk.calls.make_plan
+    monkeypatch.setattr("pro_kernels.calls.make_plan", lambda *a, **k: plans.append(real(*a, **k))
+                        or plans[-1])  # fmt: skip
+    case = Case("case", 16, 4001, 32, 2, 16, 0.0, "fp32")
+    step = all_providers(CPU)[f"ours-{tier}"].build(make_inputs(case))
+    step.run()
+    assert [plan.tier for plan in plans] == [tier]
 
 
 def test_a_missing_rank_term_would_be_flagged():
@@ -211,12 +317,17 @@ def test_a_missing_rank_term_would_be_flagged():
         return backward_step(loss, inputs.leaves)
 
     step = sft_only(inputs)
-    step.run()
-    assert make_truth(inputs).grad_error(step.leaves) > runner.GRAD_TOLERANCE
+    truth = make_truth(inputs)
+    case_run.flag_wrong(
+        row := record.empty_row(CASE, "", "") | truth.errors(float(step.run()), step)
+    )
+    assert row["wrong"] and row["input_grad_error"] > case_run.GRAD_TOLERANCE
     step.clear()
     step = table["official"].build(inputs)
-    step.run()
-    assert make_truth(inputs).grad_error(step.leaves) < runner.GRAD_TOLERANCE
+    case_run.flag_wrong(
+        row := record.empty_row(CASE, "", "") | truth.errors(float(step.run()), step)
+    )
+    assert not row["wrong"]
 
 
 @pytest.mark.parametrize("name", ["n2_f64", "n3_f32"])
@@ -272,7 +383,7 @@ def test_weighing_in_a_child_process():
 
 
 def test_targets_say_met_or_not(tmp_path):
-    main_case = {"group": "head", "H": 1024, "V": 32000, "masked": 0.55, "n": 4}
+    main_case = {"group": "head", "H": 1024, "V": 32000, "masked": 0.6, "n": 4}
     blank = record.empty_row(CASE, "", "")
     rows = [
         {**blank, **main_case, "provider": "ours-cpu", "vs_ours": 1.0, "seconds": 1.0,
@@ -280,10 +391,11 @@ def test_targets_say_met_or_not(tmp_path):
         {**blank, **main_case, "provider": "official", "vs_ours": 2.0, "seconds": 2.0},
     ]  # fmt: skip
     met = {o.what: o.met for o in targets.outcomes(rows)}
-    assert met["(1024, 32000) bf16, 55 % not scored"] is True
+    assert met["(1024, 32000) bf16, 60 % not scored"] is True
     assert met["the same against the official formulation"] is False
     assert met["the same against its torch.compile"] is None
-    assert "| **no** |" in tables.targets_table(rows)
+    assert "| **no** |" in tables.targets_table({"results": rows, "device": "cpu"})
+    assert {o.met for o in targets.outcomes(rows, on_gpu=True)} == {None}
     assert targets.linear_misfit([1, 2, 4], [3.0, 5.0, 9.0]) < 1e-9
     assert targets.linear_misfit([1, 2, 4], [1.0, 4.0, 16.0]) > 0.1
 
@@ -296,6 +408,9 @@ def test_targets_say_met_or_not(tmp_path):
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--update", "nowhere.md"], "no file nowhere.md"),
         (["--report", "nowhere.json"], "nowhere.json"),
+        (["--seconds", "0"], "--seconds must be > 0"),
+        (["--without", "nobody"], "provider must be"),
+        (["--compare", "nowhere.json", "nowhere.json"], "nowhere.json"),
     ],
 )
 def test_wrong_calls(tmp_path, capsys, arguments, said):
@@ -313,8 +428,68 @@ def test_files_that_are_not_results_or_lack_the_marks(tmp_path, capsys):
         tables.update_block(readme, "text")
 
 
-def test_list_names_the_cases(capsys):
-    assert main(["--preset", "full", "--list"]) == 0
+@pytest.mark.parametrize("preset", NAMES)
+def test_list_names_the_cases(preset, capsys):
+    assert main(["--preset", preset, "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
-    assert len(names) == len(set(names)) > 30
-    assert "H=1024 V=32000 bf16 n=4 masked 55%" in names
+    assert len(names) == len(set(names)) > 5
+    for on_gpu in (False, True):
+        for case in cases_of(preset, on_gpu=on_gpu):
+            assert select(all_providers(CPU), case.only), case
+
+
+def test_the_gpu_tables_hold_what_the_targets_ask_for():
+    for masked in (0.6, 0.0):
+        (case,) = (
+            c for c in cases_of("gpu", ("head",), on_gpu=True)
+            if (c.H, c.V, c.tokens, c.masked, c.n) == (4096, 128256, 16384, masked, 4)
+            and c.group == "head"
+        )  # fmt: skip
+        assert {"official", *targets.PEERS} <= set(case.only) and case.memory
+
+
+def results_file(path: Path, **ratios: float) -> Path:
+    rows = [{**record.empty_row(CASE, name, name), "of_floor": r} for name, r in ratios.items()]
+    path.write_text(json.dumps({"schema": record.SCHEMA, "results": rows}))
+    return path
+
+
+def test_comparing_two_runs(tmp_path, capsys):
+    old = results_file(tmp_path / "old.json", **{"ours-cpu": 0.9, "official": 0.5, "floor": 1.0})
+    new = results_file(tmp_path / "new.json", **{"ours-cpu": 0.8, "official": 0.4, "floor": 1.0})
+    assert main(["--compare", str(old), str(new)]) == 1
+    said = capsys.readouterr().out
+    assert "2 ratios" in said and "1 of ours worse by more than 10%" in said
+    assert "| case | ours-cpu | 0.900 | 0.800 | -11% | **worse** |" in said
+    assert main(["--compare", str(new), str(old)]) == 0
+    assert main(["--compare", str(old), str(new), "--threshold", "0.2"]) == 0
+
+
+def test_pytest_benchmark_saves_ratios_that_compare(tmp_path):
+    saved = tmp_path / "saved.json"
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-q", "-k",
+               "fp32 and (ours or floor)", f"--benchmark-json={saved}", "-p", "no:cacheprovider",
+               "-p", "no:xdist"]  # fmt: skip
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ratios = compare.ratios_of(saved)
+    assert ratios and all(value > 0 for value in ratios.values())
+    text, worse = compare.compare(saved, saved)
+    assert worse == 0 and text.startswith(f"{len(ratios)} ratios")
+
+
+def test_a_page_without_the_marks_is_an_error(tmp_path, capsys):
+    results = results_file(tmp_path / "results.json", floor=1.0)
+    results.write_text(json.dumps({**json.loads(results.read_text()), **record.facts(CPU),
+                                   "complete": True, "settings": dict(SETTINGS)}))  # fmt: skip
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    assert main(["--report", str(results), "--update", str(page)]) == 2
+    assert "must hold the marks" in capsys.readouterr().err
+    begin, end = tables.marks("gpu")
+    bench_begin, bench_end = tables.marks("measured")
+    page.write_text(f"{bench_begin}{bench_end}{begin}{end}")
+    assert main(["--report", str(results), "--update", str(page)]) == 0
+    if not report.GPU_RESULTS.exists():
+        assert page.read_text().count("not measured") == len(targets.outcomes([], on_gpu=True))

@@ -196,6 +196,22 @@ def test_parts_that_die_or_hang_cost_only_themselves(tmp_path):
     assert all(p["rows"] == [{"case": p["part"]}] for p in found[:-1])
 
 
+def test_a_command_that_dies_goes_on_where_it_was(tmp_path):
+    program = textwrap.dedent(
+        """
+        import pathlib, sys
+        path = pathlib.Path(sys.argv[1])
+        tries = path.read_text() + "x" if path.exists() else "x"
+        path.write_text(tries)
+        sys.exit(0 if tries == "xxx" and "--resume" in sys.argv else 1)
+        """
+    )
+    count = tmp_path / "count"
+    job = Job("cases", (sys.executable, "-c", program, str(count)), limit=20, resume="--resume")
+    (found,) = run_jobs(tmp_path / "gpu.json", [job])
+    assert found["status"] == "ok" and count.read_text() == "xxx"
+
+
 def test_the_clock_ends_the_run(tmp_path):
     child = (sys.executable, "-c", CHILD)
     todo = [Job("torch", child, ("hangs", "a")), Job("late", child)]
@@ -209,7 +225,7 @@ def test_the_clock_ends_the_run(tmp_path):
 
 def test_jobs_are_narrowed_by_part_and_backend(tmp_path):
     names = [job.name for job in jobs.make_jobs(tmp_path, (), ())]
-    assert names[:4] == ["build", "floors", "check", "tests"] and names[-1] == "tuning"
+    assert names[:5] == ["build", "floors", "check", "cases", "tests"] and names[-1] == "tuning"
     (job,) = jobs.make_jobs(tmp_path, ("linear", "small"), ("torch",))
     assert job.parts == ("linear", "small")
     assert job.command[-1] == "torch"

@@ -1,5 +1,9 @@
 """Everything that needs a GPU, in one command: ``python -m bench --gpu --out FOLDER``.
 
+Offline, with the torch and Triton that are there; ``make bench-gpu`` is the same. FOLDER gets
+``gpu.json`` and ``gpu.md`` (builds, tests, kernels against the model's predictions) and, of the
+preset ``gpu`` with every peer that is installed, ``results.json``, ``report.md`` and plots.
+
 ``parts`` (what is measured), ``measure`` (how), ``worker`` (one backend's parts in a process of its
 own), ``jobs`` (runs the processes against the clock and keeps what they say), ``tables`` (the
 Markdown).
@@ -15,6 +19,7 @@ import torch
 from bench.gpu import jobs, tables
 
 NO_GPU = 2
+SECONDS = 480.0
 
 
 def main(

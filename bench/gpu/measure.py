@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from bench.runner import Timer, paired, quartiles
+from bench.timing import Timer, paired, quartiles
 from bench.step import Refused, Step, backward_step
 from pro_kernels import backends
 

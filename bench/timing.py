@@ -1,0 +1,60 @@
+"""How one call is timed, and what is made of the times."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from bench.step import Step
+
+# More than the L2 of any GPU and than most CPUs' caches.
+_FLUSH_BYTES = 256 << 20
+
+
+class Timer:
+    """Seconds of one call, caches cold: the clock on a CPU, events on a GPU.
+
+    Cold: memory of 256 MiB is written before. On a CPU only where asked for (``flush``): the
+    tensors of large cases are several times that.
+    """
+
+    def __init__(self, device: torch.device, flush: bool = False) -> None:
+        """Make the events and the flush buffer."""
+        self.cuda = device.type == "cuda"
+        self.buffer = None
+        if self.cuda or flush:
+            self.buffer = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+        if self.cuda:
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __call__(self, step: Step, warm: bool = False) -> float:
+        """Run the step once; what it returns is freed after the clock stops."""
+        if self.buffer is not None and not warm:
+            self.buffer.zero_()
+        if not self.cuda:
+            start = time.perf_counter()
+            value = step.run()
+            seconds = time.perf_counter() - start
+            del value
+            return seconds
+        self.events[0].record()
+        value = step.run()
+        self.events[1].record()
+        torch.cuda.synchronize()
+        del value
+        return self.events[0].elapsed_time(self.events[1]) / 1e3
+
+
+def paired(numerator: list[float], denominator: list[float]) -> float | None:
+    """Median over the rounds both took part in of the ratio within the round."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=False)]
+    return statistics.median(ratios) if ratios else None
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return values * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
