@@ -1,6 +1,10 @@
 """Benchmarks: one case table, one runner, one report; the peers are optional.
 
-``cases`` says what is measured, ``inputs`` makes it, ``providers`` and ``peers`` are the
-contenders, ``runner`` times them (``memory`` weighs them, each in a process of its own), ``report``
-turns the numbers into Markdown and plots. From a checkout: ``python -m bench --preset quick``.
+``cases`` and ``presets`` say what is measured, ``inputs`` makes it and its fp64 truth,
+``providers`` names the contenders (``formulations``: floors, ours, plain PyTorch; ``peers``: other
+libraries), ``runner`` goes through the cases (``case_run`` times one, ``memory`` weighs providers,
+each in a process of its own, ``ceilings`` measures the machine), ``report`` turns the numbers into
+Markdown (``tables``, ``targets``) and plots (``plots``, ``curves``), ``compare`` sets two runs
+against each other. ``training`` does the same for whole training steps, ``gpu`` runs all that needs
+a GPU, ``model`` predicts. From a checkout: ``python -m bench --preset cpu-small``.
 """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -20,6 +22,8 @@ from bench.training.runner import run as run_training
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 DEVICE_LOST = 75
+STALLED = 120.0  # seconds; torch.compile of a peer takes half of that
+_CHILDREN = 8
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,15 +31,13 @@ def main(argv: list[str] | None = None) -> int:
 
     75: a provider left the GPU unusable; the same call with ``--resume`` goes on without it.
     """
-    args = _parser().parse_args(argv)
-    args.preset = args.preset or ("gpu-quick" if args.device.type == "cuda" else "cpu-small")
+    args = _parsed(argv)
     try:
         if args.model:
             return _model(args.resources)
         if args.gpu:
-            return gpu.main(
-                args.out, args.seconds or 480.0, tuple(args.parts), tuple(args.backends)
-            )
+            seconds = gpu.SECONDS if args.seconds is None else args.seconds
+            return gpu.main(args.out, seconds, tuple(args.parts), tuple(args.backends))
         if args.filter:
             return _filter(args)
         if args.compare is not None:
@@ -59,6 +61,45 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def command(argv: list[str] | None = None) -> int:
+    """``main`` in a process that may die: a peer that crashes or hangs costs its own row only.
+
+    The loss's benchmark runs in a child; where that dies of a signal, loses the GPU or, on a GPU,
+    writes nothing for ``STALLED`` seconds, another goes on with ``--resume``, which leaves out who
+    was running.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parsed(argv)
+    elsewhere = (args.model, args.gpu, args.filter, args.compare, args.list, args.report)
+    if args.training or any(elsewhere):
+        return main(argv)
+    child = [sys.executable, "-m", "bench.cli", *argv]
+    code = 0
+    for _ in range(_CHILDREN):
+        code = _watched(child, _results_path(args), args.device.type == "cuda")
+        if code >= 0 and code != DEVICE_LOST:
+            return code
+        print(f"the process ended with code {code}: going on without who ran", file=sys.stderr)
+        child = [sys.executable, "-m", "bench.cli", *argv, "--resume"]
+    return 1 if code < 0 else code
+
+
+def _watched(child: list[str], results: Path, on_gpu: bool) -> int:
+    """The child's exit code; killed where its results file stands still."""
+    started = time.time()
+    process = subprocess.Popen(child, cwd=_RESULTS.parent.parent)
+    try:
+        while True:
+            try:
+                return process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                written = results.stat().st_mtime if results.exists() else started
+                if on_gpu and time.time() - max(written, started) > STALLED:
+                    process.kill()
+    except KeyboardInterrupt:  # it has it too, and keeps what it measured
+        return process.wait()
+
+
 def _cases(args: argparse.Namespace) -> list:
     patterns, on_gpu = tuple(args.case), args.device.type == "cuda"
     if args.training:
@@ -71,8 +112,7 @@ def _measure(args: argparse.Namespace) -> int:
         args.preset, tuple(args.case), tuple(args.provider), tuple(args.without), args.repeats,
         not args.no_memory, seconds=args.seconds,
     )  # fmt: skip
-    name = f"training-{args.preset}" if args.training else args.preset
-    path = (args.out or _RESULTS / name) / "results.json"
+    path = _results_path(args)
     try:
         if args.training:
             run_training(settings, path, args.device)
@@ -87,6 +127,11 @@ def _measure(args: argparse.Namespace) -> int:
         return DEVICE_LOST
     _write(path, args.update)
     return 0
+
+
+def _results_path(args: argparse.Namespace) -> Path:
+    name = f"training-{args.preset}" if args.training else args.preset
+    return (args.out or _RESULTS / name) / "results.json"
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -116,6 +161,12 @@ def _model(again: bool) -> int:
 def _write(results: Path, pages: list[Path]) -> None:
     for path in write_report(results, pages):
         print(f"wrote {path}")
+
+
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
+    args = _parser().parse_args(argv)
+    args.preset = args.preset or ("gpu-quick" if args.device.type == "cuda" else "cpu-small")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -198,3 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ _ELSEWHERE = {
     "train": ("pro_trainer.cli", "train", "pip install 'pro-kernels[train]'"),
     "eval": ("pro_trainer.cli", "evaluate", "pip install 'pro-kernels[train]'"),
     "prepare": ("pro_trainer.cli", "prepare", "pip install 'pro-kernels[train]'"),
-    "bench": ("bench.cli", "main", "run it from a checkout of the repository"),
+    "bench": ("bench.cli", "command", "run it from a checkout of the repository"),
 }
 
 

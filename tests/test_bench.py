@@ -18,6 +18,7 @@ import pro_kernels as pk
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed
 from bench import (  # noqa: E402
     case_run,
+    cli,
     compare,
     losses,
     memory,
@@ -178,6 +179,36 @@ def test_a_provider_in_which_the_process_died_is_left_out(tmp_path):
     found = {r["provider"]: r for r in CaseRun(CASE, Settings(), CPU, record=again).rows(providers)}
     assert "the process died" in found["ours-torch"]["note"]
     assert found["floor"]["seconds"] > 0 and found["ours-torch"]["seconds"] is None
+
+
+CRASHES = """
+import os, sys
+from bench import cli, formulations
+def build(inputs, compiled=False):
+    os.kill(os.getpid(), 9)
+formulations.official = build
+sys.exit(cli.main())
+"""
+
+
+def test_a_peer_that_kills_the_process_costs_its_own_row(tmp_path, monkeypatch):
+    real = cli._watched
+
+    def crashing(child, *rest):
+        return real([sys.executable, "-c", CRASHES, *child[3:]], *rest)
+
+    monkeypatch.setattr(cli, "_watched", crashing)
+    arguments = ["--preset", "tiny", "--case", "tiny fp32", "--no-memory", "--out", str(tmp_path)]
+    assert cli.command(arguments) == 0
+    rows = {r["provider"]: r for r in rows_of(tmp_path / "results.json")}
+    assert "the process died" in rows["official"]["note"] and not rows["official"]["seconds"]
+    assert rows["floor"]["seconds"] > 0 and rows[ours_name(CPU)]["seconds"] > 0
+
+
+def test_a_process_that_hangs_on_a_gpu_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "STALLED", 0.0)
+    sleep = [sys.executable, "-c", "import time; time.sleep(100)"]
+    assert cli._watched(sleep, tmp_path / "results.json", on_gpu=True) == -9
 
 
 def test_a_lost_device_ends_the_process_with_its_own_code(tmp_path, monkeypatch, capsys):

@@ -196,22 +196,6 @@ def test_parts_that_die_or_hang_cost_only_themselves(tmp_path):
     assert all(p["rows"] == [{"case": p["part"]}] for p in found[:-1])
 
 
-def test_a_command_that_dies_goes_on_where_it_was(tmp_path):
-    program = textwrap.dedent(
-        """
-        import pathlib, sys
-        path = pathlib.Path(sys.argv[1])
-        tries = path.read_text() + "x" if path.exists() else "x"
-        path.write_text(tries)
-        sys.exit(0 if tries == "xxx" and "--resume" in sys.argv else 1)
-        """
-    )
-    count = tmp_path / "count"
-    job = Job("cases", (sys.executable, "-c", program, str(count)), limit=20, resume="--resume")
-    (found,) = run_jobs(tmp_path / "gpu.json", [job])
-    assert found["status"] == "ok" and count.read_text() == "xxx"
-
-
 def test_the_clock_ends_the_run(tmp_path):
     child = (sys.executable, "-c", CHILD)
     todo = [Job("torch", child, ("hangs", "a")), Job("late", child)]

@@ -31,7 +31,6 @@ MARK = "@gpu "
 RESTART = 75  # exit code of a worker whose device is lost: the parts that are left want a new one
 _TAIL = 2000  # characters of a failed job's last words
 _CASES_SECONDS = 200.0
-_TRIES = 6  # of a job that resumes
 # Kernels that never ran on a GPU take part here: this is where they do.
 _ENVIRONMENT = {"PRO_KERNELS_UNVERIFIED": "1"}
 
@@ -45,14 +44,12 @@ class Job:
         command: its arguments; the names of ``parts`` are put behind them.
         parts: what it announces, in order; empty for a command that only succeeds or fails.
         limit: seconds for each part, or for the command.
-        resume: argument with which the command goes on after it died or lost the device.
     """
 
     name: str
     command: tuple[str, ...]
     parts: tuple[str, ...] = ()
     limit: float = 60.0
-    resume: str = ""
 
 
 def make_jobs(out: Path, names: tuple[str, ...], chosen: tuple[str, ...]) -> list[Job]:
@@ -69,7 +66,7 @@ def make_jobs(out: Path, names: tuple[str, ...], chosen: tuple[str, ...]) -> lis
                       str((out / "check.json").resolve())), limit=90),
         Job("cases", (python, "-m", "bench", "--preset", "gpu", "--device", "cuda", "--seconds",
                       str(_CASES_SECONDS), "--out", str(out.resolve())),
-            limit=_CASES_SECONDS + 45, resume="--resume"),
+            limit=_CASES_SECONDS + 45),
         Job("tests", (python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
                       "tests"), limit=90),
     ]  # fmt: skip
@@ -122,15 +119,10 @@ def _run_command(job: Job, end: float) -> dict:
     limit = min(job.limit, end - started)
     if limit <= 0:
         return _part(job.name, job.name, "skipped", "no time was left")
-    command, tries, over = job.command, _TRIES if job.resume else 1, started + limit
-    for _ in range(tries):
-        with _Process(command) as process:
-            for _ in process.lines(over):
-                pass
-            status, note = process.verdict()
-        if status == "ok" or time.monotonic() >= over:
-            break
-        command = (*job.command, job.resume)
+    with _Process(job.command) as process:
+        for _ in process.lines(started + limit):
+            pass
+        status, note = process.verdict()
     return _part(job.name, job.name, status, note, time.monotonic() - started)
 
 

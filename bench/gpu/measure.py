@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from bench.timing import Timer, paired, quartiles
 from bench.step import Refused, Step, backward_step
+from bench.timing import Timer, paired, quartiles
 from pro_kernels import backends
 
 
