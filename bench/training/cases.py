@@ -12,11 +12,19 @@ from dataclasses import dataclass
 _FEW = ("floor", "official", "ours-padded", "ours-shared", "ours-auto")
 _MOST = (*_FEW, "official-published")
 _ALL = (*_MOST, "official-checkpointed", "ours-auto-checkpointed")
+_PAIRS = (*_FEW, "trl-dpo", "ours-dpo-padded", "ours-dpo-shared")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama-shaped model with random weights, in fp32."""
+    """A Llama-shaped model with random weights.
+
+    Attributes:
+        tied: the head is the embedding.
+        kv_heads: of keys and values; None: as many as ``heads``.
+        dtype: of the weights, "fp32" or "bf16".
+        needs_gpu: too large to be measured on a CPU.
+    """
 
     layers: int
     H: int
@@ -24,13 +32,23 @@ class ModelShape:
     heads: int
     V: int
     tied: bool = False
+    kv_heads: int | None = None
+    dtype: str = "fp32"
+    needs_gpu: bool = False
 
 
 MODELS = {
+    "tiny": ModelShape(2, 256, 704, 4, 32000),  # the head is most of it
     "small": ModelShape(8, 512, 1408, 8, 32000),
     "large vocabulary": ModelShape(4, 512, 1408, 8, 151936, tied=True),
-    "tiny": ModelShape(2, 32, 48, 4, 211),
+    # The shape of Qwen2.5-0.5B without its biases: 494 million parameters.
+    "0.5B": ModelShape(
+        24, 896, 4864, 14, 151936, tied=True, kv_heads=2, dtype="bf16", needs_gpu=True
+    ),
+    "test": ModelShape(2, 32, 48, 4, 211),
 }
+# How the name of a case ends; V where nothing is said.
+_SUFFIXES = {"small": "", "tiny": ", tiny", "0.5B": ", 0.5B in bf16"}
 
 
 @dataclass(frozen=True)
@@ -82,47 +100,72 @@ class TrainingCase:
         return self.B * (self.P + self.n * (self.R - 1))
 
 
-def _case(n: int, P: int, R: int, **more) -> TrainingCase:
-    what = "" if "model" not in more else f", V={MODELS[more['model']].V}"
-    return TrainingCase(f"n={n} P={P} R={R}{what}", n, P, R, **more)
+def _case(n: int, P: int, R: int, model: str = "small", **more) -> TrainingCase:
+    suffix = _SUFFIXES.get(model, f", V={MODELS[model].V}")
+    return TrainingCase(f"n={n} P={P} R={R}{suffix}", n, P, R, model=model, **more)
 
 
 def _tiny() -> list[TrainingCase]:
     """Seconds; for tests of the harness, the numbers mean nothing."""
     return [
-        _case(3, 12, 4, model="tiny", repeats=2, only=_ALL),
-        _case(2, 4, 4, model="tiny", repeats=2),
+        _case(3, 12, 4, model="test", repeats=2, only=_ALL),
+        _case(2, 4, 4, model="test", repeats=2, only=_PAIRS),
     ]
 
 
-def _quick() -> list[TrainingCase]:
-    """Two minutes: the first case, one prompt a batch, fewer rounds."""
-    return [_case(4, 512, 64, B=1, repeats=3, only=_MOST)]
+def _small() -> list[TrainingCase]:
+    """A few minutes: one prompt a batch, fewer rounds; pairs on tiny and, on a GPU, on 0.5B."""
+    return [
+        _case(4, 512, 64, B=1, repeats=3, only=_MOST),
+        _case(2, 512, 64, model="tiny", repeats=3, only=_PAIRS),
+        _case(2, 512, 64, B=4, model="0.5B", repeats=3, only=_PAIRS),
+    ]
 
 
 def _full() -> list[TrainingCase]:
-    """Twenty to thirty minutes on two slow cores."""
+    """An hour on two slow cores, most of it the official procedure, TRL and their heads."""
     return [
         _case(4, 512, 64, only=_ALL),
         _case(8, 512, 64),
         _case(8, 128, 128),
-        _case(2, 64, 64, repeats=9),
+        _case(2, 64, 64, repeats=9, only=_PAIRS),
+        _case(2, 512, 64, only=_PAIRS),
         _case(4, 512, 64, model="large vocabulary", repeats=3),
+        _case(4, 512, 64, model="tiny"),
+        _case(2, 512, 64, model="tiny", only=_PAIRS),
+        _case(4, 512, 64, model="0.5B"),
+        _case(2, 512, 64, B=4, model="0.5B", only=_PAIRS),
     ]
 
 
-PRESETS = {"tiny": _tiny, "quick": _quick, "full": _full}
+# The names of the loss's presets (``bench.presets``).
+PRESETS = {"tiny": _tiny, "cpu-small": _small, "cpu": _full, "gpu-quick": _small, "gpu": _full}
 
 
-def cases_of(preset: str, patterns: tuple[str, ...] = ()) -> list[TrainingCase]:
+def cases_of(
+    preset: str, patterns: tuple[str, ...] = (), on_gpu: bool = False
+) -> list[TrainingCase]:
     """The cases of a preset whose name contains one of ``patterns`` (none: all).
 
+    Those that need a GPU are left out elsewhere.
+
     Raises:
-        ValueError: nothing left.
+        ValueError: an unknown preset, or nothing left.
     """
-    found = [
+    if preset not in PRESETS:
+        raise ValueError(f"preset of --training must be one of {list(PRESETS)}, got {preset!r}")
+    named = [
         case for case in PRESETS[preset]() if not patterns or any(p in case.name for p in patterns)
     ]
-    if not found:
+    if not named:
         raise ValueError(f"no training case of preset {preset!r} matches {list(patterns)}")
+    found = [case for case in named if on_gpu or not case.shape.needs_gpu]
+    if not found:
+        raise ValueError(f"needs a GPU: {', '.join(case.name for case in named)}")
     return found
+
+
+def left_out(preset: str, patterns: tuple[str, ...], on_gpu: bool) -> list[str]:
+    """Names of the cases that ``cases_of`` leaves out for want of a GPU."""
+    every = [] if on_gpu else cases_of(preset, patterns, on_gpu=True)
+    return [case.name for case in every if case.shape.needs_gpu]

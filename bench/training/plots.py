@@ -1,4 +1,4 @@
-"""PNG plots of the training benchmark: time and memory of each step."""
+"""PNG plots of the training benchmark: time and memory of each step, and its head's share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def draw_all(data: dict, folder: Path) -> list[str]:
         for r in data["results"]
         if r["peak_bytes"] is not None
     ]
+    shares = [
+        {**r, "percent": 100 * r["head_share"]}
+        for r in data["results"]
+        if r["head_share"] is not None
+    ]
     figures = {
         "time.png": stacked(
             timed, f"One training step\n{data['machine']}", "seconds", _time_label, "seconds"
@@ -26,12 +31,25 @@ def draw_all(data: dict, folder: Path) -> list[str]:
             lambda row: f"{row['peak']:.0f} MB",
             "MB (dashed: the gradients)",
         ),
+        "head.png": stacked(
+            panels_of(shares, "percent"),
+            "One training step: share spent between hidden states and loss",
+            "percent",
+            lambda row: f"{row['percent']:.0f} % of {_seconds(row)}",
+            "% of the step",
+        ),
     }
     return save(figures, folder)
 
 
 def _time_label(row: dict) -> str:
-    text = f"{row['seconds']:.3g} s" if row["seconds"] >= 0.1 else f"{row['seconds'] * 1e3:.3g} ms"
-    if row["speedup"] is None or row["provider"] == "official":
-        return text
-    return f"{text} ({row['speedup']:.1f}x faster)"
+    text = _seconds(row)
+    if row["speedup"] is not None and row["provider"] != "official":
+        return f"{text} ({row['speedup']:.1f}x faster)"
+    if row["vs_trl"] is not None and row["provider"] != "trl-dpo":
+        return f"{text} ({row['vs_trl']:.1f}x TRL)"
+    return text
+
+
+def _seconds(row: dict) -> str:
+    return f"{row['seconds']:.3g} s" if row["seconds"] >= 0.1 else f"{row['seconds'] * 1e3:.3g} ms"

@@ -1,38 +1,44 @@
 """The runner: interleaved rounds of all steps in one process, then their memory.
 
 As for the loss (``bench.runner``): every round runs each step once, in a random order, and ratios
-are medians over rounds of times taken in the same round. Before that each step's loss and every
-parameter's gradient are held against the official procedure's.
+are medians over rounds of times taken in the same round. Right after its step, each head runs alone
+(``steps.HeadAlone``). Before that each step's loss and every parameter's gradient are held against
+the plain procedure's (``truth``).
 """
 
 from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bench import memory
-from bench.record import Record, facts
-from bench.runner import Settings, paired, quartiles
+from bench.case_run import Clock, Settings
+from bench.record import NO_TIME, Record, facts
 from bench.step import describe
-from bench.training.cases import TrainingCase, cases_of
-from bench.training.providers import Floor, Provider, Timed, TrainingStep, Workload, select
+from bench.timing import paired, quartiles
+from bench.training.cases import TrainingCase, cases_of, left_out
+from bench.training.providers import Provider, select
+from bench.training.steps import Floor, HeadAlone, Timed, TrainingStep
+from bench.training.truth import Truth, compare, drifts, flag_wrong, note, truths_of
+from bench.training.workload import DTYPES, Workload
 from pro_kernels import backends
 
-# Same weights and lists, fp32: what differs is the order of sums.
-LOSS_TOLERANCE = 1e-5
-GRAD_TOLERANCE = 1e-4
-BASELINE = "official"
-PACKAGES = ("torch", "transformers", "pro-kernels")
+BASELINE, TRL = "official", "trl-dpo"
+_PADDED = {"pro": "ours-padded", "dpo": "ours-dpo-padded"}
+PACKAGES = ("torch", "transformers", "trl", "pro-kernels")
 _COLLATIONS = 5
+
+Steps = dict[str, TrainingStep | Floor]
+Heads = dict[str, HeadAlone]
 
 
 def run(
@@ -47,70 +53,68 @@ def run(
     """
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("--training needs transformers: pip install 'pro-kernels[train]'")
-    cases = cases_of(settings.preset, settings.cases)
-    chosen = {case.name: select(case.only, settings.providers) for case in cases}
-    about = facts(device, PACKAGES, **asdict(settings))
-    backend = backends.resolve("auto", device, torch.float32)
-    record = Record(path, {"benchmark": "training", "backend": backend, **about})
-    started = time.perf_counter()
+    cases = cases_of(settings.preset, settings.cases, device.type == "cuda")
+    chosen = {case.name: select(case.only, settings.providers, settings.without) for case in cases}
+    record, clock = Record(path, _about(settings, cases, device)), Clock(settings.seconds)
     for i, case in enumerate(cases):
-        log(f"[{time.perf_counter() - started:6.0f} s] {i + 1}/{len(cases)} {case.name}")
-        rows = time_case(case, chosen[case.name], settings, device)
+        log(f"{clock} {i + 1}/{len(cases)} {case.name}")
+        rows = time_case(case, chosen[case.name], settings, device, clock)
         record.add(rows)
         log("\n".join(f"    {_line(row)}" for row in rows))
     names = dict.fromkeys(p.name for ps in chosen.values() for p in ps if not p.is_floor)
     for name in names if settings.memory else ():
-        log(f"[{time.perf_counter() - started:6.0f} s] memory of {name}")
-        group = [case for case in cases if name in {p.name for p in chosen[case.name]}]
-        memory.weigh(name, group, device, _weighed(record, name), "bench.training.weigh")
+        timed = {r["case"] for r in record.data["results"] if r["provider"] == name and r["rounds"]}
+        group = [case for case in cases if case.name in timed]
+        put = _weighed(record, name)
+        if clock.over:
+            for case in group:
+                put({"case": case.name, "note": f"not weighed: {NO_TIME}"})
+            continue
+        log(f"{clock} memory of {name}")
+        memory.weigh(name, group, device, put, "bench.training.weigh")
     record.finish()
     return record.data
 
 
 def time_case(
-    case: TrainingCase, providers: list[Provider], settings: Settings, device: torch.device
+    case: TrainingCase,
+    providers: list[Provider],
+    settings: Settings,
+    device: torch.device,
+    clock: Clock | None = None,
 ) -> list[dict]:
     """One row a provider: build and check each, then the interleaved rounds."""
+    clock = clock or Clock(None)
+    rows = {p.name: empty_row(case, p.name, p.label, p.loss_type) for p in providers}
+    if clock.over:
+        return [{**row, "note": f"not run: {NO_TIME}"} for row in rows.values()]
     work = Workload(case, device, settings.seed)
-    rows = {p.name: empty_row(case, p.name, p.label) for p in providers}
-    steps, truth = {}, None
-    for provider in sorted(providers, key=lambda p: p.name != BASELINE):
+    truths = truths_of(work, (p.loss_type for p in providers if not p.is_floor))
+    steps: Steps = {}
+    heads: Heads = {}
+    for provider in providers:
         row = rows[provider.name]
-        try:
-            step = provider.build(work)
-            timed = step.run(keep_gradients=True)
-        except Exception as error:  # one that runs out of memory must not end the run
-            row["note"] = describe(error)
-            work.clear()
+        step = _prepare(provider, work, truths, row)
+        if step is None:
             continue
         steps[provider.name] = step
-        row |= {"note": step.detail, "gradient_bytes": work.gradient_bytes}
-        if timed.loss is not None:
-            truth = truth or (timed.loss, _gradients(work))
-            compare(row, timed.loss, truth, work)
-            row["collate_seconds"] = _collation(step)
-        work.clear()
-    times = _rounds(steps, rows, settings.repeats or case.repeats, settings.seed)
+        if isinstance(step, TrainingStep):
+            head = _head_of(step, row)
+            heads |= {} if head is None else {provider.name: head}
+    truths.clear()
+    times = _rounds(
+        steps,
+        heads,
+        rows,
+        _clocked(settings.repeats or case.repeats, clock),
+        random.Random(settings.seed),
+    )
     for name, taken in times.items():
         _fill(rows[name], taken, times)
     return list(rows.values())
 
 
-def compare(row: dict, loss: float, truth: tuple[float, dict[str, Tensor]], work: Workload) -> None:
-    """Put the distance from the official loss and gradients into a row; flag it if too large."""
-    expected, gradients = truth
-    row["loss"] = loss
-    row["loss_error"] = abs(loss - expected) / abs(expected)
-    row["grad_error"] = max(
-        float((p.grad - gradients[name]).norm() / gradients[name].norm())
-        for name, p in work.model.named_parameters()
-    )
-    if not (row["loss_error"] <= LOSS_TOLERANCE and row["grad_error"] <= GRAD_TOLERANCE):
-        row["wrong"] = True
-        row["note"] = "WRONG RESULT: not comparable"
-
-
-def empty_row(case: TrainingCase, provider: str, label: str) -> dict:
+def empty_row(case: TrainingCase, provider: str, label: str, loss_type: str = "pro") -> dict:
     """A row without numbers: every key is always there."""
     return {
         "case": case.name,
@@ -119,15 +123,20 @@ def empty_row(case: TrainingCase, provider: str, label: str) -> dict:
         "shape": asdict(case.shape),
         "provider": provider,
         "label": label,
+        "loss_type": loss_type,
         "seconds": None,
         "q1": None,
         "q3": None,
         "rounds": 0,
+        "tokens_per_second": None,
         "gradient_seconds": None,
         "optimizer_seconds": None,
+        "head_seconds": None,
+        "head_share": None,
         "of_floor": None,
         "speedup": None,
         "speedup_gradient": None,
+        "vs_trl": None,
         "vs_padded": None,
         "collate_seconds": None,
         "collate_share": None,
@@ -141,8 +150,47 @@ def empty_row(case: TrainingCase, provider: str, label: str) -> dict:
     }
 
 
-def _gradients(work: Workload) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in work.model.named_parameters()}
+def _about(settings: Settings, cases: list[TrainingCase], device: torch.device) -> dict:
+    """What the file says of the run, beside its rows."""
+    dtypes = dict.fromkeys(DTYPES[case.shape.dtype] for case in cases)
+    used = dict.fromkeys(backends.resolve("auto", device, dtype) for dtype in dtypes)
+    return {
+        "benchmark": "training",
+        "backend": ", ".join(used),
+        "left_out": left_out(settings.preset, settings.cases, device.type == "cuda"),
+        **facts(device, PACKAGES, **asdict(settings)),
+    }
+
+
+def _prepare(
+    provider: Provider, work: Workload, truths: dict[str, Truth], row: dict
+) -> TrainingStep | Floor | None:
+    """Build, warm up and check one provider; None where it fails, with a note."""
+    try:
+        step = provider.build(work)
+        timed = step.run(keep_gradients=True)
+        row |= {"note": step.detail, "gradient_bytes": work.gradient_bytes, "loss": timed.loss}
+        if timed.loss is not None:
+            compare(row, truths[provider.loss_type], work)
+            row["collate_seconds"] = _collation(step)
+    except Exception as error:  # one that runs out of memory must not end the run
+        row["note"] = describe(error)
+        return None
+    finally:
+        work.clear()
+    return step
+
+
+def _head_of(step: TrainingStep, row: dict) -> HeadAlone | None:
+    """The step's head alone, warmed up; None, with a note, where it is not the step's."""
+    try:
+        head = HeadAlone(step)
+        if drifts(row, head.run().loss):
+            raise ValueError("the head alone gives another loss")
+    except Exception as error:
+        note(row, f"head not measured: {describe(error)}")
+        return None
+    return head
 
 
 def _collation(step: TrainingStep) -> float:
@@ -156,12 +204,11 @@ def _collation(step: TrainingStep) -> float:
 
 
 def _rounds(
-    steps: dict[str, TrainingStep | Floor], rows: dict[str, dict], repeats: int, seed: int
+    steps: Steps, heads: Heads, rows: dict[str, dict], rounds: Iterable[int], order: random.Random
 ) -> dict[str, list[Timed]]:
     """Times of every round by provider; one that fails leaves, with a note."""
-    order = random.Random(seed)
     times: dict[str, list[Timed]] = {name: [] for name in steps}
-    for _ in range(repeats):
+    for _ in rounds:
         gc.collect()
         for name in order.sample(sorted(times), len(times)):
             try:
@@ -171,30 +218,53 @@ def _rounds(
                 steps[name].work.clear()
                 del times[name]
                 continue
-            times[name].append(timed)
-            expected = rows[name]["loss"]
-            assert timed.loss is None or abs(timed.loss - expected) <= LOSS_TOLERANCE * abs(
-                expected
-            )
+            if timed.loss is not None and drifts(rows[name], timed.loss):
+                flag_wrong(rows[name], "WRONG RESULT: its loss changed from round to round")
+            times[name].append(replace(timed, head_seconds=_head_seconds(name, heads, rows)))
     return times
+
+
+def _clocked(repeats: int, clock: Clock) -> Iterator[int]:
+    """One round, and the others while there is time."""
+    return itertools.takewhile(lambda i: i == 0 or not clock.over, range(repeats))
+
+
+def _head_seconds(name: str, heads: Heads, rows: dict[str, dict]) -> float | None:
+    """Of the head alone, once; one that fails is not tried again."""
+    if name not in heads:
+        return None
+    try:
+        return heads[name].run().seconds
+    except Exception as error:
+        note(rows[name], f"head not measured: {describe(error)}")
+        heads.pop(name).step.work.clear()
+        return None
 
 
 def _fill(row: dict, taken: list[Timed], times: dict[str, list[Timed]]) -> None:
     """Medians, quartiles and ratios within rounds."""
     full = {name: [t.seconds for t in ts] for name, ts in times.items()}
     gradient = {name: [t.gradient_seconds for t in ts] for name, ts in times.items()}
-    name = row["provider"]
+    name, loss_type = row["provider"], row["loss_type"]
     row["q1"], row["seconds"], row["q3"] = quartiles(full[name])
     row["rounds"] = len(taken)
     row["gradient_seconds"] = statistics.median(gradient[name])
     row["of_floor"] = paired(gradient.get("floor", []), gradient[name])
     if name == "floor":
         return
+    row["tokens_per_second"] = row["tokens"] / row["seconds"]
     row["optimizer_seconds"] = statistics.median(t.optimizer_seconds for t in taken)
-    row["speedup"] = paired(full.get(BASELINE, []), full[name])
-    row["speedup_gradient"] = paired(gradient.get(BASELINE, []), gradient[name])
-    row["vs_padded"] = paired(full.get("ours-padded", []), full[name])
+    if loss_type == "pro":
+        row["speedup"] = paired(full.get(BASELINE, []), full[name])
+        row["speedup_gradient"] = paired(gradient.get(BASELINE, []), gradient[name])
+    else:
+        row["vs_trl"] = paired(full.get(TRL, []), full[name])
+    row["vs_padded"] = paired(full.get(_PADDED[loss_type], []), full[name])
     row["collate_share"] = row["collate_seconds"] / row["seconds"]
+    heads = [t.head_seconds for t in taken if t.head_seconds is not None]
+    if len(heads) == len(taken):
+        row["head_seconds"] = statistics.median(heads)
+        row["head_share"] = paired(heads, full[name])
 
 
 def _weighed(record: Record, provider: str) -> Callable[[dict], None]:
@@ -207,5 +277,7 @@ def _weighed(record: Record, provider: str) -> Callable[[dict], None]:
 def _line(row: dict) -> str:
     if row["seconds"] is None:
         return f"{row['label']:52} {row['note']}"
-    faster = "" if row["speedup"] is None else f"  {row['speedup']:6.2f}x official"
-    return f"{row['label']:52} {row['seconds'] * 1e3:10.1f} ms{faster}  {row['note']}"
+    ratios = (("speedup", "official"), ("vs_trl", "TRL"))
+    faster = "".join(f"  {row[k]:6.2f}x {name}" for k, name in ratios if row[k] is not None)
+    head = "" if row["head_share"] is None else f"  head {row['head_share']:.0%}"
+    return f"{row['label']:52} {row['seconds'] * 1e3:10.1f} ms{faster}{head}  {row['note']}"

@@ -8,10 +8,11 @@ from bench.training.targets import outcomes
 BLOCK = "training"
 _NOTES = """\
 One step: forward, backward and AdamW (fused, the same for all) on one batch of ranked lists. Every
-row computes the same thing, `compat="official"`: before the timing, loss and every parameter's
-gradient are held against the official procedure's (*error*, relative; gradients in norm, the worst
-parameter). The learning rate is 0, so that no step changes the next one's problem. Token ids and
-weights are random; lists of a case have equal lengths, so nothing is padding.
+row but those of DPO computes the same thing, `compat="official"`: before the timing, loss and every
+parameter's gradient are held against the official procedure's, run once more in fp32 (*error*,
+relative; gradients in norm, the worst parameter). The learning rate is 0, so that no step changes
+the next one's problem. Token ids and weights are random; lists of a case have equal lengths, so
+nothing is padding.
 
 *Official procedure*: `pro_trainer.official`, written from the published description: each candidate
 a forward of its own over the whole batch, `log_softmax` over every position and the whole
@@ -21,12 +22,32 @@ row *as published* has them. *Padded*: each candidate a row, one forward. *Prefi
 prompt run once for its candidates. *Auto*: what the cost model chooses between these two; the
 default.
 
+*DPO*, lists of two: another loss, so these rows are compared with each other only (*x TRL*), and
+their errors are against DPO in plain PyTorch, in fp32. The pair's first completion is the chosen
+one, beta 0.1. The reference is a frozen model of other random weights; its log-probs are computed
+before the timing (by TRL itself for TRL: `precompute_ref_log_probs=True`), so no step runs or holds
+it. *TRL*: `compute_loss` of a real `DPOTrainer` on a batch of its own collator, with its fused head
+in chunks and the metrics (entropy, mean logits, accuracy, rewards) that it computes at every step.
+Gradient checkpointing, on by default there, is off as in the other rows. On a CPU TRL's head
+projects every position, on a GPU with Triton the scored ones only; it shares no prefixes.
+*pro_trainer*: `loss_type="dpo"` given the reference log-probs. Neither is run inside its training
+loop.
+
 *x faster* = official procedure / this; *of floor* = floor / (forward + backward). Ratios are
 medians over rounds of times taken in the same round, all steps interleaved in one process. *Floor*:
 bare matmuls, forward and both gradients, of every linear layer on the positions that the loss
 depends on (prompts once, no completion's last token; the head on the scored tokens); no attention,
 norms or optimizer. *Peak extra*: high water of a step in a process of its own beyond weights,
 AdamW's moments and batch; *of it gradients*. *Collation*: making the batch from token lists.
+
+*Tokens/s* = all positions of all sequences of the batch, B n (P + R), over the time of the step.
+The same number of tokens for every row of a case: a prompt counts once a candidate, scored or not,
+also where it is run once for all. *Head*: the step's own code from the decoder's hidden states to
+the loss and back (their gradients and that of the head's weight), run by itself right after the
+step in the same round, the decoder replaced by the hidden states that it once gave; its result is
+held against the step's loss. *Head's share* = its time / the step's, AdamW included in the latter.
+It is measured apart, so a noisy round can put it above what the step itself spent there. Where
+there is no number it was not measured; the note says why.
 """
 
 
@@ -34,6 +55,7 @@ def full_report(data: dict, images: list[str]) -> str:
     """The whole report; ``images`` are file names beside it."""
     parts = ["# One training step", _header(data), "## Targets"]
     parts.append(outcome_table(outcomes(data["results"])))
+    parts += not_measured(data)
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in images]
     parts += ["## Numbers", _NOTES]
     for case, rows in _cases(data["results"]).items():
@@ -45,6 +67,7 @@ def summary(data: dict, image: str | None) -> str:
     """What goes between the marks of README.md: machine, targets, main table, plot."""
     rows = data["results"]
     parts = [_header(data), outcome_table(outcomes(rows)), _main_table(_cases(rows))]
+    parts += [*_rates(_cases(rows)), *not_measured(data)]
     if image:
         parts.append(f"![time of a training step]({image})")
     return "\n\n".join(part.strip("\n") for part in parts)
@@ -53,27 +76,33 @@ def summary(data: dict, image: str | None) -> str:
 def case_table(rows: list[dict]) -> str:
     """One case: a line a provider, its trouble in the last column where there are no numbers."""
     head = [
-        "", "step, s", "quartiles", "forward + backward, s", "AdamW, s", "x faster",
-        "x faster without AdamW", "of floor", "peak extra MB", "of it gradients MB",
-        "of official's peak", "collation ms", "of the step", "error: loss", "gradient", "note",
+        "", "step, s", "quartiles", "tokens/s", "forward + backward, s", "AdamW, s", "x faster",
+        "x faster without AdamW", "x TRL", "of floor", "head, s", "head's share", "peak extra MB",
+        "of it gradients MB", "of official's peak", "collation ms", "of the step", "error: loss",
+        "gradient", "note",
     ]  # fmt: skip
     official = next((r["peak_bytes"] for r in rows if r["provider"] == "official"), None)
     lines = []
     for row in rows:
         timed = row["seconds"] is not None
         peak = row["peak_bytes"]
+        same = row["loss_type"] == "pro"
         lines.append([
             row["label"],
             seconds(row["seconds"]),
             f"{seconds(row['q1'])} - {seconds(row['q3'])}" if timed else "",
+            number(row["tokens_per_second"], ",.0f"),
             seconds(row["gradient_seconds"]),
             seconds(row["optimizer_seconds"]),
             number(row["speedup"], ".2f"),
             number(row["speedup_gradient"], ".2f"),
+            number(row["vs_trl"], ".2f"),
             number(row["of_floor"], ".2f"),
+            seconds(row["head_seconds"]),
+            number(row["head_share"], ".0%"),
             megabytes(peak),
             megabytes(row["gradient_bytes"] if peak is not None else None),
-            number(peak / official if peak and official else None, ".2f"),
+            number(peak / official if peak and official and same else None, ".2f"),
             number(row["collate_seconds"] and row["collate_seconds"] * 1e3, ".2f"),
             number(row["collate_share"], ".2%"),
             number(row["loss_error"], ".0e"),
@@ -92,7 +121,7 @@ def _main_table(cases: dict[str, list[dict]]) -> str:
     head = ["", "official, s", "padded", "prefix shared", "auto", "peak memory, auto"]
     lines = []
     for case, rows in cases.items():
-        row = {r["provider"]: r for r in rows if not r["wrong"]}
+        row = summary_rows(rows)
         official, auto = row.get("official"), row.get("ours-auto")
         peaks = [r and r["peak_bytes"] for r in (auto, official)]
         names = ("ours-padded", "ours-shared", "ours-auto")
@@ -109,12 +138,53 @@ def _main_table(cases: dict[str, list[dict]]) -> str:
     return table(*used_columns(head, lines)) + what
 
 
+def _rates(cases: dict[str, list[dict]]) -> list[str]:
+    """A line a case: tokens a second and the head's share, of PRO and of DPO steps."""
+    names = {
+        "official": "official", "ours-auto": "auto", "trl-dpo": "TRL DPO",
+        "ours-dpo-padded": "ours DPO, padded", "ours-dpo-shared": "ours DPO, prefix shared",
+    }  # fmt: skip
+    head = ["", *(f"{label}, tokens/s (head)" for label in names.values())]
+    lines = []
+    for case, rows in cases.items():
+        row = summary_rows(rows)
+        lines.append([case, *(_rate(row.get(name)) for name in names)])
+    if not any(cell for _, *cells in lines for cell in cells):
+        return []
+    what = (
+        "\n\nTokens of all sequences of the batch (prompts once a candidate) a second, and the "
+        "share of the step spent between hidden states and loss, forward and backward. DPO (pairs, "
+        "reference log-probs precomputed) is another loss."
+    )
+    return [table(*used_columns(head, lines)) + what]
+
+
+def summary_rows(rows: list[dict]) -> dict[str, dict]:
+    """Rows of a case by provider, without wrong ones."""
+    return {row["provider"]: row for row in rows if not row["wrong"]}
+
+
+def _rate(row: dict | None) -> str:
+    """Tokens a second and the head's share, as far as they were measured."""
+    if row is None or row["tokens_per_second"] is None:
+        return ""
+    share = row["head_share"]
+    return f"{row['tokens_per_second']:,.0f}" + ("" if share is None else f" ({share:.0%})")
+
+
+def not_measured(data: dict) -> list[str]:
+    """What the run left out for want of a GPU."""
+    names = data["left_out"]
+    return [f"Not measured, needs a GPU: {'; '.join(names)}."] if names else []
+
+
 def _shape(row: dict) -> str:
     shape = row["shape"]
     tied = ", head tied to the embeddings" if shape["tied"] else ""
     return (
         f"{row['B']} lists a batch, {row['scored']} scored of {row['tokens']} tokens; Llama of "
-        f"{shape['layers']} layers, H={shape['H']}, V={shape['V']}, fp32{tied}"
+        f"{shape['layers']} layers, H={shape['H']}, V={shape['V']}, "
+        f"{shape['dtype']}{tied}"
     )
 
 

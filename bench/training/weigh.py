@@ -17,7 +17,8 @@ import torch
 from bench.memory import answer_all, peak_extra_bytes
 from bench.step import Step
 from bench.training.cases import TrainingCase
-from bench.training.providers import Provider, Workload, all_providers
+from bench.training.providers import Provider, all_providers
+from bench.training.workload import Workload
 
 
 def main(argv: list[str] | None = None) -> int:
