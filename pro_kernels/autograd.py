@@ -55,64 +55,66 @@ class HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, call: HeadCall):  # noqa: D102
-        plan = call.plan
-        logps, *saved, dropped = ops.head_logps(
-            hidden,
-            weight,
-            bias,
-            rows,
-            targets,
-            call.compute_dtype,
-            call.logits_dtype,
-            call.options.softcap,
-            call.options.logit_scale,
-            call.backend,
-            plan.chunk,
-            plan.retained,
-            plan.need_hidden,
-            call.grad_filter,
-            budget=plan.budget,
-            score_only=plan.tier == "T0",
-        )
-        # All of dZ0 at hand: the backward does without the weight, which may be re-sharded by then.
-        whole = plan.retained >= targets.shape[0] or not plan.need_weight
-        ctx.call, ctx.vocab, ctx.weight_dtype = call, weight.shape[0], weight.dtype
-        ctx.save_for_backward(
-            hidden,
-            None if whole else weight,
-            None if whole else bias,
-            rows,
-            targets,
-            *saved,
-            dropped,
-        )
+        logps, saved = _head_forward(ctx, hidden, weight, bias, rows, targets, call)
+        ctx.save_for_backward(*saved)
+        dropped = saved[-1]
         ctx.mark_non_differentiable(dropped)
+        ctx.set_materialize_grads(False)
         return logps, dropped
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _dropped):  # noqa: D102
-        call = ctx.call
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grads = ops.head_backward(
-            grad.contiguous(),
-            *ctx.saved_tensors,
-            call.grad_filter,
-            call.compute_dtype,
-            call.logits_dtype,
-            call.options.softcap,
-            call.options.logit_scale,
-            call.backend,
-            call.plan.chunk,
-            ctx.vocab,
-            ctx.weight_dtype,
-            call.shared_rows,
-            need_hidden,
-            need_weight,
-            need_bias,
-            budget=call.plan.budget,
-        )
+        if grad is None:
+            return (None,) * 6
+        grads = _head_backward(ctx, grad.contiguous(), ctx.saved_tensors)
         return *_needed(grads, ctx.needs_input_grad), None, None, None
+
+
+class HeadPRO(torch.autograd.Function):
+    """The scalar loss of all tiers but T2; arguments and outputs of ``LinearPRO``.
+
+    ``HeadLogps`` and ``Ranking`` in one: each Function and its node cost a small batch much.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx,
+        hidden,
+        weight,
+        bias,
+        rows,
+        targets,
+        offsets,
+        lengths,
+        order,
+        rewards,
+        sft_rank,
+        weights,
+        _prompt_tokens,
+        options: RankingOptions,
+        final_dtype,
+        call: HeadCall,
+    ):
+        logps, saved = _head_forward(ctx, hidden, weight, bias, rows, targets, call)
+        ranking = (offsets, lengths, order, rewards, sft_rank, weights)
+        config = ranking_config(options, call.backend)
+        terms, sums, row_weights = ops.ranking(logps, *ranking, *config)
+        ctx.save_for_backward(*saved, row_weights)
+        dropped = saved[-1]
+        per_rank = _over_prompts(weights, terms, final_dtype)
+        ctx.mark_non_differentiable(per_rank, sums, row_weights, dropped)
+        ctx.set_materialize_grads(False)
+        return per_rank.sum(), per_rank, sums, row_weights, dropped
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_others):  # noqa: D102
+        if grad is None:
+            return (None,) * 15
+        *saved, row_weights = ctx.saved_tensors
+        grads = _head_backward(ctx, grad.to(row_weights.dtype) * row_weights, saved)
+        return *_needed(grads, ctx.needs_input_grad), *[None] * 12
 
 
 class Logps(torch.autograd.Function):
@@ -167,11 +169,14 @@ class Ranking(torch.autograd.Function):
         ctx.save_for_backward(row_weights)
         per_rank = _over_prompts(weights, terms, final_dtype)
         ctx.mark_non_differentiable(per_rank, sums, row_weights)
+        ctx.set_materialize_grads(False)
         return per_rank.sum(), per_rank, sums, row_weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_others):  # noqa: D102
+        if grad is None:
+            return (None,) * 10
         (row_weights,) = ctx.saved_tensors
         return grad.to(row_weights.dtype) * row_weights, *[None] * 9
 
@@ -228,14 +233,68 @@ class LinearPRO(torch.autograd.Function):
         ctx.save_for_backward(*grads)
         per_rank = _over_prompts(weights, terms, final_dtype)
         ctx.mark_non_differentiable(per_rank, sums, row_weights, dropped)
+        ctx.set_materialize_grads(False)
         return per_rank.sum(), per_rank, sums, row_weights, dropped
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_others):  # noqa: D102
+        if grad is None:
+            return (None,) * 15
         # Out of place: a second backward through a retained graph must find them unscaled.
         grads = [ops.scaled(g, grad) for g in ctx.saved_tensors]
         return *_needed(grads, ctx.needs_input_grad), *[None] * 12
+
+
+def _head_forward(
+    ctx, hidden, weight, bias, rows, targets, call: HeadCall
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Log-probs, and what ``_head_backward`` is to find saved; ``dropped`` comes last there."""
+    plan = call.plan
+    logps, *made = ops.head_logps(
+        hidden,
+        weight,
+        bias,
+        rows,
+        targets,
+        call.compute_dtype,
+        call.logits_dtype,
+        call.options.softcap,
+        call.options.logit_scale,
+        call.backend,
+        plan.chunk,
+        plan.retained,
+        plan.need_hidden,
+        call.grad_filter,
+        budget=plan.budget,
+        score_only=plan.tier == "T0",
+    )
+    ctx.call, ctx.vocab, ctx.weight_dtype = call, weight.shape[0], weight.dtype
+    # All of dZ0 at hand: the backward does without the weight, which may be re-sharded by then.
+    whole = plan.retained >= targets.shape[0] or not plan.need_weight
+    head = (None, None) if whole else (weight, bias)
+    return logps, (hidden, *head, rows, targets, *made)
+
+
+def _head_backward(ctx, grad: Tensor, saved) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias from that of each log-prob; those not needed empty."""
+    call = ctx.call
+    return ops.head_backward(
+        grad,
+        *saved,
+        call.grad_filter,
+        call.compute_dtype,
+        call.logits_dtype,
+        call.options.softcap,
+        call.options.logit_scale,
+        call.backend,
+        call.plan.chunk,
+        ctx.vocab,
+        ctx.weight_dtype,
+        call.shared_rows,
+        *ctx.needs_input_grad[:3],
+        budget=call.plan.budget,
+    )
 
 
 def _over_prompts(weights: Tensor, terms: Tensor, final_dtype: torch.dtype | None) -> Tensor:

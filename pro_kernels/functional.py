@@ -265,26 +265,21 @@ def linear_pro_loss(
         grad_filter=grad_filter,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
-    if call.plan.tier == "T2":
-        loss, per_rank, sums, row_weights, dropped = autograd.LinearPRO.apply(
-            rows,
-            weight,
-            bias,
-            layout.rows,
-            layout.targets,
-            layout.offsets,
-            layout.lengths,
-            *ranked.tensors,
-            list(layout.prompt_tokens),
-            ranked.options,
-            final_dtype,
-            call,
-        )
-    else:
-        logps, dropped = autograd.HeadLogps.apply(
-            rows, weight, bias, layout.rows, layout.targets, call
-        )
-        loss, per_rank, sums, row_weights = rank(logps, layout, ranked, backend, final_dtype)
+    function = autograd.LinearPRO if call.plan.tier == "T2" else autograd.HeadPRO
+    loss, per_rank, sums, row_weights, dropped = function.apply(
+        rows,
+        weight,
+        bias,
+        layout.rows,
+        layout.targets,
+        layout.offsets,
+        layout.lengths,
+        *ranked.tensors,
+        list(layout.prompt_tokens),
+        ranked.options,
+        final_dtype,
+        call,
+    )
     out = make_output(loss, per_rank, sums, layout, options)
     if call.grad_filter is None:
         return out

@@ -37,7 +37,8 @@ class Layout:
         num_rows: R.
         prompt_tokens: tokens of each prompt, on the host, in order; chunks are aligned to them.
         candidate_tokens: scored tokens of each candidate of each prompt, on the host, so that
-            rewards can be checked without waiting for a device; None in the dense form.
+            rewards can be checked without waiting for a device; None in the dense form. Sequences
+            are numbered in this order.
         shared_rows: whether a row is read by more than one token.
     """
 
@@ -115,7 +116,7 @@ class Layout:
         flat = targets.reshape(-1)
         offsets = torch.arange(b * n + 1, device=flat.device) * t
         return cls._compact(
-            torch.arange(flat.numel(), device=flat.device),
+            None,
             flat,
             offsets,
             torch.arange(b * n, device=flat.device).view(b, n),
@@ -247,7 +248,7 @@ class Layout:
     @classmethod
     def _compact(
         cls,
-        rows: Tensor,
+        rows: Tensor | None,  # None: token i is row i
         targets: Tensor,
         offsets: Tensor,
         sequences: Tensor,
@@ -261,20 +262,13 @@ class Layout:
         targets = targets.long()
         if counts and offsets.shape[0] == 1:  # an empty sequence, nobody's, so that indexing works
             offsets = offsets.repeat(2)
-        live = targets != ignore_index
-        before = torch.nn.functional.pad(live.cumsum(0), (1, 0))
-        new_offsets = before[offsets]
-        bad = live & ((targets < 0) | (targets >= (vocab_size or 2**62)))
-        host = torch.cat([new_offsets, bad.sum()[None]]).tolist()
-        if host.pop():
-            at = int(bad.nonzero()[0])
-            raise_bad_target(targets, at, vocab_size, ignore_index)
-        kept = torch.nonzero_static(live, size=host[-1])[:, 0]
+        scored_of = _scored_on_cpu if targets.device.type == "cpu" else _scored
+        kept, new_offsets, host = scored_of(targets, offsets, ignore_index, vocab_size)
         firsts = [0, *itertools.accumulate(counts)]
         lengths = [b - a for a, b in itertools.pairwise(host)]
         per_prompt = tuple(tuple(lengths[a:b]) for a, b in itertools.pairwise(firsts))
         return cls(
-            rows=rows[kept],
+            rows=kept if rows is None else rows[kept],
             targets=targets[kept],
             offsets=new_offsets,
             lengths=new_offsets.diff(),
@@ -284,6 +278,39 @@ class Layout:
             shared_rows=shared_rows,
             candidate_tokens=per_prompt,
         )
+
+
+def _scored(
+    targets: Tensor, offsets: Tensor, ignore_index: int, vocab_size: int | None
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Which tokens are scored, the offsets among them, and these on the host: one copy in all."""
+    live = targets != ignore_index
+    before = torch.nn.functional.pad(live.cumsum(0), (1, 0))
+    new_offsets = before[offsets]
+    bad = live & _outside(targets, vocab_size)
+    host = torch.cat([new_offsets, bad.sum()[None]]).tolist()
+    if host.pop():
+        raise_bad_target(targets, int(bad.nonzero()[0]), vocab_size, ignore_index)
+    return torch.nonzero_static(live, size=host[-1])[:, 0], new_offsets, host
+
+
+def _scored_on_cpu(
+    targets: Tensor, offsets: Tensor, ignore_index: int, vocab_size: int | None
+) -> tuple[Tensor, Tensor, list[int]]:
+    """The same by fewer operations, as nothing is lost by looking at a result."""
+    live = targets != ignore_index
+    kept = live.nonzero()[:, 0]
+    if kept.numel():
+        low, high = targets[kept].aminmax()
+        if low < 0 or (vocab_size and high >= vocab_size):
+            bad = live & _outside(targets, vocab_size)
+            raise_bad_target(targets, int(bad.nonzero()[0]), vocab_size, ignore_index)
+    new_offsets = torch.searchsorted(kept, offsets)
+    return kept, new_offsets, new_offsets.tolist()
+
+
+def _outside(targets: Tensor, vocab_size: int | None) -> Tensor:
+    return (targets < 0) | (targets >= (vocab_size or 2**62))
 
 
 def shift_targets(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:

@@ -5,6 +5,7 @@ Legend: ``B`` prompts, ``n`` candidates, ``S`` sequences.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from pro_kernels import checks
 from pro_kernels.layout import Layout, check_targets
 from pro_kernels.options import PROOptions, RankingOptions
 from pro_kernels.output import PROOutput
+
+# So many candidates, of all prompts, Python ranks faster than some thirty small operations do.
+_HOST_CANDIDATES = 256
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ def rank_candidates(
     """Check the per-candidate inputs and put the candidates of each prompt in rank order."""
     shape, device = layout.shape, layout.device
     _check_arguments(shape, rewards, candidate_mask, prompt_weights, sft_index, options)
+    plain = candidate_mask is None and prompt_weights is None and sft_index is None
+    if plain and _known_on_host(layout, rewards, options):
+        ranked = _rank_on_host(layout, rewards, options, dtype)
+        if ranked is not None:
+            return ranked
     exists = layout.sequences >= 0
     if candidate_mask is not None:
         exists = exists & candidate_mask.to(device, non_blocking=True)
@@ -75,16 +84,97 @@ def rank_candidates(
     )
 
 
+def _known_on_host(layout: Layout, rewards: Tensor | None, options: PROOptions) -> bool:
+    """Whether the host can rank these candidates without waiting, and is fast at it."""
+    if torch.compiler.is_compiling() or options.official or layout.candidate_tokens is None:
+        return False
+    if layout.sequences.numel() > _HOST_CANDIDATES:
+        return False
+    return rewards is None or rewards.device.type == "cpu"
+
+
+def _rank_on_host(
+    layout: Layout, rewards: Tensor | None, options: PROOptions, dtype: torch.dtype
+) -> RankedCandidates | None:
+    """``rank_candidates`` in Python; None for rewards that the checks must see, or may refuse."""
+    n, tokens = layout.shape[1], layout.candidate_tokens or ()
+    columns = [[i for i, scored in enumerate(x) if scored] for x in tokens]
+    at_rank = None
+    if rewards is not None:
+        scaled = _scaled(rewards, options, dtype)
+        by_gaps = isinstance(options.temperature, str)
+        ranked = _sort_by_rewards(columns, rewards, scaled, by_gaps)
+        if ranked is None:
+            return None
+        if by_gaps:
+            values = [x for row in ranked for x in [*row, *[0.0] * (n - len(row))]]
+            at_rank = _from_host(values, scaled.dtype, layout).view(-1, n)
+    order: list[int] = []
+    first = 0
+    for row, x in zip(columns, tokens, strict=True):
+        order += [*[first + i for i in row], *[-1] * (n - len(row))]
+        first += len(x)
+    best = [0 if row else -1 for row in columns]
+    share = 1 / max(1, best.count(0))
+    indices = _from_host(order + best, torch.int64, layout)  # together: one copy to a device
+    return RankedCandidates(
+        indices[: len(order)].view(-1, n),
+        at_rank,
+        indices[len(order) :],
+        _from_host([share if row else 0.0 for row in columns], dtype, layout),
+        options.ranking(),
+    )
+
+
+def _sort_by_rewards(
+    columns: list[list[int]], rewards: Tensor, scaled: Tensor, by_gaps: bool
+) -> list[list[float]] | None:
+    """Sort each prompt's columns in place, best first; the scaled rewards in that order.
+
+    None unless they are what nearly every batch has: finite, apart, and nowhere near inf.
+    """
+    key = rewards.tolist()
+    values = key if scaled is rewards else scaled.tolist()
+    ranked = []
+    for row, of_column, by in zip(columns, values, key, strict=True):
+        row.sort(key=by.__getitem__, reverse=True)  # stable; by rewards that were not rounded
+        best_first = [of_column[i] for i in row]
+        if not math.isfinite(sum(best_first)):  # NaN and inf stay in a sum
+            return None
+        if by_gaps and len(row) > 1 and not 0 < best_first[0] - best_first[-1] < 1e38:
+            return None
+        ranked.append(best_first)
+    return ranked
+
+
+def _from_host(values: list, dtype: torch.dtype, layout: Layout) -> Tensor:
+    """A tensor of these numbers on the layout's device; nothing waits."""
+    made = torch.tensor(values, dtype=dtype, device="cpu")
+    return made.to(layout.device, non_blocking=True)
+
+
 def make_output(
     loss: Tensor, per_rank: Tensor, sums: Tensor, layout: Layout, options: PROOptions
 ) -> PROOutput:
     """Per-candidate outputs back in the caller's columns."""
+    if _rectangular(layout):
+        logps, lengths = sums.view(layout.shape), layout.lengths.clone().view(layout.shape)
+        scores = logps / lengths.clamp_min(1) if options.length_normalize else logps
+        return PROOutput(loss, per_rank[:-1], per_rank[-1], scores, logps, lengths)
     seq = layout.sequences.clamp_min(0)
     exists = layout.sequences >= 0
     logps = torch.where(exists, sums[seq], 0.0)
     lengths = torch.where(exists, layout.lengths[seq], 0)
     scores = logps / lengths.clamp_min(1) if options.length_normalize else logps
     return PROOutput(loss, per_rank[:-1], per_rank[-1], scores, logps, lengths)
+
+
+def _rectangular(layout: Layout) -> bool:
+    """Whether the host knows that every candidate is there: sequences are 0, 1, 2, ..."""
+    tokens, n = layout.candidate_tokens, layout.shape[1]
+    if tokens is None or torch.compiler.is_compiling():  # there it would guard on every length
+        return False
+    return all(len(lengths) == n for lengths in tokens)
 
 
 def _sft_rank(order: Tensor, rank_of: Tensor, sft_index: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import pro_kernels as pk
 from cases import Case
 from pro_kernels import Layout
+from pro_kernels.layout import _scored, _scored_on_cpu
 
 
 def tokens_of(layout: Layout) -> list[list[tuple[int, int]]]:
@@ -37,6 +38,25 @@ def test_padded_layout_holds_exactly_the_scored_tokens(data):
         sum(map(len, expected[p * n : (p + 1) * n])) for p in range(b)
     )
     assert layout.shape == (b, n) and layout.num_rows == b * n * t
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_scored_tokens_are_found_alike_on_a_cpu_and_on_a_device(data):
+    values = data.draw(st.lists(st.sampled_from([-100, 0, 5, 9]), max_size=12))
+    ends = sorted(data.draw(st.lists(st.integers(0, len(values)), max_size=4)))
+    targets = torch.tensor(values, dtype=torch.int64)
+    args = (targets, torch.tensor([0, *ends, len(values)]), -100, 10)
+    kept, offsets, host = _scored_on_cpu(*args)
+    other, other_offsets, other_host = _scored(*args)
+    assert torch.equal(kept, other) and torch.equal(offsets, other_offsets) and host == other_host
+
+
+@pytest.mark.parametrize("bad", [-1, 10])
+def test_both_ways_find_a_bad_target_where_it_stands(bad):
+    for scored in (_scored, _scored_on_cpu):
+        with pytest.raises(ValueError, match=f"got {bad} at flat position 2"):
+            scored(torch.tensor([-100, 3, bad, bad]), torch.tensor([0, 4]), -100, 10)
 
 
 def test_packed_equals_padded():

@@ -39,6 +39,7 @@ ALLOWED = {
     "checks.check_finite": "only of CPU tensors",
     "checks.check_gaps": "called for CPU tensors only",
     "pro._check_official": "only of CPU tensors",
+    "pro._sort_by_rewards": "called for CPU tensors only",
     "planner._meminfo": "text of /proc/meminfo, once a process",
     "head.Kept.count": "counts are on the CPU; grad_filter waits when it chooses the columns",
 }
