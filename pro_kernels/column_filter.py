@@ -13,13 +13,15 @@ row's target stay. What is left is dense, ``(rows, kept)``, so the two gradient 
 
 The rows of dZ0 W keep what the dropped columns have in common: a vector ``u``, the mean of their
 W_v weighted by their largest entries, stands in for each W_v, as ``-m_r u`` (any u is allowed; with
-none the sum over a row of dZ0 would no longer be 0, and what all W_v share would not cancel). For
-row weights w and the stored dZ0, by the triangle inequality and Cauchy-Schwarz:
+none the sum over a row of dZ0 would no longer be 0, and what all W_v share would not cancel). It
+goes through the same matmul, in columns behind the kept ones: what cancels does so before a result
+is rounded to 16 bits. For row weights w and the stored dZ0, by the triangle inequality and
+Cauchy-Schwarz:
 
     |error of dHidden_r|  <= |w_r| (m_r max_{v dropped} |W_v - u| + |m_r - s_r| |u|)
     |error of dW|_F       <= sum_r |w_r| |x_r| (sum_{v dropped} dZ0_rv^2)^(1/2)
 
-where s_r is m_r as it was summed; ``_SUMS`` bounds what that rounds away.
+where s_r is m_r as it was summed, which ``_SUMS`` bounds, and then held by the matmul's dtype.
 
 How many columns stay is known from data only: on a GPU the host waits once a chunk. Nothing else in
 the package does, and nothing does without a filter.
@@ -42,6 +44,8 @@ _WORTH_DROPPING = 1 / 8
 # Relative error of a sum over a row: of fp32, or of TF32, which a GPU may be told to multiply in.
 _SUMS = 4 * 2.0**-11
 _TINY = torch.finfo(torch.float32).tiny
+# Columns that the stand-in for the dropped ones takes: the parts of ``split``.
+STAND_INS = 2
 # Rows are taken in blocks: ones that fit a processor's cache, or few of them where launches cost.
 _BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 
@@ -56,6 +60,7 @@ class Selection:
         mass: (R,) fp32, the same rounded up, past the roundings of the entries too.
         norm: (R,) fp32, the dropped ``(sum dZ0^2)^(1/2)`` of each row, rounded up.
         shares: (V,) fp32, weights of the dropped columns in ``u``, 0 for the others.
+        dropped: (V,) bool, whether a column is left out; its share may still be 0.
     """
 
     columns: Tensor
@@ -63,6 +68,7 @@ class Selection:
     mass: Tensor
     norm: Tensor
     shares: Tensor
+    dropped: Tensor
 
 
 def check_grad_filter(tau: float | None) -> float | None:
@@ -101,7 +107,7 @@ def select(residual: Tensor, targets: Tensor, tau: float) -> Selection | None:
     fits = (totals.amax(0) * up <= tau) & edge.isfinite()  # False for NaN
     fits[0] = True  # nothing dropped
     best = int(fits.cumprod(0).sum()) - 1
-    if vocab - kept[best] < _WORTH_DROPPING * vocab:
+    if vocab - kept[best] < max(STAND_INS, _WORTH_DROPPING * vocab):
         return None
     left = order[vocab - kept[best] :]
     dropped = torch.ones_like(largest).index_fill_(0, left, 0.0)
@@ -115,39 +121,62 @@ def select(residual: Tensor, targets: Tensor, tau: float) -> Selection | None:
     norm = top * (squares * up).sqrt() + 2.0**-31 * top.sqrt() * mass.sqrt() + tiny
     shares = largest.index_fill_(0, left, 0.0)
     shares /= shares.sum().clamp_min(_TINY)  # all may be 0
-    return Selection(left.sort().values, total, mass, norm, shares)
+    return Selection(left.sort().values, total, mass, norm, shares, dropped > 0)
 
 
-def center(weight: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """``u (H,)`` and ``max |W_v - u|`` over the dropped columns, fp32."""
+def center(weight: Tensor, chosen: Selection) -> tuple[Tensor, Tensor]:
+    """``u (H,)`` in the weight's dtype, and ``max |W_v - u|`` over the dropped columns in fp32."""
     blocks = _row_blocks(weight, 4)
-    u = shares.new_zeros(weight.shape[1])
+    mean = chosen.shares.new_zeros(weight.shape[1])
     for at in blocks:
-        u.addmv_(weight[at].float().t(), shares[at])
-    far = [(weight[at].float() - u).square_().sum(1) * (shares[at] > 0) for at in blocks]
-    return u, torch.cat(far).amax().sqrt()
+        mean.addmv_(weight[at].float().t(), chosen.shares[at])
+    u = mean.to(weight.dtype)  # as it stands in
+    far = [_norms(_wide(weight[at]) - _wide(u)) for at in blocks]
+    return u, torch.cat(far).masked_fill_(~chosen.dropped, 0.0).amax()
 
 
-def reach(chosen: Selection, u: Tensor, radius: Tensor) -> Tensor:
-    """Bound of the norm of what each row of dZ0 W lost, (R,) fp32."""
-    return chosen.mass * radius + _SUMS * chosen.mass * torch.linalg.vector_norm(u)
+def split(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total (R,)`` as a sum of ``STAND_INS`` numbers of ``dtype``, (R, 2)."""
+    high = total.to(dtype)
+    return torch.stack([high, (total - high).to(dtype)], 1)
 
 
-def compact_(residual: Tensor, columns: Tensor) -> Tensor:
-    """Move these columns of ``residual (R, V)`` to its front, in place; a view ``(R, kept)``."""
-    front = residual[:, : columns.shape[0]]
+def reach(chosen: Selection, parts: Tensor, u: Tensor, radius: Tensor) -> Tensor:
+    """Bound of the norm of what each row of dZ0 W lost, ``parts`` standing in; (R,) fp32."""
+    rounded = (chosen.total - parts.float().sum(1)).abs()
+    return chosen.mass * radius + (_SUMS * chosen.mass + rounded) * _norms(_wide(u))
+
+
+def compact_(residual: Tensor, columns: Tensor, behind: Tensor) -> Tensor:
+    """Move these columns of ``residual (R, V)`` to its front in place, and ``behind`` after them.
+
+    Returns a view ``(R, kept + columns of behind)``.
+    """
+    kept = columns.shape[0]
+    front = residual[:, : kept + behind.shape[1]]
     for at in _row_blocks(residual, residual.itemsize):
-        front[at] = residual[at].index_select(1, columns)
+        front[at, :kept] = residual[at].index_select(1, columns)
+    front[:, kept:] = behind
     return front
 
 
+def _wide(x: Tensor) -> Tensor:
+    """16-bit numbers in fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Norms along the last dimension, fp32, rounded up by what squares below fp32's range lose."""
+    return (x.square().sum(-1).sqrt() + x.shape[-1] ** 0.5 * 2.0**-63).float()
+
+
 def _sums(residual: Tensor, step: Tensor, top: Tensor | None = None) -> Tensor:
-    """``|residual| step``, or ``(residual / top)^2 step``; (R, steps) fp32."""
+    """``|residual| step``, or ``(residual / top)^2 step`` of entries up to top; (R, steps) fp32."""
     out = step.new_empty(residual.shape[0], step.shape[1])
     for at in _row_blocks(residual, 4):
         entries = residual[at].abs().float()
         if top is not None:
-            entries.div_(top).square_()
+            entries.clamp_max_(top).div_(top).square_()  # else a kept one's square may be inf
         torch.mm(entries, step, out=out[at])
     return out
 

@@ -127,20 +127,22 @@ class Kept:
 
     def choose(
         self, chunk: int, residual: Tensor, targets: Tensor, head: Head, at: slice
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Choose a chunk's columns; its dZ0, compacted in place, and the dropped sum and u."""
-        scale = abs(head.options.logit_scale)  # of dZ0 over the probabilities
-        chosen = column_filter.select(residual, targets, self.tau * scale)
+    ) -> tuple[Tensor, Tensor | None]:
+        """Choose a chunk's columns; its dZ0, compacted in place with the stand-in behind, and u."""
+        scale = head.options.logit_scale  # of dZ0 over minus the probabilities, off the target
+        chosen = column_filter.select(residual, targets, self.tau * abs(scale))
         if chosen is None:
             self.counts[chunk] = residual.shape[1]
             return residual, None
         count = chosen.columns.shape[0]
-        u, radius = column_filter.center(head.weight, chosen.shares)
         self.columns[chunk, :count] = chosen.columns
         self.counts[chunk] = count
-        reach = column_filter.reach(chosen, u, radius)
-        self.dropped[:, at] = torch.stack([chosen.mass / scale, chosen.norm, reach])
-        return column_filter.compact_(residual, chosen.columns), (chosen.total, u)
+        u, radius = column_filter.center(head.weight, chosen)
+        parts = column_filter.split(chosen.total, head.compute_dtype)
+        reach = column_filter.reach(chosen, parts, u, radius)
+        self.dropped[:, at] = torch.stack([chosen.mass / abs(scale), chosen.norm, reach])
+        parts = -parts if scale > 0 else parts
+        return column_filter.compact_(residual, chosen.columns, parts), u
 
     def spread_dropped(self, live: Tensor) -> None:
         """Move ``dropped`` from compact order to the positions ``live``."""
@@ -231,18 +233,15 @@ def forward(
         logps[start:stop], stats[0, start:stop] = logp, lse
         if exact is not None:
             stats[1, start:stop] = exact
-        dz, weight, lost = logits, head.weight, None
+        dz, weight = logits, head.weight
         if kept is not None:
-            dz, lost = kept.choose(i, logits, t, head, slice(start, stop))
-            weight = _take(weight, kept.of(i)) if need_hidden else weight
+            dz, u = kept.choose(i, logits, t, head, slice(start, stop))
+            if u is not None and need_hidden:
+                weight = _with_stand_in(weight, kept.columns[i, : kept.count(i)], u)
         if keep and wide:
             dz = residual[start:stop, : dz.shape[1]].copy_(dz)
         if need_hidden:
             matmul.hidden_grad(dz.to(head.compute_dtype), weight, side[start:stop])
-            if lost is not None:  # off the target the entries of dZ0 have the sign of -logit_scale
-                total, u = lost
-                sign = -1 if head.options.logit_scale > 0 else 1
-                side[start:stop].addr_(total.to(side.dtype), u.to(side.dtype), alpha=sign)
 
 
 def weight_backward(
@@ -332,6 +331,15 @@ def _kept_chunks(
 def _take(x: Tensor, columns: Tensor | None) -> Tensor:
     """The rows ``columns`` of ``x (V, ...)``; None: all."""
     return x if columns is None else x.index_select(0, columns)
+
+
+def _with_stand_in(weight: Tensor, columns: Tensor, u: Tensor) -> Tensor:
+    """The rows ``columns`` of the weight, and u for each column of the stand-in."""
+    kept = columns.shape[0]
+    rows = weight.new_empty(kept + column_filter.STAND_INS, weight.shape[1])
+    torch.index_select(weight, 0, columns, out=rows[:kept])
+    rows[kept:] = u
+    return rows
 
 
 def add_kept(

@@ -34,10 +34,10 @@ class GradFilter:
 
     @torch.no_grad()
     def error_bounds(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Upper bounds of the Frobenius norms of the errors of dHidden and dW, 0-dim fp32.
+        """Upper bounds of the Frobenius norms of the errors of dHidden and dW, 0-dim.
 
-        For an upstream gradient of 1, against the gradients without a filter from the same stored
-        dZ0, in exact arithmetic.
+        In fp32, in fp64 for fp64 hidden states. For an upstream gradient of 1, against the
+        gradients without a filter from the same stored dZ0, in exact arithmetic.
 
         Args:
             hidden: (..., H), as given to the loss.
@@ -46,11 +46,21 @@ class GradFilter:
         rows = self.rows
         if rows is None:
             rows = torch.arange(flat.shape[0], device=flat.device)
-        size = self.row_weights.abs().float()
-        lost = size.new_zeros(flat.shape[0]).index_add_(0, rows, size * self.dropped_hidden)
         wide = torch.promote_types(flat.dtype, torch.float32)  # norms of 16 bits round, or overflow
-        norms = torch.linalg.vector_norm(flat, dim=1, dtype=wide).float()[rows]
-        return torch.linalg.vector_norm(lost), (size * norms * self.dropped_norm).sum()
+        size = self.row_weights.abs().to(wide)
+        lost = size.new_zeros(flat.shape[0]).index_add_(0, rows, size * self.dropped_hidden)
+        norms = _norms(flat, wide)[rows]
+        return _norms(lost[None], wide)[0], (size * norms * self.dropped_norm).sum()
+
+
+def _norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norms of the rows; squares are of numbers near 1, so that they stay in the dtype's range."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0], dtype=dtype)
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True, dtype=dtype)
+    limits = torch.finfo(dtype)
+    largest.clamp_(limits.tiny, limits.max)
+    return torch.linalg.vector_norm(x / largest, dim=1) * largest[:, 0]
 
 
 class PROOutput(NamedTuple):

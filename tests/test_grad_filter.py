@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import pro_kernels as pk
-from pro_kernels import column_filter
+from cases import fp32_sums
+from pro_kernels import column_filter, matmul
 from pro_kernels.planner import make_plan
 
 B, N, T, H, V = 4, 3, 8, 16, 301
@@ -272,11 +275,12 @@ def test_what_all_of_the_head_shares_is_within_the_bound(dtype, offset):
     dz, targets = peaked(9.0, dtype)
     chosen = column_filter.select(dz, targets, 0.2)
     assert chosen is not None and chosen.columns.shape[0] < 256
-    u, radius = column_filter.center(weight, chosen.shares)
+    u, radius = column_filter.center(weight, chosen)
+    parts = column_filter.split(chosen.total, dtype)
     gone = torch.ones(512, dtype=torch.bool).index_fill_(0, chosen.columns, False)
     exact = dz.double()[:, gone] @ weight.double()[gone]
-    error = (exact + chosen.total.double()[:, None] * u.double()).norm(dim=1)
-    assert (error <= column_filter.reach(chosen, u, radius)).all()
+    error = (exact + parts.double().sum(1, keepdim=True) * u.double()).norm(dim=1)
+    assert (error <= column_filter.reach(chosen, parts, u, radius)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=["fp64", "fp32", "bf16"])
@@ -291,6 +295,61 @@ def test_the_norm_of_tiny_entries_does_not_underflow(gap, dtype):
     assert (chosen.norm >= norm).all()
     if gap <= 75:  # above what fp32 holds, the bound says something
         assert (chosen.norm <= 1.1 * norm + 1e-35).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("size", [1.0, 1e-22], ids=["hidden", "tiny hidden"])
+@pytest.mark.parametrize("gap", [20, 60, 80, 200])
+def test_bounds_do_not_underflow(gap, size, dtype):
+    """A bias makes one column certain: what the others lose is e^-gap, its square far less."""
+    g = torch.Generator().manual_seed(3)
+    hidden = (size * torch.randn(1, 2, 4, H, generator=g, dtype=torch.float64)).to(dtype)
+    weight = (0.3 * torch.randn(V, H, generator=g, dtype=torch.float64)).to(dtype)
+    bias = torch.zeros(V, dtype=dtype).index_fill_(0, torch.tensor(0), gap)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    targets = torch.zeros(1, 2, 4, dtype=torch.int64)
+    grads = []
+    for tau in (None, TAU):
+        out = pk.linear_pro_loss(
+            *leaves, targets, torch.tensor([[1.0, 0.0]]), bias=bias, grad_filter=tau
+        )
+        grads.append(torch.autograd.grad(out.loss, leaves))
+    bounds = out.grad_filter.error_bounds(hidden)
+    for bound, error, whole in zip(bounds, lost(*grads), grads[0], strict=True):
+        assert error <= bound + 4 * torch.finfo(dtype).eps * whole.double().norm()
+        true = 30 * math.exp(-gap) * V * (1 if whole is grads[0][0] else size)
+        if gap <= 80 and true > torch.finfo(bound.dtype).tiny:  # what fp32 holds, it tells
+            assert 0 < bound <= true
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("route", ["native", "fp32", "gpu"])
+def test_what_the_head_shares_cancels_before_it_is_rounded_to_16_bits(route, dtype, monkeypatch):
+    """Kept columns alone sum to dZ0 W of the size of the shared part: its rounding would show."""
+    if route == "gpu":
+        fp32_sums(monkeypatch)
+    else:
+        monkeypatch.setattr(matmul, "_upcasts", lambda *_: route == "fp32")
+    g = torch.Generator().manual_seed(2)
+    hidden = torch.randn(2, 3, 8, H, generator=g).to(dtype).requires_grad_()
+    weight = torch.full((V, H), 64.0)
+    weight[:, 0] += torch.randint(0, 2, (V,), generator=g) / 2  # the rest is the same for all
+    bias = -3 * torch.arange(1.0, V + 1).log()
+    targets = torch.randint(0, V, (2, 3, 8), generator=g)
+    upstream = torch.randn(targets.shape, generator=g)
+    grads = []
+    for tau in (None, 0.5):
+        logps, dropped = pk.linear_token_logps(
+            *(hidden, weight.to(dtype), targets),
+            **{"bias": bias.to(dtype), "logits_dtype": torch.float32},
+            **{"grad_filter": tau, "return_dropped": True},
+        )
+        grads.append(torch.autograd.grad((upstream * logps).sum(), hidden)[0].double())
+    assert 0 < dropped[0].max() <= 0.5
+    error = (grads[1] - grads[0]).norm(dim=-1)
+    rounding = 4 * torch.finfo(dtype).eps * grads[0].norm(dim=-1)
+    assert (error <= upstream.abs() * dropped[2] + rounding).all()
+    assert dropped[2].max() < 0.1 * weight.norm(dim=1).max()  # far less than the shared part
 
 
 @pytest.mark.parametrize("scale", [1 / 16, -0.5, 4.0])
