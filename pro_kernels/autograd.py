@@ -230,6 +230,7 @@ class LinearPRO(torch.autograd.Function):
             call.grad_filter,
             budget=call.plan.budget,
         )
+        ctx.budget = call.plan.budget
         ctx.save_for_backward(*grads)
         per_rank = _over_prompts(weights, terms, final_dtype)
         ctx.mark_non_differentiable(per_rank, sums, row_weights, dropped)
@@ -242,7 +243,7 @@ class LinearPRO(torch.autograd.Function):
         if grad is None:
             return (None,) * 15
         # Out of place: a second backward through a retained graph must find them unscaled.
-        grads = [ops.scaled(g, grad) for g in ctx.saved_tensors]
+        grads = [ops.scaled(g, grad, budget=ctx.budget) for g in ctx.saved_tensors]
         return *_needed(grads, ctx.needs_input_grad), *[None] * 12
 
 

@@ -55,9 +55,6 @@ def head_call(
     fixed = weight.numel() * compute.itemsize if weight.dtype != compute else 0
     if layout.shared_rows and hidden.requires_grad and hidden.itemsize < 4:
         fixed += 4 * hidden.numel()  # dHidden is summed in fp32
-    if grad_filter is not None and grads:
-        # The kept rows of the weight, or of dW, and dW where it is summed over chunks in fp32.
-        fixed += weight.numel() * (compute.itemsize + 4 * (compute.itemsize < 4))
     plan = make_plan(
         layout.num_tokens,
         weight.shape[1],
@@ -71,6 +68,7 @@ def head_call(
         fixed=fixed,
         hidden_rows=layout.num_rows,
         wide_logits=wide,
+        filtered=grad_filter is not None,
     )
     candidates = layout.shape[1] if scalar_loss else None
     backend = resolve(backend, hidden.device, logits_dtype, candidates)

@@ -33,9 +33,7 @@ def report() -> dict:
                     for name in backends.ORDER
                 },
                 "auto": backends.resolve("auto", device, torch.bfloat16),
-                "bf16 matmuls": "fp32 by blocks"
-                if matmul.upcasts(torch.bfloat16, device.type)
-                else "native",
+                "bf16 matmuls": _matmuls(device),
                 "budget": planner.default_budget(device),
             }
             for device in devices
@@ -77,6 +75,14 @@ def run(as_json: bool) -> int:
         for key, value in details.items():
             print(f"{name} {key}: {value}")
     return 0
+
+
+def _matmuls(device: torch.device) -> str:
+    if matmul.upcasts(torch.bfloat16, device.type):
+        return "fp32 by blocks"
+    if matmul.leaves_sums(torch.bfloat16, device.type):
+        return "native, fp32 sums kept by out_dtype (never run on a GPU so far)"
+    return "native"
 
 
 def _only_when_named(name: str, device: torch.device) -> str:

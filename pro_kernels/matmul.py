@@ -81,7 +81,9 @@ def leaves_sums(dtype: torch.dtype, device_type: str) -> bool:
     ``aten::mm.dtype_out`` and ``aten::addmm.dtype_out`` exist for CUDA only and want compute
     capability 8.0: both operands of one 16-bit dtype, ``out`` and the input of ``addmm`` fp32.
     """
-    return dtype in _LOW and device_type == "cuda" and _ampere_or_newer()
+    if dtype not in _LOW or device_type != "cuda" or not _ampere_or_newer():
+        return False
+    return not (torch.cuda.is_available() and _refused(accumulate=False))
 
 
 @functools.cache
@@ -93,8 +95,26 @@ def _ampere_or_newer() -> bool:
     return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in cards)
 
 
+@functools.cache
+def _refused(accumulate: bool) -> bool:
+    """Whether this PyTorch refuses such a matmul: it says so before anything is launched."""
+    operand = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
+    out = torch.zeros(16, 16, device="cuda")
+    try:
+        _mm_fp32(operand, operand, out, accumulate)
+    except RuntimeError:
+        return True
+    return False
+
+
 def mm_fp32(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
     """``out = a b`` or ``out += a b``, out fp32, where ``leaves_sums``."""
+    if accumulate and _refused(accumulate=True):
+        return out.add_(torch.mm(a, b, out_dtype=torch.float32))
+    return _mm_fp32(a, b, out, accumulate)
+
+
+def _mm_fp32(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor:
     if accumulate:  # beta = 1: out is read and written once, by the matmul's epilogue
         return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -27,8 +28,10 @@ from pro_kernels.options import IGNORE_INDEX, LogitOptions, RankingOptions
 _LIBRARY = torch.library.Library("pro_kernels", "DEF")
 # What is inside each op, by name.
 BODIES: dict[str, Callable] = {}
-# How PyTorch's CPU allocator says that there is no memory.
-_NO_MEMORY = ("can't allocate memory", "not enough memory")
+# How allocators say that there is no memory: PyTorch's on a CPU, C++, CUDA, Triton, cuBLAS.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|bad_alloc|out of memory|ALLOC_FAILED", re.IGNORECASE
+)
 
 
 def _op(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
@@ -64,10 +67,10 @@ def _naming_the_budget(function: Callable) -> Callable:
         body = untraced if "torch._dynamo" in sys.modules else function
         try:
             return body(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             text = str(error)
-            short = isinstance(error, torch.OutOfMemoryError) or any(t in text for t in _NO_MEMORY)
-            if short and kwargs.get("budget"):
+            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if (known or _NO_MEMORY.search(text)) and kwargs.get("budget"):
                 error.args = (
                     f"{text}\npro_kernels::{function.__name__} ran with a budget of "
                     f"{kwargs['budget']} bytes: lower it by budget= or PRO_KERNELS_BUDGET",
@@ -418,8 +421,11 @@ def _(hidden, weight, bias, rows, targets, offsets, lengths, order, *config, bud
 
 
 @_op()
-def scaled(x: Tensor, by: Tensor) -> Tensor:
-    """``by * x`` in x's dtype, multiplied in fp32 (fp64): neither factor is rounded before."""
+def scaled(x: Tensor, by: Tensor, *, budget: int) -> Tensor:
+    """``by * x`` in x's dtype, multiplied in fp32 (fp64): neither factor is rounded before.
+
+    ``budget``: of the forward, which an error names.
+    """
     acc = head.acc_dtype(x.dtype)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat, source = out.view(-1), x.reshape(-1)
@@ -430,7 +436,7 @@ def scaled(x: Tensor, by: Tensor) -> Tensor:
 
 
 @_fake(scaled)
-def _(x, by):
+def _(x, by, *, budget):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

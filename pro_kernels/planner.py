@@ -38,6 +38,7 @@ GPU_TILE_ROWS = 256
 # Below this many rows a chunk, T2's pass over the fp32 dW costs more than T3's recompute.
 MIN_T2_ROWS = 512
 MIN_ROWS = 64
+_NO_COPIES = dict.fromkeys(("T1", "T2", "T3"), 0)
 _MIN_BUDGET, _MAX_BUDGET = 256 << 20, 64 << 30
 
 
@@ -78,6 +79,7 @@ def make_plan(
     wide_logits: bool = False,
     fixed: int = 0,
     hidden_rows: int | None = None,
+    filtered: bool = False,
 ) -> Plan:
     """Choose the tier for ``rows`` scored rows.
 
@@ -94,6 +96,7 @@ def make_plan(
         wide_logits: logits are computed in fp32 although the matmuls are of lower precision.
         fixed: bytes the call takes in any tier (a cast weight, an fp32 dHidden).
         hidden_rows: R, rows of the hidden states; None for N.
+        filtered: columns leave the gradients (``grad_filter``), which takes copies of those kept.
 
     Raises:
         TypeError: budget is not an integer.
@@ -107,7 +110,7 @@ def make_plan(
     # One row's share: its logits, and its slices of the gathered, weighted and gradient sides.
     row = vocab * size + 2 * operand + side + (4 * vocab if wide_logits else 0)
     kept_sides = rows * (need_hidden * side + need_weight * 2 * operand)
-    fit = max(MIN_ROWS, (budget - kept_sides) // row)
+    copies = _filter_copies(hidden * vocab, size, need_weight) if filtered else _NO_COPIES
     on_gpu = device.type == "cuda"
     most = GPU_CHUNK_ROWS if on_gpu else CHUNK_ROWS
 
@@ -117,20 +120,36 @@ def make_plan(
     if not (need_hidden or need_weight):
         return plan("T0", _equal_chunks(rows, min(budget // row, most), on_gpu))
     if not need_weight:
+        fit = max(MIN_ROWS, (budget - copies["T1"] - kept_sides) // row)
         return plan("T1f", _equal_chunks(rows, min(fit, most), on_gpu))
-    if rows <= budget // row:
+    if rows <= (budget - copies["T1"]) // row:
         return plan("T1", rows, retained=rows)
     if prompt_tokens:
         # Held from forward to backward: dW, while it grows at least in fp32, and dHidden.
         held = vocab * hidden * max(size, 4)
         held += (hidden_rows or rows) * hidden * size if need_hidden else 0
-        t2_rows = (budget - held) // row
+        t2_rows = (budget - held - copies["T2"]) // row
         if t2_rows >= max(MIN_T2_ROWS, *prompt_tokens):
             most = GPU_SUMMED_ROWS if on_gpu else CHUNK_ROWS
             t2_rows = min(t2_rows, max(most, *prompt_tokens))
             return plan("T2", t2_rows, prompts=_group_prompts(prompt_tokens, t2_rows))
+    fit = max(MIN_ROWS, (budget - copies["T3"] - kept_sides) // row)
     chunk = min(max(MIN_ROWS, fit // 2), most, rows)
     return plan("T3", chunk, retained=max(0, min(fit - chunk, rows)))
+
+
+def _filter_copies(numbers: int, size: int, need_weight: bool) -> dict[str, int]:
+    """Bytes that ``grad_filter`` takes beside a chunk, if it keeps every one of the V H numbers.
+
+    The kept rows of the weight in the forward, those of dW in the backward, at different times
+    (T2: dW is summed in fp32). T3 holds both, and the fp32 sum of a 16-bit dW over chunks.
+    """
+    wide = max(size, 4)
+    return {
+        "T1": numbers * size,
+        "T2": numbers * wide,
+        "T3": numbers * (size + need_weight * (wide + 4 * (size < 4))),
+    }
 
 
 def _equal_chunks(rows: int, limit: int, on_gpu: bool) -> int:

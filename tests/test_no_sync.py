@@ -22,8 +22,11 @@ from pro_kernels import calls, functional, ops
 from pro_kernels.planner import Plan
 
 ROOT = Path(pk.__file__).parent
-HOT = [ROOT / f"{name}.py" for name in ("head", "ops", "autograd", "matmul", "calls", "pro")]
-HOT += [ROOT / name for name in ("functional.py", "planner.py", "options.py", "checks.py")]
+MODULES = (
+    *("head", "column_filter", "ops", "autograd", "matmul", "calls", "pro", "functional"),
+    *("planner", "options", "checks"),
+)
+HOT = [ROOT / f"{name}.py" for name in MODULES]
 HOT += sorted(set((ROOT / "backends").rglob("*.py")) - {ROOT / "backends/triton/aot.py"})
 
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "synchronize"}
@@ -41,6 +44,7 @@ ALLOWED = {
     "pro._check_official": "only of CPU tensors",
     "pro._sort_by_rewards": "called for CPU tensors only",
     "planner._meminfo": "text of /proc/meminfo, once a process",
+    "column_filter.select": "once a chunk, only with grad_filter: how many columns stay is data",
     "head.Kept.count": "counts are on the CPU; grad_filter waits when it chooses the columns",
 }
 
@@ -128,6 +132,13 @@ def test_the_hot_path_has_no_call_that_waits():
                 found.append(f"{path.name}:{line} ({scope}): {what}")
     assert not found, "\n".join(found)
     assert used >= set(ALLOWED), f"no longer needed: {set(ALLOWED) - used}"
+
+
+def test_grad_filter_waits_once_a_chunk():
+    found = waits((ROOT / "column_filter.py").read_text(), "column_filter")
+    assert [(scope, what) for scope, _, what in found] == [
+        ("column_filter.select", "int() of a tensor")
+    ]
 
 
 @pytest.mark.parametrize(

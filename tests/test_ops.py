@@ -85,11 +85,12 @@ def test_opcheck_ranking_and_linear_pro(backend, tau):
 
 def test_scaled_never_rounds_the_scalar():
     x, by = torch.randn(1000).bfloat16(), torch.tensor(1 / 3)
-    torch.library.opcheck(ops.scaled, (x, by), test_utils=FULL)
-    assert torch.equal(ops.scaled(x, by), (x.float() * by).bfloat16())
+    torch.library.opcheck(ops.scaled, (x, by), {"budget": 1}, test_utils=FULL)
+    assert torch.equal(ops.scaled(x, by, budget=1), (x.float() * by).bfloat16())
     half = torch.tensor(1.0, dtype=torch.float16)
     tiny = torch.full((3,), 1e-12)
-    assert torch.equal(ops.scaled(tiny, half), tiny)  # nor is x rounded to the scalar's dtype
+    # Nor is x rounded to the scalar's dtype.
+    assert torch.equal(ops.scaled(tiny, half, budget=1), tiny)
 
 
 def loss_padded(h, w, t, r):

@@ -15,6 +15,14 @@ ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
 ]
+WORDS = [
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("pk_cuda_residual failed: out of memory (2)"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("std::bad_alloc"),
+    MemoryError("a shape of 10**12 numbers"),
+]
 NEEDS = {"need_hidden": True, "need_weight": True, "budget": 123456}
 PLANS = {
     "T1": lambda rows: Plan("T1", rows, retained=rows, **NEEDS),
@@ -79,6 +87,28 @@ def test_the_error_names_the_budget_and_a_smaller_one_is_right(
     step(budget=4000)
     for x, grad in zip(leaves, expected.grads.values(), strict=True):
         torch.testing.assert_close(x.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", WORDS, ids=str)
+def test_whoever_has_no_memory_is_understood(error, monkeypatch):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(backends.get("torch"), "logp", failing)
+    hidden, weight, targets = torch.randn(2, 4), torch.randn(5, 4), torch.zeros(2).long()
+    with pytest.raises(type(error), match="budget of 4000 bytes"):
+        pk.linear_token_logps(hidden, weight, targets, backend="torch", budget=4000)
+
+
+def test_scaling_the_gradients_of_the_forward_names_the_budget_too(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(calls, "make_plan", lambda rows, *_, **__: PLANS["T2"](rows))
+        hidden, weight, bias, targets, rewards = CASE.tensors()
+        leaves = [x.float().requires_grad_() for x in (hidden, weight, bias)]
+        out = pk.linear_pro_loss(*leaves[:2], targets, rewards, bias=leaves[2], backend="torch")
+    fail_at(monkeypatch, torch, "empty_like", 1, RuntimeError("can't allocate memory"))
+    with pytest.raises(RuntimeError, match="scaled ran with a budget of 123456 bytes"):
+        (1.7 * out.loss).backward()
 
 
 def test_a_real_allocation_that_fails():

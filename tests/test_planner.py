@@ -133,3 +133,23 @@ def test_memory_cached_for_nobody_counts_as_free(monkeypatch):
     planner._default_budget.cache_clear()
     assert planner.default_budget(torch.device("cuda", 0)) == 8 << 30  # of 80; half of 32 is free
     planner._default_budget.cache_clear()
+
+
+def test_a_filter_counts_the_copies_that_a_tier_makes_and_no_more():
+    head = {"rows": 920, "hidden": 4096, "vocab": 128256, "dtype": torch.bfloat16}
+    copy = 4096 * 128256 * 2
+    assert plan(**head, budget=2 << 30, filtered=True).tier == "T1"
+    assert plan(**head, budget=copy + (400 << 20), filtered=True).tier == "T1"
+    assert plan(**head, budget=copy, filtered=True).tier == "T3"
+    frozen = plan(**head, budget=2 << 30, filtered=True, need_weight=False)
+    assert (frozen.tier, frozen.chunk) == ("T1f", 920)
+    small = {"rows": 4000, "budget": 100 * MB, "dtype": torch.bfloat16}
+    without, filtered = plan(**small), plan(**small, filtered=True)
+    assert filtered.tier == "T3" and filtered.retained < without.retained
+
+
+def test_a_filter_with_chunks_of_prompts_counts_an_fp32_copy():
+    tokens = {"rows": 2000, "prompt_tokens": (500,) * 4, "dtype": torch.bfloat16}
+    budget = (32000 * 256 * 4 + 600 * (32000 * 2 + 4 * 256 * 4)) + MB
+    assert plan(**tokens, budget=budget).tier == "T2"
+    assert plan(**tokens, budget=budget, filtered=True).tier != "T2"

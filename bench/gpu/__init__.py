@@ -2,7 +2,8 @@
 
 Offline, with the torch and Triton that are there; ``make bench-gpu`` is the same. FOLDER gets
 ``gpu.json`` and ``gpu.md`` (builds, tests, kernels against the model's predictions) and, of the
-preset ``gpu`` with every peer that is installed, ``results.json``, ``report.md`` and plots.
+preset ``gpu`` with every peer that is installed, ``results.json``, ``report.md`` and plots;
+``training`` the same of whole training steps of a model of half a billion parameters.
 
 ``parts`` (what is measured), ``measure`` (how), ``worker`` (one backend's parts in a process of its
 own), ``jobs`` (runs the processes against the clock and keeps what they say), ``tables`` (the

@@ -31,8 +31,9 @@ MARK = "@gpu "
 RESTART = 75  # exit code of a worker whose device is lost: the parts that are left want a new one
 _TAIL = 2000  # characters of a failed job's last words
 _CASES_SECONDS = 200.0
-# Kernels that never ran on a GPU take part here: this is where they do.
-_ENVIRONMENT = {"PRO_KERNELS_UNVERIFIED": "1"}
+# Kernels that never ran on a GPU take part here: this is where they do. The trainer need not be
+# installed.
+_ENVIRONMENT = {"PRO_KERNELS_UNVERIFIED": "1", "PYTHONPATH": str(ROOT / "python")}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ def make_jobs(out: Path, names: tuple[str, ...], chosen: tuple[str, ...]) -> lis
         Job("cases", (python, "-m", "bench", "--preset", "gpu", "--device", "cuda", "--seconds",
                       str(_CASES_SECONDS), "--out", str(out.resolve())),
             limit=_CASES_SECONDS + 45),
+        Job("training", (python, "-m", "bench", "--training", "--preset", "gpu", "--case", "0.5B",
+                         "--device", "cuda", "--repeats", "3", "--out",
+                         str((out / "training").resolve())), limit=75),
         Job("tests", (python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
                       "tests"), limit=90),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ __global__ void probe_kernel() {}
 }  // namespace
 
 int32_t pk_cuda_abi(void) {
-  return 1;
+  return 2;
 }
 
 const char* pk_cuda_targets(void) {

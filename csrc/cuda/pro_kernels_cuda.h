@@ -75,11 +75,12 @@ PK_EXPORT int32_t pk_cuda_scatter_rows(int32_t side_dtype, const void* side, int
                                        int32_t out_dtype, void* out, int64_t out_stride,
                                        void* stream);
 
-// out[i] = x[i] . weight[targets[i]] + bias[targets[i]] in fp32; x, weight, bias of one dtype.
+// out[i] = x[i] . weight[targets[i]] + bias[targets[i]] in fp32; x, weight, bias of one dtype. 0
+// for a negative target, NaN for one of `vocab` and more.
 PK_EXPORT int32_t pk_cuda_target_logits(int32_t dtype, const void* x, int64_t x_stride,
                                         const void* weight, int64_t weight_stride, const void* bias,
-                                        const int64_t* targets, int64_t n, int64_t width,
-                                        float* out, void* stream);
+                                        const int64_t* targets, int64_t n, int64_t vocab,
+                                        int64_t width, float* out, void* stream);
 
 #ifdef __cplusplus
 }

@@ -139,11 +139,16 @@ __global__ void __launch_bounds__(kThreads)
 // One warp a token.
 __global__ void __launch_bounds__(kThreads)
     target_logits_kernel(const Matrix x, const Matrix weight, const void* bias,
-                         const int64_t* targets, int64_t n, int64_t width, float* out) {
+                         const int64_t* targets, int64_t n, int64_t vocab, int64_t width,
+                         float* out) {
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t i = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (i >= n) return;
   const int64_t target = targets[i];
+  if (target >= vocab) {  // no such row of the weight
+    if (lane == 0) out[i] = NAN;
+    return;
+  }
   float sum = 0.0f;
   for (int64_t c = lane * kEight; target >= 0 && c < width; c += kWarp * kEight) {
     float a[kEight], b[kEight];
@@ -189,10 +194,10 @@ int32_t pk_cuda_scatter_rows(int32_t side_dtype, const void* side, int64_t side_
 
 int32_t pk_cuda_target_logits(int32_t dtype, const void* x, int64_t x_stride, const void* weight,
                               int64_t weight_stride, const void* bias, const int64_t* targets,
-                              int64_t n, int64_t width, float* out, void* stream) {
+                              int64_t n, int64_t vocab, int64_t width, float* out, void* stream) {
   if (!known(dtype)) return kInvalidValue;
   const int64_t tokens_a_block = kThreads / kWarp;
   return launch(target_logits_kernel, {(n + tokens_a_block - 1) / tokens_a_block, kThreads}, stream,
                 matrix(x, x_stride, dtype), matrix(weight, weight_stride, dtype), bias, targets, n,
-                width, out);
+                vocab, width, out);
 }

@@ -9,7 +9,7 @@ back. A new backend is its module and one entry in ``ORDER``.
 Optional, and used by ``head.py`` where a backend has them: ``gather_rows``, ``scatter_rows``,
 ``target_logits`` for the thin sides, and ``score`` with ``scores_fused``: log-probs straight from
 hidden states and weight. A backend with kernels of its own for GPUs lists in ``VERIFIED`` the cards
-that its tests passed on; while that is empty ``auto`` does not pick it there, unless
+that its tests passed on; on any other ``auto`` does not pick it, unless
 ``PRO_KERNELS_UNVERIFIED=1``.
 """
 
@@ -19,6 +19,7 @@ import importlib
 import os
 from types import ModuleType
 
+import torch
 from torch import device as Device
 from torch import dtype as DType
 
@@ -59,9 +60,18 @@ def not_by_itself(name: str, device: Device) -> str | None:
     """Why ``auto`` leaves a backend that could serve to those who name it (None: it does not)."""
     if device.type == "cpu":
         return "on CPU tensors it runs interpreted, only when named" if name == "triton" else None
-    if getattr(get(name), "VERIFIED", None) == () and not _unverified_allowed():
-        return "its kernels never ran on a GPU: only when named, or with PRO_KERNELS_UNVERIFIED=1"
-    return None
+    verified = getattr(get(name), "VERIFIED", None)
+    if verified is None or _unverified_allowed() or _card(device) in verified:
+        return None
+    where = "this card" if verified else "a GPU"
+    return f"its kernels never ran on {where}: only when named, or with PRO_KERNELS_UNVERIFIED=1"
+
+
+def _card(device: Device) -> str | None:
+    """Name of a GPU, as ``VERIFIED`` has it; None where there is none, or it is not CUDA's."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(device)
 
 
 def _unverified_allowed() -> bool:

@@ -33,7 +33,7 @@ _MAX_COLUMNS = (1 << 31) - (1 << 20) - 1  # columns of a row are counted in 32 b
 _MIN_CAPABILITY = (8, 0)
 
 # The C ABI (csrc/cuda/pro_kernels_cuda.h); see native.open_library. The last pointer is the stream.
-_ABI = 1
+_ABI = 2
 _SIGNATURES: native.Signatures = {
     "pk_cuda_abi": ("i", ""),
     "pk_cuda_targets": ("s", ""),
@@ -45,7 +45,7 @@ _SIGNATURES: native.Signatures = {
     "pk_cuda_ranking": ("i", "plpplpllpppididdilipppp"),
     "pk_cuda_gather_rows": ("i", "iplpplliplp"),
     "pk_cuda_scatter_rows": ("i", "iplppplliplp"),
-    "pk_cuda_target_logits": ("i", "iplplppllpp"),
+    "pk_cuda_target_logits": ("i", "iplplpplllpp"),
 }
 
 
@@ -281,7 +281,8 @@ def target_logits(
         weight.stride(0),
         native.pointer(bias),
         targets.data_ptr(),
-        *x.shape,
+        x.shape[0],
+        *weight.shape,
         out.data_ptr(),
     )
     return out

@@ -211,7 +211,11 @@ def test_auto_passes_over_kernels_that_never_ran_on_a_gpu(monkeypatch):
     assert "never ran on a GPU" in backends.passed_over("cuda", GPU, torch.bfloat16)
     assert backends.resolve("cuda", GPU, torch.bfloat16) == "cuda"
     monkeypatch.setattr(backends.get("triton"), "VERIFIED", ("a card",))
+    monkeypatch.setattr(backends, "_card", lambda device: "a card")
     assert backends.resolve("auto", GPU, torch.bfloat16) == "triton"
+    monkeypatch.setattr(backends, "_card", lambda device: "another")
+    assert backends.resolve("auto", GPU, torch.bfloat16) == "torch"
+    assert "never ran on this card" in backends.passed_over("triton", GPU, torch.bfloat16)
     monkeypatch.setenv("PRO_KERNELS_UNVERIFIED", "1")
     assert backends.resolve("auto", GPU, torch.bfloat16) == "cuda"
     monkeypatch.setenv("PRO_KERNELS_UNVERIFIED", "yes")

@@ -30,7 +30,7 @@ SIGNATURES = {
     "pk_cuda_ranking": "plpplpllpppididdilipppp",
     "pk_cuda_gather_rows": "iplppllipl" + "p",
     "pk_cuda_scatter_rows": "iplpppllipl" + "p",
-    "pk_cuda_target_logits": "iplplppllpp",
+    "pk_cuda_target_logits": "iplplpplllpp",
 }
 
 
@@ -134,6 +134,6 @@ def target_logits(x, weight, bias, targets):
     out = torch.empty(x.shape[0])
     _call(
         *("pk_cuda_target_logits", DTYPES.index(x.dtype), x, x.stride(0), weight),
-        *(weight.stride(0), bias, targets, *x.shape, out),
+        *(weight.stride(0), bias, targets, x.shape[0], *weight.shape, out),
     )
     return out
