@@ -123,7 +123,7 @@ def _small() -> list[TrainingCase]:
 
 
 def _full() -> list[TrainingCase]:
-    """An hour on two slow cores, most of it the official procedure, TRL and their heads."""
+    """About forty minutes on two quiet slow cores, most of it the official procedure and TRL."""
     return [
         _case(4, 512, 64, only=_ALL),
         _case(8, 512, 64),
