@@ -32,11 +32,20 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {argv[0]} needs {error.name}: {remedy}", file=sys.stderr)
             return 2
         return run(argv[1:])
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.command == "env":
         from pro_kernels import env
 
         return env.run(args.json)
+    if args.full:
+        if args.json is not None:
+            parser.error("--json belongs to the short check; --full writes trust.json into --out")
+        from pro_kernels.trust import report
+
+        return report.run(args.out or Path("trust-report"))
+    if args.out is not None:
+        parser.error("--out belongs to check --full")
     from pro_kernels import check
 
     return check.run(args.json)
@@ -53,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="fused path against the reference; exit code 1 if off"
     )
     check.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
+    check.add_argument("--full", action="store_true", help="the trust report: every path and peer")
+    check.add_argument("--out", type=Path, metavar="FOLDER", help="of --full (./trust-report)")
     commands.add_parser("bench", help="benchmarks (from a checkout)")
     commands.add_parser("train", help="fine-tune a causal LM on ranked lists")
     commands.add_parser("eval", help="ranking accuracy of a model on ranked lists")

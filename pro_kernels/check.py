@@ -19,7 +19,7 @@ from torch import Tensor
 from pro_kernels import backends, reference
 from pro_kernels.functional import linear_pro_loss, pro_loss
 
-_FLOOR = {torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
+FLOOR = {torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 _QUANTITIES = ("log-probs", "loss", "gradient of hidden", "gradient of weight")
 _PATHS = ("hidden", "hidden, no budget", "logits")
 
@@ -52,8 +52,8 @@ class Row:
 def check(seed: int = 0) -> list[Row]:
     """Run every usable backend and dtype on this machine's devices."""
     rows = []
-    for device in _devices():
-        for dtype in _FLOOR:
+    for device in devices():
+        for dtype in FLOOR:
             inputs = _inputs(device, dtype, seed)
             usable = [b for b in backends.ORDER if backends.refusal(b, device, dtype) is None]
             for path in _PATHS:
@@ -67,7 +67,7 @@ def check(seed: int = 0) -> list[Row]:
 def refusals() -> list[str]:
     """A line for each backend and device that was not checked, with the reason."""
     found = []
-    for device in _devices():
+    for device in devices():
         for name in backends.ORDER:
             reason = backends.refusal(name, device, torch.float32)
             if reason is not None:
@@ -146,9 +146,15 @@ def _run(
     return [out.logps, out.loss.detach().reshape(1), *grads]
 
 
-def _devices() -> list[torch.device]:
+def devices() -> list[torch.device]:
+    """The devices of this machine: the CPU, and the GPU where there is one."""
     names = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [torch.device(name) for name in names]
+
+
+def label(dtype: torch.dtype) -> str:
+    """``float32`` and the like."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _compare(
@@ -167,7 +173,6 @@ def _compare(
         error, limit = (
             (torch.linalg.vector_norm(x.double() - exact, order) / scale).item() for x in (a, b)
         )
-        passed = error <= limit + _FLOOR[dtype]  # False for NaN
-        label = str(dtype).removeprefix("torch.")
-        rows.append(Row(name, device.type, label, path, quantity, error, limit, passed))
+        passed = error <= limit + FLOOR[dtype]  # False for NaN
+        rows.append(Row(name, device.type, label(dtype), path, quantity, error, limit, passed))
     return rows

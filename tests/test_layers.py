@@ -39,7 +39,8 @@ ALLOWED = {
     },
     "check": {"backends", "functional", "reference"},
     "env": {"_version", "backends", "matmul", "planner"},
-    "__main__": {"check", "env"},
+    "trust": {"backends", "check", "env", "functional", "matmul", "planner", "reference"},
+    "__main__": {"check", "env", "trust"},
     "__init__": {"backends", "losses", "reference", "functional", "layout", "output", "_version"},
 }  # fmt: skip
 

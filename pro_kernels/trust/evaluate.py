@@ -1,0 +1,121 @@
+"""One problem of the trust report by one library (ours in a tier, or the reference), and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pro_kernels import functional, planner
+from pro_kernels.trust.cases import KINDS, Problem
+
+Quantities = dict[str, Tensor]
+
+# Any upstream gradient is served; this one is exact in 16 bits.
+UPSTREAM = 0.75
+# Bytes in which a tier is looked for.
+_BUDGETS = (1, *(int(2 ** (k / 8)) for k in range(80, 270)))
+
+
+def evaluate(
+    problem: Problem,
+    library: ModuleType,  # functional or reference: both have the same functions
+    dtype: torch.dtype,
+    **options: str | int | None,
+) -> Quantities:
+    """Log-probs, loss and gradients of a problem whose leaves are cast to a dtype.
+
+    Log-probs are (B, n, T) where they are asked for by themselves or scored, else the (B, n) sums
+    that the loss returns. ``options`` are the backend and, from hidden states, the budget.
+    """
+    case, leaves = problem.case, problem.fresh(dtype)
+    prefix, names = ("", ("logits",)) if problem.from_logits else ("linear_", ("hidden", "weight"))
+    args = *(leaves[name] for name in names), problem.targets
+    head: dict[str, Tensor | str | float | None]
+    head = {"softcap": case.softcap, "logit_scale": case.logit_scale, **options}
+    if "bias" in leaves:
+        head["bias"] = leaves["bias"]
+    found: Quantities = {}
+    objective = torch.zeros(())
+    if problem.tokens_only or problem.kind == "score":
+        logps = getattr(library, f"{prefix}token_logps")(*args, **head)
+        found["log-probs"] = logps.detach()
+        objective = (logps * problem.upstream.to(logps.dtype)).sum()
+    if not problem.tokens_only:
+        compat = "official" if problem.official else None
+        loss = getattr(library, f"{prefix}pro_loss")
+        out = loss(*args, problem.rewards, compat=compat, **head)
+        found.setdefault("log-probs", out.logps)
+        found["loss"] = out.loss.detach()
+        objective = UPSTREAM * out.loss
+    if objective.requires_grad:
+        objective.backward()
+    # A loss that is constant, as the authors' is for one candidate, has a gradient of 0.
+    return found | {
+        f"gradient of {k}": torch.zeros_like(x) if x.grad is None else x.grad
+        for k, x in leaves.items()
+        if x.requires_grad
+    }
+
+
+def ours(problem: Problem, backend: str) -> Iterator[tuple[str, Quantities | str]]:
+    """Each entrance with what the backend gives there, or the error it raised."""
+    entrance, tiers = KINDS[problem.kind]
+    for tier in tiers or (None,):
+        options: dict[str, str | int | None] = {"backend": backend}
+        if tier is not None:
+            options["budget"] = tier_budget(problem, tier)
+            if options["budget"] is None:
+                continue  # too few rows for this tier
+        name = entrance if tier is None else f"{entrance}, {tier}"
+        try:
+            yield name, evaluate(problem, functional, problem.dtype, **options)
+        except Exception as error:
+            yield name, describe(error)
+
+
+def error_of(quantity: str, got: Tensor, exact: Tensor) -> float:
+    """Of log-probs the largest absolute error; of the rest in norm, relative to a truth not 0."""
+    error = got.double() - exact
+    if quantity == "log-probs":
+        return float(error.abs().max())
+    return float(error.norm()) / (float(exact.norm()) or 1.0)
+
+
+def tier_budget(problem: Problem, tier: str) -> int | None:
+    """The smallest budget that leads to a tier; None: no budget does."""
+    live = problem.targets != -100
+    rows, tokens = int(live.sum()), tuple(live.sum((1, 2)).tolist())
+    for budget in _BUDGETS:
+        plan = planner.make_plan(
+            rows,
+            problem.case.H,
+            problem.case.V,
+            problem.dtype,
+            problem.device,
+            need_hidden="hidden" in problem.trained,
+            need_weight="weight" in problem.trained,
+            budget=budget,
+            prompt_tokens=None if problem.tokens_only else tokens,
+            hidden_rows=live.numel(),
+        )
+        if _takes(plan, tier, rows):
+            return budget
+    return None
+
+
+def _takes(plan: planner.Plan, tier: str, rows: int) -> bool:
+    """Whether a plan is the tier, in several chunks where there are rows for them."""
+    if tier == "T3":
+        return plan.tier == "T3" and plan.retained == 0
+    if tier == "T3 part kept":
+        return plan.tier == "T3" and 0 < plan.retained < rows
+    return plan.tier == tier and plan.chunk >= min(64, rows)
+
+
+def describe(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"

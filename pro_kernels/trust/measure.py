@@ -1,0 +1,165 @@
+"""The trust report's rows: ours, plain PyTorch, the official formulation and peers against fp64."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pro_kernels import backends, check, matmul, reference
+from pro_kernels.trust.cases import CASES, Case, Problem, make_problem
+from pro_kernels.trust.evaluate import Quantities, describe, error_of, evaluate, ours
+
+FLOOR = {torch.float64: 1e-12, **check.FLOOR}
+
+# ``bench.trust.compare``: problem -> by name of a formulation what it gives, or why nothing.
+Peers = Callable[[Problem], dict[str, Quantities | str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of one backend, dtype, batch and entrance, against fp64.
+
+    Attributes:
+        device, dtype, backend, case, kind, entrance, quantity: what was compared.
+        error: ours: of log-probs the largest, absolute (nats); of the rest in norm, relative.
+        plain: the same of plain PyTorch (the reference) in that dtype.
+        floor: what ours may exceed it by.
+        allowance: factor on ``plain``, for gradients behind native 16-bit matmuls.
+        passed: whether ``error <= allowance * plain + floor``.
+        others: error of the official formulation and of each peer that gives this quantity.
+        note: why ours has no number.
+    """
+
+    device: str
+    dtype: str
+    backend: str
+    case: str
+    kind: str
+    entrance: str
+    quantity: str
+    error: float
+    plain: float
+    floor: float
+    allowance: float
+    passed: bool
+    others: dict[str, float]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a formulation or peer has no number in a batch."""
+
+    who: str
+    device: str
+    dtype: str
+    case: str
+    kind: str
+    reason: str
+
+
+@dataclass
+class Measured:
+    """What came out."""
+
+    rows: list[Row] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+def measure(
+    peers: Peers | None,
+    cases: Sequence[Case] = CASES,
+    dtypes: Sequence[torch.dtype] = tuple(FLOOR),
+) -> Measured:
+    """Everything on every device of this machine; progress goes to stderr."""
+    measured = Measured()
+    for device in check.devices():
+        for dtype in dtypes:
+            print(f"{device.type} {check.label(dtype)} ...", file=sys.stderr, flush=True)
+            for seed, case in enumerate(cases):
+                for kind in case.kinds:
+                    problem = make_problem(case, kind, device, dtype, seed)
+                    _measure_problem(problem, peers, measured)
+    return measured
+
+
+def allowance(problem: Problem, quantity: str) -> float:
+    """How many times plain PyTorch's error a gradient may have, by the roundings to 16 bits.
+
+    Plain PyTorch rounds the gradient of the logits and the result. With fp32 matmuls so do we; with
+    fp32 sums dW has one rounding more, of w X (independent, of the same size: sqrt(3/2)). Native
+    matmuls without fp32 sums round dZ0 W too, and plain PyTorch's share may be down to one of
+    three: sqrt(3).
+    """
+    dtype, device = problem.dtype, problem.device.type
+    gradient = quantity.startswith("gradient") and not problem.from_logits
+    if not gradient or dtype.itemsize > 2 or matmul.upcasts(dtype, device):
+        return 1.0
+    if matmul.leaves_sums(dtype, device):
+        return 1.5**0.5 if "weight" in quantity else 1.0
+    return 3**0.5
+
+
+def _measure_problem(problem: Problem, peers: Peers | None, measured: Measured) -> None:
+    truth = evaluate(problem, reference, torch.float64)
+    plain = evaluate(problem, reference, problem.dtype)
+    others: dict[str, Quantities] = {}
+    for who, found in _compared(peers, problem).items():
+        if isinstance(found, str):
+            measured.refusals.append(Refusal(who, *_where(problem), found))
+        else:
+            others[who] = found
+    for name in backends.ORDER:
+        if backends.refusal(name, problem.device, problem.dtype, problem.case.n) is None:
+            for entrance, got in ours(problem, name):
+                measured.rows += _rows(problem, name, entrance, got, plain, truth, others)
+
+
+def _compared(peers: Peers | None, problem: Problem) -> dict[str, Quantities | str]:
+    if peers is None:
+        return {}
+    try:
+        return peers(problem)
+    except Exception as error:  # whatever happens there, no row of ours is lost
+        return {"all peers": describe(error)}
+
+
+def _where(problem: Problem) -> tuple[str, str, str, str]:
+    return problem.device.type, check.label(problem.dtype), problem.case.name, problem.kind
+
+
+def _rows(
+    problem: Problem,
+    backend: str,
+    entrance: str,
+    got: Quantities | str,  # a str: why there are none
+    plain: Quantities,
+    truth: Quantities,
+    others: dict[str, Quantities],
+) -> list[Row]:
+    """A row for each quantity of the truth; one that ours does not give fails."""
+    found = []
+    device, dtype, case, kind = _where(problem)
+    for quantity, exact in truth.items():
+        error, note = float("nan"), got if isinstance(got, str) else ""
+        if not isinstance(got, str):
+            error = error_of(quantity, got[quantity], exact)
+        limit = error_of(quantity, plain[quantity], exact)
+        size = float(exact.abs().max()) if quantity == "log-probs" else 1.0
+        factor, floor = allowance(problem, quantity), FLOOR[problem.dtype] * size
+        passed = error <= factor * limit + floor  # False for NaN
+        beside = {
+            who: error_of(quantity, their[quantity], exact)
+            for who, their in others.items()
+            if quantity in their
+        }
+        found.append(
+            Row(
+                device, dtype, backend, case, kind, entrance, quantity, error, limit, floor,
+                factor, passed, beside, note,
+            )
+        )  # fmt: skip
+    return found

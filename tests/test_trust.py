@@ -1,0 +1,157 @@
+"""The trust report: what it says, and that it can say no."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+
+import pytest
+import torch
+
+from pro_kernels import __main__ as command
+from pro_kernels import backends, calls, matmul
+from pro_kernels.trust import cases, evaluate, measure, report
+from pro_kernels.trust.cases import Case
+
+CASES = (
+    Case("small", 2, 3, 6, H=16, V=37, ties=True),
+    Case("softcap, bias", 2, 2, 6, H=16, V=37, softcap=5.0, bias=True),
+    Case("no tokens", 4, 4, 6, H=16, V=37, empty=True),
+    Case("one candidate", 2, 1, 6, H=16, V=37),
+)
+
+
+@pytest.fixture(autouse=True)
+def _two_backends(monkeypatch):
+    monkeypatch.setattr(backends, "ORDER", ("cpu", "torch"))  # Triton is interpreted here: slow
+
+
+def run(folder) -> tuple[int, dict, str]:
+    code = report.run(folder, CASES)
+    return code, json.loads((folder / "trust.json").read_text()), (folder / "trust.md").read_text()
+
+
+def test_report_holds_and_has_every_row(tmp_path, monkeypatch, capsys):
+    seen = []
+    real = report.measure
+    monkeypatch.setattr(report, "measure", lambda *a: seen.append(real(*a)) or seen[0])
+    code, data, text = run(tmp_path / "a" / "b")
+    rows = seen[0].rows
+    assert code == 0 and len(data["rows"]) == len(rows) and all(r["passed"] for r in data["rows"])
+    assert f"**{len(rows)} of {len(rows)} comparisons hold**" in text.splitlines()[2]
+    assert data["verdict"] in capsys.readouterr().out
+    assert {r["case"] for r in data["rows"]} == {c.name for c in CASES}
+    assert {r["dtype"] for r in data["rows"]} == {"float64", "float32", "bfloat16", "float16"}
+    kinds = {(r["case"], r["kind"]) for r in data["rows"]}
+    assert kinds == {(c.name, k) for c in CASES for k in c.kinds}
+    assert {r["backend"] for r in data["rows"] if r["dtype"] == "float64"} == {"torch"}
+    official = [r for r in data["rows"] if "official formulation" in r["others"]]
+    assert {r["kind"] for r in official} == set(cases.KINDS)
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["trust.json", "trust.md"]
+
+
+def test_peers_agree_with_fp64(tmp_path):
+    """A peer fed other inputs or columns would be wrong by far more than its rounding."""
+    _, data, _ = run(tmp_path)
+    found = [(r, x) for r in data["rows"] if r["dtype"] == "float32" for x in r["others"].values()]
+    assert len(found) > 100
+    for row, error in found:
+        assert error < 1e-4, row
+
+
+def test_a_wrong_gradient_fails(tmp_path, monkeypatch):
+    real = matmul.weight_grad
+    monkeypatch.setattr(matmul, "weight_grad", lambda *a, **k: real(*a, **k).mul_(1.01))
+    code, data, text = run(tmp_path)
+    failed = [r for r in data["rows"] if not r["passed"]]
+    assert code == 1 and {r["quantity"] for r in failed} == {"gradient of weight"}
+    assert "## Rows that break the rule" in text and "FAILED" in text
+
+
+def test_what_raises_or_is_nan_fails(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(backends.get("torch"), "logp", broken)
+    code, data, text = run(tmp_path)
+    failed = [r for r in data["rows"] if not r["passed"]]
+    assert code == 1 and {r["note"] for r in failed} == {"RuntimeError: no kernel"}
+    assert {r["error"] for r in failed} == {"nan"} and "RuntimeError: no kernel" in text
+
+
+def test_a_peer_that_is_missing_or_crashes_is_a_line(tmp_path, monkeypatch):
+    from bench import peers
+
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "trl":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    def crash(*_, **__):
+        raise RuntimeError("it crashed\nand said more")
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(peers.F, "linear_cross_entropy", crash, raising=False)
+    code, data, text = run(tmp_path)
+    reasons = {(r["who"][:3], r["reason"]) for r in data["refusals"]}
+    assert code == 0 and ("TRL", "not installed: pip install 'trl==1.16.*'") in reasons
+    assert ("PyT", "RuntimeError: it crashed") in reasons
+    assert "- TRL 1.16 chunked log-probs on cpu: not installed" in text
+
+
+def test_without_bench_peers_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_ROOT", tmp_path)
+    code, data, text = run(tmp_path)
+    assert code == 0 and "no folder bench/" in text and data["commit"] == "unknown"
+    assert not any(r["others"] for r in data["rows"])
+
+
+def test_kernels_that_never_ran_are_labelled(monkeypatch):
+    monkeypatch.setattr(backends, "ORDER", ("cuda", "triton", "torch"))
+    lines = "\n".join(report._not_run())
+    if not torch.cuda.is_available():
+        assert "no GPU here" in lines
+        assert "cuda (its kernels never ran on a GPU so far) on cpu" in lines
+
+
+def test_wrong_calls_exit_with_2_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "measure", None)
+    path = tmp_path / "file"
+    path.write_text("mine")
+    assert command.main(["check", "--full", "--out", str(path)]) == 2
+    assert command.main(["check", "--full", "--out", str(path / "below")]) == 2
+    assert "--out must be a folder" in capsys.readouterr().err and path.read_text() == "mine"
+    for argv in (["--out", "x"], ["--full", "--json", "x"]):
+        with pytest.raises(SystemExit) as error:
+            command.main(["check", *argv])
+        assert error.value.code == 2
+
+
+def test_each_entrance_takes_its_tier(monkeypatch):
+    """In the report's own batch of some 700 tokens; a budget that led elsewhere would mislabel."""
+    plans = []
+    real = calls.make_plan
+    monkeypatch.setattr(
+        calls, "make_plan", lambda *a, **k: plans.append(real(*a, **k)) or plans[-1]
+    )
+    for kind, (_, tiers) in cases.KINDS.items():
+        problem = cases.make_problem(cases.CASES[1], kind, torch.device("cpu"), torch.float32)
+        plans.clear()
+        entrances = [name for name, _ in evaluate.ours(problem, "torch")]
+        assert len(entrances) == max(1, len(tiers))
+        taken = [p.tier for p in plans if kind != "score"] or [p.tier for p in plans[:1]]
+        assert taken == [tier[:3].strip() for tier in tiers]
+
+
+def test_allowance_is_for_gradients_behind_native_16_bit_matmuls(monkeypatch):
+    problem = cases.make_problem(CASES[0], "train", torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(matmul, "_upcasts", lambda *_: False)
+    assert measure.allowance(problem, "gradient of weight") == 3**0.5
+    assert measure.allowance(problem, "loss") == measure.allowance(problem, "log-probs") == 1
+    monkeypatch.setattr(matmul, "leaves_sums", lambda *_: True)
+    assert measure.allowance(problem, "gradient of weight") == 1.5**0.5
+    assert measure.allowance(problem, "gradient of hidden") == 1
+    monkeypatch.setattr(matmul, "_upcasts", lambda *_: True)
+    assert measure.allowance(problem, "gradient of weight") == 1
