@@ -3,6 +3,8 @@
 // Bytes, H numbers of `b` bytes a row: gather and scatter N H b read and as many written, target
 // logits 2 N H b read; one launch each. Numbers are taken eight at a time; where a pointer or a
 // stride is not a multiple of 16 bytes, each on its own.
+#include <cmath>
+
 #include "launch.h"
 
 namespace pk {

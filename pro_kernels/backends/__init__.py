@@ -19,9 +19,10 @@ import importlib
 import os
 from types import ModuleType
 
-import torch
+# Not ``import torch``: the backend of that name takes its place once it is loaded.
 from torch import device as Device
 from torch import dtype as DType
+from torch.cuda import get_device_name, is_available
 
 from pro_kernels.options import constant_while_compiling
 
@@ -69,9 +70,7 @@ def not_by_itself(name: str, device: Device) -> str | None:
 
 def _card(device: Device) -> str | None:
     """Name of a GPU, as ``VERIFIED`` has it; None where there is none, or it is not CUDA's."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_name(device)
+    return get_device_name(device) if device.type == "cuda" and is_available() else None
 
 
 def _unverified_allowed() -> bool:

@@ -202,6 +202,16 @@ def test_a_device_needs_code_for_its_capability(capability, monkeypatch):
     )
 
 
+def test_a_card_is_known_by_its_name(monkeypatch):
+    backends.get("torch")  # loaded, its name hides the library's in the package
+    assert backends._card(torch.device("cpu")) is None
+    monkeypatch.setattr(backends, "is_available", lambda: False)
+    assert backends._card(GPU) is None
+    monkeypatch.setattr(backends, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "get_device_name", lambda device: f"card {device.index}")
+    assert backends._card(torch.device("cuda", 1)) == "card 1"
+
+
 def test_auto_passes_over_kernels_that_never_ran_on_a_gpu(monkeypatch):
     monkeypatch.delenv("PRO_KERNELS_UNVERIFIED", raising=False)
     for name in ("cuda", "triton"):
