@@ -22,6 +22,7 @@ import platform
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pro_kernels.options import constant_while_compiling
 
@@ -83,7 +84,7 @@ def leaves_sums(dtype: torch.dtype, device_type: str) -> bool:
     """
     if dtype not in _LOW or device_type != "cuda" or not _ampere_or_newer():
         return False
-    return not (torch.cuda.is_available() and _refused(accumulate=False))
+    return not _refused(accumulate=False)
 
 
 @functools.cache
@@ -98,20 +99,28 @@ def _ampere_or_newer() -> bool:
 @functools.cache
 def _refused(accumulate: bool) -> bool:
     """Whether this PyTorch refuses such a matmul: it says so before anything is launched."""
-    operand = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
-    out = torch.zeros(16, 16, device="cuda")
-    try:
-        _mm_fp32(operand, operand, out, accumulate)
-    except RuntimeError:
-        return True
+    if not torch.cuda.is_available():  # a plan for a card that is not here
+        return False
+    with _disable_current_modes():  # fake tensors, while compiling, would not tell
+        operand = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
+        out = torch.zeros(16, 16, device="cuda")
+        try:
+            _mm_fp32(operand, operand, out, accumulate)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError):
+            return True
     return False
 
 
 def mm_fp32(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
     """``out = a b`` or ``out += a b``, out fp32, where ``leaves_sums``."""
-    if accumulate and _refused(accumulate=True):
-        return out.add_(torch.mm(a, b, out_dtype=torch.float32))
-    return _mm_fp32(a, b, out, accumulate)
+    if not (accumulate and _refused(accumulate=True)):
+        return _mm_fp32(a, b, out, accumulate)
+    step = max(64, workspace(out.device.type) // (4 * max(1, out.shape[1])))
+    for rows in _slices(out.shape[0], step):
+        out[rows] += torch.mm(a[rows], b, out_dtype=torch.float32)
+    return out
 
 
 def _mm_fp32(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor:

@@ -189,3 +189,68 @@ def test_which_cards_leave_their_sums(hip, cards, expected, monkeypatch):
     assert not matmul.leaves_sums(torch.float32, "cuda")
     assert not matmul.leaves_sums(torch.bfloat16, "cpu")
     matmul._ampere_or_newer.cache_clear()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A card that is not here answers by the host's tensors; filled with what it was asked."""
+    zeros, questions = torch.zeros, []
+
+    def answer(a, b, out, accumulate):
+        questions.append(accumulate)
+        assert type(out) is torch.Tensor  # no fake one
+        if refuses["addmm" if accumulate else "mm"] is not None:
+            raise refuses["addmm" if accumulate else "mm"]
+        return out
+
+    refuses: dict[str, Exception | None] = {"mm": None, "addmm": None}
+    monkeypatch.setattr(matmul, "_ampere_or_newer", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **rest: zeros(*size, **rest))
+    monkeypatch.setattr(matmul, "_mm_fp32", answer)
+    matmul._refused.cache_clear()
+    yield refuses, questions
+    matmul._refused.cache_clear()
+
+
+def test_a_card_is_asked_once_for_its_fp32_sums(asked):
+    _, questions = asked
+    with FakeTensorMode():  # as the compiler asks
+        assert matmul.leaves_sums(torch.bfloat16, "cuda")
+    assert matmul.sums_dtype(torch.float16, "cuda") == torch.float32
+    assert questions == [False]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("expected out_dtype"), TypeError("out_dtype")])
+def test_a_pytorch_that_refuses_does_without(asked, error):
+    refuses, _ = asked
+    refuses["mm"] = error
+    assert not matmul.leaves_sums(torch.bfloat16, "cuda")
+    assert matmul.sums_dtype(torch.bfloat16, "cuda") == torch.bfloat16
+
+
+def test_no_memory_is_no_refusal(asked):
+    refuses, _ = asked
+    refuses["mm"] = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        matmul.leaves_sums(torch.bfloat16, "cuda")
+    refuses["mm"] = None
+    assert matmul.leaves_sums(torch.bfloat16, "cuda")
+
+
+def test_where_addmm_is_refused_sums_are_added_by_blocks(asked, monkeypatch):
+    refuses, _ = asked
+    refuses["addmm"] = RuntimeError("addmm.dtype_out: self must be bf16")
+    mm, heights = torch.mm, []
+
+    def fp32_mm(a, b, out_dtype):
+        heights.append(a.shape[0])
+        return mm(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", fp32_mm)
+    monkeypatch.setattr(matmul, "WORKSPACE", 1)
+    a, b = torch.randn(150, 9).bfloat16(), torch.randn(9, 21).bfloat16()
+    out = torch.ones(150, 21)
+    assert matmul.mm_fp32(a, b, out, accumulate=True) is out
+    torch.testing.assert_close(out, 1 + a.float() @ b.float())
+    assert heights == [64, 64, 22]
