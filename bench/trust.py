@@ -26,6 +26,8 @@ def compare(problem: Problem) -> dict[str, dict[str, Tensor] | str]:
     found: dict[str, dict[str, Tensor] | str] = {}
     if problem.dtype not in _DTYPE_NAMES:
         return found
+    if problem.case.compiled and problem.kind == "train":
+        torch._dynamo.reset()  # a function may be compiled eight times: not for every dtype here
     for provider in all_providers(problem.device).values():
         if _applies(provider, problem):
             try:
@@ -55,7 +57,7 @@ def _refuse(provider: Provider, problem: Problem) -> None:
     if problem.from_logits and case.softcap is not None:
         raise Refused("asked for without a softcap from logits")
     if provider.compiles and not case.compiled:
-        raise Refused("compiles: run in a few batches only")
+        raise Refused("compiles for a shape: run in the batch of n = 2 only")
     if problem.tokens_only or problem.official:
         return
     if case.empty:
