@@ -69,6 +69,7 @@ def head_call(
         hidden_rows=layout.num_rows,
         wide_logits=wide,
         filtered=grad_filter is not None,
+        grad_size=weight.itemsize if weight.requires_grad else 0,
     )
     candidates = layout.shape[1] if scalar_loss else None
     backend = resolve(backend, hidden.device, logits_dtype, candidates)

@@ -80,6 +80,7 @@ def make_plan(
     fixed: int = 0,
     hidden_rows: int | None = None,
     filtered: bool = False,
+    grad_size: int | None = None,
 ) -> Plan:
     """Choose the tier for ``rows`` scored rows.
 
@@ -97,6 +98,7 @@ def make_plan(
         fixed: bytes the call takes in any tier (a cast weight, an fp32 dHidden).
         hidden_rows: R, rows of the hidden states; None for N.
         filtered: columns leave the gradients (``grad_filter``), which takes copies of those kept.
+        grad_size: bytes of a number of dW, 0 where only the bias is trained; None: as of dtype.
 
     Raises:
         TypeError: budget is not an integer.
@@ -110,7 +112,10 @@ def make_plan(
     # One row's share: its logits, and its slices of the gathered, weighted and gradient sides.
     row = vocab * size + 2 * operand + side + (4 * vocab if wide_logits else 0)
     kept_sides = rows * (need_hidden * side + need_weight * 2 * operand)
-    copies = _filter_copies(hidden * vocab, size, need_weight) if filtered else _NO_COPIES
+    grad_size = need_weight * (size if grad_size is None else grad_size)
+    copies = _NO_COPIES
+    if filtered:
+        copies = _filter_copies(hidden * vocab, size, need_hidden, grad_size)
     on_gpu = device.type == "cuda"
     most = GPU_CHUNK_ROWS if on_gpu else CHUNK_ROWS
 
@@ -138,17 +143,20 @@ def make_plan(
     return plan("T3", chunk, retained=max(0, min(fit - chunk, rows)))
 
 
-def _filter_copies(numbers: int, size: int, need_weight: bool) -> dict[str, int]:
+def _filter_copies(numbers: int, size: int, need_hidden: bool, grad_size: int) -> dict[str, int]:
     """Bytes that ``grad_filter`` takes beside a chunk, if it keeps every one of the V H numbers.
 
-    The kept rows of the weight in the forward, those of dW in the backward, at different times
-    (T2: dW is summed in fp32). T3 holds both, and the fp32 sum of a 16-bit dW over chunks.
+    In the forward the kept rows of the weight, for dHidden; at another time those of dW, in its own
+    dtype, in fp32 where chunks are summed (T2, T3). T3's backward also gathers the weight again,
+    before those of dW are made, and holds the fp32 sum of a 16-bit dW throughout.
     """
-    wide = max(size, 4)
+    forward = need_hidden * size
+    summed = max(grad_size, 4) if grad_size else 0
+    whole = 4 if grad_size in (1, 2) else 0
     return {
-        "T1": numbers * size,
-        "T2": numbers * wide,
-        "T3": numbers * (size + need_weight * (wide + 4 * (size < 4))),
+        "T1": numbers * max(forward, grad_size),
+        "T2": numbers * max(forward, summed),
+        "T3": numbers * max(forward, whole + max(size, summed)),
     }
 
 

@@ -19,36 +19,60 @@ MB = 1 << 20
 # In a child process: the resident set's high-water mark, reset just before the call.
 PEAK = """
 import json, sys, torch, pro_kernels as pk
-rows, H, V, budget = map(int, sys.argv[1:])
+rows, H, V, budget = map(int, sys.argv[1:5])
+options, frozen = json.loads(sys.argv[5]), sys.argv[6] == "frozen"
 def memory(field):
     with open("/proc/self/status") as f:
         return next(int(x.split()[1]) * 1024 for x in f if x.startswith(field))
 def batch(T, V):
     h = torch.randn(1, 8, T, H).bfloat16().requires_grad_()
-    w = torch.randn(V, H).bfloat16().requires_grad_()
-    t = torch.randint(0, V, (1, 8, T))
-    return h, w, t, torch.randn(1, 8)
-pk.linear_pro_loss(*batch(2, 100)).loss.backward()
-h, w, t, r = batch(rows // 8, V)
+    w = (torch.randn(V, H) / H).bfloat16().requires_grad_(not frozen)
+    t = torch.randint(0, V // 2, (1, 8, T))
+    # A fifth of the vocabulary is next to impossible: what a filter leaves out.
+    b = torch.zeros(V).bfloat16()
+    b[4 * V // 5 :] = -30
+    return h, w, t, torch.randn(1, 8), b
+h, w, t, r, b = batch(2, 100)
+pk.linear_pro_loss(h, w, t, r, bias=b, **options).loss.backward()
+h, w, t, r, b = batch(rows // 8, V)
 layout = pk.Layout.from_padded(t)
 before = memory("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
-pk.linear_pro_loss(h, w, None, r, layout=layout, budget=budget).loss.backward()
+out = pk.linear_pro_loss(h, w, None, r, bias=b, layout=layout, budget=budget, **options)
+out.loss.backward()
 print(json.dumps({"peak": memory("VmHWM") - before,
-                  "gradients": h.grad.nbytes + w.grad.nbytes}))
+                  "gradients": sum(x.grad.nbytes for x in (h, w) if x.requires_grad),
+                  "dropped": out.grad_filter and out.grad_filter.dropped_mass.min().item()}))
 """
+
+
+def peak(rows: int, hidden: int, vocab: int, budget: int, frozen: bool = False, **options) -> dict:
+    """What a call took in a child process, and the size of its gradients."""
+    sizes = [str(x) for x in (rows, hidden, vocab, budget)]
+    command = [sys.executable, "-c", PEAK, *sizes, json.dumps(options), "frozen" * frozen]
+    env = {**os.environ, **CHILD_ENV}  # else what the allocator keeps for itself counts: +-40 MB
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return json.loads(out.stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("budget", [40 * MB, 100 * MB])
 def test_one_prompt_larger_than_the_budget(budget):
     """4096 x 16000 logits are 131 MB in bf16; the call stays within gradients + budget + 64 MB."""
-    args = [str(x) for x in (4096, 256, 16000, budget)]
-    env = {**os.environ, **CHILD_ENV}  # else what the allocator keeps for itself counts: +-40 MB
-    out = subprocess.run(
-        [sys.executable, "-c", PEAK, *args], capture_output=True, text=True, check=True, env=env
-    )
-    found = json.loads(out.stdout)
+    found = peak(4096, 256, 16000, budget)
+    assert found["peak"] <= found["gradients"] + budget + 64 * MB, found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("rows", "budget", "frozen"),
+    [(512, 140 * MB, False), (1024, 110 * MB, True), (2560, 340 * MB, False)],
+    ids=["T1", "T1f", "T3"],
+)
+def test_a_filter_keeps_to_the_budget(rows, budget, frozen):
+    """The copies of four fifths of a 65 MB weight, and of its gradient, count."""
+    found = peak(rows, 512, 64000, budget, frozen, grad_filter=0.01)
+    assert 0 < found["dropped"] < 0.01
     assert found["peak"] <= found["gradients"] + budget + 64 * MB, found
 
 

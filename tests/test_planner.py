@@ -153,3 +153,24 @@ def test_a_filter_with_chunks_of_prompts_counts_an_fp32_copy():
     budget = (32000 * 256 * 4 + 600 * (32000 * 2 + 4 * 256 * 4)) + MB
     assert plan(**tokens, budget=budget).tier == "T2"
     assert plan(**tokens, budget=budget, filtered=True).tier != "T2"
+
+
+@pytest.mark.parametrize(
+    ("need_hidden", "grad_size", "copies"),
+    [
+        (True, 2, {"T1": 2, "T2": 4, "T3": 8}),
+        (False, 2, {"T1": 2, "T2": 4, "T3": 8}),
+        (True, 4, {"T1": 4, "T2": 4, "T3": 4}),  # an fp32 weight under autocast
+        (True, 0, {"T1": 2, "T2": 2, "T3": 2}),  # the weight is frozen
+        (False, 0, {"T1": 0, "T2": 0, "T3": 2}),  # a bias alone
+    ],
+)
+def test_a_filter_copies_what_is_needed(need_hidden, grad_size, copies):
+    """Bytes for each number of a bf16 weight: what is alive at the same time."""
+    assert planner._filter_copies(1, 2, need_hidden, grad_size) == copies
+
+
+def test_a_filter_without_a_gradient_of_the_weight_has_more_for_its_chunks():
+    small = {"rows": 4000, "budget": 100 * MB, "dtype": torch.bfloat16, "filtered": True}
+    bias, both = plan(**small, grad_size=0), plan(**small)
+    assert bias.tier == both.tier == "T3" and bias.retained > both.retained
