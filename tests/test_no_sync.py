@@ -134,7 +134,7 @@ def test_the_hot_path_has_no_call_that_waits():
     assert used >= set(ALLOWED), f"no longer needed: {set(ALLOWED) - used}"
 
 
-def test_grad_filter_waits_once_a_chunk():
+def test_choosing_columns_waits_in_one_place():
     found = waits((ROOT / "column_filter.py").read_text(), "column_filter")
     assert [(scope, what) for scope, _, what in found] == [
         ("column_filter.select", "int() of a tensor")
@@ -205,7 +205,7 @@ class Gpu(TorchFunctionMode):
                 return torch.autograd.backward(args[0])
         if getattr(func, "namespace", "") == "pro_kernels":
             with self:  # inside the op everything is watched too
-                return ops.BODIES[func._schema.name.split("::")[1]](*args, **kwargs)
+                return ops.BODIES[func](*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         made_for = [torch.device(x) for x in leaves if _is_device_argument(x)]
         host = [_host(x) for x in tensors]
@@ -241,11 +241,15 @@ class NoWait(TorchDispatchMode):
     def __init__(self, gpu: Gpu) -> None:
         super().__init__()
         self.gpu = gpu
+        self.numbers_allowed = 0  # how often a number may still be waited for
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not self.gpu.host:
             name = func.name().removeprefix("aten::").split(".")[0]
+            if name == "_local_scalar_dense" and self.numbers_allowed:
+                self.numbers_allowed -= 1
+                return func(*args, **kwargs)
             assert name not in WAITING, f"{func} waits"
             if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
                 masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
@@ -349,6 +353,25 @@ def test_token_log_probs_wait_for_their_layout_only(tier, monkeypatch):
         if tier != "T0":
             (logps * torch.arange(20, device=targets.device)).sum().backward()
     assert logps.isfinite().all()
+
+
+@pytest.mark.parametrize(("tier", "chunks"), [("T1", 1), ("T1f", 4), ("T2", 2), ("T3", 4)])
+def test_grad_filter_waits_once_a_chunk(tier, chunks, monkeypatch):
+    """For the number of columns that stay, in the forward; else for nothing."""
+    hidden, weight = torch.randn(20, 8), 3 * torch.randn(301, 8)
+    hidden.requires_grad_()
+    weight.requires_grad_(tier != "T1f")
+    layout = pk.Layout.from_padded(torch.randint(0, 301, (2, 2, 5)))
+    monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 2))
+    with Gpu() as gpu:
+        gpu.calls.numbers_allowed = chunks
+        out = pk.linear_pro_loss(
+            *(hidden, weight, None, on_host(torch.tensor([[2.0, 1.0], [3.0, 1.0]]))),
+            **{"layout": layout, "backend": "torch", "grad_filter": 0.3},
+        )
+        assert gpu.calls.numbers_allowed == 0
+        out.loss.backward()
+    assert (out.grad_filter.dropped_mass > 0).any() and hidden.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
