@@ -181,3 +181,25 @@ def test_cuda_rows_from_what_cuobjdump_prints():
         ("a", "float, 4", "sm_90a", 512, 12, 512, 8),
         ("b", "", "sm_90a", None, 8, 0, 0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "config", "vocab", "expected"),
+    [
+        ("residual_on_chip_kernel", "pk::BFloat16, false", 1000, 512 + 2000),
+        ("residual_on_chip_kernel", "pk::BFloat16, false", 128256, 512 + 128256 * 2 // 4),
+        ("residual_on_chip_kernel", "float, true", 128256, 512 + 128256 * 4 // 8),
+        ("residual_on_chip_kernel", "float, true", 1_000_000, 0),
+        ("residual_reread_kernel", "float, true", 128256, 512),
+        ("gather_kernel", "", 128256, 0),
+    ],
+)
+def test_shared_memory_of_a_launch(kernel, config, vocab, expected):
+    found = resources.dynamic_shared({"kernel": kernel, "config": config}, vocab)
+    assert found == expected
+
+
+def test_a_row_on_chip_leaves_room_for_two_more_on_the_page():
+    text = page.block(resources.load())
+    line = next(x for x in text.splitlines() if "on_chip_kernel | pk::BFloat16, false" in x)
+    assert line.endswith("| 64640 | 0 | 3 | 38% | shared memory |")

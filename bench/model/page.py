@@ -7,7 +7,7 @@ from pathlib import Path
 from bench.model import costs
 from bench.model.cards import CARDS, Card
 from bench.model.occupancy import occupancy
-from bench.model.resources import ROOT
+from bench.model.resources import ROOT, dynamic_shared
 from bench.tables import table, update_block
 
 BLOCK = "model"
@@ -63,6 +63,7 @@ def block(resources: dict) -> str:
         "kernels could reach, not what it does.",
         _filter(cards),
         "### Kernels as compiled for sm_90",
+        f"Shared memory with what a launch adds for rows of V = {_V}.",
         _resources(resources),
     ]
     return "\n\n".join(part.strip("\n") for part in parts)
@@ -154,9 +155,10 @@ def _resources(data: dict) -> str:
 
 
 def _resource_line(row: dict) -> list[str]:
+    shared = row["shared"] + dynamic_shared(row, _V)
     line = [row["kernel"], row["config"], str(row["threads"] or "unknown"), str(row["registers"]),
-            str(row["shared"]), str(row["spills"])]  # fmt: skip
+            str(shared), str(row["spills"])]  # fmt: skip
     if row["threads"] is None:
         return [*line, "", "", ""]
-    found = occupancy(row["arch"], row["registers"], row["threads"], row["shared"])
+    found = occupancy(row["arch"], row["registers"], row["threads"], shared)
     return [*line, str(found.ctas), f"{found.share:.0%}", found.limit]

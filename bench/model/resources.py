@@ -21,6 +21,7 @@ from bench.model.occupancy import ARCHS
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATH = ROOT / "bench" / "results" / "resources.json"
+LAUNCH = ROOT / "csrc" / "cuda" / "launch.h"
 LIBRARY = ROOT / "pro_kernels" / "lib" / "libpro_kernels_cuda.so"
 
 _TRITON = """
@@ -30,7 +31,34 @@ for arch in sys.argv[1:]:
     for row in aot.table(arch):
         print(json.dumps(row))
 """
+_ON_CHIP = "residual_on_chip_kernel"
+_SCRATCH = (_ON_CHIP, "residual_reread_kernel", "logp_kernel")
 _KEYS = ("kernel", "config", "arch", "dtype", "threads", "registers", "shared", "spills")
+
+
+def dynamic_shared(row: dict, vocab: int) -> int:
+    """Shared memory that a launch adds to what the binary declares, with clusters (sm_90).
+
+    Of the CUDA kernels of rows of ``vocab`` logits: csrc/cuda/launch.h has the numbers.
+    """
+    if row["kernel"] not in _SCRATCH:
+        return 0
+    source = LAUNCH.read_text()
+    scratch = int(_only(r"kScratchBytes = (\d+);", source))
+    if row["kernel"] != _ON_CHIP:
+        return scratch
+    size = vocab * (4 if row["config"].startswith("float") else 2)
+    table = _only(r"kClusters\[\] = \{(.*?)\};", source)
+    for kib, _threads, blocks in re.findall(r"\{(\d+) \* kKiB, (\d+), (\d+)\}", table):
+        if size <= int(kib) << 10:
+            return scratch + 16 * -(-(size // 16) // int(blocks))
+    return 0  # read twice, by the other kernel
+
+
+def _only(pattern: str, source: str) -> str:
+    found = re.search(pattern, source, re.DOTALL)
+    assert found is not None, f"{LAUNCH} has no {pattern}"
+    return found[1]
 
 
 def load(path: Path = PATH) -> dict:
