@@ -203,18 +203,22 @@ def assert_no_worse(
 def check_infinite_scores(ranking) -> None:
     """A score of -inf at a negative temperature makes its terms infinite and no other row NaN.
 
-    ``ranking`` is a backend's function; the torch backend says what comes out.
+    In the last prompt a term of scores of -inf alone is NaN, and so are the rows of its candidates,
+    but not the one above. ``ranking`` is a backend's function; the torch backend says what comes
+    out.
     """
-    logps = torch.tensor([-1.0, -2.0, -torch.inf, -1.0, -2.0, -3.0, -1.0, -torch.inf, -2.0])
+    inf = torch.inf
+    prompts = [-1.0, -2.0, -inf], [-1.0, -2.0, -3.0], [-1.0, -inf, -2.0], [0.0, -inf, -inf]
+    logps = torch.tensor(prompts).flatten()
     arguments = (
-        *(logps, torch.arange(10), torch.ones(9, dtype=torch.int64), torch.arange(9).view(3, 3)),
-        torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 3.0, 2.0]]),
-        *(torch.zeros(3, dtype=torch.int64), torch.full((3,), 0.5)),
+        *(logps, torch.arange(13), torch.ones(12, dtype=torch.int64), torch.arange(12).view(4, 3)),
+        torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [3.0, 2.0, 1.0]]),
+        *(torch.zeros(4, dtype=torch.int64), torch.full((4,), 0.5)),
     )
     for options in (RankingOptions(), RankingOptions(eps=1e-10)):
         found = ranking(*arguments, options=options)
         expected = backends.get("torch").ranking(*arguments, options=options)
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, equal_nan=True)
-        assert found[0].isposinf().any() and found[2].isnan().sum() == 2
-        assert found[2][3:6].isfinite().all()
+        assert found[0].isposinf().any() and found[2][:9].isnan().sum() == 2
+        assert found[2][3:6].isfinite().all() and found[2][9].isfinite()

@@ -11,6 +11,9 @@ and softcap:
 ``target_logits`` holds the raw logit of each row's target as an exact fp32 dot product; where given
 it stands in for the rounded one everywhere (also inside the sum, so ``logp <= 0`` holds exactly).
 A negative target marks a row that is not scored: it is never read; its outputs are 0.
+
+A log-prob that is NaN or infinite reaches its own prompt only. Where it makes a term NaN, which of
+that prompt's gradients are NaN with it is not specified.
 """
 
 from __future__ import annotations
@@ -145,7 +148,8 @@ def ranking(
     if options.eps > 0:
         log_z = torch.logaddexp(log_z, torch.full_like(log_z, math.log(options.eps)))
     rank_terms = torch.where(live, log_z - scores * own, 0.0)
-    prob = torch.where(live[:, :, None], torch.exp(z - log_z[:, :, None]), 0.0)
+    taken = live[:, :, None] & keep  # nothing else: a NaN or an infinite log_z stays in its term
+    prob = torch.where(taken, torch.exp(z - log_z[:, :, None]), 0.0)
     d_scores = (tau * prob).sum(1) - torch.where(live, own, 0.0)
 
     count = valid.sum(1).to(acc)
