@@ -64,5 +64,7 @@ def _matmul(device: torch.device, shape: tuple[int, int, int], dtype: str) -> di
 
 def _rate(timer: Timer, step: Step, amount: int) -> dict:
     timer(step)
-    q1, middle, q3 = quartiles([timer(step) for _ in range(_ROUNDS)])
-    return {"rate": amount / middle, "seconds": middle, "q1": q1, "q3": q3, "rounds": _ROUNDS}
+    taken = [timer(step) for _ in range(_ROUNDS)]
+    q1, middle, q3 = quartiles(taken)
+    # A ceiling is what the machine can do: the fastest round.
+    return {"rate": amount / min(taken), "seconds": middle, "q1": q1, "q3": q3, "rounds": _ROUNDS}

@@ -56,12 +56,13 @@ def _growth(rows: list[dict]) -> Figure | None:
 
 def _curves(axis: Axes, rows: list[dict], group: str, value: str, scale: float, unit: str) -> None:
     key, name = _GROWTH[group]
+    seen: dict[str, int] = {}
     for provider in dict.fromkeys(row["provider"] for row in rows):
         points = [r for r in rows if r["provider"] == provider and r[value] is not None]
         if points:
             axis.plot(
                 [r[key] for r in points], [r[value] * scale for r in points], marker="o", ms=4,
-                color=color(points[0]), label=points[0]["label"],
+                label=points[0]["label"], **_line(points[0], seen),
             )  # fmt: skip
     if key == "n":
         axis.set_xscale("log", base=2)
@@ -114,7 +115,7 @@ def _roofline(rows: list[dict]) -> Figure | None:
     if not panels:
         return None
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(6.6 * len(panels), 4.2), squeeze=False)
+        figure, axes = plt.subplots(1, len(panels), figsize=(7.4 * len(panels), 5.2), squeeze=False)
         for axis, (title, mine) in zip(axes.flat, panels.items(), strict=True):
             _shares(axis, mine)
             axis.set_title(title, fontsize=10)
@@ -128,15 +129,20 @@ def _shares(axis: Axes, rows: list[dict]) -> None:
     seen: dict[str, int] = {}
     for provider in dict.fromkeys(row["provider"] for row in rows):
         points = sorted((r for r in rows if r["provider"] == provider), key=lambda r: r["V"])
-        shade = color(points[0])
-        dash = _DASHES[seen.setdefault(shade, 0) % len(_DASHES)]
-        seen[shade] += 1
         axis.plot(
             [vocabularies.index(r["V"]) for r in points], [r["of_ceiling"] for r in points],
-            marker="o", ms=4, color=shade, ls=dash, label=points[0]["label"],
+            marker="o", ms=4, label=points[0]["label"], **_line(points[0], seen),
         )  # fmt: skip
     axis.set_xticks(range(len(vocabularies)), [str(v) for v in vocabularies])
     axis.set_xlabel("vocabulary V")
     axis.set_ylim(0, max(1.05, 1.05 * max(row["of_ceiling"] for row in rows)))
     axis.axhline(1, color="gray", lw=0.8)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+
+
+def _line(row: dict, seen: dict[str, int]) -> dict[str, str]:
+    """Colour by kind of provider; lines of one colour differ by their dashes."""
+    shade = color(row)
+    place = seen.setdefault(shade, 0)
+    seen[shade] += 1
+    return {"color": shade, "ls": _DASHES[place % len(_DASHES)]}
