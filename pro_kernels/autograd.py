@@ -99,7 +99,8 @@ class HeadPRO(torch.autograd.Function):
         logps, saved = _head_forward(ctx, hidden, weight, bias, rows, targets, call)
         ranking = (offsets, lengths, order, rewards, sft_rank, weights)
         config = ranking_config(options, call.backend)
-        terms, sums, row_weights = ops.ranking(logps, *ranking, *config)
+        run = ops.direct(ops.ranking, logps, offsets)
+        terms, sums, row_weights = run(logps, *ranking, *config)
         ctx.save_for_backward(*saved, row_weights)
         dropped = saved[-1]
         per_rank = _over_prompts(weights, terms, final_dtype)
@@ -252,7 +253,7 @@ def _head_forward(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Log-probs, and what ``_head_backward`` is to find saved; ``dropped`` comes last there."""
     plan = call.plan
-    logps, *made = ops.head_logps(
+    logps, *made = ops.direct(ops.head_logps, hidden, weight, targets)(
         hidden,
         weight,
         bias,
@@ -280,7 +281,7 @@ def _head_forward(
 def _head_backward(ctx, grad: Tensor, saved) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias from that of each log-prob; those not needed empty."""
     call = ctx.call
-    return ops.head_backward(
+    return ops.direct(ops.head_backward, grad, saved[0])(
         grad,
         *saved,
         call.grad_filter,

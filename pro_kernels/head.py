@@ -15,7 +15,7 @@ Legend: ``N`` scored rows, ``R`` rows of the hidden states, ``H`` hidden, ``V`` 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -116,13 +116,19 @@ class Kept:
     @classmethod
     def empty(cls, tau: float | None, chunks: int, vocab: int, n: int, like: Tensor) -> Kept:
         """Room for ``chunks`` chunks of ``n`` rows in all; no room without a filter."""
-        on, empty = tau is not None, like.new_zeros(0)
+        if tau is None:
+            return cls(
+                0.0,
+                like.new_empty((0, vocab), dtype=torch.int32),
+                # On the call's device: a CPU tensor would cost Inductor its graphs.
+                like.new_empty(0, dtype=torch.int64),
+                like.new_empty((3, 0), dtype=torch.float32),
+            )
         return cls(
-            tau or 0.0,
-            like.new_zeros((chunks if on else 0, vocab), dtype=torch.int32),
-            # Without a filter on the call's device: a CPU tensor would cost Inductor its graphs.
-            torch.zeros(chunks, dtype=torch.int64, device="cpu") if on else empty.long(),
-            like.new_zeros((3, n if on else 0), dtype=torch.float32),
+            tau,
+            like.new_zeros((chunks, vocab), dtype=torch.int32),
+            torch.zeros(chunks, dtype=torch.int64, device="cpu"),
+            like.new_zeros((3, n), dtype=torch.float32),
         )
 
     def choose(
@@ -177,19 +183,27 @@ class RankingArgs:
     prompt_weights: Tensor  # (B,)
     options: RankingOptions
 
-    def run(
-        self, backend: ModuleType, logps: Tensor, prompts: slice = slice(None)
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``terms, sums, row_weights`` of these prompts."""
+    def run(self, backend: ModuleType, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``terms, sums, row_weights``."""
         return backend.ranking(
             logps,
             self.offsets,
             self.lengths,
-            self.order[prompts],
-            None if self.rewards is None else self.rewards[prompts],
-            self.sft_rank[prompts],
-            self.prompt_weights[prompts],
+            self.order,
+            self.rewards,
+            self.sft_rank,
+            self.prompt_weights,
             options=self.options,
+        )
+
+    def part(self, prompts: slice) -> RankingArgs:
+        """The same for these prompts."""
+        return replace(
+            self,
+            order=self.order[prompts],
+            rewards=None if self.rewards is None else self.rewards[prompts],
+            sft_rank=self.sft_rank[prompts],
+            prompt_weights=self.prompt_weights[prompts],
         )
 
 
@@ -484,9 +498,8 @@ def pro_forward(
             kept=None if kept is None else kept.part(i, at),
         )
         # Later log-probs are still 0: after the last chunk the sums are whole.
-        part, sums, row_weights = ranking_args.run(
-            head.backend, logps, slice(prompt, prompt + count)
-        )
+        prompts = slice(prompt, prompt + count)
+        part, sums, row_weights = ranking_args.part(prompts).run(head.backend, logps)
         terms.append(part)
         if tokens:
             w = weights[at] = row_weights[at]

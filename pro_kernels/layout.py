@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ import torch
 from torch import Tensor
 
 from pro_kernels.options import IGNORE_INDEX
+
+# So few targets Python goes through faster than a dozen small operations do.
+_HOST_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ class Layout:
             raise ValueError(f"targets must hold a candidate (n >= 1), got {tuple(targets.shape)}")
         if shift:
             targets = shift_targets(targets, ignore_index)
+        if targets.device.type == "cpu" and targets.numel() <= _HOST_TOKENS:
+            return cls._padded_on_host(targets, ignore_index, vocab_size)
         flat = targets.reshape(-1)
         offsets = torch.arange(b * n + 1, device=flat.device) * t
         return cls._compact(
@@ -246,6 +252,35 @@ class Layout:
         )
 
     @classmethod
+    def _padded_on_host(cls, targets: Tensor, ignore_index: int, vocab_size: int | None) -> Layout:
+        """``from_padded`` of a few tokens in Python, all tensors as parts of one."""
+        b, n, t = targets.shape
+        values = targets.reshape(-1).tolist()
+        rows = [i for i, value in enumerate(values) if value != ignore_index]
+        scored = [values[i] for i in rows]
+        limit = vocab_size or 2**62
+        if scored and (min(scored) < 0 or max(scored) >= limit):
+            at = next(i for i in rows if not 0 <= values[i] < limit)
+            raise_bad_target(targets, at, vocab_size, ignore_index)
+        lengths = [t - values[i * t : (i + 1) * t].count(ignore_index) for i in range(b * n)]
+        offsets = [0, *itertools.accumulate(lengths)]
+        parts = rows, scored, offsets, lengths, range(b * n)
+        # ``torch.tensor`` would take three times as long as all the rest.
+        whole = torch.frombuffer(array("q", itertools.chain(*parts)), dtype=torch.int64)
+        tensors = whole.split([len(part) for part in parts])
+        per_prompt = tuple(tuple(lengths[i : i + n]) for i in range(0, b * n, n))
+        return cls(
+            rows=tensors[0],
+            targets=tensors[1],
+            offsets=tensors[2],
+            lengths=tensors[3],
+            sequences=tensors[4].view(b, n),
+            num_rows=b * n * t,
+            prompt_tokens=tuple(map(sum, per_prompt)),
+            candidate_tokens=per_prompt,
+        )
+
+    @classmethod
     def _compact(
         cls,
         rows: Tensor | None,  # None: token i is row i
@@ -263,13 +298,13 @@ class Layout:
         if counts and offsets.shape[0] == 1:  # an empty sequence, nobody's, so that indexing works
             offsets = offsets.repeat(2)
         scored_of = _scored_on_cpu if targets.device.type == "cpu" else _scored
-        kept, new_offsets, host = scored_of(targets, offsets, ignore_index, vocab_size)
+        kept, scored, new_offsets, host = scored_of(targets, offsets, ignore_index, vocab_size)
         firsts = [0, *itertools.accumulate(counts)]
         lengths = [b - a for a, b in itertools.pairwise(host)]
         per_prompt = tuple(tuple(lengths[a:b]) for a, b in itertools.pairwise(firsts))
         return cls(
             rows=kept if rows is None else rows[kept],
-            targets=targets[kept],
+            targets=scored,
             offsets=new_offsets,
             lengths=new_offsets.diff(),
             sequences=sequences,
@@ -282,8 +317,8 @@ class Layout:
 
 def _scored(
     targets: Tensor, offsets: Tensor, ignore_index: int, vocab_size: int | None
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Which tokens are scored, the offsets among them, and these on the host: one copy in all."""
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Where tokens are scored, their targets and offsets, and these on the host: one copy."""
     live = targets != ignore_index
     before = torch.nn.functional.pad(live.cumsum(0), (1, 0))
     new_offsets = before[offsets]
@@ -291,22 +326,24 @@ def _scored(
     host = torch.cat([new_offsets, bad.sum()[None]]).tolist()
     if host.pop():
         raise_bad_target(targets, int(bad.nonzero()[0]), vocab_size, ignore_index)
-    return torch.nonzero_static(live, size=host[-1])[:, 0], new_offsets, host
+    kept = torch.nonzero_static(live, size=host[-1])[:, 0]
+    return kept, targets[kept], new_offsets, host
 
 
 def _scored_on_cpu(
     targets: Tensor, offsets: Tensor, ignore_index: int, vocab_size: int | None
-) -> tuple[Tensor, Tensor, list[int]]:
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """The same by fewer operations, as nothing is lost by looking at a result."""
     live = targets != ignore_index
-    kept = live.nonzero()[:, 0]
-    if kept.numel():
-        low, high = targets[kept].aminmax()
+    kept = live.nonzero().view(-1)
+    scored = targets.index_select(0, kept)
+    if scored.numel():
+        low, high = map(int, scored.aminmax())
         if low < 0 or (vocab_size and high >= vocab_size):
             bad = live & _outside(targets, vocab_size)
             raise_bad_target(targets, int(bad.nonzero()[0]), vocab_size, ignore_index)
     new_offsets = torch.searchsorted(kept, offsets)
-    return kept, new_offsets, new_offsets.tolist()
+    return kept, scored, new_offsets, new_offsets.tolist()
 
 
 def _outside(targets: Tensor, vocab_size: int | None) -> Tensor:

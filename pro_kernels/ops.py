@@ -26,12 +26,14 @@ from pro_kernels.options import IGNORE_INDEX, LogitOptions, RankingOptions
 
 # Not ``torch.library.custom_op``: its Python wrappers cost more than a small batch's arithmetic.
 _LIBRARY = torch.library.Library("pro_kernels", "DEF")
-# What is inside each op, by name.
-BODIES: dict[str, Callable] = {}
+# What is inside each op.
+BODIES: dict[torch._ops.OpOverload, Callable] = {}
 # How allocators say that there is no memory: PyTorch's on a CPU, C++, CUDA, Triton, cuBLAS.
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|bad_alloc|out of memory|ALLOC_FAILED", re.IGNORECASE
 )
+
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def _op(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
@@ -41,9 +43,11 @@ def _op(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.O
         name = function.__name__
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        BODIES[name] = _naming_the_budget(function)
-        _LIBRARY.impl(name, BODIES[name], "CompositeExplicitAutograd")
-        return getattr(torch.ops.pro_kernels, name).default
+        body = _naming_the_budget(function)
+        _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+        op = getattr(torch.ops.pro_kernels, name).default
+        BODIES[op] = body
+        return op
 
     return register
 
@@ -78,6 +82,25 @@ def _naming_the_budget(function: Callable) -> Callable:
             raise
 
     return run
+
+
+def direct(op: torch._ops.OpOverload, *tensors: Tensor) -> Callable:
+    """What to call for an op on these tensors, below autograd: its body if nothing would notice.
+
+    The way through the dispatcher takes some 20 us of the host for the ops of the head, together a
+    tenth of a batch of two prompts. It is needed where a compiler, a mode, a profiler or a kind of
+    tensor wants to see the op.
+    """
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state()
+        or torch.autograd.profiler._is_profiler_enabled
+        or tensors[0].is_meta
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
+    return op if watched else BODIES[op]
 
 
 @_op()
@@ -447,8 +470,10 @@ def check_range(targets: Tensor, vocab: int) -> None:
     device-side assertion): nothing waits, and the error surfaces at the next synchronisation.
     """
     on_cpu = targets.device.type == "cpu"
-    if on_cpu and targets.numel() and targets.min() >= 0 and targets.max() < vocab:
-        return
+    if on_cpu and targets.numel():
+        low, high = map(int, targets.aminmax())
+        if low >= 0 and high < vocab:
+            return
     bad = (targets >= vocab) | ((targets < 0) & (targets != IGNORE_INDEX))
     if on_cpu:
         if bad.any():

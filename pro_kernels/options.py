@@ -105,6 +105,8 @@ class PROOptions:
         if isinstance(self.temperature, str):
             _choice("temperature", self.temperature, ("reward",))
         _positive("reward_scale", self.reward_scale)
+        if not hasattr(self.length_normalize, "__bool__"):
+            raise TypeError(f"length_normalize must be a bool, got {self.length_normalize!r}")
         self.ranking()
 
     @property
@@ -115,7 +117,7 @@ class PROOptions:
     def ranking(self) -> RankingOptions:
         """The same as the kernels take it."""
         options = RankingOptions(
-            length_normalize=self.length_normalize,
+            length_normalize=bool(self.length_normalize),
             skip_ties=self.ties == "skip",
             eps=self.eps,
             sft_weight=self.sft_weight,

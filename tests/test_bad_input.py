@@ -60,6 +60,7 @@ BAD = [
         "rewards must have shape (B, n) = (2, 3)",
     ),
     ("NaN", {"rewards": nan_reward()}, ValueError, "got nan for prompt 1 candidate 2"),
+    ("flag", {"length_normalize": "no"}, TypeError, "length_normalize must be a bool, got 'no'"),
     ("equal", {"rewards": torch.ones(2, 3)}, ValueError, "all equal in prompts [0, 1]"),
     ("mask", {"candidate_mask": torch.ones(2, 3)}, TypeError, "candidate_mask must be a bool"),
     (

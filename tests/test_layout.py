@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,6 +42,30 @@ def test_padded_layout_holds_exactly_the_scored_tokens(data):
     assert layout.shape == (b, n) and layout.num_rows == b * n * t
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 1), (2, 2, 0), (0, 3, 4), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8])
+def test_few_tokens_are_laid_out_like_many(shape, dtype, monkeypatch):
+    targets = torch.randint(-1, 9, shape, dtype=dtype)
+    found = Layout.from_padded(targets, ignore_index=-1, vocab_size=9)
+    monkeypatch.setattr(pk.layout, "_HOST_TOKENS", -1)
+    expected = Layout.from_padded(targets, ignore_index=-1, vocab_size=9)
+    for field in dataclasses.fields(Layout):
+        a, b = (getattr(x, field.name) for x in (found, expected))
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+        else:
+            assert a == b
+
+
+@pytest.mark.parametrize("limit", [-1, 256])
+@pytest.mark.parametrize(("bad", "vocab"), [(-1, None), (-2, 9), (9, 9)])
+def test_a_bad_target_is_shown_with_its_place(limit, bad, vocab, monkeypatch):
+    monkeypatch.setattr(pk.layout, "_HOST_TOKENS", limit)
+    targets = torch.tensor([[[-100, 3], [bad, 100]]])
+    with pytest.raises(ValueError, match=f"got {bad} at flat position 2"):
+        Layout.from_padded(targets, vocab_size=vocab)
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_scored_tokens_are_found_alike_on_a_cpu_and_on_a_device(data):
@@ -47,9 +73,9 @@ def test_scored_tokens_are_found_alike_on_a_cpu_and_on_a_device(data):
     ends = sorted(data.draw(st.lists(st.integers(0, len(values)), max_size=4)))
     targets = torch.tensor(values, dtype=torch.int64)
     args = (targets, torch.tensor([0, *ends, len(values)]), -100, 10)
-    kept, offsets, host = _scored_on_cpu(*args)
-    other, other_offsets, other_host = _scored(*args)
-    assert torch.equal(kept, other) and torch.equal(offsets, other_offsets) and host == other_host
+    *found, host = _scored_on_cpu(*args)
+    *expected, expected_host = _scored(*args)
+    assert all(map(torch.equal, found, expected)) and host == expected_host
 
 
 @pytest.mark.parametrize("bad", [-1, 10])

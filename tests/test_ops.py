@@ -189,3 +189,59 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(loss, h, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
         grad.sum().backward()
+
+
+class _Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the ops of this package that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pro_kernels":
+            self.names.add(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+class _OwnTensor(torch.Tensor):
+    pass
+
+
+HEAD_OPS = {"head_logps", "ranking", "head_backward"}
+
+
+def _step(hidden_kind=torch.Tensor):
+    hidden, weight, _, targets, rewards = Case("direct", B=2, n=3, T=4).tensors()
+    hidden = hidden.as_subclass(hidden_kind).requires_grad_()
+    loss = pk.linear_pro_loss(hidden, weight.requires_grad_(), targets, rewards).loss
+    loss.backward()
+    return loss.detach(), hidden.grad
+
+
+def test_bodies_run_directly_only_where_nobody_watches(monkeypatch):
+    called = set()
+    direct = ops.direct
+
+    def noted(op, *tensors):
+        chosen = direct(op, *tensors)
+        if chosen is not op:
+            called.add(op._schema.name.split("::")[1])
+        return chosen
+
+    monkeypatch.setattr(ops, "direct", noted)
+    expected = _step()
+    assert called == HEAD_OPS
+    called.clear()
+    with _Seen() as seen:
+        found = _step()
+    assert seen.names == HEAD_OPS
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with torch.profiler.profile() as profile:
+        _step()
+    assert {f"pro_kernels::{name}" for name in HEAD_OPS} <= {e.name for e in profile.events()}
+    _step(_OwnTensor)
+    assert not called
+    with torch.device("cpu"):  # a function mode; PyTorch calls ``backward`` outside of it
+        _step()
+    assert called <= {"head_backward"}

@@ -15,6 +15,7 @@ that its tests passed on; on any other ``auto`` does not pick it, unless
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from types import ModuleType
@@ -30,6 +31,7 @@ from pro_kernels.options import constant_while_compiling
 ORDER = ("cpu", "cuda", "triton", "torch")
 
 
+@functools.cache
 def get(name: str) -> ModuleType:
     """The backend module ``name``; its launchers and libraries load on first use."""
     if name not in ORDER:
