@@ -17,7 +17,6 @@ from bench.model import page, resources
 from bench.presets import NAMES, cases_of
 from bench.report import write_report
 from bench.runner import run
-from bench.tables import update_block
 from bench.training.cases import cases_of as training_cases
 from bench.training.runner import run as run_training
 
@@ -138,8 +137,6 @@ def _results_path(args: argparse.Namespace) -> Path:
 def _compare(args: argparse.Namespace) -> int:
     text, worse = compare(*args.compare, threshold=args.threshold)
     print(text)
-    for page_ in args.update:
-        update_block(page_, text, "repeat")
     return 1 if worse else 0
 
 

@@ -36,8 +36,8 @@ cold caches (256 MiB written before each call where the tensors are smaller than
 after another call. *TFLOP/s* counts the matmuls that no exact method avoids on the scored rows,
 *GB/s* the bytes that the maths has to move: scored logits read twice, the gradient written. *Of
 ceiling*: of the rate of one large matmul (the faster of the dtype's and fp32's), or of a large copy
-(read and written), the fastest of seven rounds. *Peak extra*: high water in a process of its own (GPU: of
-the allocator) beyond what was held before the call; *of it gradients*: the inputs' gradients.
+(read and written), the fastest of seven rounds. *Peak extra*: high water in a process of its own
+(GPU: of the allocator) beyond what was held before the call; *of it gradients*: the inputs'.
 *Errors* against fp64: loss relative; log-prob the largest absolute; gradients of sampled rows,
 relative in norm (d input: of hidden states, logits or log-probs, row by row).
 """
