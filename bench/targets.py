@@ -116,7 +116,7 @@ def _faster(results: Results, what: str, peer: str, least: float, fields: dict) 
     row = results.find(peer, **fields)
     value = row and row["vs_ours"]
     return _outcome(
-        what, f">= {least:.1f}x as fast", value, lambda v: f"{v:.2f}x", (value or 0) >= least
+        what, f">= {least:g}x as fast", value, lambda v: f"{v:.2f}x", (value or 0) >= least
     )
 
 
@@ -127,7 +127,7 @@ def _best(
     found = [results.find(peer, **fields) for peer in peers]
     ran = [row for row in found if row and row["vs_ours"] and not row["wrong"]]
     best = min(ran, key=lambda row: row["vs_ours"], default=None)
-    target = f">= {least:.1f}x as fast"
+    target = f">= {least:g}x as fast"
     if best is None:
         return Outcome(what, target, "not measured", None)
     value = best["vs_ours"]
