@@ -231,7 +231,7 @@ class LinearPRO(torch.autograd.Function):
             call.grad_filter,
             budget=call.plan.budget,
         )
-        ctx.budget = call.plan.budget
+        ctx.budget, ctx.weight_dtype = call.plan.budget, weight.dtype
         ctx.save_for_backward(*grads)
         per_rank = _over_prompts(weights, terms, final_dtype)
         ctx.mark_non_differentiable(per_rank, sums, row_weights, dropped)
@@ -245,6 +245,7 @@ class LinearPRO(torch.autograd.Function):
             return (None,) * 15
         # Out of place: a second backward through a retained graph must find them unscaled.
         grads = [ops.scaled(g, grad, budget=ctx.budget) for g in ctx.saved_tensors]
+        grads[2] = grads[2].to(ctx.weight_dtype)  # dbias, in fp32 so far
         return *_needed(grads, ctx.needs_input_grad), *[None] * 12
 
 
@@ -301,7 +302,8 @@ def _head_backward(ctx, grad: Tensor, saved) -> tuple[Tensor, Tensor, Tensor]:
 
 def _over_prompts(weights: Tensor, terms: Tensor, final_dtype: torch.dtype | None) -> Tensor:
     """Weighted sums over prompts, ``(n,)``. Not a matmul: autocast would round it."""
-    return (weights[:, None] * terms).sum(0).to(final_dtype or terms.dtype)
+    total = (weights.unsqueeze(1) * terms).sum(0)
+    return total if final_dtype is None else total.to(final_dtype)
 
 
 def _needed(grads, needs) -> tuple[Tensor | None, ...]:

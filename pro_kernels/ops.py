@@ -427,7 +427,8 @@ def linear_pro(
             compact, row_weights = row_weights, row_weights.new_zeros(targets.shape[0])
             row_weights.index_copy_(0, live, compact)
             kept.spread_dropped(live)
-        grads = (d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype))
+        # dbias is small: it stays in fp32 until it is scaled, and is rounded once.
+        grads = (d_hidden, d_weight.to(weight.dtype), d_bias)
         return terms, sums, *grads, row_weights, kept.dropped
 
 
@@ -435,7 +436,10 @@ def linear_pro(
 def _(hidden, weight, bias, rows, targets, offsets, lengths, order, *config, budget=0):
     compute_dtype, (need_hidden, need_bias, grad_filter) = config[5], config[-3:]
     acc = head.acc_dtype(compute_dtype)
-    grads = _grad_buffers(hidden, weight.shape[0], weight.dtype, need_hidden, True, need_bias)
+    *grads, d_bias = _grad_buffers(
+        hidden, weight.shape[0], weight.dtype, need_hidden, True, need_bias
+    )
+    grads.append(d_bias.to(acc))
     terms = hidden.new_empty(order.shape, dtype=acc)
     n = targets.shape[0]
     dropped = hidden.new_empty((3, 0 if grad_filter is None else n), dtype=torch.float32)
