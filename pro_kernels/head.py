@@ -231,10 +231,11 @@ def forward(
     scratch = None
     for i, (start, stop) in enumerate(_chunks(n, chunk, retained)):
         keep = start < retained
-        x, t = head.rows_of(rows[start:stop]), targets[start:stop]
+        at = slice(start, stop)
+        x, t = head.rows_of(_part(rows, at)), _part(targets, at)
         exact = head.target_logits(x, t)
         if keep and not wide:
-            logits = residual[start:stop]
+            logits = _part(residual, at)
         else:
             if scratch is None:
                 scratch = empty_rows(residual, min(chunk, n), vocab, head.logits_dtype)
@@ -255,7 +256,7 @@ def forward(
         if keep and wide:
             dz = residual[start:stop, : dz.shape[1]].copy_(dz)
         if need_hidden:
-            matmul.hidden_grad(dz.to(head.compute_dtype), weight, side[start:stop])
+            matmul.hidden_grad(dz.to(head.compute_dtype), weight, _part(side, at))
 
 
 def weight_backward(
@@ -520,6 +521,11 @@ def pro_forward(
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of log-probs and statistics: fp32, or fp64 for fp64 logits."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _part(x: Tensor, at: slice) -> Tensor:
+    """``x[at]``; itself where that is all of it, as a single chunk has it."""
+    return x if at.stop - at.start == x.shape[0] else x[at]
 
 
 def _chunks(n: int, chunk: int, retained: int) -> list[tuple[int, int]]:

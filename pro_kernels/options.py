@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -97,6 +97,7 @@ class PROOptions:
     top_k: int | None = None
     compat: str | None = None
     final_dtype: torch.dtype | None = None
+    _ranking: RankingOptions = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _choice("sft_reduction", self.sft_reduction, ("sum", "mean"))
@@ -107,7 +108,7 @@ class PROOptions:
         _positive("reward_scale", self.reward_scale)
         if not hasattr(self.length_normalize, "__bool__"):
             raise TypeError(f"length_normalize must be a bool, got {self.length_normalize!r}")
-        self.ranking()
+        object.__setattr__(self, "_ranking", self._to_ranking())
 
     @property
     def official(self) -> bool:
@@ -116,6 +117,9 @@ class PROOptions:
 
     def ranking(self) -> RankingOptions:
         """The same as the kernels take it."""
+        return self._ranking
+
+    def _to_ranking(self) -> RankingOptions:
         options = RankingOptions(
             length_normalize=bool(self.length_normalize),
             skip_ties=self.ties == "skip",

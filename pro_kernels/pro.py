@@ -150,7 +150,8 @@ def _sort_by_rewards(
 def _from_host(values: list, dtype: torch.dtype, layout: Layout) -> Tensor:
     """A tensor of these numbers on the layout's device; nothing waits."""
     made = torch.tensor(values, dtype=dtype, device="cpu")
-    return made.to(layout.device, non_blocking=True)
+    device = layout.device
+    return made if device.type == "cpu" else made.to(device, non_blocking=True)
 
 
 def make_output(
