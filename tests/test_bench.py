@@ -502,7 +502,9 @@ def test_pytest_benchmark_saves_ratios_that_compare(tmp_path):
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-q", "-k",
                "fp32 and (ours or floor)", f"--benchmark-json={saved}", "-p", "no:cacheprovider",
                "-p", "no:xdist"]  # fmt: skip
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    # Under xdist pytest-benchmark would switch itself off.
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=root, env=alone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     ratios = compare.ratios_of(saved)
     assert ratios and all(value > 0 for value in ratios.values())
