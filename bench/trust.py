@@ -114,8 +114,7 @@ def _quantities(provider: Provider, problem: Problem) -> dict[str, Tensor]:
 def _best_first(problem: Problem) -> tuple[Inputs, tuple[Tensor, Tensor]]:
     """The problem as bench/ has it, candidates best first: at these places [B, n] of ours."""
     case = problem.case
-    columns = problem.rewards.argsort(dim=1, descending=True, stable=True)
-    at = torch.arange(case.B, device=problem.device)[:, None], columns
+    at = problem.best_first
     kind = "logits" if problem.from_logits else _KINDS.get(problem.kind, problem.kind)
     shape = Case(
         case.name, case.H, case.V, case.B, case.n, case.T, case.masked,

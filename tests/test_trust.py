@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import subprocess
 
 import pytest
 import torch
@@ -105,7 +106,53 @@ def test_without_bench_peers_are_not_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_ROOT", tmp_path)
     code, data, text = run(tmp_path)
     assert code == 0 and "no folder bench/" in text and data["commit"] == "unknown"
-    assert not any(r["others"] for r in data["rows"])
+    official = "official formulation (reference)"
+    assert {who for r in data["rows"] for who in r["others"]} == {official}
+    beside = {(r["case"], r["kind"]) for r in data["rows"] if r["others"]}
+    kinds = ("train", "frozen", "score", "logits")
+    assert beside == {(c, k) for c in ("small", "softcap, bias") for k in kinds}
+    errors = [r["others"][official] for r in data["rows"] if r["others"] and "32" in r["dtype"]]
+    assert errors and max(errors) < 1e-4  # the other meaning, or other columns: more than rounding
+    reasons = {r["case"]: r["reason"] for r in data["refusals"] if r["kind"] == "train"}
+    assert set(reasons) == {"no tokens", "one candidate"} and "NaN" in reasons["no tokens"]
+
+
+def test_commit_is_that_of_a_checkout_alone(tmp_path, monkeypatch):
+    """Installed below somebody's repository, whose commit would say nothing of this package."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    below = tmp_path / "site-packages"
+    below.mkdir()
+    monkeypatch.setattr(report, "_ROOT", below)
+    assert report._git("rev-parse", "--show-toplevel") == ""
+    monkeypatch.setattr(report, "_ROOT", tmp_path)
+    assert report._git("rev-parse", "--show-toplevel") != ""
+
+
+def test_eps_that_counts_keeps_the_official_meaning_away():
+    case = Case("peaked", 1, 3, 4, H=16, V=37, masked=0.0, peak=400.0)
+    problem = cases.make_problem(case, "train", torch.device("cpu"), torch.float32)
+    (found,) = evaluate.official_only(problem).values()
+    assert isinstance(found, str) and "eps" in found
+
+
+def test_rows_that_hold_by_the_allowance_are_named(tmp_path, monkeypatch):
+    """With plain PyTorch's error alone as the limit a factor of 1.01 on dW breaks the rule."""
+    real = matmul.weight_grad
+    monkeypatch.setattr(matmul, "weight_grad", lambda *a, **k: real(*a, **k).mul_(1.01))
+    monkeypatch.setattr(measure, "allowance", lambda *_: 1e9)
+    _, data, text = run(tmp_path)
+    over = [r for r in data["rows"] if r["error"] > r["plain"] + r["floor"]]
+    assert over and all(r["passed"] for r in over if r["dtype"] == "float32")
+    assert f"{sum(r['passed'] for r in over)} rows hold by that alone" in text
+    assert "ok, by allowance" in text
+
+
+def test_threads_are_left_as_they_were():
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError), measure._threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise RuntimeError
+    assert torch.get_num_threads() == before
 
 
 def test_kernels_that_never_ran_are_labelled(monkeypatch):

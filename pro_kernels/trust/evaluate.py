@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from pro_kernels import functional, planner
+from pro_kernels import functional, planner, reference
 from pro_kernels.trust.cases import KINDS, Problem
 
 Quantities = dict[str, Tensor]
 
 # Any upstream gradient is served; this one is exact in 16 bits.
 UPSTREAM = 0.75
+# Relative change below which the authors' formulation means the same: less than an fp32 error.
+_SAME_MEANING = 1e-6
 # Bytes in which a tier is looked for.
 _BUDGETS = (1, *(int(2 ** (k / 8)) for k in range(80, 270)))
 
@@ -23,6 +26,7 @@ def evaluate(
     problem: Problem,
     library: ModuleType,  # functional or reference: both have the same functions
     dtype: torch.dtype,
+    compat: str | None = None,
     **options: str | int | None,
 ) -> Quantities:
     """Log-probs, loss and gradients of a problem whose leaves are cast to a dtype.
@@ -44,7 +48,7 @@ def evaluate(
         found["log-probs"] = logps.detach()
         objective = (logps * problem.upstream.to(logps.dtype)).sum()
     if not problem.tokens_only:
-        compat = "official" if problem.official else None
+        compat = "official" if problem.official else compat
         loss = getattr(library, f"{prefix}pro_loss")
         out = loss(*args, problem.rewards, compat=compat, **head)
         found.setdefault("log-probs", out.logps)
@@ -71,9 +75,43 @@ def ours(problem: Problem, backend: str) -> Iterator[tuple[str, Quantities | str
                 continue  # too few rows for this tier
         name = entrance if tier is None else f"{entrance}, {tier}"
         try:
-            yield name, evaluate(problem, functional, problem.dtype, **options)
+            yield name, evaluate(problem, functional, problem.dtype, None, **options)
         except Exception as error:
             yield name, describe(error)
+
+
+def official_only(problem: Problem) -> dict[str, Quantities | str]:
+    """Where there is no bench/: the official meaning by the reference, or why it is not beside."""
+    return {"official formulation (reference)": _official(problem)}
+
+
+def _official(problem: Problem) -> Quantities | str:
+    if problem.official:
+        return "it is what ours is held to here"
+    if problem.tokens_only:
+        return "it has no entrance for log-probs per token"
+    if problem.case.empty:
+        return "it gives NaN for candidates without tokens"
+    if problem.case.n == 1:
+        return "a single candidate counts 0 there, and is SFT here"
+    at = problem.best_first
+    moved = {k: x[at] for k, x in problem.leaves.items() if k in ("hidden", "logits")}
+    ordered = replace(
+        problem,
+        leaves=problem.leaves | moved,
+        targets=problem.targets[at],
+        rewards=problem.rewards[at],
+        upstream=problem.upstream[at],
+    )
+    theirs, here = (
+        evaluate(ordered, reference, torch.float64, compat) for compat in ("official", None)
+    )
+    if any(error_of(k, theirs[k], here[k]) > _SAME_MEANING for k in here):
+        return "its eps = 1e-10 inside the log counts here"
+    found = evaluate(ordered, reference, problem.dtype, "official")
+    back = at[0], at[1].argsort(1)
+    per_candidate = ("log-probs", "gradient of hidden", "gradient of logits")
+    return {k: x[back] if k in per_candidate else x for k, x in found.items()}
 
 
 def error_of(quantity: str, got: Tensor, exact: Tensor) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,7 @@ class Row:
         floor: what ours may exceed it by.
         allowance: factor on ``plain``, for gradients behind native 16-bit matmuls.
         passed: whether ``error <= allowance * plain + floor``.
+        scale: the largest log-prob in absolute value; 1 for errors that are relative.
         others: error of the official formulation and of each peer that gives this quantity.
         note: why ours has no number.
     """
@@ -45,8 +47,14 @@ class Row:
     floor: float
     allowance: float
     passed: bool
+    scale: float
     others: dict[str, float]
     note: str = ""
+
+    @property
+    def by_allowance(self) -> bool:
+        """Whether the row holds, and only by its allowance."""
+        return self.passed and self.error > self.plain + self.floor
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,10 @@ def measure(
         for dtype in dtypes:
             print(f"{device.type} {check.label(dtype)} ...", file=sys.stderr, flush=True)
             for seed, case in enumerate(cases):
-                for kind in case.kinds:
-                    problem = make_problem(case, kind, device, dtype, seed)
-                    _measure_problem(problem, peers, measured)
+                with _threads(torch.get_num_threads() if case.threads else 1):
+                    for kind in case.kinds:
+                        problem = make_problem(case, kind, device, dtype, seed)
+                        _measure_problem(problem, peers, measured)
     return measured
 
 
@@ -118,6 +127,17 @@ def _measure_problem(problem: Problem, peers: Peers | None, measured: Measured) 
                 measured.rows += _rows(problem, name, entrance, got, plain, truth, others)
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch's threads inside: between few rows threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _compared(peers: Peers | None, problem: Problem) -> dict[str, Quantities | str]:
     if peers is None:
         return {}
@@ -148,8 +168,8 @@ def _rows(
         if not isinstance(got, str):
             error = error_of(quantity, got[quantity], exact)
         limit = error_of(quantity, plain[quantity], exact)
-        size = float(exact.abs().max()) if quantity == "log-probs" else 1.0
-        factor, floor = allowance(problem, quantity), FLOOR[problem.dtype] * size
+        scale = float(exact.abs().max()) if quantity == "log-probs" else 1.0
+        factor, floor = allowance(problem, quantity), FLOOR[problem.dtype] * scale
         passed = error <= factor * limit + floor  # False for NaN
         beside = {
             who: error_of(quantity, their[quantity], exact)
@@ -159,7 +179,7 @@ def _rows(
         found.append(
             Row(
                 device, dtype, backend, case, kind, entrance, quantity, error, limit, floor,
-                factor, passed, beside, note,
+                factor, passed, scale, beside, note,
             )
         )  # fmt: skip
     return found
