@@ -163,6 +163,18 @@ def test_kernels_that_never_ran_are_labelled(monkeypatch):
         assert "cuda (its kernels never ran on a GPU so far) on cpu" in lines
 
 
+def test_interpreted_kernels_run_in_small_batches(monkeypatch):
+    if backends.refusal("triton", torch.device("cpu"), torch.float32) is not None:
+        pytest.skip("no Triton interpreter here")
+    monkeypatch.setattr(backends, "ORDER", ("triton", "torch"))
+    batches = Case("small", 1, 2, 3, H=16, V=37), Case("large", 1, 2, 65, H=16, V=37)
+    monkeypatch.setattr(Case, "kinds", ("logits",))
+    found = measure.measure(None, batches, (torch.float32,)).rows
+    ran = {(r.backend, r.case) for r in found}
+    assert ran == {("triton", "small"), ("torch", "small"), ("torch", "large")}
+    assert any("interpreted" in line for line in report._not_run())
+
+
 def test_wrong_calls_exit_with_2_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "measure", None)
     path = tmp_path / "file"

@@ -13,6 +13,8 @@ from pro_kernels import backends, check, matmul, reference
 from pro_kernels.trust.cases import CASES, Case, Problem, make_problem
 from pro_kernels.trust.evaluate import Quantities, describe, error_of, evaluate, ours
 
+# Positions up to which a batch is run through an interpreter: more take minutes each.
+INTERPRETED_POSITIONS = 128
 FLOOR = {torch.float64: 1e-12, **check.FLOOR}
 
 # ``bench.trust.compare``: problem -> by name of a formulation what it gives, or why nothing.
@@ -95,6 +97,11 @@ def measure(
     return measured
 
 
+def interpreted(backend: str, device: torch.device) -> bool:
+    """Whether a backend's kernels run through an interpreter there: Triton's on CPU tensors."""
+    return device.type == "cpu" and backends.not_by_itself(backend, device) is not None
+
+
 def allowance(problem: Problem, quantity: str) -> float:
     """How many times plain PyTorch's error a gradient may have, by the roundings to 16 bits.
 
@@ -122,7 +129,9 @@ def _measure_problem(problem: Problem, peers: Peers | None, measured: Measured) 
         else:
             others[who] = found
     for name in backends.ORDER:
-        if backends.refusal(name, problem.device, problem.dtype, problem.case.n) is None:
+        small = problem.targets.numel() <= INTERPRETED_POSITIONS
+        refusal = backends.refusal(name, problem.device, problem.dtype, problem.case.n)
+        if refusal is None and (small or not interpreted(name, problem.device)):
             for entrance, got in ours(problem, name):
                 measured.rows += _rows(problem, name, entrance, got, plain, truth, others)
 

@@ -20,7 +20,16 @@ import torch
 from pro_kernels import backends, check, env, matmul
 from pro_kernels.trust.cases import CASES, Case
 from pro_kernels.trust.evaluate import official_only
-from pro_kernels.trust.measure import FLOOR, Measured, Peers, Refusal, Row, measure
+from pro_kernels.trust.measure import (
+    FLOOR,
+    INTERPRETED_POSITIONS,
+    Measured,
+    Peers,
+    Refusal,
+    Row,
+    interpreted,
+    measure,
+)
 
 _ROOT = Path(__file__).resolve().parents[2]
 # The report's columns; the gradients of weight and bias share one.
@@ -120,6 +129,9 @@ def _not_run() -> list[str]:
                 f"{name}{label} on {device.type}, {', '.join(dtypes)}: {reason}"
                 for reason, dtypes in refused.items()
             ]
+            if len(refused) < len(FLOOR) and interpreted(name, device):
+                few = f"interpreted, so in batches of at most {INTERPRETED_POSITIONS} positions"
+                found.append(f"{name}{label} on {device.type}: {few} only")
     return found
 
 
