@@ -7,6 +7,7 @@ backward is refused by PyTorch with its own message (``once_differentiable``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +56,8 @@ class HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, call: HeadCall):  # noqa: D102
-        logps, saved = _head_forward(ctx, hidden, weight, bias, rows, targets, call)
-        ctx.save_for_backward(*saved)
-        dropped = saved[-1]
+        logps, made, dropped = _head_forward(ctx, hidden, weight, bias, rows, targets, call)
+        ctx.save_for_backward(*made, dropped)
         ctx.mark_non_differentiable(dropped)
         ctx.set_materialize_grads(False)
         return logps, dropped
@@ -69,53 +69,6 @@ class HeadLogps(torch.autograd.Function):
             return (None,) * 6
         grads = _head_backward(ctx, grad.contiguous(), ctx.saved_tensors)
         return *_needed(grads, ctx.needs_input_grad), None, None, None
-
-
-class HeadPRO(torch.autograd.Function):
-    """The scalar loss of all tiers but T2; arguments and outputs of ``LinearPRO``.
-
-    ``HeadLogps`` and ``Ranking`` in one: each Function and its node cost a small batch much.
-    """
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx,
-        hidden,
-        weight,
-        bias,
-        rows,
-        targets,
-        offsets,
-        lengths,
-        order,
-        rewards,
-        sft_rank,
-        weights,
-        _prompt_tokens,
-        options: RankingOptions,
-        final_dtype,
-        call: HeadCall,
-    ):
-        logps, saved = _head_forward(ctx, hidden, weight, bias, rows, targets, call)
-        ranking = (offsets, lengths, order, rewards, sft_rank, weights)
-        config = ranking_config(options, call.backend)
-        run = ops.direct(ops.ranking, logps, offsets)
-        terms, sums, row_weights = run(logps, *ranking, *config)
-        ctx.save_for_backward(*saved, row_weights)
-        dropped = saved[-1]
-        per_rank = _over_prompts(weights, terms, final_dtype)
-        ctx.mark_non_differentiable(per_rank, sums, row_weights, dropped)
-        ctx.set_materialize_grads(False)
-        return per_rank.sum(), per_rank, sums, row_weights, dropped
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_others):  # noqa: D102
-        if grad is None:
-            return (None,) * 15
-        *saved, row_weights = ctx.saved_tensors
-        grads = _head_backward(ctx, grad.to(row_weights.dtype) * row_weights, saved)
-        return *_needed(grads, ctx.needs_input_grad), *[None] * 12
 
 
 class Logps(torch.autograd.Function):
@@ -183,9 +136,10 @@ class Ranking(torch.autograd.Function):
 
 
 class LinearPRO(torch.autograd.Function):
-    """Tier T2: the scalar loss whose gradients were made in the forward.
+    """The scalar loss from hidden states; in tier T2 its gradients are made in the forward.
 
-    Outputs as of ``Ranking``, then ``dropped`` as of ``HeadLogps``.
+    Head and ranking in one: each Function and its node cost a small batch much. Outputs as of
+    ``Ranking``, then ``dropped`` as of ``HeadLogps``.
     """
 
     @staticmethod
@@ -207,32 +161,22 @@ class LinearPRO(torch.autograd.Function):
         final_dtype,
         call: HeadCall,
     ):
-        terms, sums, *grads, row_weights, dropped = ops.linear_pro(
-            hidden,
-            weight,
-            bias,
-            rows,
-            targets,
-            offsets,
-            lengths,
-            order,
-            rewards,
-            sft_rank,
-            weights,
-            prompt_tokens,
-            call.plan.prompt_chunks,
-            call.compute_dtype,
-            call.options.softcap,
-            call.options.logit_scale,
-            *ranking_config(options, call.backend),
-            call.shared_rows,
-            call.plan.need_hidden,
-            bias is not None and ctx.needs_input_grad[2],
-            call.grad_filter,
-            budget=call.plan.budget,
-        )
-        ctx.budget, ctx.weight_dtype = call.plan.budget, weight.dtype
-        ctx.save_for_backward(*grads)
+        tensors = (hidden, weight, bias, rows, targets)
+        ranking = (offsets, lengths, order, rewards, sft_rank, weights)
+        config = ranking_config(options, call.backend)
+        saved: Sequence[Tensor | None]
+        if call.plan.tier == "T2":
+            ctx.call, ctx.weight_dtype = call, weight.dtype
+            need_bias = bias is not None and ctx.needs_input_grad[2]
+            terms, sums, *saved, row_weights, dropped = _chunked_forward(
+                tensors, ranking, prompt_tokens, config, call, need_bias
+            )
+        else:
+            logps, made, dropped = _head_forward(ctx, *tensors, call)
+            run = ops.direct(ops.ranking, logps, offsets)
+            terms, sums, row_weights = run(logps, *ranking, *config)
+            saved = [*made, dropped, row_weights]
+        ctx.save_for_backward(*saved)
         per_rank = _over_prompts(weights, terms, final_dtype)
         ctx.mark_non_differentiable(per_rank, sums, row_weights, dropped)
         ctx.set_materialize_grads(False)
@@ -243,18 +187,49 @@ class LinearPRO(torch.autograd.Function):
     def backward(ctx, grad, *_others):  # noqa: D102
         if grad is None:
             return (None,) * 15
-        # Out of place: a second backward through a retained graph must find them unscaled.
-        grads = [ops.scaled(g, grad, budget=ctx.budget) for g in ctx.saved_tensors]
-        grads[2] = grads[2].to(ctx.weight_dtype)  # dbias, in fp32 so far
+        if ctx.call.plan.tier == "T2":
+            # Out of place: a second backward through a retained graph must find them unscaled.
+            budget = ctx.call.plan.budget
+            grads = [ops.scaled(g, grad, budget=budget) for g in ctx.saved_tensors]
+            grads[2] = grads[2].to(ctx.weight_dtype)  # dbias, in fp32 so far
+        else:
+            *saved, row_weights = ctx.saved_tensors
+            grads = _head_backward(ctx, grad.to(row_weights.dtype) * row_weights, saved)
         return *_needed(grads, ctx.needs_input_grad), *[None] * 12
+
+
+def _chunked_forward(
+    tensors: tuple[Tensor | None, ...],  # as of ``LinearPRO``, up to the targets
+    ranking: tuple[Tensor | None, ...],  # from there to the weights
+    prompt_tokens: list[int],
+    config: tuple,
+    call: HeadCall,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    """Tier T2: terms, sums, the three gradients, row weights and ``dropped``."""
+    return ops.linear_pro(
+        *tensors,
+        *ranking,
+        prompt_tokens,
+        call.plan.prompt_chunks,
+        call.compute_dtype,
+        call.options.softcap,
+        call.options.logit_scale,
+        *config,
+        call.shared_rows,
+        call.plan.need_hidden,
+        need_bias,
+        call.grad_filter,
+        budget=call.plan.budget,
+    )
 
 
 def _head_forward(
     ctx, hidden, weight, bias, rows, targets, call: HeadCall
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Log-probs, and what ``_head_backward`` is to find saved; ``dropped`` comes last there."""
+) -> tuple[Tensor, list[Tensor | None], Tensor]:
+    """Log-probs, and what ``_head_backward`` is to find saved: a list, then ``dropped``."""
     plan = call.plan
-    logps, *made = ops.direct(ops.head_logps, hidden, weight, targets)(
+    logps, *made, dropped = ops.direct(ops.head_logps, hidden, weight, targets)(
         hidden,
         weight,
         bias,
@@ -276,7 +251,7 @@ def _head_forward(
     # All of dZ0 at hand: the backward does without the weight, which may be re-sharded by then.
     whole = plan.retained >= targets.shape[0] or not plan.need_weight
     head = (None, None) if whole else (weight, bias)
-    return logps, (hidden, *head, rows, targets, *made)
+    return logps, [hidden, *head, rows, targets, *made], dropped
 
 
 def _head_backward(ctx, grad: Tensor, saved) -> tuple[Tensor, Tensor, Tensor]:

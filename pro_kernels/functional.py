@@ -265,8 +265,7 @@ def linear_pro_loss(
         grad_filter=grad_filter,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
-    function = autograd.LinearPRO if call.plan.tier == "T2" else autograd.HeadPRO
-    loss, per_rank, sums, row_weights, dropped = function.apply(
+    loss, per_rank, sums, row_weights, dropped = autograd.LinearPRO.apply(
         rows,
         weight,
         bias,
