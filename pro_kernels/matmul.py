@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pro_kernels.options import constant_while_compiling
 
-# Bytes of fp32 workspace a blocked matmul may use; the planner counts it outside the budget.
+# Bytes of fp32 workspace a blocked matmul may use.
 WORKSPACE = 16 << 20
 # The same on a GPU, where small blocks cost launches.
 GPU_WORKSPACE = 256 << 20

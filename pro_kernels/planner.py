@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pro_kernels.matmul import sums_dtype, upcasts
+from pro_kernels.matmul import sums_dtype, upcasts, workspace
 from pro_kernels.options import constant_while_compiling
 
 # A chunk this tall already runs the matmuls at full rate; a taller one only takes memory.
@@ -105,7 +105,9 @@ def make_plan(
         ValueError: budget is not positive.
     """
     named = default_budget(device) if budget is None else check_budget(budget)
-    budget = max(1, named - fixed)
+    # Matmuls take memory of their own: fp32 copies of operands, or the library's scratch.
+    scratch = min(workspace(device.type), named // 8)
+    budget = max(1, named - fixed - scratch)
     size = dtype.itemsize
     operand = hidden * (4 if upcasts(dtype, device.type) else size)
     side = hidden * sums_dtype(dtype, device.type).itemsize

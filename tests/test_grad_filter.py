@@ -15,7 +15,7 @@ from pro_kernels.planner import make_plan
 B, N, T, H, V = 4, 3, 8, 16, 301
 TAU = 0.03
 # Tier -> budget that leads to it for these shapes in fp64.
-BUDGETS = {"T1": None, "T2": 120_000, "T3": 1}
+BUDGETS = {"T1": None, "T2": 137_200, "T3": 1}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -68,7 +68,7 @@ def test_errors_lie_within_the_bounds(small_chunks, monkeypatch, tier, extra):
     options = dict(extra, budget=BUDGETS[tier])
     plain, exact, _ = run(**options)
     if tier == "T2":
-        options["budget"] += 8 * V * H  # what the filter takes itself
+        options["budget"] += 8 * V * H * 8 // 7  # what the filter takes itself
     out, filtered, hidden = run(grad_filter=TAU, **options)
     assert [p.tier for p in plans] == [tier, tier]
     assert torch.equal(out.loss, plain.loss) and torch.equal(out.scores, plain.scores)

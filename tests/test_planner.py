@@ -119,9 +119,19 @@ def test_the_fp32_side_of_a_gpu_counts():
     low = rows * (2 * vocab + 3 * 2 * width)
     options = {"need_hidden": True, "need_weight": True}
     device = torch.device("cuda", 0)
-    for budget, tier in ((low, "T3"), (low + rows * 2 * width, "T1")):
+    for room, tier in ((low, "T3"), (low + rows * 2 * width, "T1")):
+        budget = room * 8 // 7 + 1  # beside the matmuls' scratch
         p = make_plan(rows, width, vocab, torch.bfloat16, device, budget=budget, **options)
         assert p.tier == tier
+
+
+def test_the_matmuls_scratch_is_part_of_the_budget():
+    """An eighth, at most what a blocked matmul takes."""
+    row = 32000 * 4 + 3 * 256 * 4
+    for budget, scratch in ((80 * MB, 10 * MB), (400 * MB, planner.workspace("cpu"))):
+        fits = (budget - scratch) // row
+        assert plan(rows=fits, budget=budget).tier == "T1"
+        assert plan(rows=fits + 1, budget=budget).tier == "T3"
 
 
 def test_memory_cached_for_nobody_counts_as_free(monkeypatch):
@@ -150,7 +160,8 @@ def test_a_filter_counts_the_copies_that_a_tier_makes_and_no_more():
 
 def test_a_filter_with_chunks_of_prompts_counts_an_fp32_copy():
     tokens = {"rows": 2000, "prompt_tokens": (500,) * 4, "dtype": torch.bfloat16}
-    budget = (32000 * 256 * 4 + 600 * (32000 * 2 + 4 * 256 * 4)) + MB
+    room = (32000 * 256 * 4 + 600 * (32000 * 2 + 4 * 256 * 4)) + MB
+    budget = room * 8 // 7 + 1  # beside the matmuls' scratch
     assert plan(**tokens, budget=budget).tier == "T2"
     assert plan(**tokens, budget=budget, filtered=True).tier != "T2"
 
