@@ -115,12 +115,12 @@ def ours(
 
 
 def _budget_of_tier(inputs: Inputs, tier: str) -> int:
-    """The largest budget, a power of two, under which the planner takes this tier."""
+    """The budget, a power of two, that leads to this tier: the largest, for T3 the smallest."""
     case = inputs.case
     if case.kind != "linear":
         raise Refused("tiers are compared with the head trained")
     tokens = (inputs.targets != -100).sum((1, 2)).tolist()
-    for budget in reversed(_BUDGETS):
+    for budget in _BUDGETS if tier == "T3" else reversed(_BUDGETS):
         plan = make_plan(
             case.scored, case.H, case.V, case.torch_dtype, inputs.device, need_hidden=True,
             need_weight=True, budget=budget, prompt_tokens=tuple(tokens), hidden_rows=case.tokens,

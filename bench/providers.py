@@ -74,7 +74,7 @@ def all_providers(device: torch.device) -> dict[str, Provider]:
     ours = {f"ours-{b}": (f"pro_kernels ({b})", {"backend": b}) for b in usable}
     for name, what, more in (
         ("T2", "tier T2", {"tier": "T2"}),
-        ("T3", "tier T3", {"tier": "T3"}),
+        ("T3", "tier T3, least memory", {"tier": "T3"}),
         ("layout", "layout made before", {"with_layout": True}),
         ("trained-head", "head trained", {"train_head": True}),
     ):
