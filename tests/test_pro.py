@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -69,6 +71,15 @@ def test_the_host_hides_no_error(row, message, monkeypatch):
     for limit in (0, 1 << 30):
         with pytest.raises(ValueError, match=message):
             ranked(limit, LAYOUTS["full"], rewards, {}, torch.float32, monkeypatch)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_graph_being_captured_has_no_copy_from_the_host(capturing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    layout = SimpleNamespace(
+        device=torch.device("cuda"), candidate_tokens=((1, 1),), sequences=torch.zeros(1, 2)
+    )
+    assert pro._known_on_host(layout, None, PROOptions()) is not capturing
 
 
 def test_outputs_of_a_full_batch_are_the_callers(monkeypatch):
