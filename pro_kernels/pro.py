@@ -90,7 +90,7 @@ def _known_on_host(layout: Layout, rewards: Tensor | None, options: PROOptions) 
         return False
     if layout.sequences.numel() > _HOST_CANDIDATES:
         return False
-    if layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return False  # a graph would replay the copy from memory that is gone
     return rewards is None or rewards.device.type == "cpu"
 

@@ -75,6 +75,7 @@ def test_the_host_hides_no_error(row, message, monkeypatch):
 
 @pytest.mark.parametrize("capturing", [False, True])
 def test_a_graph_being_captured_has_no_copy_from_the_host(capturing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     layout = SimpleNamespace(
         device=torch.device("cuda"), candidate_tokens=((1, 1),), sequences=torch.zeros(1, 2)
