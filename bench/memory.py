@@ -55,6 +55,7 @@ def weigh(
     ``answer_all``. A case that kills the process (out of memory) gets a note; the others go on in a
     new one.
     """
+    _trim()  # what was timed before held on to its memory
     left = list(cases)
     while left:
         for answer in _child(module, provider, left, device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 
@@ -11,6 +12,22 @@ from bench.step import Step
 
 # More than the L2 of any GPU and than most CPUs' caches.
 _FLUSH_BYTES = 256 << 20
+
+
+# Parameters of glibc's mallopt.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+
+
+def keep_memory() -> None:
+    """Let freed memory stay with the process, as a GPU's caching allocator does (glibc).
+
+    Otherwise each large tensor is new memory, and where the kernel has no huge pages left its
+    faults take several times what a provider computes, in one run and not in the next.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, -1)
 
 
 class Timer:
@@ -23,6 +40,8 @@ class Timer:
     def __init__(self, device: torch.device, flush: bool = False) -> None:
         """Make the events and the flush buffer."""
         self.cuda = device.type == "cuda"
+        if not self.cuda:
+            keep_memory()
         self.buffer = None
         if self.cuda or flush:
             self.buffer = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
