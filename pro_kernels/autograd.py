@@ -71,26 +71,92 @@ class HeadLogps(torch.autograd.Function):
         return *_needed(grads, ctx.needs_input_grad), None, None, None
 
 
-class Logps(torch.autograd.Function):
-    """Log-probs ``(N,)`` of the targets from logits ``(N, V)``."""
+class HeadStats(torch.autograd.Function):
+    """Log-probs and entropies ``(N,)`` of the scored rows, both differentiable.
+
+    Then (3, N) of ``ops.head_stats``, without a gradient; (0, N) unless asked for.
+    """
 
     @staticmethod
-    def forward(ctx, logits, targets, options: LogitOptions, backend: str, inplace: bool):  # noqa: D102
-        logps, lse = ops.logps(logits, targets, options.softcap, options.logit_scale, backend)
-        ctx.save_for_backward(logits, lse, targets)
-        ctx.config = (options.softcap, options.logit_scale, backend)
-        ctx.inplace = inplace
-        return logps
+    def forward(ctx, hidden, weight, bias, rows, targets, call: HeadCall, extra: bool):  # noqa: D102
+        plan = call.plan
+        values, stats, logits = ops.head_stats(
+            hidden,
+            weight,
+            bias,
+            rows,
+            targets,
+            call.compute_dtype,
+            call.logits_dtype,
+            call.options.softcap,
+            call.options.logit_scale,
+            call.backend,
+            plan.chunk,
+            plan.retained,
+            extra,
+            budget=plan.budget,
+        )
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, stats, logits)
+        ctx.call = call
+        more = values[2:]
+        ctx.mark_non_differentiable(more)
+        ctx.set_materialize_grads(False)
+        return values[0], values[1], more
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # noqa: D102
-        logits, lse, targets = ctx.saved_tensors
-        args = (logits, lse, targets, grad.contiguous().to(lse.dtype), *ctx.config)
+    def backward(ctx, grad, entropy_grad, _more):  # noqa: D102
+        if grad is None and entropy_grad is None:
+            return (None,) * 7
+        call, stats = ctx.call, ctx.saved_tensors[5]
+        grads = ops.head_stats_backward(
+            stats.new_zeros(stats.shape[1]) if grad is None else grad.contiguous(),
+            None if entropy_grad is None else entropy_grad.contiguous(),
+            *ctx.saved_tensors,
+            call.compute_dtype,
+            call.logits_dtype,
+            call.options.softcap,
+            call.options.logit_scale,
+            call.backend,
+            call.plan.chunk,
+            call.shared_rows,
+            *ctx.needs_input_grad[:3],
+            budget=call.plan.budget,
+        )
+        return *_needed(grads, ctx.needs_input_grad), *[None] * 4
+
+
+class Logps(torch.autograd.Function):
+    """Log-probs ``(N,)`` of the targets from logits ``(N, V)``; entropies (N,), or none, (0,)."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx, logits, targets, options: LogitOptions, backend: str, inplace: bool, entropy: bool
+    ):
+        config = (options.softcap, options.logit_scale, backend)
+        logps, lse, entropies = ops.logps(logits, targets, *config, entropy)
+        ctx.save_for_backward(logits, lse, targets, entropies)
+        ctx.config = config
+        ctx.inplace, ctx.entropy = inplace, entropy
+        ctx.set_materialize_grads(False)
+        return logps, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, entropy_grad):  # noqa: D102
+        if not ctx.entropy:
+            entropy_grad = None  # torch.compile fills in what is missing
+        if grad is None and entropy_grad is None:
+            return (None,) * 6
+        logits, lse, targets, entropies = ctx.saved_tensors
+        weights = torch.zeros_like(lse) if grad is None else grad.contiguous().to(lse.dtype)
+        by = None if entropy_grad is None else entropy_grad.contiguous().to(lse.dtype)
+        value = None if by is None else entropies
+        args = (logits, lse, targets, weights, value, by, *ctx.config)
         if not ctx.inplace:
-            return ops.logits_grad(*args), None, None, None, None
+            return ops.logits_grad(*args), *[None] * 5
         ops.logits_grad_(*args)
-        return logits, None, None, None, None
+        return logits, *[None] * 5
 
 
 class Ranking(torch.autograd.Function):

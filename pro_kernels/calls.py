@@ -46,6 +46,7 @@ def head_call(
     *,
     scalar_loss: bool,
     grad_filter: float | None,
+    entropy: bool = False,
 ) -> autograd.HeadCall:
     """Choose backend and tier, and bundle all that is not a tensor."""
     checks.check_device("layout", layout.targets, "hidden", hidden)
@@ -70,6 +71,7 @@ def head_call(
         wide_logits=wide,
         filtered=grad_filter is not None,
         grad_size=weight.itemsize if weight.requires_grad else 0,
+        entropy=entropy,
     )
     candidates = layout.shape[1] if scalar_loss else None
     backend = resolve(backend, hidden.device, logits_dtype, candidates)

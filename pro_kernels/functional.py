@@ -7,6 +7,8 @@ are unshifted labels, as transformers has them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from pro_kernels.column_filter import check_grad_filter
 from pro_kernels.head import acc_dtype
 from pro_kernels.layout import Layout, check_targets, mark_unscored, shift_targets
 from pro_kernels.options import IGNORE_INDEX, LogitOptions, PROOptions
-from pro_kernels.output import GradFilter, PROOutput
+from pro_kernels.output import GradFilter, PROOutput, TokenStats
 from pro_kernels.pro import make_output, rank_candidates
 
 
@@ -34,6 +36,7 @@ def linear_token_logps(
     logits_dtype: torch.dtype | None = None,
     grad_filter: float | None = None,
     return_dropped: bool = False,
+    return_entropy: bool = False,
     backend: str = "auto",
     budget: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -59,26 +62,118 @@ def linear_token_logps(
         return_dropped: also return what each row's gradient lost, as (3, ...) fp32: that
             probability, the norm of its dropped ``dZ0``, and a bound of the norm of its share of
             dHidden, for an upstream gradient of 1.
+        return_entropy: also return the entropy of each row's distribution in nats, (...) fp32, 0
+            where nothing is scored; differentiable, at no matmul more (the logits are kept instead
+            of ``dZ0``, and a chunk of ``dZ`` beside them). Not with ``grad_filter``.
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
 
     Returns:
         (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``. With
-        ``return_dropped`` a pair.
+        ``return_dropped`` or ``return_entropy`` a pair.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, dtypes or values that do not fit, a target outside [0, V).
     """
-    compute = checks.check_head(hidden, weight, bias)
+    if return_entropy:
+        if grad_filter is not None or return_dropped:
+            raise ValueError(
+                "return_entropy=True needs grad_filter=None and return_dropped=False (every column "
+                f"counts in an entropy), got grad_filter={grad_filter}, "
+                f"return_dropped={return_dropped}"
+            )
+        stats = linear_token_stats(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            ignore_index=ignore_index,
+            shift=shift,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            logits_dtype=logits_dtype,
+            backend=backend,
+            budget=budget,
+        )
+        return stats.logps, stats.entropy
     check_grad_filter(grad_filter)
+    call, layout, targets = _token_call(
+        hidden, weight, targets, bias, ignore_index, shift, softcap, logit_scale, logits_dtype,
+        backend, budget, grad_filter=grad_filter,
+    )  # fmt: skip
+    logps, dropped = autograd.HeadLogps.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout.rows, layout.targets, call
+    )
+    logps = _by_position(logps, layout).view(targets.shape)
+    if not return_dropped:
+        return logps
+    if not dropped.numel():
+        dropped = logps.new_zeros((3, layout.num_tokens), dtype=torch.float32)
+    return logps, _by_position(dropped, layout).view(3, *targets.shape)
+
+
+def linear_token_stats(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    extra: bool = False,
+    backend: str = "auto",
+    budget: int | None = None,
+) -> TokenStats:
+    """Log-probability of each target and entropy of each row, both differentiable.
+
+    What ``linear_token_logps(..., return_entropy=True)`` returns, and with ``extra`` three numbers
+    more without gradient, at two more passes over the logits: what policy-gradient trainers log.
+
+    Args and errors as there.
+    """
+    call, layout, targets = _token_call(
+        hidden, weight, targets, bias, ignore_index, shift, softcap, logit_scale, logits_dtype,
+        backend, budget, entropy=True,
+    )  # fmt: skip
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logps, entropy, more = autograd.HeadStats.apply(
+        rows, weight, bias, layout.rows, layout.targets, call, extra
+    )
+    logps, entropy = (_by_position(x, layout).view(targets.shape) for x in (logps, entropy))
+    if not extra:
+        return TokenStats(logps, entropy)
+    square, mean, top = _by_position(more, layout).view(3, *targets.shape)
+    return TokenStats(logps, entropy, square, mean, top > 0)
+
+
+def _token_call(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    shift: bool,
+    softcap: float | None,
+    logit_scale: float,
+    logits_dtype: torch.dtype | None,
+    backend: str,
+    budget: int | None,
+    *,
+    grad_filter: float | None = None,
+    entropy: bool = False,
+) -> tuple[autograd.HeadCall, Layout, Tensor]:
+    """A token-level call, checked: its plan, its layout, and the targets after the shift."""
+    compute = checks.check_head(hidden, weight, bias)
     check_targets(targets)
     checks.check_same_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
     checks.check_device("targets", targets, "hidden", hidden)
     if shift:
         targets = shift_targets(targets, ignore_index)
-    flat = targets.reshape(1, 1, -1)
-    layout = layout_of(flat, ignore_index, weight.shape[0])
+    layout = layout_of(targets.reshape(1, 1, -1), ignore_index, weight.shape[0])
     call = head_call(
         hidden,
         weight,
@@ -91,18 +186,17 @@ def linear_token_logps(
         budget,
         scalar_loss=False,
         grad_filter=grad_filter,
+        entropy=entropy,
     )
-    logps, dropped = autograd.HeadLogps.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout.rows, layout.targets, call
-    )
-    if layout.rows is not None:
-        logps = logps.new_zeros(flat.numel()).index_copy(0, layout.rows, logps)
-    if not return_dropped:
-        return logps.view(targets.shape)
-    lost = logps.new_zeros((3, flat.numel()), dtype=torch.float32)
-    if dropped.numel():
-        lost = dropped if layout.rows is None else lost.index_copy(1, layout.rows, dropped)
-    return logps.view(targets.shape), lost.view(3, *targets.shape)
+    return call, layout, targets
+
+
+def _by_position(values: Tensor, layout: Layout) -> Tensor:
+    """Values (..., N) of the scored rows as (..., R), 0 elsewhere."""
+    if layout.rows is None:
+        return values
+    whole = values.new_zeros((*values.shape[:-1], layout.num_rows))
+    return whole.index_copy(-1, layout.rows, values)
 
 
 def token_logps(
@@ -114,8 +208,9 @@ def token_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     inplace_backward: bool = False,
+    return_entropy: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under ``softmax(logits)``; unscored rows are never read.
 
     Args:
@@ -126,10 +221,13 @@ def token_logps(
         softcap: ``c * tanh(z / c)`` on the logits, or None.
         logit_scale: factor on the logits, before the softcap.
         inplace_backward: write the gradient over the logits; nothing else may use them afterwards.
+        return_entropy: also return the entropy of each row in nats, (...) fp32, differentiable; 0
+            where nothing is scored.
         backend: "auto" or a backend's name; a named one never falls back.
 
     Returns:
-        (...) fp32 (fp64 for fp64 logits); 0 where the target is ``ignore_index``.
+        (...) fp32 (fp64 for fp64 logits); 0 where the target is ``ignore_index``. With
+        ``return_entropy`` a pair.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -149,7 +247,11 @@ def token_logps(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     options = LogitOptions(softcap, logit_scale)
-    return autograd.Logps.apply(rows, flat, options, backend, inplace_backward).view(targets.shape)
+    logps, entropy = autograd.Logps.apply(
+        rows, flat, options, backend, inplace_backward, return_entropy
+    )
+    logps = logps.view(targets.shape)
+    return (logps, entropy.view(targets.shape)) if return_entropy else logps
 
 
 def linear_pro_loss(
@@ -342,7 +444,7 @@ def pro_loss(
         layout, rewards, options, candidate_mask, prompt_weights, sft_index, acc_dtype(logits.dtype)
     )
     resolve(backend, logits.device, logits.dtype, layout.shape[1])
-    logps = token_logps(
+    logps: Any = token_logps(
         logits,
         targets,
         ignore_index=ignore_index,

@@ -229,7 +229,7 @@ def forward(
     retained = min(residual.shape[0], n)
     wide = head.logits_dtype != head.compute_dtype
     scratch = None
-    for i, (start, stop) in enumerate(_chunks(n, chunk, retained)):
+    for i, (start, stop) in enumerate(chunks_of(n, chunk, retained)):
         keep = start < retained
         at = slice(start, stop)
         x, t = head.rows_of(_part(rows, at)), _part(targets, at)
@@ -280,7 +280,7 @@ def weight_backward(
     n, retained = rows.shape[0], min(residual.shape[0], rows.shape[0])
     xw = head.weighted_rows(rows, row_weights)
     if kept is not None:
-        several = len(_chunks(n, chunk, retained)) > 1  # their sum is fp32
+        several = len(chunks_of(n, chunk, retained)) > 1  # their sum is fp32
         sums = [_zeros_for(x, several) for x in (out, bias_out)]
         for at, columns, dz in _kept_chunks(
             head, rows, targets, retained, chunk, residual, stats, kept
@@ -320,7 +320,7 @@ def _kept_chunks(
     kept: Kept,
 ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
     """The rows, kept columns and compact dZ0 of each chunk, computed again where not retained."""
-    for i, (start, stop) in enumerate(_chunks(rows.shape[0], chunk, retained)):
+    for i, (start, stop) in enumerate(chunks_of(rows.shape[0], chunk, retained)):
         at, columns, count = slice(start, stop), kept.of(i), kept.count(i)
         if start < retained:
             yield at, columns, residual[at, :count]
@@ -528,7 +528,7 @@ def _part(x: Tensor, at: slice) -> Tensor:
     return x if at.stop - at.start == x.shape[0] else x[at]
 
 
-def _chunks(n: int, chunk: int, retained: int) -> list[tuple[int, int]]:
+def chunks_of(n: int, chunk: int, retained: int) -> list[tuple[int, int]]:
     """Row ranges of at most ``chunk`` rows, with a border where retention ends."""
     starts = [*range(0, retained, chunk), *range(retained, n, chunk)]
     return list(zip(starts, [*starts[1:], n], strict=False)) if n else []

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pro_kernels import backends, head
+from pro_kernels import backends, head, token_stats
 from pro_kernels.layout import raise_bad_target
 from pro_kernels.options import IGNORE_INDEX, LogitOptions, RankingOptions
 
@@ -110,23 +110,30 @@ def logps(
     softcap: float | None,
     logit_scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and log-sum-exp of each row, ``(N,)`` fp32."""
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of each target, log-sum-exp and entropy (or nothing) of each row, ``(N,)`` fp32."""
     check_range(targets, logits.shape[1])
-    module = backends.get(backend)
-    logp, lse, _ = module.logp(logits, targets, options=LogitOptions(softcap, logit_scale))
-    return logp, lse
+    options = LogitOptions(softcap, logit_scale)
+    logp, lse, third = backends.get(backend).logp(logits, targets, options=options, entropy=entropy)
+    return logp, lse, lse.new_empty(0) if third is None else third
 
 
 @_fake(logps)
-def _(logits, targets, softcap, logit_scale, backend):
+def _(logits, targets, softcap, logit_scale, backend, entropy):
     out = logits.new_empty(targets.shape, dtype=head.acc_dtype(logits.dtype))
-    return out, torch.empty_like(out)
+    return out, torch.empty_like(out), out.new_empty(out.shape if entropy else 0)
 
 
-def _logits_grad(logits, lse, targets, weights, softcap, logit_scale, backend, out):
+def _logits_grad(logits, lse, targets, weights, entropy, by, softcap, logit_scale, backend, out):
     return backends.get(backend).logits_grad(
-        logits, lse, targets, weights, options=LogitOptions(softcap, logit_scale), out=out
+        logits,
+        lse,
+        targets,
+        weights,
+        options=LogitOptions(softcap, logit_scale),
+        out=out,
+        entropy=None if entropy is None else (entropy, by),
     )
 
 
@@ -136,16 +143,19 @@ def logits_grad(
     lse: Tensor,  # (N,)
     targets: Tensor,  # (N,)
     weights: Tensor,  # (N,) upstream gradient of each log-prob
+    entropy: Tensor | None,  # (N,)
+    entropy_weights: Tensor | None,  # (N,) upstream gradient of each entropy
     softcap: float | None,
     logit_scale: float,
     backend: str,
 ) -> Tensor:
     """Gradient with respect to the logits; rows that are not scored become 0 without being read."""
-    return _logits_grad(logits, lse, targets, weights, softcap, logit_scale, backend, None)
+    rows = (lse, targets, weights, entropy, entropy_weights)
+    return _logits_grad(logits, *rows, softcap, logit_scale, backend, None)
 
 
 @_fake(logits_grad)
-def _(logits, lse, targets, weights, softcap, logit_scale, backend):
+def _(logits, lse, targets, weights, entropy, entropy_weights, softcap, logit_scale, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -155,12 +165,15 @@ def logits_grad_(
     lse: Tensor,
     targets: Tensor,
     weights: Tensor,
+    entropy: Tensor | None,
+    entropy_weights: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     backend: str,
 ) -> None:
     """``logits_grad`` written over the logits."""
-    _logits_grad(logits, lse, targets, weights, softcap, logit_scale, backend, logits)
+    rows = (lse, targets, weights, entropy, entropy_weights)
+    _logits_grad(logits, *rows, softcap, logit_scale, backend, logits)
     # Kernels write through pointers, which autograd does not see; it must find logits that another
     # node saved, or a second backward of this one, changed.
     if not logits.is_inference():
@@ -168,7 +181,7 @@ def logits_grad_(
 
 
 @_fake(logits_grad_)
-def _(logits, lse, targets, weights, softcap, logit_scale, backend):
+def _(logits, lse, targets, weights, entropy, entropy_weights, softcap, logit_scale, backend):
     return None
 
 
@@ -355,6 +368,138 @@ def _(grad, hidden, weight, *config, budget=0):
 
 
 @_op()
+def head_stats(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,); None: token i is row i, unscored ones are dropped here
+    targets: Tensor,  # (N,)
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    chunk: int,
+    retained: int,
+    extra: bool,
+    *,
+    budget: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, entropies and more of the scored rows, and what the backward needs.
+
+    Returns ``values`` (2 or 5, N): log-prob, entropy and, with ``extra``, ``log sum p^2``, the mean
+    logit and whether the target is the largest; ``stats`` (2 or 3, N), in compact order, and
+    ``logits`` (retained, V) as of ``token_stats``.
+    """
+    with _autocast_off(hidden):
+        check_range(targets, weight.shape[0])
+        options = LogitOptions(softcap, logit_scale)
+        h = _head(hidden, weight, bias, compute_dtype, logits_dtype, options, backend)
+        values, stats, logits = _stats_buffers(h, targets, retained, extra)
+        live, rows, kept_targets = _compact(rows, targets)
+        n = rows.shape[0]
+        compact = values if live is None else values.new_empty(values.shape[0], n)
+        token_stats.forward(
+            h,
+            rows,
+            kept_targets,
+            chunk=chunk,
+            logits=logits,
+            logps=compact[0],
+            stats=stats[:, :n],
+            extra=compact[2:],
+        )
+        compact[1] = stats[1, :n]
+        if live is not None:
+            values.zero_().index_copy_(1, live, compact)
+        return values, stats, logits
+
+
+@_fake(head_stats)
+def _(
+    hidden,
+    weight,
+    bias,
+    rows,
+    targets,
+    compute_dtype,
+    logits_dtype,
+    softcap,
+    logit_scale,
+    backend,
+    chunk,
+    retained,
+    extra,
+    *,
+    budget=0,
+):
+    h = head.Head(hidden, weight, bias, None, None, compute_dtype, logits_dtype)
+    return _stats_buffers(h, targets, retained, extra)
+
+
+@_op()
+def head_stats_backward(
+    grad: Tensor,  # (N,) upstream gradient of each log-prob
+    entropy_grad: Tensor | None,  # (N,) of each entropy
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,)
+    targets: Tensor,  # (N,)
+    stats: Tensor,  # (2 or 3, N)
+    logits: Tensor,  # (retained, V)
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    chunk: int,
+    shared_rows: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    *,
+    budget: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DHidden (R, H), dW (V, H) and dbias (V,); those not needed are empty."""
+    with _autocast_off(hidden):
+        options = LogitOptions(softcap, logit_scale)
+        h = _head(hidden, weight, bias, compute_dtype, logits_dtype, options, backend)
+        d_hidden, d_weight, d_bias = _grad_buffers(
+            hidden, weight.shape[0], weight.dtype, need_hidden, need_weight, need_bias
+        )
+        live, rows, targets = _compact(rows, targets)
+        n = rows.shape[0]
+        w = grad.to(stats.dtype)
+        by = None if entropy_grad is None else entropy_grad.to(stats.dtype)
+        if live is not None:
+            w, by = w[live], None if by is None else by[live]
+        side = hidden.new_empty((n, hidden.shape[1]), dtype=h.side_dtype) if need_hidden else None
+        token_stats.backward(
+            h,
+            rows,
+            targets,
+            w,
+            by,
+            chunk=chunk,
+            logits=logits,
+            stats=stats[:, :n],
+            side=side,
+            out=d_weight if need_weight else None,
+            bias_out=d_bias if need_bias else None,
+        )
+        if side is not None:
+            one = torch.ones_like(w)
+            head.scatter_rows(side, one, rows, d_hidden.zero_(), shared_rows, h.backend)
+        return d_hidden, d_weight, d_bias
+
+
+@_fake(head_stats_backward)
+def _(grad, entropy_grad, hidden, weight, *config, budget=0):
+    return _grad_buffers(hidden, weight.shape[0], weight.dtype, *config[-3:])
+
+
+@_op()
 def linear_pro(
     hidden: Tensor,  # (R, H)
     weight: Tensor,  # (V, H)
@@ -522,6 +667,18 @@ def _head_buffers(
         kept.columns,
         kept.counts,
         kept.dropped,
+    )
+
+
+def _stats_buffers(
+    h: head.Head, targets: Tensor, retained: int, extra: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, like = targets.shape[0], h.hidden
+    acc = head.acc_dtype(h.compute_dtype)
+    return (
+        like.new_empty((5 if extra else 2, n), dtype=acc),
+        like.new_empty((3 if h.logits_dtype.itemsize < 4 else 2, n), dtype=acc),
+        head.empty_rows(like, retained, h.weight.shape[0], h.logits_dtype),
     )
 
 

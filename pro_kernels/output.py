@@ -83,3 +83,21 @@ class PROOutput(NamedTuple):
     logps: Tensor
     lengths: Tensor
     grad_filter: GradFilter | None = None
+
+
+class TokenStats(NamedTuple):
+    """What ``linear_token_stats`` returns: (...) each, fp32 (fp64), 0 where nothing is scored.
+
+    Attributes:
+        logps: log-prob of the target.
+        entropy: of the row's distribution, in nats.
+        log_sum_sq_probs: ``log sum_v p_v^2``, without gradient; None unless asked for.
+        mean_logits: mean over the vocabulary of the logits after scale and softcap, likewise.
+        is_top1: bool, whether the target is the most likely, likewise.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None

@@ -81,6 +81,7 @@ def make_plan(
     hidden_rows: int | None = None,
     filtered: bool = False,
     grad_size: int | None = None,
+    entropy: bool = False,
 ) -> Plan:
     """Choose the tier for ``rows`` scored rows.
 
@@ -99,6 +100,8 @@ def make_plan(
         hidden_rows: R, rows of the hidden states; None for N.
         filtered: columns leave the gradients (``grad_filter``), which takes copies of those kept.
         grad_size: bytes of a number of dW, 0 where only the bias is trained; None: as of dtype.
+        entropy: its gradient is wanted too (``token_stats.py``): T1 keeps logits beside a chunk of
+            dZ as large, T3 sums an fp32 dW, and a frozen weight makes no tier of its own.
 
     Raises:
         TypeError: budget is not an integer.
@@ -126,6 +129,14 @@ def make_plan(
 
     if not (need_hidden or need_weight):
         return plan("T0", _equal_chunks(rows, min(budget // row, most), on_gpu))
+    if entropy:
+        logits = vocab * (4 if wide_logits else size)
+        row += logits
+        if rows <= budget // row:
+            return plan("T1", rows, retained=rows)
+        fit = max(MIN_ROWS, (budget - 4 * vocab * hidden * need_weight - kept_sides) // row)
+        chunk = min(max(MIN_ROWS, fit // 2), most, rows)
+        return plan("T3", chunk, retained=max(0, min((fit - chunk) * row // logits, rows)))
     if not need_weight:
         fit = max(MIN_ROWS, (budget - copies["T1"] - kept_sides) // row)
         return plan("T1f", _equal_chunks(rows, min(fit, most), on_gpu))

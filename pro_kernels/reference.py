@@ -19,6 +19,7 @@ Legend: ``B`` prompts, ``n`` candidates, ``T`` positions, ``H`` hidden, ``V`` vo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ def token_logps(
     shift: bool = False,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> Tensor:
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target, ``(...)`` fp32 (fp64 for fp64), 0 where not scored.
 
     Arguments as in ``pro_kernels.token_logps``.
@@ -48,8 +50,13 @@ def token_logps(
         z = softcap * torch.tanh(z / softcap)
     scored = targets != ignore_index
     index = torch.where(scored, targets, 0).long().unsqueeze(-1)
-    logps = torch.log_softmax(z, dim=-1).gather(-1, index).squeeze(-1)
-    return torch.where(scored, logps, 0.0)
+    log_p = torch.log_softmax(z, dim=-1)
+    logps = torch.where(scored, log_p.gather(-1, index).squeeze(-1), 0.0)
+    if not return_entropy:
+        return logps
+    # Where p is 0 it adds nothing, and no gradient passes: 0 * -inf would be NaN.
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    return logps, torch.where(scored, entropy, 0.0)
 
 
 def linear_token_logps(
@@ -59,7 +66,7 @@ def linear_token_logps(
     *,
     bias: Tensor | None = None,
     **options,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """``token_logps`` of ``hidden weight^T + bias``; options as there."""
     return token_logps(torch.nn.functional.linear(hidden, weight, bias), targets, **options)
 
@@ -128,6 +135,7 @@ def pro_loss(
 ) -> PROOutput:
     """The PRO loss from logits; arguments and result as ``pro_kernels.linear_pro_loss``."""
     opts = PROOptions(**options)
+    logps: Any
     if layout is None:
         assert targets is not None
         if shift:

@@ -29,7 +29,8 @@ ALLOWED = {
     "backends.cuda": {"backends.native", "options"},
     "backends.triton": {"options", "backends.triton"},
     "head": {"column_filter", "matmul", "options"},
-    "ops": {"backends", "head", "layout", "options"},
+    "token_stats": {"head", "matmul", "options"},
+    "ops": {"backends", "head", "layout", "options", "token_stats"},
     "autograd": {"ops", "options", "planner"},
     "pro": {"checks", "layout", "options", "output"},
     "calls": {"autograd", "backends", "checks", "layout", "options", "planner", "pro"},
@@ -41,7 +42,9 @@ ALLOWED = {
     "env": {"_version", "backends", "matmul", "planner"},
     "trust": {"backends", "check", "env", "functional", "matmul", "planner", "reference"},
     "__main__": {"check", "env", "trust"},
-    "__init__": {"backends", "losses", "reference", "functional", "layout", "output", "_version"},
+    "__init__": {
+        "backends", "losses", "reference", "functional", "layout", "output", "_version",
+    },
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from pro_kernels.planner import Plan
 ROOT = Path(pk.__file__).parent
 MODULES = (
     *("head", "column_filter", "ops", "autograd", "matmul", "calls", "pro", "functional"),
-    *("planner", "options", "checks"),
+    *("planner", "options", "checks", "token_stats"),
 )
 HOT = [ROOT / f"{name}.py" for name in MODULES]
 HOT += sorted(set((ROOT / "backends").rglob("*.py")) - {ROOT / "backends/triton/aot.py"})

@@ -29,11 +29,14 @@ def head_inputs(dtype=torch.float32, rows=True):
 @pytest.mark.parametrize("backend", usable_backends())
 def test_opcheck_logits_ops(backend):
     logits, targets = torch.randn(5, 17), torch.tensor([0, 16, -100, 3, 4])
-    torch.library.opcheck(ops.logps, (logits, targets, *CONFIG, backend), test_utils=FULL)
-    _, lse = ops.logps(logits, targets, *CONFIG, backend)
-    args = (logits, lse, targets, torch.randn(5), *CONFIG, backend)
-    torch.library.opcheck(ops.logits_grad, args, test_utils=FULL)
-    torch.library.opcheck(ops.logits_grad_, args, test_utils=FULL)
+    for entropy in (False, True):
+        args = (logits, targets, *CONFIG, backend, entropy)
+        torch.library.opcheck(ops.logps, args, test_utils=FULL)
+    _, lse, value = ops.logps(*args)
+    for extra in ((None, None), (value, torch.randn(5))):
+        args = (logits, lse, targets, torch.randn(5), *extra, *CONFIG, backend)
+        torch.library.opcheck(ops.logits_grad, args, test_utils=FULL)
+        torch.library.opcheck(ops.logits_grad_, args, test_utils=FULL)
 
 
 @pytest.mark.parametrize("backend", usable_backends())

@@ -1,4 +1,4 @@
-// What one instruction set provides: two functions on one row of logits, per dtype.
+// What one instruction set provides: three functions on one row of logits, per dtype.
 //
 // Everything around the rows (threads, masks, the target's own entry, finishing in double) is
 // compiled once, in logits.cpp. A new instruction set is one vec_*.h, one isa_*.cpp and one line
@@ -31,6 +31,9 @@ struct RowKernels {
   // out_v = factor * exp(z_v - shift) * dz_v/draw_v. `out` may be `row`.
   void (*gradient)(const void* row, void* out, int64_t columns, float shift, float factor,
                    const Transform&);
+  // out_v = (factor + tilt * (z_v - shift)) * exp(z_v - shift) * dz_v/draw_v.
+  void (*tilted_gradient)(const void* row, void* out, int64_t columns, float shift, float factor,
+                          float tilt, const Transform&);
 };
 
 struct Isa {

@@ -101,15 +101,35 @@ void residual_row(const Logits& x, int64_t i, const Target& target, const Transf
   if (inside) write(x, i, target.column, one_minus_p(f.logp) * slope(raw, t));
 }
 
+struct Entropy {
+  bool given;
+  double value;
+  double weight;
+};
+
+// e^log_p * x, 0 where the probability is, whatever x.
+double p_times(double log_p, double x) {
+  const double p = std::exp(log_p);
+  return p == 0 ? 0 : p * x;
+}
+
 void gradient_row(const Logits& x, const Logits& out, int64_t i, float lse, double weight,
-                  const Target& target, const Transform& t) {
+                  const Entropy& entropy, const Target& target, const Transform& t) {
   const bool hit = target.column >= 0 && target.column < x.columns;
   const double raw = !hit ? 0.0f : target.exact ? target.raw : read(x, i, target.column);
   const RowKernels& kernels = active_isa().kernels[x.dtype];
-  kernels.gradient(x.row(i), out.row(i), x.columns, as_factor(lse), as_factor(-weight), t);
+  if (entropy.given) {
+    const double factor = -(weight + entropy.weight * entropy.value);
+    kernels.tilted_gradient(x.row(i), out.row(i), x.columns, as_factor(lse), as_factor(factor),
+                            as_factor(-entropy.weight), t);
+  } else {
+    kernels.gradient(x.row(i), out.row(i), x.columns, as_factor(lse), as_factor(-weight), t);
+  }
   if (!hit) return;
-  const double value = one_minus_p(transform(raw, t) - lse) * slope(raw, t) * weight;
-  write(out, i, target.column, value);
+  const double log_p = transform(raw, t) - lse;
+  double value = one_minus_p(log_p) * weight;
+  if (entropy.given) value -= entropy.weight * p_times(log_p, log_p + entropy.value);
+  write(out, i, target.column, value * slope(raw, t));
 }
 
 void zero_row(const Logits& x, int64_t i) {
@@ -159,9 +179,9 @@ void pk_cpu_residual(int32_t dtype, void* logits, int64_t rows, int64_t columns,
 
 void pk_cpu_logits_grad(int32_t dtype, const void* logits, int64_t rows, int64_t columns,
                         int64_t row_stride, const float* lse, const int64_t* targets,
-                        const float* weights, const float* target_logits, int64_t first_column,
-                        float logit_scale, float softcap, void* out, int64_t out_row_stride,
-                        int32_t threads) {
+                        const float* weights, const float* target_logits, const float* entropy,
+                        const float* entropy_weights, int64_t first_column, float logit_scale,
+                        float softcap, void* out, int64_t out_row_stride, int32_t threads) {
   char* data = const_cast<char*>(static_cast<const char*>(logits));
   const Logits x{DType(dtype), data, rows, columns, row_stride};
   const Logits y{DType(dtype), static_cast<char*>(out), rows, columns, out_row_stride};
@@ -169,6 +189,9 @@ void pk_cpu_logits_grad(int32_t dtype, const void* logits, int64_t rows, int64_t
   parallel_for(rows, threads, x.rows_at_a_time(), [&](int64_t i) {
     if (targets[i] < 0) return zero_row(y, i);
     const Target target = target_of(targets[i] - first_column, target_logits, i);
-    gradient_row(x, y, i, lse[i], weights != nullptr ? weights[i] : 1.0, target, t);
+    const double weight = weights != nullptr ? weights[i] : 1.0;
+    Entropy h = {entropy != nullptr, 0, 0};
+    if (h.given) h = {true, entropy[i], entropy_weights[i]};
+    gradient_row(x, y, i, lse[i], weight, h, target, t);
   });
 }

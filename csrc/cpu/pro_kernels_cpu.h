@@ -17,7 +17,7 @@
 #endif
 
 // Raised whenever a signature below changes; the loader refuses any other number.
-#define PK_CPU_ABI 1
+#define PK_CPU_ABI 2
 PK_API int pk_cpu_abi(void);
 
 // Name of the instruction set in use.
@@ -49,10 +49,12 @@ PK_API void pk_cpu_residual(int32_t dtype,
 PK_API void pk_cpu_logits_grad(int32_t dtype,
                                const void* logits,  // (N, V): columns first_column + [0, V)
                                int64_t rows, int64_t columns, int64_t row_stride,
-                               const float* lse,            // (N,)
-                               const int64_t* targets,      // (N,)
-                               const float* weights,        // (N,) or null: 1
-                               const float* target_logits,  // (N,) or null
+                               const float* lse,              // (N,)
+                               const int64_t* targets,        // (N,)
+                               const float* weights,          // (N,) or null: 1
+                               const float* target_logits,    // (N,) or null
+                               const float* entropy,          // (N,) or null, with its weights
+                               const float* entropy_weights,  // (N,) or null
                                int64_t first_column, float logit_scale, float softcap,
                                void* out,  // (N, V) out; may be `logits`
                                int64_t out_row_stride, int32_t threads);

@@ -1,4 +1,4 @@
-// The two row kernels, written once for every instruction set `I` (vec_*.h) and dtype `T`.
+// The row kernels, written once for every instruction set `I` (vec_*.h) and dtype `T`.
 //
 // V columns of one row. Statistics read memory once: exponentials are summed block by block, each
 // relative to the maximum so far, and the maximum is tracked on the way. Sums are fp32 in
@@ -198,6 +198,34 @@ void gradient(const T* row, T* out, int64_t columns, float shift, float factor,
   std::copy(rest, rest + (columns - i), out + i);
 }
 
+// The same with a factor that is linear in z: what an entropy adds.
+template <class I, class T>
+void tilted_gradient(const T* row, T* out, int64_t columns, float shift, float factor, float tilt,
+                     const Transform& t) {
+  using Reg = typename I::Reg;
+  constexpr int64_t step = 2 * I::kLanes;
+  const Exp<I, 6, true> exp(shift);
+  const auto one = [&](Reg raw) {
+    Reg slope;
+    const Reg z = transform<I>(raw, t, slope);
+    // Finite: -inf columns are then 0 * finite. max would drop a NaN, which exp keeps.
+    const Reg below = I::max(I::set(-104.0f), I::sub(z, I::set(shift)));
+    return I::mul(I::mul(exp(z), I::fma(below, I::set(tilt), I::set(factor))), slope);
+  };
+  const auto one_pair = [&](const T* from, T* to) {
+    Reg a, b;
+    I::load_pair(from, a, b);
+    I::store_pair(to, one(a), one(b));
+  };
+  int64_t i = 0;
+  for (; i + step <= columns; i += step) one_pair(row + i, out + i);
+  if (i == columns) return;
+  T rest[step] = {};
+  std::copy(row + i, row + columns, rest);
+  one_pair(rest, rest);
+  std::copy(rest, rest + (columns - i), out + i);
+}
+
 template <class I, class T>
 RowStats stats_entry(const void* row, int64_t columns, const Target& target, const Transform& t,
                      bool with_dot) {
@@ -227,13 +255,23 @@ void gradient_entry(const void* row, void* out, int64_t columns, float shift, fl
   gradient<I, T, true, true>(from, to, columns, shift, factor, t);
 }
 
+template <class I, class T>
+void tilted_gradient_entry(const void* row, void* out, int64_t columns, float shift, float factor,
+                           float tilt, const Transform& t) {
+  const typename I::FlushSubnormals guard;
+  tilted_gradient<I>(static_cast<const T*>(row), static_cast<T*>(out), columns, shift, factor, tilt,
+                     t);
+}
+
+template <class I, class T>
+constexpr RowKernels row_kernels() {
+  return {stats_entry<I, T>, gradient_entry<I, T>, tilted_gradient_entry<I, T>};
+}
+
 // The table of instruction set I, in the order of DType.
 template <class I>
 constexpr Isa isa_table() {
-  return {I::kName,
-          {{stats_entry<I, float>, gradient_entry<I, float>},
-           {stats_entry<I, BFloat16>, gradient_entry<I, BFloat16>},
-           {stats_entry<I, Half>, gradient_entry<I, Half>}}};
+  return {I::kName, {row_kernels<I, float>(), row_kernels<I, BFloat16>(), row_kernels<I, Half>()}};
 }
 
 }  // namespace

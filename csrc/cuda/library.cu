@@ -12,7 +12,7 @@ __global__ void probe_kernel() {}
 }  // namespace
 
 int32_t pk_cuda_abi(void) {
-  return 2;
+  return 3;
 }
 
 const char* pk_cuda_targets(void) {

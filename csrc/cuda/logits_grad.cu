@@ -6,16 +6,16 @@ namespace pk {
 namespace {
 
 // Where logits and gradient are misaligned differently there are no common vectors.
-template <class T, bool kCap>
+template <class T, bool kCap, bool kTilt>
 __device__ void write_single(const T* in, T* out, int v, int64_t column, const Gradient& g,
                              const Transform& transform) {
   for (int c = int(threadIdx.x); c < v; c += int(blockDim.x)) {
-    const float value = gradient_of<kCap>(load_one(in + c), transform, g.others);
+    const float value = gradient_of<kCap, kTilt>(load_one(in + c), transform, g.others);
     store_one(out + c, c == column ? g.at_target : value);
   }
 }
 
-template <class T, bool kCap>
+template <class T, bool kCap, bool kTilt>
 __device__ __forceinline__ void write_vectors(const Row<T>& in, uint4* out, const Target& target,
                                               const Gradient& g, const Transform& transform) {
   const int threads = int(blockDim.x);
@@ -27,16 +27,16 @@ __device__ __forceinline__ void write_vectors(const Row<T>& in, uint4* out, cons
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = i + u * threads;
-      store_vector(out + at, vector_gradient<T, kCap>(vectors[u], at, target, g, transform));
+      store_vector(out + at, vector_gradient<T, kCap, kTilt>(vectors[u], at, target, g, transform));
     }
   }
   for (; i < in.vectors; i += threads) {
     const uint4 vector = load_streaming(in.body() + i);
-    store_vector(out + i, vector_gradient<T, kCap>(vector, i, target, g, transform));
+    store_vector(out + i, vector_gradient<T, kCap, kTilt>(vector, i, target, g, transform));
   }
 }
 
-template <class T, bool kCap>
+template <class T, bool kCap, bool kTilt>
 __global__ void __launch_bounds__(kMaxRowThreads) logits_grad_kernel(const Rows a) {
   const int64_t n = blockIdx.x;
   const int64_t column = a.targets[n];
@@ -54,17 +54,25 @@ __global__ void __launch_bounds__(kMaxRowThreads) logits_grad_kernel(const Rows 
   const float weight = a.weights ? a.weights[n] : 1.0f;
   float slope;
   const float log_p = transform_fast<kCap>(target.raw, a.transform, slope) - lse;
-  const Gradient g = {{lse, -weight}, one_minus_p(log_p) * slope * weight};
+  Gradient g = {{lse, -weight, 0.0f}, one_minus_p(log_p) * slope * weight};
+  if (kTilt) {
+    const float entropy = a.entropy_in[n], by = a.entropy_weights[n];
+    g.others.factor -= by * entropy;
+    g.others.tilt = -by;
+    // A target of probability 0 adds nothing, however far below.
+    const float p = exp_fast(log_p);
+    if (!(p == 0.0f)) g.at_target -= by * p * (log_p + entropy) * slope;
+  }
   if (in.head == out.head) {
-    write_vectors<T, kCap>(in, out.body(), target, g, a.transform);
+    write_vectors<T, kCap, kTilt>(in, out.body(), target, g, a.transform);
     const int edge = int(threadIdx.x);
     if (edge < in.edges) {
       const int c = in.column_of_edge(edge);
-      const float value = gradient_of<kCap>(load_one(in.at + c), a.transform, g.others);
+      const float value = gradient_of<kCap, kTilt>(load_one(in.at + c), a.transform, g.others);
       store_one(out.at + c, edge == target.edge ? g.at_target : value);
     }
   } else {
-    write_single<T, kCap>(in.at, out.at, a.v, local, g, a.transform);
+    write_single<T, kCap, kTilt>(in.at, out.at, a.v, local, g, a.transform);
   }
 }
 
@@ -75,8 +83,9 @@ using namespace pk;
 
 int32_t pk_cuda_logits_grad(int32_t dtype, const void* logits, int64_t n, int64_t v, int64_t stride,
                             const float* lse, const int64_t* targets, const float* weights,
-                            const float* exact, int64_t first_column, float scale, float softcap,
-                            void* out, int64_t out_stride, void* stream) {
+                            const float* exact, const float* entropy,
+                            const float* entropy_weights, int64_t first_column, float scale,
+                            float softcap, void* out, int64_t out_stride, void* stream) {
   if (v > kMaxColumns) return kInvalidValue;
   Rows rows = {};
   rows.logits = const_cast<void*>(logits);
@@ -87,12 +96,19 @@ int32_t pk_cuda_logits_grad(int32_t dtype, const void* logits, int64_t n, int64_
   rows.exact = exact;
   rows.weights = weights;
   rows.lse_in = lse;
+  rows.entropy_in = entropy;
+  rows.entropy_weights = entropy_weights;
   rows.first_column = first_column;
   rows.v = int(v);
   rows.transform = {scale, softcap};
   const RowConfig* config = row_config(kStreaming, bytes_of_row(dtype, v));
   const Shape shape = {n, config->threads};
   return for_dtype(dtype, softcap, [&](auto type, auto cap) {
-    return launch(logits_grad_kernel<decltype(type), decltype(cap)::value>, shape, stream, rows);
+    using T = decltype(type);
+    constexpr bool kCap = decltype(cap)::value;
+    if (entropy != nullptr) {
+      return launch(logits_grad_kernel<T, kCap, true>, shape, stream, rows);
+    }
+    return launch(logits_grad_kernel<T, kCap, false>, shape, stream, rows);
   });
 }

@@ -41,10 +41,12 @@ PK_EXPORT int32_t pk_cuda_residual(int32_t dtype, void* logits, int64_t n, int64
                                    void* stream);
 
 // out (n, v) = weights * d logp / d raw for columns first_column ... first_column + v of the
-// vocabulary; weights null = 1; out may be logits.
+// vocabulary; weights null = 1; out may be logits. With entropy (n,), which may be null, plus
+// entropy_weights * d entropy / d raw.
 PK_EXPORT int32_t pk_cuda_logits_grad(int32_t dtype, const void* logits, int64_t n, int64_t v,
                                       int64_t stride, const float* lse, const int64_t* targets,
                                       const float* weights, const float* exact,
+                                      const float* entropy, const float* entropy_weights,
                                       int64_t first_column, float scale, float softcap, void* out,
                                       int64_t out_stride, void* stream);
 

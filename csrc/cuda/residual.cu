@@ -14,7 +14,7 @@ constexpr int kGroups = 4;          // asynchronous copies wait in this many ste
 constexpr int kBlockPart = 32 * 3;  // in the scratch, after the sums of up to 32 warps
 
 __device__ __forceinline__ Gradient gradient_from(const RowSum& s, float target_slope, float logp) {
-  return {{s.max, -1.0f / s.sum}, one_minus_p(logp) * target_slope};
+  return {{s.max, -1.0f / s.sum, 0.0f}, one_minus_p(logp) * target_slope};
 }
 
 // Sums of the blocks of the cluster, in the order of their ranks; every thread gets the result.

@@ -16,6 +16,8 @@ struct Rows {
   const float* exact;
   const float* weights;
   const float* lse_in;
+  const float* entropy_in;
+  const float* entropy_weights;
   int64_t first_column;
   int v;
   Transform transform;
@@ -140,14 +142,15 @@ struct Gradient {
   float at_target;
 };
 
-template <class T, bool kCap>
+template <class T, bool kCap, bool kTilt = false>
 __device__ __forceinline__ uint4 vector_gradient(const uint4& vector, int index,
                                                  const Target& target, const Gradient& g,
                                                  const Transform& transform) {
   float x[kPerVector<T>];
   unpack<T>(vector, x);
 #pragma unroll
-  for (int j = 0; j < kPerVector<T>; ++j) x[j] = gradient_of<kCap>(x[j], transform, g.others);
+  for (int j = 0; j < kPerVector<T>; ++j)
+    x[j] = gradient_of<kCap, kTilt>(x[j], transform, g.others);
   if (index == target.vector) put(x, target.slot, g.at_target);
   return pack<T>(x);
 }

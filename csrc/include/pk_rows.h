@@ -138,17 +138,22 @@ PK_HOST_DEVICE RowResult row_result(const RowSum& s, float target_z) {
 }
 
 // d logp / d raw of a column that is not the target, times a weight: factor e^{z - reference}.
-// Either reference = lse and factor = -weight, or reference = M and factor = -weight / s.
+// Either reference = lse and factor = -weight, or reference = M and factor = -weight / s. An
+// entropy makes the factor linear in z (kTilt): then reference = lse, factor = -(weight +
+// entropy_weight * entropy), tilt = -entropy_weight.
 struct RowGradient {
   float reference;
   float factor;
+  float tilt;
 };
 
-template <bool kCap>
+template <bool kCap, bool kTilt = false>
 PK_HOST_DEVICE float gradient_of(float raw, const Transform& t, const RowGradient& g) {
   float slope;
-  const float z = transform_fast<kCap>(raw, t, slope);
-  return exp_fast(z - g.reference) * g.factor * slope;
+  const float below = transform_fast<kCap>(raw, t, slope) - g.reference;
+  float factor = g.factor;
+  if (kTilt) factor += g.tilt * std::fmax(below, -1e4f);  // finite: -inf columns are 0 * finite
+  return exp_fast(below) * factor * slope;
 }
 
 }  // namespace pk

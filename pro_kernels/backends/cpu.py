@@ -27,7 +27,7 @@ MAX_CANDIDATES = None  # any n
 _LIB = native.LIB
 
 # The C ABI (csrc/cpu/pro_kernels_cpu.h); see native.open_library.
-_ABI = 1
+_ABI = 2
 _SIGNATURES = {
     "pk_cpu_abi": ("i", ""),
     "pk_cpu_isa": ("s", ""),
@@ -37,9 +37,9 @@ _SIGNATURES = {
     "pk_cpu_logp": (None, "iplllppffpppi"),
     # ..., logp, lse, threads
     "pk_cpu_residual": (None, "iplllppffppi"),
-    # dtype, logits, N, V, row stride, lse, targets, weights, target logits, first column, scale,
-    # softcap, out, out row stride, threads
-    "pk_cpu_logits_grad": (None, "iplllpppplffpli"),
+    # dtype, logits, N, V, row stride, lse, targets, weights, target logits, entropy, its weights,
+    # first column, scale, softcap, out, out row stride, threads
+    "pk_cpu_logits_grad": (None, "iplllpppppplffpli"),
     # logps, N, offsets, lengths, S, order, B, n, rewards, sft rank, prompt weights, the options in
     # the order of RankingOptions, terms, sums, row weights, threads
     "pk_cpu_ranking": (None, "plpplpllpppididdilipppi"),
@@ -156,8 +156,12 @@ def logits_grad(
     first_column: int = 0,
     options: LogitOptions,
     out: Tensor | None = None,  # may be ``logits`` itself
+    entropy: tuple[Tensor, Tensor] | None = None,  # (N,) fp32 each: entropy, its weights
 ) -> Tensor:
-    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0."""
+    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0.
+
+    With ``entropy``, plus the second weights times ``d entropy / d raw``.
+    """
     if out is None:
         out = logits.new_empty(logits.shape)
     native.check_gradient(out, logits)
@@ -166,12 +170,15 @@ def logits_grad(
     targets = native.vector(targets, torch.int64, logits)
     weights = native.optional(weights, torch.float32, logits)
     exact = native.optional(target_logits, torch.float32, logits)
+    value, by = (native.optional(x, torch.float32, logits) for x in entropy or (None, None))
     _library().pk_cpu_logits_grad(
         *native.matrix(logits),
         lse.data_ptr(),
         targets.data_ptr(),
         native.pointer(weights),
         native.pointer(exact),
+        native.pointer(value),
+        native.pointer(by),
         first_column,
         options.logit_scale,
         options.softcap or 0.0,

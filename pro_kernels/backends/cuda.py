@@ -33,7 +33,7 @@ _MAX_COLUMNS = (1 << 31) - (1 << 20) - 1  # columns of a row are counted in 32 b
 _MIN_CAPABILITY = (8, 0)
 
 # The C ABI (csrc/cuda/pro_kernels_cuda.h); see native.open_library. The last pointer is the stream.
-_ABI = 2
+_ABI = 3
 _SIGNATURES: native.Signatures = {
     "pk_cuda_abi": ("i", ""),
     "pk_cuda_targets": ("s", ""),
@@ -41,7 +41,7 @@ _SIGNATURES: native.Signatures = {
     "pk_cuda_ready": ("i", ""),
     "pk_cuda_logp": ("i", "iplllppffpppp"),
     "pk_cuda_residual": ("i", "iplllppffppp"),
-    "pk_cuda_logits_grad": ("i", "iplllpppplffplp"),
+    "pk_cuda_logits_grad": ("i", "iplllpppppplffplp"),
     "pk_cuda_ranking": ("i", "plpplpllpppididdilipppp"),
     "pk_cuda_gather_rows": ("i", "iplpplliplp"),
     "pk_cuda_scatter_rows": ("i", "iplppplliplp"),
@@ -155,8 +155,12 @@ def logits_grad(
     first_column: int = 0,
     options: LogitOptions,
     out: Tensor | None = None,  # may be ``logits`` itself
+    entropy: tuple[Tensor, Tensor] | None = None,  # (N,) fp32 each: entropy, its weights
 ) -> Tensor:
-    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0."""
+    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0.
+
+    With ``entropy``, plus the second weights times ``d entropy / d raw``.
+    """
     _check_columns(logits)
     if out is None:
         out = logits.new_empty(logits.shape)
@@ -166,6 +170,7 @@ def logits_grad(
     targets = native.vector(targets, torch.int64, logits)
     weights = native.optional(weights, torch.float32, logits)
     exact = native.optional(target_logits, torch.float32, logits)
+    value, by = (native.optional(x, torch.float32, logits) for x in entropy or (None, None))
     _call(
         "pk_cuda_logits_grad",
         logits,
@@ -174,6 +179,8 @@ def logits_grad(
         targets.data_ptr(),
         native.pointer(weights),
         native.pointer(exact),
+        native.pointer(value),
+        native.pointer(by),
         first_column,
         options.logit_scale,
         options.softcap or 0.0,

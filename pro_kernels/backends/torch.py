@@ -7,6 +7,7 @@ and softcap:
 
     lse = log sum_v exp(z_v)                       logp = z_t - lse
     d logp / d raw_v = (1{v=t} - p_v) dz_v/draw_v
+    d entropy / d raw_v = -p_v (log p_v + entropy) dz_v/draw_v
 
 ``target_logits`` holds the raw logit of each row's target as an exact fp32 dot product; where given
 it stands in for the rounded one everywhere (also inside the sum, so ``logp <= 0`` holds exactly).
@@ -87,8 +88,12 @@ def logits_grad(
     first_column: int = 0,
     options: LogitOptions,
     out: Tensor | None = None,  # may be ``logits`` itself
+    entropy: tuple[Tensor, Tensor] | None = None,  # (N,) fp32 each: entropy, its weights
 ) -> Tensor:
-    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0."""
+    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0.
+
+    With ``entropy``, plus the second weights times ``d entropy / d raw``.
+    """
     if out is None:
         out = torch.empty_like(logits)
     for rows in _row_blocks(logits):
@@ -103,9 +108,15 @@ def logits_grad(
         # 1 - p as -expm1(log p): exact where p is close to 1.
         one_minus_p = -torch.expm1((z.gather(1, index) - lse[rows, None]).clamp_max(0))
         grad.scatter_(1, index, torch.where(hit[:, None], one_minus_p, grad.gather(1, index)))
-        grad = grad * slope
         if weights is not None:
             grad = grad * weights[rows, None]
+        if entropy is not None:
+            value, by = (x[rows, None] for x in entropy)
+            log_p = z - lse[rows, None]
+            p = torch.exp(log_p)
+            # -inf columns: 0 * -inf is 0 here
+            grad = grad - by * torch.where(p == 0, 0.0, p * (log_p + value))
+        grad = grad * slope
         out[rows] = torch.where(live[:, None], grad, torch.zeros_like(grad)).to(out.dtype)
     return out
 
@@ -211,9 +222,11 @@ def _stats(
     logps = (z.gather(1, index)[:, 0] - lse).clamp_max(0)
     out = [torch.where(live, logps, 0.0), torch.where(live, lse, 0.0)]
     if entropy:
-        p = torch.exp(z - lse[:, None])
-        mean = torch.where(p > 0, p * z, 0.0).sum(1)  # -inf columns: 0 * -inf is 0 here
-        out.append(torch.where(live, lse - mean, 0.0))
+        log_p = z - lse[:, None]
+        p = torch.exp(log_p)
+        terms = torch.where(p == 0, 0.0, p * log_p)  # -inf columns: 0 * -inf is 0 here
+        value = torch.where(lse.isfinite(), -terms.sum(1), lse)  # as the kernels have it
+        out.append(torch.where(live, value, 0.0))
     return out
 
 

@@ -526,7 +526,7 @@ def test_target_logits(dtype, width, with_bias):
 
 def test_the_library_says_what_it_is():
     library = calls.library()
-    assert library.pk_cuda_abi() == 2 and library.pk_cuda_ready() == 0
+    assert library.pk_cuda_abi() == 3 and library.pk_cuda_ready() == 0
     assert library.pk_cuda_targets() == b"emulated"
     assert library.pk_cuda_error(0) == b"no error"
 

@@ -26,7 +26,7 @@ _KINDS = {
 SIGNATURES = {
     "pk_cuda_logp": "iplllppffpppp",
     "pk_cuda_residual": "iplllppffppp",
-    "pk_cuda_logits_grad": "iplllpppplffplp",
+    "pk_cuda_logits_grad": "iplllpppppplffplp",
     "pk_cuda_ranking": "plpplpllpppididdilipppp",
     "pk_cuda_gather_rows": "iplppllipl" + "p",
     "pk_cuda_scatter_rows": "iplpppllipl" + "p",
@@ -91,10 +91,19 @@ def residual_(logits, targets, *, target_logits=None, options):
 
 
 def logits_grad(
-    logits, lse, targets, weights, *, target_logits=None, first_column=0, options, out=None
+    logits,
+    lse,
+    targets,
+    weights,
+    *,
+    target_logits=None,
+    first_column=0,
+    options,
+    out=None,
+    entropy=None,
 ):
     out = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
-    row_numbers = (lse, targets, weights, target_logits)
+    row_numbers = (lse, targets, weights, target_logits, *(entropy or (None, None)))
     _call(
         *("pk_cuda_logits_grad", *_matrix(logits), *row_numbers, first_column, *_options(options)),
         *(out, out.stride(0)),

@@ -46,7 +46,7 @@ _TYPES = {
 _OPTIONAL = {
     "logp": ("exact_ptr", "entropy_ptr"),
     "residual": ("exact_ptr",),
-    "logits_grad": ("exact_ptr", "weights_ptr"),
+    "logits_grad": ("exact_ptr", "weights_ptr", "entropy_ptr"),
     "ranking": ("rewards_ptr",),
     "gather": ("weights_ptr",),
     "scatter": ("by_row_ptr",),
@@ -177,6 +177,8 @@ def _kernel(name: str) -> Any:
 
 def _constants(variant: Variant) -> dict[str, Any]:
     absent = dict.fromkeys(set(_OPTIONAL[variant.kernel]) - set(variant.given))
+    if variant.kernel == "logits_grad" and "entropy_ptr" in absent:
+        absent["by_ptr"] = None  # the weights of the entropy
     config = variant.config
     if config is None:
         if variant.kernel in _SIDES:

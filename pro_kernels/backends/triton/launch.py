@@ -73,17 +73,23 @@ def logits_grad(
     first_column: int = 0,
     options: LogitOptions,
     out: Tensor | None = None,  # may be ``logits`` itself
+    entropy: tuple[Tensor, Tensor] | None = None,  # (N,) fp32 each: entropy, its weights
 ) -> Tensor:
-    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0."""
+    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0.
+
+    With ``entropy``, plus the second weights times ``d entropy / d raw``.
+    """
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _require_unit_stride("out", out)
     source = _unit_stride(logits)
+    value, by = entropy or (None, None)
     _launch_rows(
         "logits_grad",
         rows.logits_grad_kernel,
         source,
-        *(_flat(lse), _flat(targets), _flat(weights), _flat(target_logits), out),
+        *(_flat(lse), _flat(targets), _flat(weights), _flat(target_logits)),
+        *(_flat(value), _flat(by), out),
         *(source.stride(0), out.stride(0), *source.shape, first_column),
         options=options,
     )

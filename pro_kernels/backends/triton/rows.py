@@ -18,6 +18,7 @@ With ``z`` the logits after scale and softcap, ``M = max_v z_v`` and ``s = sum_v
     logp = (z_t - M) - log s        entropy = log s - sum_v exp(z_v - M) (z_v - M) / s
     lse = M + log s                 p_v = exp(z_v - M) / s        1 - p_t = -expm1(logp)
     d logp / d raw_v = (1{v=t} - p_v) dz_v/draw_v
+    d entropy / d raw_v = -p_v (log p_v + entropy) dz_v/draw_v
 
 The maximum and the sums are running ones, kept per lane and combined once at the end of the row.
 A scalar maximum per tile would take a trip through shared memory and a barrier in every iteration.
@@ -49,6 +50,7 @@ from pro_kernels.backends.triton.elementwise import (
 # number a row need no alignment.
 _VARYING = ["N", "first_column", "logit_scale", "softcap"]
 _UNALIGNED = ["targets_ptr", "exact_ptr", "weights_ptr", "lse_ptr", "logp_ptr", "entropy_ptr"]
+_UNALIGNED += ["by_ptr"]
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
@@ -137,8 +139,8 @@ def residual_kernel(
             logp = at_most_zero((z_t - top) - log_total)
             lse = top + log_total
             _write_gradient(
-                row_ptr, row_ptr, V, column, top, -1.0 / total, one_minus_exp(logp) * slope_t,
-                logit_scale, softcap, TRANSFORM, LANES, GROUP,
+                row_ptr, row_ptr, V, column, top, -1.0 / total, 0.0, one_minus_exp(logp) * slope_t,
+                logit_scale, softcap, False, TRANSFORM, LANES, GROUP,
             )  # fmt: skip
         tl.store(logp_ptr + row, logp)
         tl.store(lse_ptr + row, lse)
@@ -152,6 +154,8 @@ def logits_grad_kernel(
     targets_ptr,  # (N,) int64, in terms of the whole vocabulary
     weights_ptr,  # (N,) fp32 or None
     exact_ptr,  # (N,) fp32 or None
+    entropy_ptr,  # (N,) fp32 or None
+    by_ptr,  # (N,) fp32 or None: upstream gradient of the entropy
     out_ptr,  # (N, V), may be logits_ptr
     stride,
     out_stride,
@@ -164,7 +168,10 @@ def logits_grad_kernel(
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Write weights * d logp / d raw for columns first_column ... first_column + V."""
+    """Write weights * d logp / d raw for columns first_column ... first_column + V.
+
+    With an entropy, plus ``by`` times ``d entropy / d raw``.
+    """
     step = tl.num_programs(0)
     first = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
     target = tl.load(targets_ptr + first)
@@ -188,10 +195,19 @@ def logits_grad_kernel(
             # In place, a slow warp must not read the target's logit after a fast one overwrote it.
             tl.debug_barrier()
             z_t, slope_t = transform(raw_t, logit_scale, softcap, TRANSFORM)
-            grad_t = one_minus_exp(at_most_zero(z_t - lse)) * slope_t * weight
+            log_p = at_most_zero(z_t - lse)
+            grad_t = one_minus_exp(log_p) * slope_t * weight
+            factor = -weight
+            tilt = 0.0
+            if entropy_ptr is not None:
+                entropy = tl.load(entropy_ptr + row)
+                by = tl.load(by_ptr + row)
+                factor -= by * entropy
+                tilt = -by
+                grad_t += tilt * exp(log_p) * (tl.maximum(log_p, -1e4) + entropy) * slope_t
             _write_gradient(
-                row_ptr, out_row_ptr, V, column, lse, -weight, grad_t,
-                logit_scale, softcap, TRANSFORM, LANES, GROUP,
+                row_ptr, out_row_ptr, V, column, lse, factor, tilt, grad_t,
+                logit_scale, softcap, entropy_ptr is not None, TRANSFORM, LANES, GROUP,
             )  # fmt: skip
         target = following
 
@@ -238,10 +254,13 @@ def _row_sums(
 
 @triton.jit
 def _write_gradient(
-    row_ptr, out_ptr, V, column, reference, factor, grad_t, logit_scale, softcap,
-    TRANSFORM: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    row_ptr, out_ptr, V, column, reference, factor, tilt, grad_t, logit_scale, softcap,
+    TILT: tl.constexpr, TRANSFORM: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write ``factor * exp(z - reference) * dz/draw``, and ``grad_t`` in the target's column."""
+    """Write ``factor * exp(z - reference) * dz/draw``, and ``grad_t`` in the target's column.
+
+    With TILT the factor is ``factor + tilt * (z - reference)``.
+    """
     last = (V - 1) // (LANES * GROUP) * (LANES * GROUP)
     # Backwards: what was read last is the likeliest to be in the L2 cache still.
     for back in range(0, V, LANES * GROUP):
@@ -249,7 +268,11 @@ def _write_gradient(
         inside = cols < V
         raw = tl.load(row_ptr + cols, mask=inside, other=0.0, eviction_policy="evict_first")
         z, slope = transform(raw.to(tl.float32), logit_scale, softcap, TRANSFORM)
-        grad = exp(z - reference) * factor
+        below = z - reference
+        if TILT:  # bounded so that -inf columns are 0 * finite
+            grad = exp(below) * (factor + tilt * tl.maximum(below, -1e4))
+        else:
+            grad = exp(below) * factor
         if TRANSFORM != IDENTITY:
             grad *= slope
         grad = tl.where(cols == column, grad_t, grad)
