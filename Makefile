@@ -5,6 +5,7 @@
 #   make bench       benchmarks; PRESET=cpu-small|cpu|MODEL, PEERS=1 installs and times the peers
 #   make bench-gpu   everything that needs a GPU, offline, in eight minutes, with the Python that is
 #                    there; into $PRO_KERNELS_BENCH_OUT (default: bench/results/gpu)
+#   make docs        the documentation site, into site/
 #   make lint        ruff, mypy, clang-format
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test study bench bench-gpu lint env clean
+.PHONY: demo test study bench bench-gpu docs lint env clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,10 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(PIP) --editable '.[peers]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/python -m pro_trainer.demo
 
@@ -47,6 +52,9 @@ bench: $(VENV)/.installed $(if $(PEERS),$(VENV)/.peers)
 bench-gpu:
 	$(PYTHON) -m bench --gpu --out '$(PRO_KERNELS_BENCH_OUT)'
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.installed $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,4 +65,4 @@ env: $(VENV)/.installed
 	$(BIN)/pro-kernels env
 
 clean:
-	rm -rf build dist *.egg-info pro_kernels/lib demo-output $(VENV)/.installed
+	rm -rf build dist site *.egg-info pro_kernels/lib demo-output $(VENV)/.installed

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import filtering, gpu
+from bench import attached, filtering, gpu
 from bench.case_run import DeviceLost, Settings
 from bench.compare import THRESHOLD, compare
 from bench.model import page, resources
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
             return gpu.main(args.out, seconds, tuple(args.parts), tuple(args.backends))
         if args.filter:
             return _filter(args)
+        if args.attached:
+            return _attached(args)
         if args.compare is not None:
             return _compare(args)
         if args.list:
@@ -70,8 +72,8 @@ def command(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parsed(argv)
-    elsewhere = (args.model, args.gpu, args.filter, args.compare, args.list, args.report)
-    if args.training or any(elsewhere):
+    elsewhere = (args.model, args.gpu, args.filter, args.attached, args.compare, args.list)
+    if args.report or args.training or any(elsewhere):
         return main(argv)
     child = [sys.executable, "-m", "bench.cli", *argv]
     code = 0
@@ -147,6 +149,16 @@ def _filter(args: argparse.Namespace) -> int:
     page_ = args.update[0] if args.update else None
     for path in filtering.write(args.report or folder / "results.json", page_):
         print(f"wrote {path}")
+    return 0
+
+
+def _attached(args: argparse.Namespace) -> int:
+    folder = args.out or attached.FOLDER
+    if args.report is None:
+        attached.run(folder / "results.json", args.repeats or 7)
+    for page_ in args.update:
+        attached.write(args.report or folder / "results.json", page_)
+        print(f"wrote {page_}")
     return 0
 
 
@@ -229,6 +241,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--filter", action="store_true",
         help="time and error of grad_filter on peaked distributions, on the CPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attached", action="store_true",
+        help="what attach costs, and what the swap under TRL saves, on the CPU",
     )  # fmt: skip
     parser.add_argument(
         "--model", action="store_true",

@@ -6,6 +6,7 @@ states and LM-head weight to the listwise ranking loss and its gradients, logits
 
 from pro_kernels import backends, losses, reference
 from pro_kernels._version import __version__
+from pro_kernels.attach import attach, detach
 from pro_kernels.functional import linear_pro_loss, linear_token_logps, pro_loss, token_logps
 from pro_kernels.layout import Layout
 from pro_kernels.output import PROOutput
@@ -15,6 +16,8 @@ __all__ = [
     "backends",
     "Layout",
     "PROOutput",
+    "attach",
+    "detach",
     "linear_pro_loss",
     "linear_token_logps",
     "losses",

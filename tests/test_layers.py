@@ -38,12 +38,18 @@ ALLOWED = {
         "autograd", "backends", "calls", "checks", "column_filter", "head", "layout", "options",
         "output", "pro",
     },
+    "lm_head": set(),
+    "probe": {"lm_head"},
+    "attach": {"functional", "layout", "lm_head", "options", "probe"},
+    "integrations": set(),
+    "integrations.official": {"attach", "reference"},
+    "integrations.trl": {"functional"},
     "check": {"backends", "functional", "reference"},
     "env": {"_version", "backends", "matmul", "planner"},
     "trust": {"backends", "check", "env", "functional", "matmul", "planner", "reference"},
     "__main__": {"check", "env", "trust"},
     "__init__": {
-        "backends", "losses", "reference", "functional", "layout", "output", "_version",
+        "attach", "backends", "losses", "reference", "functional", "layout", "output", "_version",
     },
 }  # fmt: skip
 

@@ -73,7 +73,8 @@ class PROTrainer(Trainer):
         peft_config: a ``peft`` config; the model is wrapped by it.
         ref_model: the reference model of losses that have one (dpo, ipo, s_dpo, dpo_pl). Default:
             the model without its adapters, or a frozen copy of it as it is now.
-        callbacks, optimizers: as in ``Trainer``.
+        callbacks: as in ``Trainer``.
+        optimizers: as in ``Trainer``.
 
     Raises:
         TypeError, ValueError: a model, tokenizer, option or data set that cannot be used.

@@ -1,0 +1,42 @@
+"""Lists of n instead of pairs, for who knows TRL: the constructor and names of ``DPOTrainer``."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import ByT5Tokenizer
+
+import tiny
+from pro_trainer import PROConfig, PROTrainer
+
+
+def main(steps: int = 10) -> list[float]:
+    """Train LoRA adapters on ranked lists and return the logged losses."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = PROConfig(
+            output_dir=folder,
+            max_length=64,
+            max_steps=steps,
+            per_device_train_batch_size=2,  # prompts
+            learning_rate=1e-2,
+            logging_steps=2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
+        )
+        trainer = PROTrainer(
+            tiny.model(),
+            args=config,
+            train_dataset=Dataset.from_list(tiny.ranked_lists()),
+            processing_class=ByT5Tokenizer(extra_ids=0),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        )
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+if __name__ == "__main__":
+    print(main())

@@ -1,0 +1,110 @@
+"""``attach`` on every causal LM of transformers that can be made tiny: exact, or refused.
+
+Slow. Each model is run plain and attached; a head that is not served must be refused by attach
+itself, never give another number. Prints how many of each there are (``-s``).
+"""
+
+from __future__ import annotations
+
+import collections
+import inspect
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+import pro_kernels as pk
+
+pytestmark = pytest.mark.slow
+
+VOCABULARY = 99
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers",
+           "encoder_layers")  # fmt: skip
+_WIDTH = ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim",
+          "attention_hidden_size", "embedding_dim")  # fmt: skip
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
+          "encoder_attention_heads", "num_key_value_heads", "linear_num_key_heads",
+          "linear_num_value_heads")  # fmt: skip
+_INNER = ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "dff",
+          "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size",
+          "intermediate_size_mlp", "expert_ffn_hidden_size")  # fmt: skip
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TINY = {
+    **dict.fromkeys(_LAYERS, 2),
+    **dict.fromkeys(_WIDTH, 64),
+    **dict.fromkeys(_HEADS, 4),
+    **dict.fromkeys(_INNER, 64),
+    **dict.fromkeys(_EXPERTS, 4),
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "state_size": 8,
+    "lru_width": 64,
+    "conv_kernel": 2,
+    "rotary_dim": 8,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "is_decoder": True,
+}
+LARGEST = 30_000_000  # parameters
+
+
+def tiny_model(kind: str) -> nn.Module:
+    """A small random model of a model type; raises whatever its config or class raises."""
+    config_class = CONFIG_MAPPING[kind]
+    known = set(config_class().to_dict()) | set(inspect.signature(config_class).parameters)
+    known |= set(getattr(config_class, "attribute_map", {}))
+    config = config_class(**{k: v for k, v in TINY.items() if k in known})
+    model_class = getattr(transformers, NAMES[kind])
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in model_class(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e6:.0f} M parameters")
+    return model_class(config).float().eval()
+
+
+@pytest.fixture(scope="module")
+def tally():
+    counts: dict[str, list[str]] = collections.defaultdict(list)
+    yield counts
+    print()
+    for what, names in counts.items():
+        print(f"{what}: {len(names)}: {'; '.join(names)}")
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_exact_or_refused(kind, tally):
+    ids = torch.randint(3, VOCABULARY, (2, 8))
+    try:
+        model = tiny_model(kind)
+        with torch.no_grad():
+            plain = model(input_ids=ids, labels=ids)
+            logits = plain.logits.float()
+    except Exception as error:  # of transformers: the model cannot be made or run so small
+        tally["not made"].append(f"{kind} ({type(error).__name__}: {str(error)[:60]})")
+        pytest.skip(f"{type(error).__name__}: {error}")
+    try:
+        pk.attach(model)
+    except ValueError as error:
+        tally["refused"].append(f"{kind} ({str(error)[:120]})")
+        return
+    tally["exact"].append(kind)
+    with torch.no_grad():
+        fused = model(input_ids=ids, labels=ids)
+    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=1e-5)
+    want = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(fused.token_logps[:, :-1], want, rtol=1e-5, atol=2e-5)

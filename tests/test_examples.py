@@ -1,0 +1,193 @@
+"""The programs in examples/ run, and learn; the recipes in docs/integrations do what they say."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import pro_kernels as pk
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES, PAGES = ROOT / "examples", ROOT / "docs" / "integrations"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Import a program as running it as a script would."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def load(name: str):
+        sys.modules.pop(name, None)
+        return importlib.import_module(name)
+
+    yield load
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_plain_loop(example):
+    assert example("plain_loop").main() == 1.0
+
+
+@pytest.mark.parametrize("name", ["hf_trainer", "accelerate_loop", "ranked_trainer"])
+def test_losses_fall(example, name):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is one for the process
+    losses = example(name).main()
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["peft_lora", "official_code"])
+def test_first_and_last_loss(example, name):
+    first, last = example(name).main()
+    assert last < 0.8 * first
+
+
+def test_lightning(example):
+    pytest.importorskip("lightning")
+    assert example("lightning_module").main() < 20
+
+
+def test_trl(example):
+    pytest.importorskip("trl")
+    assert len(example("trl_dpo").main()) == 4
+
+
+def test_every_example_is_tested():
+    text = Path(__file__).read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert path.stem == "tiny" or f'"{path.stem}"' in text, f"{path.name} is run by no test"
+
+
+# ---- the recipes of the documentation, against a stub of the call they stand in for
+
+
+def recipe(page: str) -> str:
+    """The one python block of a page."""
+    (code,) = re.findall(r"```python\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
+    return code
+
+
+def test_llama_factory(example):
+    tiny = example("tiny")
+    names: dict = {}
+    exec(recipe("llama-factory.md"), names)
+    model, batch = tiny.model(), tiny.collate(tiny.ranked_lists(2))
+    del batch["rewards"]
+    labels = batch["labels"]
+    # What LLaMA-Factory does: fp32 logits, the labels' log-probs summed over scored positions.
+    plain = {k: v for k, v in batch.items() if k != "labels"}
+    log_p = model(**plain).logits.float()[:, :-1].log_softmax(-1)
+    scored = labels[:, 1:] != -100
+    picked = log_p.gather(2, labels[:, 1:].clamp_min(0)[..., None])[..., 0]
+    logps, lengths = names["sequence_logps"](pk.attach(model), batch)
+    torch.testing.assert_close(logps, (picked * scored).sum(-1), rtol=1e-4, atol=1e-4)
+    assert lengths.equal(scored.sum(-1)) and logps.requires_grad and "labels" in batch
+
+
+def test_verl(monkeypatch):
+    stub = ModuleType("verl.utils.experimental.torch_functional")
+
+    class FusedLinearForPPO:
+        """As in verl: one call from hidden states to log-probs and entropy."""
+
+    stub.FusedLinearForPPO = FusedLinearForPPO
+    for name in ("verl", "verl.utils", "verl.utils.experimental"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["verl.utils.experimental"].torch_functional = stub
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    exec(recipe("verl.md"), {})
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    weight, ids = torch.randn(67, 16, requires_grad=True), torch.randint(0, 67, (2, 5))
+    log_probs, entropy = FusedLinearForPPO().forward(
+        hidden_states=hidden, vocab_weights=weight, input_ids=ids, temperature=0.7
+    )
+    log_p = (hidden @ weight.t() / 0.7).log_softmax(-1)
+    want = log_p.gather(2, ids[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(log_probs, want[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, want[1], rtol=1e-4, atol=1e-5)
+    ours = torch.autograd.grad((log_probs - 0.1 * entropy).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((want[0] - 0.1 * want[1]).sum(), (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pages_name_what_there_is():
+    included = set()
+    for page in PAGES.glob("*.md"):
+        text = page.read_text()
+        titles = re.findall(r'title="(.*?)"\n(.*)', text)
+        assert all(line == f'--8<-- "{path}"' for path, line in titles), page.name
+        for path, _ in titles:
+            assert (ROOT / path).is_file(), f"{page.name}: {path}"
+            included.add(Path(path))
+    assert {path.relative_to(ROOT) for path in EXAMPLES.glob("*.py")} <= included
+
+
+# ---- the code on the other pages
+
+
+def code_blocks(page: str) -> list[str]:
+    """Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/attach.md"])
+def test_code_of_the_pages_runs(page, example):
+    """Against the small model of the examples; those with ``...`` are lists of what there is."""
+    tiny = example("tiny")
+    batch = tiny.collate(tiny.ranked_lists(3))
+    shape = (len(tiny.PROMPTS), 3, batch["labels"].shape[1])
+    model = tiny.model()
+    hidden = model.model(batch["input_ids"]).last_hidden_state
+    names = {
+        "pk": pk,
+        "ids": batch["input_ids"],
+        "mask": batch["attention_mask"],
+        "labels": batch["labels"],
+        "rewards": batch["rewards"],
+        "hidden": hidden.detach().view(*shape, -1).requires_grad_(),
+        "weight": model.lm_head.weight.detach(),
+        "targets": batch["labels"].view(shape),
+    }
+    blocks = [code for code in code_blocks(page) if "pro_trainer" not in code]
+    assert blocks
+    for code in blocks:
+        if "..." in code:
+            for name in re.findall(r"^pk\.([\w.]+)", code, re.MULTILINE):
+                assert functools.reduce(getattr, name.split("."), pk)
+            continue
+        if "attach(" in code or "model" not in names:
+            names["model"] = tiny.model()
+        exec(code, names)
+    assert torch.isfinite(names["loss"] if "loss" in names else names["out"].loss)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/trainer.md"])
+def test_code_of_the_trainer_runs(page, tmp_path, monkeypatch):
+    tiny_llama = pytest.importorskip("pro_trainer.model").tiny_llama
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = tiny_llama(0)
+    model.save_pretrained("path/or/hub-name")
+    tokenizer.save_pretrained("path/or/hub-name")
+    items = [
+        {"prompt": f"q{i}: ", "completions": ["good", "bad!"], "rewards": [1.5, -1.0]}
+        for i in range(8)
+    ]
+    for name in ("lists", "held-out"):
+        with gzip.open(f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(item) + "\n" for item in items)
+    (code,) = [code for code in code_blocks(page) if "pro_trainer" in code]
+    names: dict = {}
+    exec(code, names)
+    assert names["trainer"].state.global_step >= 1

@@ -1,0 +1,243 @@
+"""TRL's trainers and the authors' batches on the fused path, against their own code."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import pro_kernels as pk
+from pro_kernels.integrations import official
+from pro_kernels.integrations import trl as swap
+from pro_trainer.official import official_batch, official_loss
+
+VOCABULARY = 259
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1,
+        bos_token_id=1,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+# ---- the authors' code
+
+
+def lists(n: int = 3) -> list[dict]:
+    generator = torch.Generator().manual_seed(2)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    return [
+        {
+            "prompts": [tokens(5 + b)],
+            "completions": [tokens(3 + i) for i in range(n)],
+            "rewards": sorted(torch.randn(n, generator=generator).tolist(), reverse=True),
+            "sft_index": b,
+        }
+        for b in range(2)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_official_batches_give_the_official_loss_and_gradients(dtype):
+    batch = official_batch(lists(), pad_token_id=0)
+    model = tiny().to(dtype)
+    theirs = official_loss(model, batch)
+    theirs.loss.backward()
+    want = {k: p.grad.clone() for k, p in model.named_parameters()}
+    model.zero_grad()
+    out = official.compute_loss(model, batch)
+    out.loss.backward()
+    tolerance = (
+        {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    )
+    torch.testing.assert_close(out.loss, theirs.loss, check_dtype=False, **tolerance)
+    torch.testing.assert_close(out.rank_losses, theirs.rank_losses, check_dtype=False, **tolerance)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, want[name], **tolerance)
+    again = official.compute_loss(model, {**batch, "labels": batch["input_ids"]})
+    assert again.loss == out.loss and out.logits is None
+
+
+def test_official_code_runs_one_forward():
+    model, calls = tiny(), []
+    official.compute_loss(model, official_batch(lists(), 0))
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    official.compute_loss(model, official_batch(lists(), 0))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": None}, r"batch must hold tensors .*, got none for \['rewards'\]"),
+        ({"prefix_mask": torch.zeros(1, 1, 1)}, r"batch\['prefix_mask'\] must have shape \(2, 3"),
+        ({"rewards": torch.zeros(3)}, r"batch\['rewards'\] must have shape \(2, 3\), got \(3,\)"),
+        ({"input_ids": torch.zeros(2, 3)}, r"batch\['input_ids'\] must have shape \(B, n, T\)"),
+    ],
+)
+def test_official_batches_that_do_not_fit(change, message):
+    batch = {**official_batch(lists(), 0), **change}
+    with pytest.raises(ValueError, match=message):
+        official.compute_loss(tiny(), batch)
+
+
+def test_a_model_attached_otherwise_is_refused():
+    model = pk.attach(tiny())
+    with pytest.raises(ValueError, match="the model is attached with .*detach"):
+        official.compute_loss(model, official_batch(lists(), 0))
+
+
+# ---- TRL
+
+
+@pytest.fixture
+def trl():
+    module = pytest.importorskip("trl")
+    yield module
+    swap.restore_trl()
+
+
+def head_inputs(dtype, seed: int = 4):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(11, 16, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(67, 16, generator=g).to(dtype).requires_grad_()
+    bias = torch.randn(67, generator=g).to(dtype).requires_grad_()
+    return (hidden, weight, bias), torch.randint(0, 67, (11,), generator=g), g
+
+
+@pytest.mark.parametrize("outputs", [(), ("entropy",), ("mean_logits",), swap._OUTPUTS], ids=str)
+@pytest.mark.parametrize("cap", [None, 4.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_same_outputs_and_gradients_as_trls_function(trl, temperature, cap, outputs):
+    from trl.kernels import ChunkedLogProbFunction
+
+    found = []
+    for function in (ChunkedLogProbFunction, swap.FusedLogProbs):
+        tensors, targets, g = head_inputs(torch.float32)
+        got = function.apply(*tensors, targets, temperature, 32, cap, 0.5, outputs)
+        weights = torch.randn(2, 11, generator=g)
+        loss = (got[0] * weights[0]).sum()
+        if got[1] is not None:
+            loss = loss + (got[1] * weights[1]).sum()
+        loss.backward()
+        found.append([*got, *(x.grad for x in tensors)])
+    for theirs, ours in zip(*found, strict=True):
+        assert (theirs is None) == (ours is None)
+        if theirs is not None:
+            assert theirs.dtype == ours.dtype and theirs.requires_grad == ours.requires_grad
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def dpo_run(trl, folder, loss_type: str = "sigmoid"):
+    """Losses and parameters after some steps of TRL's own DPO trainer."""
+    from datasets import Dataset
+
+    words = ["red", "green", "blue", "one", "two", "three"]
+    rows = [
+        {"prompt": f"say {a}", "chosen": f" {a} {b}", "rejected": f" {b} {b} {a}"}
+        for a in words
+        for b in words
+    ]
+    config = trl.DPOConfig(
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=0.05,
+        optim="sgd", lr_scheduler_type="constant", report_to=[], use_cpu=True, bf16=False,
+        logging_steps=1, disable_tqdm=True, save_strategy="no", loss_type=loss_type, seed=1,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    trainer = trl.DPOTrainer(
+        tiny(), tiny(), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    logs = [x for x in trainer.state.log_history if "loss" in x]
+    return [x["loss"] for x in logs], list(trainer.model.parameters()), logs
+
+
+def test_trls_dpo_trainer_gives_the_same_losses_and_parameters(trl, tmp_path, monkeypatch):
+    plain = dpo_run(trl, tmp_path)
+    swap.accelerate_trl()
+    rows = []
+    apply = swap.FusedLogProbs.apply
+
+    def counted(hidden, *args):
+        rows.append(len(hidden))
+        return apply(hidden, *args)
+
+    monkeypatch.setattr(swap.FusedLogProbs, "apply", counted)
+    fused = dpo_run(trl, tmp_path)
+    assert rows and plain[0] == pytest.approx(fused[0], rel=1e-5, abs=1e-6)
+    for a, b in zip(plain[1], fused[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    swap.restore_trl()
+    rows.clear()
+    dpo_run(trl, tmp_path)
+    assert not rows
+
+
+def test_positions_that_are_not_scored_never_reach_the_head(trl, monkeypatch):
+    import trl.trainer.utils as utils
+
+    swap.accelerate_trl()
+    model = tiny()
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    seen = []
+    apply = swap.FusedLogProbs.apply
+
+    def watched(hidden, *args):
+        seen.append(len(hidden))
+        return apply(hidden, *args)
+
+    monkeypatch.setattr(swap.FusedLogProbs, "apply", watched)
+    ids = torch.randint(3, VOCABULARY, (2, 9))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    nothing = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    assert seen == [8, 0] and out.log_probs.shape == (2, 8)
+    (out.entropy.sum() + nothing.loss).backward()
+    want = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    entropy = -(want.exp() * want).sum(-1)
+    torch.testing.assert_close(out.entropy, entropy * out.label_mask, rtol=1e-4, atol=1e-5)
+
+
+def test_twice_and_another_version_are_refused(trl, monkeypatch):
+    swap.accelerate_trl()
+    with pytest.raises(ValueError, match="accelerated already"):
+        swap.accelerate_trl()
+    swap.restore_trl()
+    swap.restore_trl()
+    monkeypatch.setattr(trl, "__version__", "1.9.0")
+    with pytest.raises(ImportError, match=r"TRL 1.9.0 computes .*install trl==1.16"):
+        swap.accelerate_trl()
+    kernels = importlib.import_module("trl.kernels")
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+
+    class Other:
+        @staticmethod
+        def forward(ctx, hidden):
+            return hidden
+
+    monkeypatch.setattr(kernels, "ChunkedLogProbFunction", Other)
+    with pytest.raises(ImportError, match=r"TRL 1.17.0 computes token log-probs in another way"):
+        swap.accelerate_trl()
+    import trl.trainer.utils as utils
+
+    assert utils._ChunkedLogProbFunction is not swap.FusedLogProbs
+
+
+def test_a_missing_trl_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match="accelerate_trl needs TRL >= 1.16"):
+        swap.accelerate_trl()
