@@ -1,4 +1,4 @@
-"""mkdocs hooks: formulas become MathML, so that readers download nothing; measured plots go along."""
+"""mkdocs hooks: formulas become MathML, so that readers download nothing; plots are added."""
 
 from __future__ import annotations
 

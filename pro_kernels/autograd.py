@@ -80,7 +80,7 @@ class HeadStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, call: HeadCall, extra: bool):  # noqa: D102
         plan = call.plan
-        values, stats, logits = ops.head_stats(
+        values, stats, logits = ops.direct(ops.head_stats, hidden, weight, targets)(
             hidden,
             weight,
             bias,
@@ -108,18 +108,18 @@ class HeadStats(torch.autograd.Function):
     def backward(ctx, grad, entropy_grad, _more):  # noqa: D102
         if grad is None and entropy_grad is None:
             return (None,) * 7
-        call, stats = ctx.call, ctx.saved_tensors[5]
-        grads = ops.head_stats_backward(
-            stats.new_zeros(stats.shape[1]) if grad is None else grad.contiguous(),
+        call, saved = ctx.call, ctx.saved_tensors
+        n = saved[4].shape
+        grads = ops.direct(ops.head_stats_backward, *saved[:2])(
+            saved[5].new_zeros(n) if grad is None else grad.contiguous(),
             None if entropy_grad is None else entropy_grad.contiguous(),
-            *ctx.saved_tensors,
+            *saved,
             call.compute_dtype,
             call.logits_dtype,
             call.options.softcap,
             call.options.logit_scale,
             call.backend,
             call.plan.chunk,
-            call.shared_rows,
             *ctx.needs_input_grad[:3],
             budget=call.plan.budget,
         )

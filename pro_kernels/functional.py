@@ -63,8 +63,9 @@ def linear_token_logps(
             probability, the norm of its dropped ``dZ0``, and a bound of the norm of its share of
             dHidden, for an upstream gradient of 1.
         return_entropy: also return the entropy of each row's distribution in nats, (...) fp32, 0
-            where nothing is scored; differentiable, at no matmul more (the logits are kept instead
-            of ``dZ0``, and a chunk of ``dZ`` beside them). Not with ``grad_filter``.
+            where nothing is scored; differentiable. No matmul more where logits and a gradient as
+            large fit the budget; rows that do not fit are computed again. The backward needs the
+            weight. Not with ``grad_filter``.
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
 
@@ -131,7 +132,8 @@ def linear_token_stats(
     """Log-probability of each target and entropy of each row, both differentiable.
 
     What ``linear_token_logps(..., return_entropy=True)`` returns, and with ``extra`` three numbers
-    more without gradient, at two more passes over the logits: what policy-gradient trainers log.
+    more without gradient, in plain PyTorch a block of rows at a time: what policy-gradient trainers
+    log.
 
     Args and errors as there.
     """

@@ -454,7 +454,6 @@ def head_stats_backward(
     logit_scale: float,
     backend: str,
     chunk: int,
-    shared_rows: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -469,12 +468,10 @@ def head_stats_backward(
             hidden, weight.shape[0], weight.dtype, need_hidden, need_weight, need_bias
         )
         live, rows, targets = _compact(rows, targets)
-        n = rows.shape[0]
         w = grad.to(stats.dtype)
         by = None if entropy_grad is None else entropy_grad.to(stats.dtype)
         if live is not None:
             w, by = w[live], None if by is None else by[live]
-        side = hidden.new_empty((n, hidden.shape[1]), dtype=h.side_dtype) if need_hidden else None
         token_stats.backward(
             h,
             rows,
@@ -483,14 +480,11 @@ def head_stats_backward(
             by,
             chunk=chunk,
             logits=logits,
-            stats=stats[:, :n],
-            side=side,
+            stats=stats[:, : rows.shape[0]],
+            hidden_out=d_hidden.zero_() if need_hidden else None,
             out=d_weight if need_weight else None,
             bias_out=d_bias if need_bias else None,
         )
-        if side is not None:
-            one = torch.ones_like(w)
-            head.scatter_rows(side, one, rows, d_hidden.zero_(), shared_rows, h.backend)
         return d_hidden, d_weight, d_bias
 
 

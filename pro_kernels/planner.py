@@ -100,8 +100,8 @@ def make_plan(
         hidden_rows: R, rows of the hidden states; None for N.
         filtered: columns leave the gradients (``grad_filter``), which takes copies of those kept.
         grad_size: bytes of a number of dW, 0 where only the bias is trained; None: as of dtype.
-        entropy: its gradient is wanted too (``token_stats.py``): T1 keeps logits beside a chunk of
-            dZ as large, T3 sums an fp32 dW, and a frozen weight makes no tier of its own.
+        entropy: its gradient is wanted too (``token_stats.py``): T1 keeps logits and makes a dZ as
+            large beside them, and a frozen weight makes no tier of its own.
 
     Raises:
         TypeError: budget is not an integer.
@@ -131,12 +131,13 @@ def make_plan(
         return plan("T0", _equal_chunks(rows, min(budget // row, most), on_gpu))
     if entropy:
         logits = vocab * (4 if wide_logits else size)
-        row += logits
-        if rows <= budget // row:
+        if rows <= budget // (row + logits):
             return plan("T1", rows, retained=rows)
-        fit = max(MIN_ROWS, (budget - 4 * vocab * hidden * need_weight - kept_sides) // row)
-        chunk = min(max(MIN_ROWS, fit // 2), most, rows)
-        return plan("T3", chunk, retained=max(0, min((fit - chunk) * row // logits, rows)))
+        # X, w X, and the sum of dZ W over blocks of columns with its terms.
+        sides = rows * (operand * (1 + need_weight) + need_hidden * (4 * hidden + side))
+        fit = max(MIN_ROWS * row, budget - sides)
+        chunk = min(max(MIN_ROWS, fit // 2 // row), most, rows)
+        return plan("T3", chunk, retained=max(0, min((fit - chunk * row) // logits, rows)))
     if not need_weight:
         fit = max(MIN_ROWS, (budget - copies["T1"] - kept_sides) // row)
         return plan("T1f", _equal_chunks(rows, min(fit, most), on_gpu))

@@ -2,24 +2,24 @@
 
     d entropy / d raw_v = -p_v (log p_v + entropy) dz_v/draw_v
 
-is no multiple of dZ0, so the forward keeps logits instead of dZ0, and the backward makes one
-weighted dZ of both upstream gradients: still three head matmuls for rows whose logits were kept,
-and a fourth, which computes them again, for the others.
+is no multiple of dZ0, so the forward keeps logits instead of dZ0, and the backward makes one dZ of
+both upstream gradients: still three head matmuls for rows whose logits were kept, and a fourth,
+which computes them again, for the others. ``dZ W`` cannot be made in the forward, so the backward
+needs the weight.
 
 Legend: ``N`` scored rows, ``H`` hidden, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from pro_kernels import matmul
-from pro_kernels.head import Head, acc_dtype, chunks_of, empty_rows
+from pro_kernels.head import Head, acc_dtype, bias_grad, chunks_of, empty_rows, scatter_rows
 from pro_kernels.options import LogitOptions
-
-# fp32 temporaries of a block of rows.
-_BLOCK_BYTES = 1 << 24
 
 
 def forward(
@@ -66,55 +66,80 @@ def backward(
     chunk: int,
     logits: Tensor,  # (retained, V)
     stats: Tensor,  # (2 or 3, N)
-    side: Tensor | None,  # (N, H) to fill with dZ W
+    hidden_out: Tensor | None,  # (R, H), zeros
     out: Tensor | None,  # (V, H) to fill
     bias_out: Tensor | None,  # (V,) to fill
 ) -> None:
-    """``dZ W`` of each row, dW and dbias. The kept logits stay as they are, for a second one."""
-    n, retained = rows.shape[0], min(logits.shape[0], rows.shape[0])
-    chunks = chunks_of(n, chunk, retained)
-    acc = acc_dtype(head.logits_dtype)
-    total = out
-    if out is not None and len(chunks) != 1:  # several terms are summed in fp32
-        total = torch.zeros_like(out, dtype=acc)
-    bias_total = None if bias_out is None else torch.zeros_like(bias_out, dtype=acc)
-    shape = (max((b - a for a, b in chunks), default=0), head.weight.shape[0])
-    buffer = empty_rows(logits, *shape, head.logits_dtype)
-    for start, stop in chunks:
-        at = slice(start, stop)
-        x, dz = head.rows_of(rows[at]), buffer[: stop - start]
-        z = logits[at]
-        if start >= retained:
-            z = matmul.logits_into(dz, x, head.weight, head.bias)
-        by = None if entropy_weights is None else (stats[1, at], entropy_weights[at])
-        head.backend.logits_grad(
-            z,
-            stats[0, at],
-            targets[at],
-            weights[at],
-            target_logits=stats[2, at] if stats.shape[0] > 2 else None,
-            options=head.options,
-            out=dz,
-            entropy=by,
-        )
-        if bias_total is not None:
-            bias_total += _column_sums(dz, acc)
+    """DHidden, dW and dbias, by blocks of columns as in ``head.weight_backward``.
+
+    dZ is divided by a power of two of each row, which the sides get back: so it keeps the range of
+    probabilities whatever the upstream gradient is, and fp16 does not underflow. The kept logits
+    stay as they are, for a second backward.
+    """
+    n, vocab = rows.shape[0], head.weight.shape[0]
+    retained = min(logits.shape[0], n)
+    scale = _powers_of_two(weights, entropy_weights)
+    weights = weights / scale
+    by = None if entropy_weights is None else entropy_weights / scale
+    exact = stats[2] if stats.shape[0] > 2 else None
+    block = vocab
+    if chunk < n:
+        block = max(64, chunk * vocab // n // 64 * 64)
+    x = head.rows_of(rows[retained:]).to(head.operand_dtype) if retained < n else None
+    xw = None if out is None else head.weighted_rows(rows, scale)
+    side = None
+    if hidden_out is not None and block < vocab:  # a sum over blocks
+        shape = n, head.hidden.shape[1]
+        side = head.hidden.new_zeros(shape, dtype=acc_dtype(head.logits_dtype))
+    buffer = empty_rows(logits, n, min(block, vocab), head.logits_dtype)
+    for first in range(0, vocab, block):
+        cols = slice(first, min(first + block, vocab))
+        dz = buffer[:, : cols.stop - first]
+        sources = [(slice(0, retained), logits[:retained, cols])]
+        if x is not None:
+            bias = None if head.bias is None else head.bias[cols]
+            z = matmul.logits_into(dz[retained:], x, head.weight[cols], bias)
+            sources.append((slice(retained, n), z))
+        for at, z in sources:
+            head.backend.logits_grad(
+                z,
+                stats[0, at],
+                targets[at],
+                weights[at],
+                target_logits=None if exact is None else exact[at],
+                first_column=first,
+                options=head.options,
+                out=dz[at],
+                entropy=None if by is None else (stats[1, at], by[at]),
+            )
         dz = dz.to(head.compute_dtype)
-        if side is not None:
-            matmul.hidden_grad(dz, head.weight, side[at])
-        if total is not None:
-            matmul.weight_grad(dz, x.to(head.operand_dtype), total, accumulate=total is not out)
-    for whole, sums in ((out, total), (bias_out, bias_total)):
-        if whole is not None and sums is not None and sums is not whole:
-            whole.copy_(sums)
+        if hidden_out is not None:
+            part = matmul.hidden_grad(dz, head.weight[cols])
+            side = part if side is None else side.add_(part)
+        if out is not None:
+            matmul.weight_grad(dz, xw, out[cols], accumulate=False)
+        if bias_out is not None:
+            bias_out[cols] = bias_grad(dz, scale)
+    if hidden_out is not None:
+        scatter_rows(side, scale, rows, hidden_out, False, head.backend)
+
+
+def _powers_of_two(*weights: Tensor | None) -> Tensor:
+    """The power of two at or above the larger of each row's upstream gradients; 1 where all are 0.
+
+    Dividing by it rounds nothing.
+    """
+    given = [x.abs() for x in weights if x is not None]
+    largest = functools.reduce(torch.maximum, given)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
 
 
 def _extra(
     logits: Tensor, targets: Tensor, exact: Tensor | None, lse: Tensor, options: LogitOptions
 ) -> Tensor:
-    """``log sum_v p_v^2``, the mean of z, and 1 where no logit reaches the target's; (3, rows)."""
+    """``log sum_v p_v^2``, mean z, and 1 where the target is the first of the largest; (3, N)."""
     out = lse.new_empty((3, logits.shape[0]))
-    step = max(1, _BLOCK_BYTES // (4 * max(1, logits.shape[1])))
+    step = max(1, matmul.workspace(logits.device.type) // (4 * logits.shape[1]))
     for i in range(0, logits.shape[0], step):
         at = slice(i, i + step)
         z = logits[at].to(lse.dtype)
@@ -126,15 +151,5 @@ def _extra(
             z = options.softcap * torch.tanh(z / options.softcap)
         out[0, at] = torch.logsumexp(2 * z, 1) - 2 * lse[at]
         out[1, at] = z.mean(1)
-        # On a tie the first of the largest is the top.
         out[2, at] = (z.argmax(1, keepdim=True) == index)[:, 0].to(out.dtype)
     return out
-
-
-def _column_sums(dz: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over rows in fp32, by blocks of rows."""
-    total = dz.new_zeros(dz.shape[1], dtype=dtype)
-    step = max(1, _BLOCK_BYTES // (4 * max(1, dz.shape[1])))
-    for i in range(0, dz.shape[0], step):
-        total += dz[i : i + step].sum(0, dtype=dtype)
-    return total

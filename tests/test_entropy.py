@@ -16,17 +16,31 @@ from pro_kernels.planner import Plan, make_plan
 
 PLAIN, SCALED, CAPPED = LogitOptions(), LogitOptions(None, 0.3), LogitOptions(5.0, 0.5)
 OPTIONS = {"plain": PLAIN, "scaled": SCALED, "capped": CAPPED}
-KERNELS = [*usable_backends(), *(["cuda emulation"] if shutil.which("g++") else [])]
+ISAS = [f"cpu {x}" for x in ("avx512bf16", "avx512", "avx2", "neon", "generic")]
+KERNELS = [x for x in usable_backends() if x != "cpu"]
+KERNELS += ISAS if "cpu" in usable_backends() else []
+KERNELS += ["cuda emulation"] if shutil.which("g++") else []
 reference = backends.get("torch")
 
 
-def kernels(name: str):
-    """The functions of a backend; the CUDA ones run on the CPU by emulation."""
-    if name != "cuda emulation":
-        return backends.get(name)
-    from cuda_emulation import calls as emulated
+@pytest.fixture(params=KERNELS)
+def module(request):
+    """The functions of a backend, of an instruction set; the CUDA ones run by emulation."""
+    name, _, isa = request.param.partition(" ")
+    if request.param == "cuda emulation":
+        from cuda_emulation import calls as emulated
 
-    return emulated
+        yield emulated
+        return
+    backend = backends.get(name)
+    if isa:
+        try:
+            backend.set_isa(isa)
+        except ValueError as error:
+            pytest.skip(str(error))
+    yield backend
+    if isa:
+        backend.set_isa(None)
 
 
 def rows_of_logits(v: int, dtype: torch.dtype, scale: float = 4.0):
@@ -38,28 +52,51 @@ def rows_of_logits(v: int, dtype: torch.dtype, scale: float = 4.0):
     return logits, targets, weights, by
 
 
+def check_gradient(got, logits, targets, weights, by, options, exact=None) -> None:
+    """Against fp64, column by column: a few roundings of each probability and of log p."""
+    x, w, e = (t.double() for t in (logits, weights, by))
+    exact64 = None if exact is None else exact.double()
+    same = {"target_logits": exact64, "options": options}
+    _, lse, entropy = reference.logp(x, targets, entropy=True, **same)
+    want = reference.logits_grad(x, lse, targets, w, entropy=(entropy, e), **same)
+    raw = reference._put_target(x, targets.clamp_min(0)[:, None], targets >= 0, exact64)
+    z, slope = reference._transform(raw, options)
+    log_p = z - lse[:, None]
+    steps = torch.where(z.isfinite(), z.abs() + lse.abs()[:, None], 0.0) + 20
+    terms = w.abs()[:, None] + e.abs()[:, None] * (
+        1 + log_p.abs().clamp_max(110) + entropy[:, None]
+    )
+    relative = steps * 2.0**-24 + (0 if logits.dtype == torch.float32 else 4e-6)
+    allowed = relative * torch.exp(log_p) * terms * slope
+    hit = torch.arange(x.shape[1])[None] == targets[:, None]
+    allowed += hit * 8 * 2.0**-24 * w.abs()[:, None]
+    info = torch.finfo(logits.dtype)
+    allowed += info.eps * want.abs() + 2 * info.smallest_normal * info.eps + 2.0**-126
+    error = (got.double() - want).abs()
+    i = (error - allowed).argmax()
+    assert (error <= allowed).all(), f"{error.flatten()[i]:.3e} > {allowed.flatten()[i]:.3e}"
+    assert not got[targets < 0].any()
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize("v", [1, 7, 33, 1009, 4099])
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_against_fp64(name, v, dtype, options):
+def test_kernels_against_fp64(module, v, dtype, options):
     logits, targets, weights, by = rows_of_logits(v, dtype)
-    module = kernels(name)
     _, lse, entropy = module.logp(logits, targets, options=options, entropy=True)
     got = module.logits_grad(logits, lse, targets, weights, options=options, entropy=(entropy, by))
-    wide = [x.double() for x in (logits, weights, by)]
-    _, lse64, entropy64 = reference.logp(wide[0], targets, options=options, entropy=True)
-    want = reference.logits_grad(
-        wide[0], lse64, targets, wide[1], options=options, entropy=(entropy64, wide[2])
-    )
-    plain = reference.logits_grad(
-        logits, lse, targets, weights, options=options, entropy=(entropy, by)
-    )
-    assert not got[3].any()
-    rounding = torch.finfo(dtype).eps * want.abs()
-    allowed = 3e-6 * (1 + logits.double().abs().amax(1, keepdim=True)) * (1 + by.abs())[:, None]
-    assert ((got - want).abs() <= rounding + allowed).all(), (got - want).abs().max()
-    assert (plain - want).abs().max() < 1  # the yardstick itself is about right
+    check_gradient(got, logits, targets, weights, by, options)
+
+
+@pytest.mark.parametrize("options", [PLAIN, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_with_the_exact_logit_of_the_target(module, dtype, options):
+    logits, targets, weights, by = rows_of_logits(301, dtype)
+    exact = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0].float() + 0.01
+    same = {"target_logits": exact, "options": options}
+    _, lse, entropy = module.logp(logits, targets, entropy=True, **same)
+    got = module.logits_grad(logits, lse, targets, weights, entropy=(entropy, by), **same)
+    check_gradient(got, logits, targets, weights, by, options, exact)
 
 
 def test_the_formula_is_what_autograd_derives():
@@ -81,12 +118,10 @@ def test_the_formula_is_what_autograd_derives():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize("scale", [50.0, 1e4])
-@pytest.mark.parametrize("name", KERNELS)
-def test_large_logits_and_masked_columns(name, scale, dtype):
+def test_large_logits_and_masked_columns(module, scale, dtype):
     logits, targets, weights, by = rows_of_logits(65, dtype, scale)
     logits[:, 5:40] = -torch.inf
     targets = torch.where((targets >= 5) & (targets < 40), 41, targets)
-    module = kernels(name)
     _, lse, entropy = module.logp(logits, targets, options=PLAIN, entropy=True)
     got = module.logits_grad(logits, lse, targets, weights, options=PLAIN, entropy=(entropy, by))
     assert entropy.isfinite().all() and got.isfinite().all() and not got[:, 5:40].any()
@@ -101,12 +136,13 @@ def test_large_logits_and_masked_columns(name, scale, dtype):
 
 
 @pytest.mark.parametrize("options", [PLAIN, CAPPED], ids=["plain", "capped"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_blocks_of_columns_in_place_and_odd_strides_change_no_bit(name, options):
+def test_blocks_of_columns_in_place_and_odd_strides_change_no_bit(module, options):
     logits, targets, weights, by = rows_of_logits(301, torch.bfloat16)
-    module = kernels(name)
-    _, lse, entropy = module.logp(logits, targets, options=options, entropy=True)
-    same = {"options": options, "entropy": (entropy, by)}
+    exact = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0].float() + 0.01
+    _, lse, entropy = module.logp(
+        logits, targets, target_logits=exact, options=options, entropy=True
+    )
+    same = {"options": options, "entropy": (entropy, by), "target_logits": exact}
     whole = module.logits_grad(logits, lse, targets, weights, **same)
     parts = [
         module.logits_grad(
@@ -120,6 +156,31 @@ def test_blocks_of_columns_in_place_and_odd_strides_change_no_bit(name, options)
     view.copy_(logits)
     module.logits_grad(view, lse, targets, weights, out=view, **same)
     assert torch.equal(view, whole) and not wide[:, :3].any()
+    wide.zero_()
+    module.logits_grad(logits, lse, targets, weights, out=view, **same)  # of another alignment
+    assert torch.equal(view, whole) and not wide[:, :3].any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", [PLAIN, CAPPED], ids=["plain", "capped"])
+def test_a_bad_row_harms_no_other_and_unscored_ones_are_not_read(module, options, bad):
+    logits, targets, weights, by = rows_of_logits(301, torch.float32)
+    results = []
+    for poisoned in (False, True):
+        x, w, e = logits.clone(), weights.clone(), by.clone()
+        if poisoned:
+            x[2, 100], x[4], x[3] = bad, bad, torch.nan  # row 3 is not scored
+            w[3] = e[3] = torch.nan
+        _, lse, entropy = module.logp(x, targets, options=options, entropy=True)
+        lse, entropy = lse.clone(), entropy.clone()
+        if poisoned:
+            lse[3] = entropy[3] = torch.nan
+        got = module.logits_grad(x, lse, targets, w, options=options, entropy=(entropy, e))
+        results.append(got.clone())
+    for row in (0, 1, 3, 5):
+        assert torch.equal(results[0][row], results[1][row])
+    if options is PLAIN and bad != -torch.inf:  # +inf is a finite softcap's largest logit
+        assert results[1][2].isnan().any() and results[1][4].isnan().any()
 
 
 # ---- from hidden states
@@ -251,6 +312,50 @@ def test_log_probs_are_those_without_entropy(tier, force_tier):
 
 
 @pytest.mark.parametrize("tier", ["T1", "T3"])
+def test_fp64(tier, force_tier):
+    force_tier(tier)
+    hidden, weight, bias, targets, _ = Case("fp64", V=17, T=4, bias=True).tensors()
+    tensors = [x.requires_grad_() for x in (hidden, weight, bias)]
+
+    def stats(h, w, b):
+        return pk.linear_token_logps(h, w, targets, bias=b, softcap=3.0, return_entropy=True)
+
+    assert torch.autograd.gradcheck(stats, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("tier", ["T1", "T3"])
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**14])
+def test_fp16_keeps_small_and_large_upstream_gradients(tier, size, force_tier):
+    """A mean over many tokens must not vanish in an fp16 dZ, nor a scaled loss overflow it."""
+    force_tier(tier)
+    hidden, weight, _, targets, _ = Case("range", T=9, V=1009).tensors()
+    tensors = [x.half().float().requires_grad_() for x in (hidden, weight)]
+    up = size * upstreams(Case("range", T=9)).float()
+    grads = []
+    for function in (pk.linear_token_logps, pk.reference.linear_token_logps):
+        with torch.autocast("cpu", torch.float16, enabled=not grads):
+            logps, entropy = function(*tensors, targets, return_entropy=True)
+        grads.append(torch.autograd.grad((logps * up[0] + entropy * up[1]).sum(), tensors))
+    for ours, exact in zip(*grads, strict=True):
+        assert (ours - exact).norm() < 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("tier", ["T1", "T3"])
+def test_under_activation_checkpointing(tier, force_tier):
+    force_tier(tier)
+    hidden, weight, _, targets, _ = Case("checkpoint", T=9).tensors()
+    tensors = [x.float().requires_grad_() for x in (hidden, weight)]
+
+    def loss(h, w):
+        logps, entropy = pk.linear_token_logps(h, w, targets, return_entropy=True)
+        return (logps * entropy).sum()
+
+    again = torch.utils.checkpoint.checkpoint(loss, *tensors, use_reentrant=False)
+    values = [torch.autograd.grad(x, tensors) for x in (again, loss(*tensors))]
+    assert all(map(torch.equal, *values))
+
+
+@pytest.mark.parametrize("tier", ["T1", "T3"])
 def test_a_second_backward_gives_the_same(tier, force_tier):
     force_tier(tier)
     hidden, weight, _, targets, _ = Case("twice", T=9).tensors()
@@ -283,16 +388,17 @@ def test_a_budget_is_kept_and_decides_how_much_is_computed_again():
     large = make_plan(*shape, **needs, budget=1 << 30)
     assert (large.tier, large.retained) == ("T1", 4096)
     small = make_plan(*shape, **needs, budget=200 << 20)
-    assert small.tier == "T3" and 0 < small.retained < 4096
-    held = 2 * 32000 * (small.retained + 2 * small.chunk) + 4 * 32000 * 64
-    assert held <= 200 << 20
+    assert small.tier == "T3" and small.chunk >= 512 and 0 < small.retained < 4096
+    assert 2 * 32000 * (small.retained + small.chunk) <= 200 << 20
     assert make_plan(*shape, need_hidden=False, need_weight=False, entropy=True).tier == "T0"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-def test_what_policy_gradient_trainers_log(dtype):
+@pytest.mark.parametrize("tier", ["T1", "T3"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=[*IDS, "fp64"])
+def test_what_policy_gradient_trainers_log(dtype, tier, force_tier):
+    force_tier(tier)
     hidden, weight, bias, targets, _ = Case("extra", T=9, V=61, bias=True).tensors()
-    tensors = [x.to(dtype) for x in (hidden, weight, bias)]
+    tensors = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
     stats = linear_token_stats(
         tensors[0], tensors[1], targets, bias=tensors[2], softcap=4.0, logit_scale=0.5, extra=True
     )
@@ -306,14 +412,15 @@ def test_what_policy_gradient_trainers_log(dtype):
         "entropy": -(log_p.exp() * log_p).sum(-1),
     }
     for name, value in expected.items():
-        want = torch.where(scored, value, 0.0).float()
-        torch.testing.assert_close(getattr(stats, name), want, **tolerance)
+        got = getattr(stats, name)
+        want = torch.where(scored, value, 0.0).to(got.dtype)
+        torch.testing.assert_close(got.detach(), want.detach(), **tolerance)
     clear = z.topk(2, -1).values.diff(dim=-1).abs()[..., 0] > 0.1  # no tie after rounding
     want = (z.argmax(-1) == targets) & scored
     assert stats.is_top1.dtype == torch.bool and stats.is_top1[clear].equal(want[clear])
 
 
-def test_shared_rows_of_hidden_states_and_no_grad():
+def test_no_grad():
     hidden, weight, _, targets, _ = Case("none", T=9).tensors()
     with torch.no_grad():
         logps, entropy = pk.linear_token_logps(
@@ -337,7 +444,8 @@ def test_what_excludes_each_other():
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("backend", usable_backends())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_from_logits(dtype, backend, inplace, poison):
+@pytest.mark.parametrize("upstream", [(1, 1), (1, 0), (0, 1)], ids=["both", "log-probs", "entropy"])
+def test_from_logits(upstream, dtype, backend, inplace, poison):
     logits, targets, weights, by = rows_of_logits(301, dtype)
     results = []
     for function, kind, extra in (
@@ -347,18 +455,26 @@ def test_from_logits(dtype, backend, inplace, poison):
     ):
         leaf = logits.to(kind, copy=True).requires_grad_()
         logps, entropy = function(leaf * 1, targets, return_entropy=True, **extra)
-        (logps * weights + entropy * by).sum().backward()
+        terms = [logps * weights, entropy * by]
+        sum(x.sum() for x, used in zip(terms, upstream, strict=True) if used).backward()
         results.append((logps.detach(), entropy.detach(), leaf.grad))
     for i, name in enumerate(("log-probs", "entropies", "gradient of logits")):
         assert_no_worse(*(r[i] for r in results), dtype, name, norm=i == 2)
 
 
-def test_compiled_whole():
+@pytest.mark.parametrize("entrance", ["hidden", "logits"])
+@pytest.mark.parametrize(
+    "used", [slice(2), slice(1), slice(1, 2)], ids=["both", "logps", "entropy"]
+)
+def test_compiled_whole(used, entrance):
     hidden, weight, _, targets, _ = Case("compiled", T=9).tensors()
 
     def loss(h, w):
-        logps, entropy = pk.linear_token_logps(h, w, targets, return_entropy=True)
-        return (logps - 0.1 * entropy).sum()
+        if entrance == "hidden":
+            both = pk.linear_token_logps(h, w, targets, return_entropy=True)
+        else:
+            both = pk.token_logps(h @ w.t(), targets, return_entropy=True)
+        return sum(x.sin().sum() for x in both[used])
 
     grads = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
@@ -383,5 +499,5 @@ def test_opcheck(backend, retained):
         torch.library.opcheck(ops.head_stats, args, test_utils=full)
     values, stats, logits = ops.head_stats(*inputs, *config, kept, False)
     for by in (None, torch.randn_like(values[0])):
-        args = (values[0].clone(), by, *inputs, stats, logits, *config, False, True, True, True)
+        args = (values[0].clone(), by, *inputs, stats, logits, *config, True, True, True)
         torch.library.opcheck(ops.head_stats_backward, args, test_utils=full)

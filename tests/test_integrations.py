@@ -210,6 +210,17 @@ def test_positions_that_are_not_scored_never_reach_the_head(trl, monkeypatch):
     torch.testing.assert_close(out.entropy, entropy * out.label_mask, rtol=1e-4, atol=1e-5)
 
 
+def test_a_weight_that_zero_3_split_is_trls_own_matter(trl, monkeypatch):
+    from trl.kernels import ChunkedLogProbFunction
+
+    tensors, targets, _ = head_inputs(torch.float32)
+    tensors[1].ds_id = 7
+    seen = []
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", lambda *args: seen.append(args))
+    swap.FusedLogProbs.apply(*tensors, targets, 0.7, 32, 4.0, 0.5, ("entropy",))
+    assert seen == [(*tensors, targets, 0.7, 32, 4.0, 0.5, ("entropy",))]
+
+
 def test_twice_and_another_version_are_refused(trl, monkeypatch):
     swap.accelerate_trl()
     with pytest.raises(ValueError, match="accelerated already"):

@@ -357,6 +357,11 @@ def test_token_log_probs_wait_for_their_layout_only(tier, monkeypatch):
         if tier != "T0":
             (logps * torch.arange(20, device=targets.device)).sum().backward()
     assert logps.isfinite().all()
+    with Gpu():
+        stats = functional.linear_token_stats(hidden, weight, targets, extra=True, backend="torch")
+        if tier != "T0":
+            (stats.logps * stats.entropy).sum().backward()
+    assert stats.entropy.isfinite().all()
 
 
 @pytest.mark.parametrize(("tier", "chunks"), [("T1", 1), ("T1f", 4), ("T2", 2), ("T3", 4)])

@@ -89,6 +89,20 @@ def test_the_error_names_the_budget_and_a_smaller_one_is_right(
         torch.testing.assert_close(x.grad, grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("where", "op"),
+    [("logits_into", "head_stats"), ("weight_grad", "head_stats_backward")],
+)
+def test_with_an_entropy_too(where, op, monkeypatch):
+    hidden, weight, _, targets, _ = CASE.tensors()
+    leaves = [x.float().requires_grad_() for x in (hidden, weight)]
+    monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: PLANS["T3"](rows))
+    fail_at(monkeypatch, matmul, where, 1, torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(torch.OutOfMemoryError, match=f"{op} ran with a budget of 123456"):
+        sum(pk.linear_token_logps(*leaves, targets, return_entropy=True)).sum().backward()
+    assert all(x.grad is None for x in leaves)
+
+
 @pytest.mark.parametrize("error", WORDS, ids=str)
 def test_whoever_has_no_memory_is_understood(error, monkeypatch):
     def failing(*_, **__):

@@ -49,6 +49,13 @@ class FusedLogProbs:
 
         What is not in ``outputs`` is None. ``chunk_size`` is TRL's; here the budget decides.
         """
+        if hasattr(weight, "ds_id"):  # of DeepSpeed ZeRO-3: TRL gathers it again in its backward
+            from trl.kernels import ChunkedLogProbFunction
+
+            return ChunkedLogProbFunction.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
+                logit_scale, outputs,
+            )  # fmt: skip
         cap = final_logit_softcapping
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)

@@ -97,6 +97,9 @@ def call(rows, n, first, options, ranking_options):
     backend.logp(logits, targets, target_logits=numbers, options=options)
     backend.residual_(logits, targets, target_logits=numbers, options=options)
     backend.logits_grad(logits, numbers, targets, numbers, first_column=first, options=options)
+    backend.logits_grad(
+        logits, numbers, targets, numbers, first_column=first, options=options,
+        entropy=(numbers, numbers))
     lengths = torch.full((2 * n,), 3)
     backend.ranking(
         torch.randn(6 * n), torch.arange(2 * n + 1) * 3, lengths, torch.arange(2 * n).view(2, n),
@@ -116,7 +119,7 @@ print(len(built), len(set(built)))
 """
     # The row kernels and the ranking; gather, scatter with and without a sort, the target's logit,
     # score and merge.
-    assert run_python("-c", code).split() == ["30", "10"]
+    assert run_python("-c", code).split() == ["33", "11"]
 
 
 def test_row_offsets_are_64_bit():
@@ -130,7 +133,7 @@ for v in aot.variants("sm_90"):
         print(bool(re.search(r"arith.muli %row\\S*, %\\S+ : i64", text)))
 """
     lines = run_python("-c", code).splitlines()
-    assert len(lines) == 6 and set(lines) == {"True"}
+    assert len(lines) == 9 and set(lines) == {"True"}
 
 
 def test_aot_refuses_an_unknown_arch_and_the_interpreter(monkeypatch):

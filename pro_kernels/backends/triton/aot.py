@@ -84,7 +84,8 @@ def variants(arch: str, exhaustive: bool = False) -> Iterator[Variant]:
     target = _target(arch)
     for kernel in configs.KERNELS:
         for config, dtype in itertools.product(configs.ROWS[target.family][kernel], DTYPES):
-            corners = [(0, (), True), (2, _OPTIONAL[kernel], False)]
+            # The second of them takes most registers: wide vectors, all pointers.
+            corners = [(0, (), True), (0, _OPTIONAL[kernel], True), (2, _OPTIONAL[kernel], False)]
             every = itertools.product(range(3), _subsets(_OPTIONAL[kernel]), (True, False))
             for transform, given, aligned in every if exhaustive else corners:
                 yield Variant(kernel, arch, dtype, config, transform, given, aligned)

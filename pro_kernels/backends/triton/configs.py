@@ -78,7 +78,7 @@ _WIDE = {
     "residual": (
         RowConfig(2048, 4, 1, 16),
         RowConfig(16384, 8, 1, 8),
-        RowConfig(65536, 8, 4, 4),
+        RowConfig(65536, 8, 2, 4),
         RowConfig(None, 32, 2, 1),
     ),
     "logits_grad": (RowConfig(2048, 4, 1, 128), RowConfig(None, 8, 2, 64)),
