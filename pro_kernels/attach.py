@@ -8,10 +8,13 @@ after the head (scale, softcap) is read back at attach time by handing it chosen
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -33,6 +36,7 @@ FIELDS = ("token_logps", "scores", "logps", "lengths", "rank_losses", "sft_loss"
 _KERNEL_OPTIONS = ("logits_dtype", "grad_filter", "backend", "budget")
 _STATE = "_pro_kernels"
 _output_classes: dict[type, type] = {}
+_SCALES = re.compile("softcap|soft_cap|logit.?scale|logits_scal|multiplier")
 # What ``attach(loss=...)`` takes.
 LOSSES = ("auto", "ranking", "cross_entropy")
 
@@ -50,7 +54,21 @@ class _Attached:
     own: dict[str, Any]  # attributes of the instance that were there before (_REPLACED)
     transform: LogitTransform = field(default_factory=LogitTransform)
     calls_loss_function: bool = True  # else the loss is added to the output here
+    divides_by_items: bool = True  # the model's own loss knows num_items_in_batch
+    loss_function: Any = None  # the model's own
+    watched: list[tuple[Any, str, Any]] = field(default_factory=list)  # config, name, value
     labels_checked: bool = False
+    running: bool = False
+    pending: bool = False  # a call of the ranking loss has not reached ``_forward``
+
+    def __deepcopy__(self, memo: dict) -> _Attached:
+        return _Attached(**copy.deepcopy(vars(self), memo))
+
+    def __reduce__(self) -> Any:
+        """Refused: unpickled, it would have its own forward, which ignores what it is not told."""
+        raise TypeError(
+            "an attached model cannot be pickled; detach(model) before, or save its state_dict"
+        )
 
 
 def attach(
@@ -113,13 +131,20 @@ def attach(
     own = {name: lm.__dict__[name] for name in _REPLACED if name in lm.__dict__}
     state = _Attached(loss, {**options, "backend": backend, "budget": budget}, own)
     inputs = example_inputs(lm) if example is None else dict(example)
+    if "input_ids" not in inputs:
+        raise ValueError(f"example must hold input_ids, got {sorted(inputs)}")
+    inputs.pop("labels", None)
     setattr(lm, _STATE, state)
-    lm._loss_function = getattr(lm, "loss_function", None)  # so that a call only exchanges it
+    # So that a call only exchanges it.
+    lm._loss_function = state.loss_function = getattr(lm, "loss_function", None)
     try:
         with evaluating(lm):
             state.transform, tolerance = probe(lm, _original(lm, state), inputs)
             lm.forward = MethodType(_fused_forward(_class_forward(lm)), lm)
             _check_loss(lm, state, inputs, tolerance)
+        state.watched = _watched(lm)
+        lm.register_forward_pre_hook(_before_call, with_kwargs=True)
+        lm.register_forward_hook(_after_call)
         if loss == "ranking":
             lm.accepts_loss_kwargs = False
     except BaseException:
@@ -161,6 +186,10 @@ def _restore(lm: Any, state: _Attached) -> None:
         if name in state.own:
             setattr(lm, name, state.own[name])
     delattr(lm, _STATE)
+    for hooks in (lm._forward_pre_hooks, lm._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_before_call, _after_call)]:
+            del hooks[key]
+            lm._forward_pre_hooks_with_kwargs.pop(key, None)
     head = lm.get_output_embeddings()
     if getattr(head.__dict__.get("forward"), "__func__", None) is type(head).forward:
         del head.forward  # torch.compile left it there (``replaced``)
@@ -195,7 +224,14 @@ def _causal_lm(model: nn.Module, attached: bool = False) -> Any:
         )
     if getattr(lm.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(lm).__name__} is an encoder-decoder; a causal LM is needed")
+    if hasattr(head, "_hf_hook"):
+        raise ValueError(
+            f"the LM head of {type(lm).__name__} is moved about by accelerate (a device_map over "
+            f"several devices or with offloading), which the fused path would miss; {FALLBACK}"
+        )
     for x in head.parameters():
+        if x.is_meta:
+            raise ValueError(f"{type(lm).__name__} is on the meta device; load its weights first")
         if type(x.data) is not Tensor:
             raise ValueError(
                 f"the LM head of {type(lm).__name__} holds a {type(x.data).__name__}; sharded or "
@@ -224,12 +260,18 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     data set to keep, and whether the model divides by ``num_items_in_batch``.
     """
     own = inspect.signature(original)
-    names = tuple(own.parameters)[1:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = tuple(x.name for x in own.parameters.values() if x.kind in positional)[1:]
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(names, args, strict=False))
-        return _forward(self, kwargs)
+        given = dict(zip(names, args, strict=False))
+        if len(given) < len(args) or given.keys() & kwargs.keys():
+            raise TypeError(
+                f"the forward of {type(self).__name__} takes {names} by position, each once, got "
+                f"{len(args)} of them and {sorted(kwargs)}"
+            )
+        return _forward(self, {**given, **kwargs})
 
     extra = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -248,6 +290,7 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _forward(self: nn.Module, kwargs: dict[str, Any]) -> Any:
     state = getattr(self, _STATE)
+    state.pending = False
     original = _original(self, state)
     ranking = {name: kwargs.pop(name, None) for name in RANKING}
     ranking = {name: value for name, value in ranking.items() if value is not None}
@@ -263,6 +306,8 @@ def _forward(self: nn.Module, kwargs: dict[str, Any]) -> Any:
     if shifted is None and labels is not None:
         _check_labels(state, kwargs.get("input_ids"), labels, ignore_index)
     _check_ranking(state.loss, ranking, targets, items)
+    if not torch.compiler.is_compiling():
+        _check_unchanged(self, state)
 
     def loss_of(head: HeadInputs) -> tuple[Tensor, dict[str, Tensor]]:
         shift = shifted is None
@@ -286,10 +331,13 @@ def _run(
     if as_tuple:
         kwargs["return_dict"] = True
     captured: list[Tensor] = []
+    strange: list[str] = []
     extras: dict[str, Tensor] = {}
 
-    def stub(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    def stub(hidden: Tensor, *args: Any, **others: Any) -> Tensor:
         captured.append(hidden)
+        strange.extend(name for name, value in others.items() if value is not None)
+        strange.extend("positional ones" for _ in args)
         return hidden.new_empty((*hidden.shape[:-1], 0))
 
     def loss_function(*_: Any, **__: Any) -> Tensor:
@@ -300,14 +348,18 @@ def _run(
     labels = kwargs.pop("labels", None)
     if state.calls_loss_function:
         kwargs["labels"] = _any_labels(kwargs) if labels is None else labels
-        with replaced(module, "forward", stub), replaced(lm, "_loss_function", loss_function):
+        with (
+            _alone(state),
+            replaced(module, "forward", stub),
+            replaced(lm, "_loss_function", loss_function),
+        ):
             out = original(**kwargs)
         if not extras:
             raise RuntimeError(f"{type(lm).__name__} did not call its loss_function")
         loss = out["loss"]
     else:
         kwargs.pop("num_items_in_batch", None)
-        with replaced(module, "forward", stub):
+        with _alone(state), replaced(module, "forward", stub):
             out = original(**kwargs)
         if out.get("aux_loss") is not None:
             raise ValueError(
@@ -315,9 +367,48 @@ def _run(
                 f"it; {FALLBACK}"
             )
         loss = loss_function()
+    if strange:
+        raise ValueError(
+            f"the LM head of {type(lm).__name__} was called with more than its input ({strange}: "
+            f"adapters chosen row by row, say), which the fused path does not know; {FALLBACK}"
+        )
     values = {name: value for name, value in out.items() if name not in ("loss", "logits")}
     result = _output_class(type(out))(loss=loss, **values, **extras)
     return result.to_tuple() if as_tuple else result
+
+
+@contextlib.contextmanager
+def _alone(state: _Attached) -> Iterator[None]:
+    """One call at a time: the stub is the module's for all threads."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    if state.running:
+        raise RuntimeError(
+            "an attached model was called within a call of its own or from two threads at once "
+            "(torch.nn.DataParallel does that; use DistributedDataParallel)"
+        )
+    state.running = True
+    try:
+        yield
+    finally:
+        state.running = False
+
+
+def _before_call(lm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A hook: the ranking loss is asked for."""
+    state = getattr(lm, _STATE)
+    state.pending = any(kwargs.get(name) is not None for name in RANKING)
+
+
+def _after_call(lm: nn.Module, args: tuple, output: Any) -> None:
+    """A hook: it must have been computed. Many forwards take unknown arguments without a word."""
+    if getattr(lm, _STATE).pending:
+        raise RuntimeError(
+            f"the forward of {type(lm).__name__} was replaced after attach(model) (Trainer's "
+            "use_liger_kernel does that), so the ranking loss was not computed; attach after that, "
+            "or leave it out"
+        )
 
 
 def _any_labels(kwargs: Mapping[str, Any]) -> Tensor:
@@ -367,7 +458,7 @@ def _cross_entropy(
         logit_scale=state.transform.scale,
         **{name: state.options[name] for name in names},
     )
-    if items is None:
+    if items is None or not state.divides_by_items:
         scored = targets[..., 1:] if shift else targets
         items = (scored != ignore_index).sum().clamp_min(1)
     elif isinstance(items, Tensor):
@@ -456,6 +547,33 @@ def _check_ranking(
         )
 
 
+def _watched(lm: Any) -> list[tuple[Any, str, Any]]:
+    """The values of a config that may scale or cap logits: models read them at each call."""
+    configs = {id(c): c for c in (lm.config, lm.config.get_text_config())}.values()
+    return [
+        (config, name, value)
+        for config in configs
+        for name, value in config.to_dict().items()
+        if _SCALES.search(name) and (value is None or isinstance(value, (int, float)))
+    ]
+
+
+def _check_unchanged(lm: Any, state: _Attached) -> None:
+    """Raise ValueError where what the probe found is no longer so."""
+    changed = [
+        f"config.{name} is {getattr(config, name)!r}, was {value!r}"
+        for config, name, value in state.watched
+        if getattr(config, name, value) != value
+    ]
+    if lm._loss_function is not state.loss_function:
+        changed.append("loss_function is another")
+    if changed:
+        raise ValueError(
+            f"{type(lm).__name__} was changed after attach(model): {'; '.join(changed)}; "
+            "detach(model) and attach it again"
+        )
+
+
 def _check_labels(
     state: _Attached, input_ids: Tensor | None, labels: Tensor, ignore_index: int
 ) -> None:
@@ -485,36 +603,86 @@ def _check_labels(
 def _check_loss(lm: Any, state: _Attached, inputs: dict[str, Any], tolerance: float) -> None:
     """Compare the loss both ways, with the model's own loss function called and without.
 
+    Once on the inputs, once with padding, labels under it, and some that do not count.
+
     Raises:
         ValueError: the fused loss is another one.
     """
     if "labels" not in inspect.signature(_class_forward(lm)).parameters:
         state.calls_loss_function = False
         return
-    original = _original(lm, state)
-    labels = inputs["input_ids"]
-    with torch.no_grad():
-        theirs = original(**inputs, labels=labels)["loss"]
+    name, original = type(lm).__name__, _original(lm, state)
 
-        def fused() -> Tensor:
-            def loss_of(head: HeadInputs) -> tuple[Tensor, dict[str, Tensor]]:
-                return _cross_entropy(state, head, labels, True, IGNORE_INDEX, None)
-
-            return _run(lm, state, original, {**inputs, "labels": labels}, loss_of).loss
-
+    def run(call: Callable[..., Any], **kwargs: Any) -> Any:
         try:
-            ours = fused()
-        except Exception:  # a loss of the model's own, which met logits of width 0
-            state.calls_loss_function = False
-            try:
-                ours = fused()
-            except Exception as error:
-                raise ValueError(
-                    f"the forward of {type(lm).__name__} fails without logits ({error}); {FALLBACK}"
-                ) from error
-    if not abs(theirs.item() - ours.item()) <= tolerance * max(1.0, abs(theirs.item())):
-        raise ValueError(
-            f"{type(lm).__name__}: the loss of labels is {theirs.item():.7g}, the fused one "
-            f"{ours.item():.7g}, so the model's is not the mean cross-entropy of the next token; "
-            f"{FALLBACK}"
+            return call(**kwargs)
+        except Exception as error:
+            raise ValueError(
+                f"the loss of {name} could not be tried out on {sorted(kwargs)} ({error}); "
+                f"{FALLBACK}"
+            ) from error
+
+    def fused(items: Tensor | None = None, **kwargs: Any) -> float:
+        def loss_of(head: HeadInputs) -> tuple[Tensor, dict[str, Tensor]]:
+            return _cross_entropy(state, head, kwargs["labels"], True, IGNORE_INDEX, items)
+
+        more = {} if items is None else {"num_items_in_batch": items}
+        return float(
+            _run(lm, state, original, {**kwargs, **more, "return_dict": True}, loss_of).loss
         )
+
+    def compare(what: str, theirs: float, ours: float, within: float) -> None:
+        if not abs(theirs - ours) <= within * max(1.0, abs(theirs)):
+            raise ValueError(
+                f"{name}: the loss of {what} is {theirs:.7g}, the fused one {ours:.7g}, so the "
+                f"model's is not the mean cross-entropy of the next token; {FALLBACK}"
+            )
+
+    plain = {**inputs, "labels": inputs["input_ids"]}
+    for what, case in (("labels", plain), ("padded and partly ignored labels", _padded(lm, plain))):
+        with torch.no_grad():
+            out = run(original, **{**case, "return_dict": True})
+            theirs, labels = out["loss"], case["labels"]
+            if out.get("aux_loss") is None:  # from its own logits: the head's rounding is no excuse
+                z = out["logits"][:, :-1].flatten(0, 1)
+                mine = nn.functional.cross_entropy(z.float(), labels[:, 1:].flatten())
+                own = 4 * torch.finfo(theirs.dtype).eps if theirs.dtype.itemsize < 4 else 1e-5
+                compare(what, float(theirs), float(mine), own)
+            try:
+                ours = fused(**case)
+            except Exception:  # a loss of the model's own, which met logits of width 0
+                state.calls_loss_function = False
+                ours = run(fused, **case)
+            compare(what, float(theirs), ours, tolerance)
+            if _takes_items(lm):
+                items = torch.tensor(3, device=labels.device)
+                mean, theirs = (
+                    float(theirs),
+                    run(original, **case, num_items_in_batch=items)["loss"],
+                )
+                if abs(float(theirs) - mean) < 1e-3 * abs(mean):
+                    state.divides_by_items = False
+                compare(f"{what} / 3", float(theirs), fused(items, **case), tolerance)
+
+
+def _takes_items(lm: Any) -> bool:
+    """Whether ``Trainer`` would hand the model num_items_in_batch."""
+    kinds = [x.kind for x in inspect.signature(_class_forward(lm)).parameters.values()]
+    return getattr(lm, "accepts_loss_kwargs", True) and inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _padded(lm: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with two labels that do not count and, of ids alone, a second row half padded."""
+    case = dict(inputs)
+    labels = case["labels"].clone()
+    labels[:, 1:3] = IGNORE_INDEX
+    takes_mask = "attention_mask" in inspect.signature(_class_forward(lm)).parameters
+    if takes_mask and case.keys() <= {"input_ids", "labels"}:
+        ids = case["input_ids"]
+        case["input_ids"] = torch.cat([ids, ids.roll(3, 1)])
+        mask = torch.ones_like(case["input_ids"])
+        mask[ids.shape[0] :, ids.shape[1] // 2 :] = 0
+        case["attention_mask"] = mask
+        labels = torch.cat([labels, case["input_ids"][ids.shape[0] :]])
+    case["labels"] = labels
+    return case

@@ -70,6 +70,11 @@ def _with_lora(layer: Any, hidden: Tensor) -> HeadInputs:
     base = layer.base_layer
     _check_plain(base)
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not all(isinstance(layer.lora_A[name], nn.Linear) for name in adapters):
+        raise ValueError(
+            f"the LM head has adapters of kind {type(layer).__name__}, which is not known here; "
+            f"use LoRA or DoRA, or {FALLBACK}"
+        )
     if layer.disable_adapters and layer.merged:
         raise ValueError(
             "the LM head's adapters are disabled but merged into it; unmerge them first"

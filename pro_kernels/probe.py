@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from pro_kernels.lm_head import FALLBACK, resolve
 
+_COLUMNS = 16384  # of the head multiplied in fp32 at a time
+
 
 @dataclass
 class LogitTransform:
@@ -106,7 +108,7 @@ def probe(
         )
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(shape, generator=generator).to(hidden.device, non_blocking=True)
-    with torch.enable_grad():
+    with torch.enable_grad(), _all_trainable(lm):
         if run(noise).requires_grad:
             raise ValueError(
                 f"{name} does something with parameters of its own to its logits; {FALLBACK}"
@@ -118,10 +120,26 @@ def probe(
         _compare(name, "logits after the head", run(chosen), transform(chosen), 1e-5)
         h, w, b = resolve(module, hidden)
         wide = torch.promote_types(w.dtype, torch.float32)
-        ours = nn.functional.linear(h.to(wide), w.to(wide), None if b is None else b.to(wide))
+        ours = torch.cat(  # a block of columns at a time: a wide copy of all may be too large
+            [nn.functional.linear(h.to(wide), part.to(wide)) for part in w.split(_COLUMNS)], -1
+        )
+        ours = ours if b is None else ours + b.to(wide)
         tolerance = max(1e-5, *(4 * torch.finfo(x).eps for x in dtypes if x.itemsize < 4), 0.0)
         _compare(name, "logits", logits, transform(ours), tolerance)
     return transform, tolerance
+
+
+@contextlib.contextmanager
+def _all_trainable(lm: Any) -> Iterator[None]:
+    """Frozen parameters count as well, and afterwards are frozen as before."""
+    frozen = [x for x in lm.parameters() if x.is_floating_point() and not x.requires_grad]
+    for x in frozen:
+        x.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for x in frozen:
+            x.requires_grad_(False)
 
 
 def _fit(run: Callable[[Tensor], Tensor], noise: Tensor) -> LogitTransform:

@@ -13,6 +13,7 @@ Legend: ``N`` scored rows, ``H`` hidden, ``V`` vocabulary.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,8 +87,8 @@ def backward(
     if chunk < n:
         block = max(64, chunk * vocab // n // 64 * 64)
     x = head.rows_of(rows[retained:]).to(head.operand_dtype) if retained < n else None
-    xw = None if out is None else head.weighted_rows(rows, scale)
-    side = None
+    xw: Any = None if out is None else head.weighted_rows(rows, scale)
+    side: Any = None
     if hidden_out is not None and block < vocab:  # a sum over blocks
         shape = n, head.hidden.shape[1]
         side = head.hidden.new_zeros(shape, dtype=acc_dtype(head.logits_dtype))
@@ -144,6 +145,8 @@ def _extra(
         at = slice(i, i + step)
         z = logits[at].to(lse.dtype)
         index = targets[at, None]
+        # All of them rounded alike, or the target would win what rounds to a tie.
+        top = (z if options.logit_scale > 0 else -z).argmax(1, keepdim=True)
         if exact is not None:
             z.scatter_(1, index, exact[at, None].to(z.dtype))
         z = z * options.logit_scale
@@ -151,5 +154,5 @@ def _extra(
             z = options.softcap * torch.tanh(z / options.softcap)
         out[0, at] = torch.logsumexp(2 * z, 1) - 2 * lse[at]
         out[1, at] = z.mean(1)
-        out[2, at] = (z.argmax(1, keepdim=True) == index)[:, 0].to(out.dtype)
+        out[2, at] = (top == index)[:, 0].to(out.dtype)
     return out

@@ -172,8 +172,10 @@ def test_detach_restores_and_copies_are_attached():
     assert pk.detach(model) is model
     assert model.__dict__.keys() == before.keys() and model(**inputs).logits is not None
     assert other(**inputs).logits is None
-    restored = pickle.loads(pickle.dumps(pk.attach(model)))
-    torch.testing.assert_close(restored(**inputs).loss, model(**inputs).loss)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    pk.attach(model)
+    with pytest.raises(TypeError, match="detach\\(model\\) before, or save its state_dict"):
+        pickle.dumps(model)
     with pytest.raises(ValueError, match="LlamaForCausalLM is attached already; detach"):
         pk.attach(model)
     with pytest.raises(ValueError, match="LlamaForCausalLM is not attached"):

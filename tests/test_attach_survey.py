@@ -58,17 +58,36 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "is_decoder": True,
+    "use_cache": False,
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
 }
-LARGEST = 30_000_000  # parameters
+SPECIAL = {
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
+LARGEST = 150_000_000  # parameters
+EXACT = 140  # at least, of transformers 5.17
+
+
+def tiny_config(config_class: type, **special: object) -> transformers.PreTrainedConfig:
+    """A small config of a class, and of its text model where it has one."""
+    known = set(config_class().to_dict()) | set(inspect.signature(config_class).parameters)
+    known |= set(getattr(config_class, "attribute_map", {}))
+    values = {k: v for k, v in TINY.items() if k in known}
+    if "qk_rope_head_dim" in values and "head_dim" in values:
+        values["head_dim"] = values["qk_rope_head_dim"]
+    text = getattr(config_class, "sub_configs", {}).get("text_config")
+    if text is not None and hasattr(text, "model_type"):
+        values["text_config"] = tiny_config(text)
+    return config_class(**{**values, **special})
 
 
 def tiny_model(kind: str) -> nn.Module:
     """A small random model of a model type; raises whatever its config or class raises."""
-    config_class = CONFIG_MAPPING[kind]
-    known = set(config_class().to_dict()) | set(inspect.signature(config_class).parameters)
-    known |= set(getattr(config_class, "attribute_map", {}))
-    config = config_class(**{k: v for k, v in TINY.items() if k in known})
     model_class = getattr(transformers, NAMES[kind])
+    config = tiny_config(CONFIG_MAPPING[kind], **SPECIAL.get(kind, {}))
+    if isinstance(getattr(config, "text_config", None), model_class.config_class):
+        config = config.text_config
     torch.manual_seed(0)
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(config).parameters())
@@ -84,27 +103,44 @@ def tally():
     print()
     for what, names in counts.items():
         print(f"{what}: {len(names)}: {'; '.join(names)}")
+    if sum(map(len, counts.values())) == len(NAMES):
+        assert len(counts["exact"]) >= EXACT
 
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_exact_or_refused(kind, tally):
     ids = torch.randint(3, VOCABULARY, (2, 8))
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    batch["labels"][0, :3] = -100
     try:
         model = tiny_model(kind)
-        with torch.no_grad():
-            plain = model(input_ids=ids, labels=ids)
-            logits = plain.logits.float()
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            batch["attention_mask"] = torch.ones_like(ids)
+            batch["attention_mask"][1, 5:] = 0  # labels under it count, as in transformers
+        plain = model(**batch)
+        grads = gradients(model, plain.loss)
+        logits = plain.logits.detach().float()
     except Exception as error:  # of transformers: the model cannot be made or run so small
         tally["not made"].append(f"{kind} ({type(error).__name__}: {str(error)[:60]})")
         pytest.skip(f"{type(error).__name__}: {error}")
     try:
         pk.attach(model)
     except ValueError as error:
+        assert "pro_kernels.linear_pro_loss" in str(error)  # the message says what to use
         tally["refused"].append(f"{kind} ({str(error)[:120]})")
         return
     tally["exact"].append(kind)
-    with torch.no_grad():
-        fused = model(input_ids=ids, labels=ids)
+    fused = model(**batch)
     torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=1e-5)
-    want = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(fused.token_logps[:, :-1], want, rtol=1e-5, atol=2e-5)
+    for ours, theirs in zip(gradients(model, fused.loss), grads, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
+    log_p = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    want = torch.where(batch["labels"][:, 1:] == -100, 0.0, log_p)
+    torch.testing.assert_close(fused.token_logps[:, :-1].detach(), want, rtol=1e-5, atol=2e-5)
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    """Of every parameter that the loss reaches."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [g for g in found if g is not None]

@@ -91,10 +91,16 @@ def test_official_batches_that_do_not_fit(change, message):
         official.compute_loss(tiny(), batch)
 
 
-def test_a_model_attached_otherwise_is_refused():
-    model = pk.attach(tiny())
+@pytest.mark.parametrize("options", [{}, {"compat": "official", "top_k": 1}], ids=str)
+def test_a_model_attached_otherwise_is_refused(options):
+    model = pk.attach(tiny(), **options)
     with pytest.raises(ValueError, match="the model is attached with .*detach"):
         official.compute_loss(model, official_batch(lists(), 0))
+    pk.detach(model)
+    pk.attach(model, compat="official")  # terms are of the model's fp32 already
+    assert official.compute_loss(model, official_batch(lists(), 0)).loss.isfinite()
+    with pytest.raises(ValueError, match="top_k"):
+        official.compute_loss(model, official_batch(lists(), 0), top_k=1)
 
 
 # ---- TRL

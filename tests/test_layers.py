@@ -42,7 +42,7 @@ ALLOWED = {
     "probe": {"lm_head"},
     "attach": {"functional", "layout", "lm_head", "options", "probe"},
     "integrations": set(),
-    "integrations.official": {"attach", "reference"},
+    "integrations.official": {"attach", "options", "reference"},
     "integrations.trl": {"functional"},
     "check": {"backends", "functional", "reference"},
     "env": {"_version", "backends", "matmul", "planner"},

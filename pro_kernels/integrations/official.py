@@ -6,6 +6,7 @@ every position. ``compute_loss`` takes the same batch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pro_kernels.attach import attach, attached_options
+from pro_kernels.options import PROOptions
 from pro_kernels.reference import official_targets
 
 _KEYS = ("input_ids", "attention_mask", "prefix_mask", "rewards")
@@ -37,7 +39,7 @@ def compute_loss(
             token) (B, n, T); ``rewards`` (B, n), best first; ``labels`` (B, n, T), by default the
             ids; ``sft_index`` (B,), by default 0. The masks of tokens may be bool or integer.
         sft_weight: w of ``w (n-1)^2 (-S_sft)``.
-        options: of ``attach``, at the first call.
+        options: of ``attach``, the same at each call.
 
     Returns:
         The model's output with ``loss``, ``rank_losses`` (n - 1,), ``sft_loss``, ``scores``,
@@ -51,14 +53,15 @@ def compute_loss(
     lm: Any = model
     while isinstance(getattr(lm, "module", None), nn.Module):
         lm = lm.module
-    wanted = {"compat": "official", "sft_weight": sft_weight}
+    wanted = {"final_dtype": next(lm.parameters()).dtype, **options}
+    wanted |= {"compat": "official", "sft_weight": sft_weight}
     found = attached_options(lm)
     if found is None:
-        dtype = next(lm.parameters()).dtype
-        attach(lm, **{"final_dtype": dtype, **options, **wanted})
-    elif {k: found.get(k) for k in wanted} != wanted:
+        attach(lm, **wanted)
+    elif _loss_options(found) != _loss_options(wanted):
         raise ValueError(
-            f"the model is attached with {found}, which is not {wanted}; detach(model) first"
+            f"the model is attached with {found}, and the batch is to be scored with {wanted}; "
+            "attach(model, ...) it with those, or detach(model) first"
         )
     ids, mask = batch["input_ids"], batch["attention_mask"]
     labels = batch.get("labels")
@@ -73,6 +76,15 @@ def compute_loss(
         rewards=batch["rewards"],
         sft_index=sft_index,
     )
+
+
+def _loss_options(options: Mapping[str, Any]) -> PROOptions:
+    """Those that change the loss; terms are fp32 before they are cast."""
+    fields = {f.name for f in dataclasses.fields(PROOptions) if f.init}
+    kept = {name: value for name, value in options.items() if name in fields}
+    if kept.get("final_dtype") == torch.float32:
+        del kept["final_dtype"]
+    return PROOptions(**kept)
 
 
 def _check(batch: Mapping[str, Any]) -> tuple[int, int, int]:
