@@ -97,7 +97,7 @@ def attach(
     ``generate`` among them, runs the original forward. Under ``no_grad`` no gradient work is done.
 
     Attach before the model is wrapped by DDP, FSDP, ``torch.compile`` or accelerate; PEFT may come
-    before or after. A deep copy is attached too; a pickled model is not.
+    before or after. A deep copy is attached too; pickling is refused.
 
     Args:
         model: a causal LM of transformers (or PEFT's wrapper of one) with a linear LM head.
@@ -117,9 +117,10 @@ def attach(
 
     Raises:
         TypeError: not a module, or an option that there is not.
-        ValueError: the model is attached already, has no linear LM head, is wrapped, or does
-            something to its logits or loss that the fused path would not repeat: it was run both
-            ways and the two differ. The message names what to use instead.
+        ValueError: the model is attached already, has no linear LM head, is wrapped, on the meta
+            device or moved about by accelerate, or does something to its logits or loss that the
+            fused path would not repeat: it was run both ways and the two differ. The message names
+            what to use instead.
     """
     lm = _causal_lm(model)
     known = {f.name for f in dataclasses.fields(PROOptions)} | set(_KERNEL_OPTIONS)
@@ -565,7 +566,7 @@ def _check_unchanged(lm: Any, state: _Attached) -> None:
         for config, name, value in state.watched
         if getattr(config, name, value) != value
     ]
-    if lm._loss_function is not state.loss_function:
+    if lm._loss_function is not state.loss_function and not state.running:
         changed.append("loss_function is another")
     if changed:
         raise ValueError(

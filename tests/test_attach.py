@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from types import MethodType
 
 import pytest
 import torch
@@ -335,6 +336,28 @@ def test_peft_that_cannot_be_served_is_refused():
         peft.train()(**batch())
 
 
+def test_adapters_are_switched_and_not_mixed():
+    get_peft_model = pytest.importorskip("peft").get_peft_model
+    model, inputs = make("Llama"), batch()
+    peft = get_peft_model(model, lora(["lm_head"])).eval()
+    peft.add_adapter("other", lora(["lm_head"]))
+    with torch.no_grad():
+        for name, p in peft.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    want = {}
+    for name in ("default", "other"):
+        peft.set_adapter(name)
+        want[name] = peft(**inputs).loss
+    pk.attach(peft)
+    for name in ("default", "other", "default"):
+        peft.set_adapter(name)
+        torch.testing.assert_close(peft(**inputs).loss, want[name], rtol=1e-5, atol=1e-6)
+    assert abs(want["default"] - want["other"]) > 1e-3
+    with pytest.raises(ValueError, match="called with more than its input .*adapter_names"):
+        peft(**inputs, adapter_names=["default", "other"] * 2)
+
+
 # ---- refusals
 
 
@@ -395,6 +418,93 @@ def test_an_own_cross_entropy_is_replaced_and_another_loss_refused():
     torch.testing.assert_close(fused.loss, want, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="the loss of labels is .* the fused one"):
         pk.attach(patched(make("Llama"), loss=lambda x, y: own(x, y) + 0.1))
+
+
+def test_a_loss_that_leaves_out_padding_is_refused():
+    """As of some speech models: they agree until there is an attention mask."""
+
+    def masked(cls):
+        def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+            out = cls.forward(self, input_ids, attention_mask=attention_mask, **kwargs)
+            if labels is not None:
+                if attention_mask is not None:
+                    labels = labels.masked_fill(attention_mask == 0, -100)
+                flat = out.logits[:, :-1].flatten(0, 1)
+                out["loss"] = nn.functional.cross_entropy(flat, labels[:, 1:].flatten())
+            return out
+
+        return type(cls.__name__, (cls,), {"forward": forward})
+
+    model = make("Llama")
+    model.__class__ = masked(type(model))
+    with pytest.raises(ValueError, match="the loss of padded and partly ignored labels is"):
+        pk.attach(model)
+
+
+def test_a_term_beside_the_cross_entropy_is_refused_in_16_bits_too():
+    model = make("Llama").bfloat16()
+    plain = model.loss_function
+    model.loss_function = lambda *args, **kwargs: plain(*args, **kwargs) + 0.04
+    with pytest.raises(ValueError, match="the loss of labels is"):
+        pk.attach(model)
+    del model._loss_function
+    pk.attach(model)
+
+
+def test_a_loss_that_knows_no_num_items_in_batch_still_does_not():
+    def own(logits, labels):
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    model, inputs = patched(make("Llama"), loss=own), batch()
+    want = model(**inputs, num_items_in_batch=torch.tensor(3)).loss
+    got = pk.attach(model)(**inputs, num_items_in_batch=torch.tensor(3)).loss
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_changes_after_attaching_is_noticed():
+    model, inputs = pk.attach(make("Gemma2")), batch()
+    model.config.final_logit_softcapping = None
+    with pytest.raises(ValueError, match="config.final_logit_softcapping is None, was 2.0"):
+        model(**inputs)
+    model.config.final_logit_softcapping = 2.0
+    assert model(**inputs).loss.isfinite()
+    model.loss_function = lambda *args, **kwargs: 0
+    with pytest.raises(ValueError, match="loss_function is another"):
+        model(**inputs)
+
+
+def test_a_forward_put_over_the_attached_one_is_noticed():
+    """As ``Trainer(use_liger_kernel=True)`` does: it takes the rewards and says nothing."""
+    model, inputs = pk.attach(make("Llama")), batch()
+    model.forward = MethodType(type(model).forward, model)
+    assert model(**inputs).logits is not None
+    with pytest.raises(RuntimeError, match="replaced after attach.*use_liger_kernel"):
+        model(**inputs, rewards=torch.tensor([[1.0, 0.0], [0.5, 2.0]]))
+
+
+def test_a_call_within_a_call_is_refused_and_leaves_nothing_behind():
+    model, inputs = pk.attach(make("Llama")), batch()
+    handle = model.model.layers[0].register_forward_hook(lambda *_: model(**inputs) and None)
+    with pytest.raises(RuntimeError, match="within a call of its own or from two threads"):
+        model(**inputs)
+    handle.remove()
+    assert model(**inputs).logits is None and model(inputs["input_ids"]).logits.shape[-1] == 67
+
+
+def test_arguments_that_cannot_be_matched():
+    model, inputs = pk.attach(make("Llama")), batch()
+    ids = inputs["input_ids"]
+    with pytest.raises(TypeError, match="by position, each once, got 1"):
+        model(ids, input_ids=ids, labels=ids)
+    with pytest.raises(TypeError, match="by position, each once, got 40"):
+        model(*[ids] * 40)
+    with pytest.raises(ValueError, match="example must hold input_ids, got .'extra'."):
+        pk.attach(make("Llama"), example={"extra": 1})
+    pk.attach(make("Llama"), example={"input_ids": ids, "labels": ids})
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(make("Llama").config)
+    with pytest.raises(ValueError, match="is on the meta device"):
+        pk.attach(empty)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
@@ -582,7 +692,7 @@ def test_accelerate_before_and_after():
 
     inputs, rewards = batch(), torch.tensor([[1.0, 0.0], [0.5, 2.0]])
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    losses = []
+    losses, plain = [], accelerator.prepare(make("Llama"))(**inputs)
     for first in (True, False):
         model = make("Llama")
         if first:
@@ -595,6 +705,7 @@ def test_accelerate_before_and_after():
         accelerator.backward(out.loss)
         losses.append(out.loss.detach())
         assert all(p.grad is not None for p in model.parameters())
+        torch.testing.assert_close(prepared(**inputs).loss, plain.loss, rtol=0.01, atol=0.01)
     torch.testing.assert_close(losses[0], losses[1])
 
 
