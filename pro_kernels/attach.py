@@ -26,7 +26,15 @@ from pro_kernels.functional import linear_pro_loss, linear_token_logps
 from pro_kernels.layout import Layout
 from pro_kernels.lm_head import FALLBACK, HeadInputs, resolve
 from pro_kernels.options import IGNORE_INDEX, PROOptions
-from pro_kernels.probe import LogitTransform, evaluating, example_inputs, only, probe, replaced
+from pro_kernels.probe import (
+    LogitTransform,
+    configs_of,
+    evaluating,
+    example_inputs,
+    only,
+    probe,
+    replaced,
+)
 
 # Keyword arguments that the forward of an attached model takes beside the model's own.
 RANKING = ("rewards", "num_candidates", "candidate_mask", "prompt_weights", "sft_index", "layout")
@@ -35,14 +43,13 @@ FIELDS = ("token_logps", "scores", "logps", "lengths", "rank_losses", "sft_loss"
 # Options of the two losses that are no fields of ``PROOptions``.
 _KERNEL_OPTIONS = ("logits_dtype", "grad_filter", "backend", "budget")
 _STATE = "_pro_kernels"
-_output_classes: dict[type, type] = {}
-_SCALES = re.compile("softcap|soft_cap|logit.?scale|logits_scal|multiplier")
 # What ``attach(loss=...)`` takes.
 LOSSES = ("auto", "ranking", "cross_entropy")
-
-
 # Attributes of the instance that are set; accelerate may have set a forward before.
 _REPLACED = ("forward", "accepts_loss_kwargs", "_loss_function")
+# Names of config values that models read at each call to scale or cap their logits.
+_SCALES = re.compile("softcap|soft_cap|logit.?scale|logits_scal|multiplier")
+_output_classes: dict[type, type] = {}
 
 
 @dataclass
@@ -549,11 +556,10 @@ def _check_ranking(
 
 
 def _watched(lm: Any) -> list[tuple[Any, str, Any]]:
-    """The values of a config that may scale or cap logits: models read them at each call."""
-    configs = {id(c): c for c in (lm.config, lm.config.get_text_config())}.values()
+    """The values of ``_SCALES``."""
     return [
         (config, name, value)
-        for config in configs
+        for config in configs_of(lm)
         for name, value in config.to_dict().items()
         if _SCALES.search(name) and (value is None or isinstance(value, (int, float)))
     ]

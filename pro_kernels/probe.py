@@ -32,11 +32,18 @@ class LogitTransform:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
+def configs_of(lm: Any) -> list[Any]:
+    """Its config, and that of its text model where that is another."""
+    configs = [lm.config]
+    if hasattr(lm.config, "get_text_config"):
+        configs.append(lm.config.get_text_config())
+    return configs[:1] if configs[0] is configs[-1] else configs
+
+
 def example_inputs(lm: Any) -> dict[str, Any]:
     """Eight ordinary token ids: none that the config names for images, padding and the like."""
-    config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
     special = set()
-    for one in (lm.config, config):
+    for one in configs_of(lm):
         for name, value in one.to_dict().items():
             if name.endswith(("_id", "_index")) and isinstance(value, int):
                 special.add(value)

@@ -148,33 +148,51 @@ def test_the_same_outputs_and_gradients_as_trls_function(trl, dtype, temperature
             torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-def dpo_run(trl, folder, loss_type: str = "sigmoid"):
-    """Losses and parameters after some steps of TRL's own DPO trainer."""
+WORDS = ["red", "green", "blue", "one", "two", "three"]
+PAIRS = [(a, b) for a in WORDS for b in WORDS]
+ROWS = {
+    "DPO": [
+        {"prompt": f"say {a}", "chosen": f" {a} {b}", "rejected": f" {b} {b} {a}"} for a, b in PAIRS
+    ],
+    "KTO": [{"prompt": f"say {a}", "completion": f" {a} {b}", "label": a < b} for a, b in PAIRS],
+    "SFT": [{"prompt": f"say {a}", "completion": f" {a} {b}"} for a, b in PAIRS],
+    "GRPO": [{"prompt": f"say {a} {b}"} for a, b in PAIRS],
+}
+ROWS["RLOO"] = ROWS["GRPO"]
+
+
+def trl_run(trl, folder, kind: str):
+    """Losses, parameters and logs of some steps of one of TRL's own trainers."""
     from datasets import Dataset
 
-    words = ["red", "green", "blue", "one", "two", "three"]
-    rows = [
-        {"prompt": f"say {a}", "chosen": f" {a} {b}", "rejected": f" {b} {b} {a}"}
-        for a in words
-        for b in words
-    ]
-    config = trl.DPOConfig(
+    transformers.set_seed(1)  # GRPO and RLOO sample
+    model, tokenizer = tiny(), transformers.ByT5Tokenizer(extra_ids=0)
+    options, more = {}, {"processing_class": tokenizer}
+    if kind in ("DPO", "KTO"):
+        more["ref_model"] = tiny()
+    if kind in ("GRPO", "RLOO"):
+        model.save_pretrained(folder)  # from where they load their reference
+        tokenizer.save_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        options = {"num_generations": 2, "max_completion_length": 8, "beta": 0.1}
+        more["reward_funcs"] = lambda completions, **_: [float(len(set(c))) for c in completions]
+    config = getattr(trl, f"{kind}Config")(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=0.05,
         optim="sgd", lr_scheduler_type="constant", report_to=[], use_cpu=True, bf16=False,
-        logging_steps=1, disable_tqdm=True, save_strategy="no", loss_type=loss_type, seed=1,
-        gradient_checkpointing=False,
+        logging_steps=1, disable_tqdm=True, save_strategy="no", seed=1,
+        gradient_checkpointing=False, **options,
     )  # fmt: skip
-    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
-    trainer = trl.DPOTrainer(
-        tiny(), tiny(), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model, args=config, train_dataset=Dataset.from_list(ROWS[kind]), **more
     )
     trainer.train()
     logs = [x for x in trainer.state.log_history if "loss" in x]
     return [x["loss"] for x in logs], list(trainer.model.parameters()), logs
 
 
-def test_trls_dpo_trainer_gives_the_same_losses_and_parameters(trl, tmp_path, monkeypatch):
-    plain = dpo_run(trl, tmp_path)
+@pytest.mark.parametrize("kind", ROWS)
+def test_trls_trainers_give_the_same_losses_and_parameters(trl, tmp_path, monkeypatch, kind):
+    plain = trl_run(trl, tmp_path, kind)
     swap.accelerate_trl()
     rows = []
     apply = swap.FusedLogProbs.apply
@@ -184,13 +202,16 @@ def test_trls_dpo_trainer_gives_the_same_losses_and_parameters(trl, tmp_path, mo
         return apply(hidden, *args)
 
     monkeypatch.setattr(swap.FusedLogProbs, "apply", counted)
-    fused = dpo_run(trl, tmp_path)
+    fused = trl_run(trl, tmp_path, kind)
     assert rows and plain[0] == pytest.approx(fused[0], rel=1e-5, abs=1e-6)
     for a, b in zip(plain[1], fused[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for theirs, ours in zip(plain[2], fused[2], strict=True):
+        for name in theirs.keys() & {"entropy", "mean_token_accuracy", "rewards/margins"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6)
     swap.restore_trl()
     rows.clear()
-    dpo_run(trl, tmp_path)
+    trl_run(trl, tmp_path, kind)
     assert not rows
 
 
