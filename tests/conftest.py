@@ -44,6 +44,15 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def own_accelerate_state() -> None:
+    """Accelerate's state is one for the process: none before, none left to the next test."""
+    state = pytest.importorskip("accelerate.state").AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    yield
+    state._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the official code's golden outputs and real data, beside a checkout."""

@@ -684,11 +684,8 @@ def test_trainer_accumulates_the_ranking_loss_as_one_batch(tmp_path):
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
 
 
-def test_accelerate_before_and_after():
+def test_accelerate_before_and_after(own_accelerate_state):
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
     inputs, rewards = batch(), torch.tensor([[1.0, 0.0], [0.5, 2.0]])
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")

@@ -39,10 +39,7 @@ def test_plain_loop(example):
 
 
 @pytest.mark.parametrize("name", ["hf_trainer", "accelerate_loop", "ranked_trainer"])
-def test_losses_fall(example, name):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # it is one for the process
+def test_losses_fall(example, name, own_accelerate_state):
     losses = example(name).main()
     assert losses[-1] < losses[0]
 
