@@ -27,6 +27,22 @@ def usable_backends(dtype: torch.dtype = torch.float32) -> list[str]:
     return [name for name in backends.ORDER if backends.refusal(name, CPU, dtype) is None]
 
 
+def cpu_isas() -> list[str]:
+    """Instruction sets that the C++ backend has and this machine runs."""
+    found = []
+    if "cpu" in usable_backends():
+        backend = backends.get("cpu")
+        for name in ("avx512bf16", "avx512", "avx2", "neon", "generic"):
+            try:
+                backend.set_isa(name)
+            except ValueError:
+                continue
+            finally:
+                backend.set_isa(None)
+            found.append(name)
+    return found
+
+
 @dataclass
 class Case:
     """One batch: fp64 inputs from which every dtype is made."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from cases import CPU, DTYPES, IDS, Case, assert_no_worse, fp32_sums, usable_backends
+from cases import CPU, DTYPES, IDS, Case, assert_no_worse, cpu_isas, fp32_sums, usable_backends
 from pro_kernels import backends, calls, matmul, ops
 from pro_kernels.functional import linear_token_stats
 from pro_kernels.options import LogitOptions
@@ -16,9 +16,8 @@ from pro_kernels.planner import Plan, make_plan
 
 PLAIN, SCALED, CAPPED = LogitOptions(), LogitOptions(None, 0.3), LogitOptions(5.0, 0.5)
 OPTIONS = {"plain": PLAIN, "scaled": SCALED, "capped": CAPPED}
-ISAS = [f"cpu {x}" for x in ("avx512bf16", "avx512", "avx2", "neon", "generic")]
 KERNELS = [x for x in usable_backends() if x != "cpu"]
-KERNELS += ISAS if "cpu" in usable_backends() else []
+KERNELS += [f"cpu {isa}" for isa in cpu_isas()]
 KERNELS += ["cuda emulation"] if shutil.which("g++") else []
 reference = backends.get("torch")
 
@@ -34,10 +33,7 @@ def module(request):
         return
     backend = backends.get(name)
     if isa:
-        try:
-            backend.set_isa(isa)
-        except ValueError as error:
-            pytest.skip(str(error))
+        backend.set_isa(isa)
     yield backend
     if isa:
         backend.set_isa(None)

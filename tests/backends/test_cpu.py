@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cases import cpu_isas
 from pro_kernels import backends
 from pro_kernels.backends import cpu
 from pro_kernels.options import LogitOptions
@@ -30,17 +31,7 @@ PLAIN = LogitOptions()
 CAPPED = LogitOptions(softcap=30.0, logit_scale=0.7)
 
 
-def _available(name: str) -> bool:
-    try:
-        cpu.set_isa(name)
-    except ValueError:
-        return False
-    finally:
-        cpu.set_isa(None)
-    return True
-
-
-ISAS = [n for n in ("avx512bf16", "avx512", "avx2", "neon", "generic") if _available(n)]
+ISAS = cpu_isas()
 dtypes = pytest.mark.parametrize("dtype", cpu.DTYPES, ids=["fp32", "bf16", "fp16"])
 
 

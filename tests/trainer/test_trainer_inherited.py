@@ -204,6 +204,8 @@ if trainer.is_world_process_zero():
     metrics = {{k: v for k, v in metrics.items() if "second" not in k and "time" not in k}}
     Path({result!r}).write_text(json.dumps({{"losses": losses(trainer), "eval": metrics,
         "entry": trainer.state.log_history[0]}}))
+trainer.accelerator.wait_for_everyone()
+torch.distributed.destroy_process_group()  # else gloo may abort the interpreter at its end
 """
 
 
