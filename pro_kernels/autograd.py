@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from pro_kernels import ops
 from pro_kernels.options import LogitOptions, RankingOptions
 from pro_kernels.planner import Plan
+from pro_kernels.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class HeadCall:
     plan: Plan
     shared_rows: bool
     grad_filter: float | None = None
+    shard: Shard | None = None
+
+    def sharding(self) -> dict[str, Any]:
+        """What the ops of the head take of the shard."""
+        if self.shard is None:
+            return {}
+        return {"group": self.shard.group, "first": self.shard.first}
 
 
 def ranking_config(options: RankingOptions, backend: str) -> tuple:
@@ -312,6 +321,8 @@ def _head_forward(
         call.grad_filter,
         budget=plan.budget,
         score_only=plan.tier == "T0",
+        **call.sharding(),
+        **({} if call.shard is None else {"vocab": call.shard.vocab}),
     )
     ctx.call, ctx.vocab, ctx.weight_dtype = call, weight.shape[0], weight.dtype
     # All of dZ0 at hand: the backward does without the weight, which may be re-sharded by then.
@@ -338,6 +349,7 @@ def _head_backward(ctx, grad: Tensor, saved) -> tuple[Tensor, Tensor, Tensor]:
         call.shared_rows,
         *ctx.needs_input_grad[:3],
         budget=call.plan.budget,
+        **call.sharding(),
     )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pro_kernels import autograd, checks
+from pro_kernels import autograd, checks, shards
 from pro_kernels.backends import resolve
 from pro_kernels.layout import Layout, check_targets, shift_targets
 from pro_kernels.options import LogitOptions
-from pro_kernels.planner import make_plan
+from pro_kernels.planner import check_budget, default_budget, make_plan
 from pro_kernels.pro import RankedCandidates
+from pro_kernels.shards import Shard
 
 
 def rank(
@@ -47,24 +50,25 @@ def head_call(
     scalar_loss: bool,
     grad_filter: float | None,
     entropy: bool = False,
+    shard: Shard | None = None,
 ) -> autograd.HeadCall:
     """Choose backend and tier, and bundle all that is not a tensor."""
     checks.check_device("layout", layout.targets, "hidden", hidden)
     grads = torch.is_grad_enabled()
     wide = logits_dtype != compute
-    may_chunk = scalar_loss and not wide and weight.requires_grad
+    may_chunk = scalar_loss and not wide and weight.requires_grad and shard is None
     fixed = weight.numel() * compute.itemsize if weight.dtype != compute else 0
     if layout.shared_rows and hidden.requires_grad and hidden.itemsize < 4:
         fixed += 4 * hidden.numel()  # dHidden is summed in fp32
     plan = make_plan(
         layout.num_tokens,
         weight.shape[1],
-        weight.shape[0],
+        weight.shape[0] if shard is None else shard.most,  # all ranks take the same chunks
         compute,
         hidden.device,
         need_hidden=grads and hidden.requires_grad,
         need_weight=grads and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        budget=budget,
+        budget=budget if shard is None else shard.budget,
         prompt_tokens=layout.prompt_tokens if may_chunk else None,
         fixed=fixed,
         hidden_rows=layout.num_rows,
@@ -77,8 +81,37 @@ def head_call(
     backend = resolve(backend, hidden.device, logits_dtype, candidates)
     filtered = grad_filter if plan.need_hidden or plan.need_weight else None
     return autograd.HeadCall(
-        compute, logits_dtype, options, backend, plan, layout.shared_rows, filtered
+        compute, logits_dtype, options, backend, plan, layout.shared_rows, filtered, shard
     )
+
+
+def shard_of(
+    group: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    budget: int | None,
+    **options: Any,
+) -> Shard | None:
+    """This rank's part of a head that is split over ``group``, after all ranks agreed."""
+    if group is None:
+        return None
+    for name in ("grad_filter", "return_entropy"):
+        if options.get(name):
+            raise ValueError(f"{name} cannot be had with a process_group, got {options[name]}")
+    grads = torch.is_grad_enabled()
+    sizes = {"the shape of hidden": tuple(hidden.shape)}
+    facts = {
+        "dtypes": f"{hidden.dtype}, {weight.dtype}",
+        "bias": bias is not None,
+        "what needs a gradient": tuple(
+            grads and x is not None and x.requires_grad for x in (hidden, weight, bias)
+        ),
+        "the width of weight": weight.shape[1],
+        **{name: repr(value) for name, value in options.items()},
+    }
+    named = default_budget(hidden.device) if budget is None else check_budget(budget)
+    return shards.shard_of(group, weight.shape[0], named, facts, sizes)
 
 
 def layout_of(targets: Tensor, ignore_index: int, vocab: int) -> Layout:

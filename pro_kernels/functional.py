@@ -14,13 +14,14 @@ from torch import Tensor
 
 from pro_kernels import autograd, checks
 from pro_kernels.backends import resolve
-from pro_kernels.calls import head_call, layout_of, pro_layout, rank
+from pro_kernels.calls import head_call, layout_of, pro_layout, rank, shard_of
 from pro_kernels.column_filter import check_grad_filter
 from pro_kernels.head import acc_dtype
 from pro_kernels.layout import Layout, check_targets, mark_unscored, shift_targets
 from pro_kernels.options import IGNORE_INDEX, LogitOptions, PROOptions
 from pro_kernels.output import GradFilter, PROOutput, TokenStats
 from pro_kernels.pro import make_output, rank_candidates
+from pro_kernels.shards import Shard
 
 
 def linear_token_logps(
@@ -39,6 +40,7 @@ def linear_token_logps(
     return_entropy: bool = False,
     backend: str = "auto",
     budget: int | None = None,
+    process_group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under ``softmax(head(hidden))``, without holding all logits.
 
@@ -68,6 +70,11 @@ def linear_token_logps(
             weight. Not with ``grad_filter``.
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
+        process_group: the ranks that hold the head together (tensor parallel): ``weight`` and
+            ``bias`` are this rank's rows, in the order of the group, in any sizes; hidden, targets
+            and all options are the same on every rank. So is the result; dHidden is summed over
+            ranks. Not with ``grad_filter`` or
+            ``return_entropy``.
 
     Returns:
         (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``. With
@@ -77,6 +84,11 @@ def linear_token_logps(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, dtypes or values that do not fit, a target outside [0, V).
     """
+    shard = shard_of(
+        process_group, hidden, weight, bias, budget, grad_filter=grad_filter,
+        return_entropy=return_entropy, softcap=softcap, logit_scale=logit_scale, shift=shift,
+        ignore_index=ignore_index, logits_dtype=logits_dtype,
+    )  # fmt: skip
     if return_entropy:
         if grad_filter is not None or return_dropped:
             raise ValueError(
@@ -101,7 +113,7 @@ def linear_token_logps(
     check_grad_filter(grad_filter)
     call, layout, targets = _token_call(
         hidden, weight, targets, bias, ignore_index, shift, softcap, logit_scale, logits_dtype,
-        backend, budget, grad_filter=grad_filter,
+        backend, budget, grad_filter=grad_filter, shard=shard,
     )  # fmt: skip
     logps, dropped = autograd.HeadLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout.rows, layout.targets, call
@@ -167,6 +179,7 @@ def _token_call(
     *,
     grad_filter: float | None = None,
     entropy: bool = False,
+    shard: Shard | None = None,
 ) -> tuple[autograd.HeadCall, Layout, Tensor]:
     """A token-level call, checked: its plan, its layout, and the targets after the shift."""
     compute = checks.check_head(hidden, weight, bias)
@@ -175,7 +188,8 @@ def _token_call(
     checks.check_device("targets", targets, "hidden", hidden)
     if shift:
         targets = shift_targets(targets, ignore_index)
-    layout = layout_of(targets.reshape(1, 1, -1), ignore_index, weight.shape[0])
+    vocab = weight.shape[0] if shard is None else shard.vocab
+    layout = layout_of(targets.reshape(1, 1, -1), ignore_index, vocab)
     call = head_call(
         hidden,
         weight,
@@ -189,6 +203,7 @@ def _token_call(
         scalar_loss=False,
         grad_filter=grad_filter,
         entropy=entropy,
+        shard=shard,
     )
     return call, layout, targets
 
@@ -285,6 +300,7 @@ def linear_pro_loss(
     layout: Layout | None = None,
     backend: str = "auto",
     budget: int | None = None,
+    process_group: Any = None,
 ) -> PROOutput:
     """PRO loss (arXiv 2306.17492) from hidden states and LM-head weight, logits never all held.
 
@@ -327,6 +343,10 @@ def linear_pro_loss(
         layout: which rows are scored, made with the batch (``Layout.from_padded`` and others).
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
+        process_group: the ranks that hold the head together (tensor parallel): ``weight`` and
+            ``bias`` are this rank's rows, in the order of the group, in any sizes; hidden, targets
+            and all options are the same on every rank. So is the result; dHidden is summed over
+            ranks. Not with ``grad_filter``.
 
     Returns:
         ``PROOutput``; only ``loss`` carries a gradient. No scored candidate at all: loss 0.
@@ -351,7 +371,13 @@ def linear_pro_loss(
         compat=compat,
         final_dtype=final_dtype,
     )
-    layout = pro_layout(hidden, targets, layout, ignore_index, shift, weight.shape[0])
+    shard = shard_of(
+        process_group, hidden, weight, bias, budget, grad_filter=grad_filter, softcap=softcap,
+        logit_scale=logit_scale, shift=shift, ignore_index=ignore_index, logits_dtype=logits_dtype,
+        loss=options,
+    )  # fmt: skip
+    vocab = weight.shape[0] if shard is None else shard.vocab
+    layout = pro_layout(hidden, targets, layout, ignore_index, shift, vocab)
     ranked = rank_candidates(
         layout, rewards, options, candidate_mask, prompt_weights, sft_index, acc_dtype(compute)
     )
@@ -367,6 +393,7 @@ def linear_pro_loss(
         budget,
         scalar_loss=True,
         grad_filter=grad_filter,
+        shard=shard,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
     loss, per_rank, sums, row_weights, dropped = autograd.LinearPRO.apply(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pro_kernels import column_filter, matmul
 from pro_kernels.options import LogitOptions, RankingOptions
+from pro_kernels.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Head:
     options: LogitOptions
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype
+    shard: Shard | None = None  # the weight is this rank's part
 
     @property
     def operand_dtype(self) -> torch.dtype:
@@ -223,7 +225,7 @@ def forward(
 ) -> None:
     """Log-probs of all rows, chunk by chunk, and what the backward will need."""
     n, vocab = rows.shape[0], head.weight.shape[0]
-    if score_only and head.scores_fused(n):
+    if score_only and head.shard is None and head.scores_fused(n):
         head.score(rows, targets, chunk, logps, stats)
         return
     retained = min(residual.shape[0], n)
@@ -233,7 +235,7 @@ def forward(
         keep = start < retained
         at = slice(start, stop)
         x, t = head.rows_of(_part(rows, at)), _part(targets, at)
-        exact = head.target_logits(x, t)
+        exact = None if head.shard is not None else head.target_logits(x, t)
         if keep and not wide:
             logits = _part(residual, at)
         else:
@@ -241,7 +243,20 @@ def forward(
                 scratch = empty_rows(residual, min(chunk, n), vocab, head.logits_dtype)
             logits = scratch[: stop - start]
         matmul.logits_into(logits, x, head.weight, head.bias)
-        if need_hidden or keep or kept is not None:
+        if head.shard is not None:
+            logp, lse, exact = _across_ranks(head, head.shard, x, t, logits)
+            if need_hidden or keep:
+                head.backend.logits_grad(
+                    logits,
+                    lse,
+                    t,
+                    None,
+                    target_logits=exact,
+                    first_column=head.shard.first,
+                    options=head.options,
+                    out=logits,
+                )
+        elif need_hidden or keep or kept is not None:
             logp, lse = head.backend.residual_(logits, t, target_logits=exact, options=head.options)
         else:
             logp, lse, _ = head.backend.logp(logits, t, target_logits=exact, options=head.options)
@@ -257,6 +272,33 @@ def forward(
             dz = residual[start:stop, : dz.shape[1]].copy_(dz)
         if need_hidden:
             matmul.hidden_grad(dz.to(head.compute_dtype), weight, _part(side, at))
+
+
+def _across_ranks(
+    head: Head, shard: Shard, x: Tensor, targets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-prob and log-sum-exp of each row over the columns of all ranks.
+
+    Then the raw logits of the targets where logits are rounded, exact as ``Head.target_logits``.
+    """
+    local = targets - shard.first
+    mine = (local >= 0) & (local < logits.shape[1])
+    local = torch.where(mine, local, 0)
+    raw = logits.gather(1, local[:, None])[:, 0].to(acc_dtype(logits.dtype))
+    exact = head.target_logits(x, local)
+    if exact is not None:  # the first column stands for a target of another rank: as it is
+        raw = torch.where(mine, exact, raw)
+    _, lse, _ = head.backend.logp(
+        logits, local, target_logits=None if exact is None else raw, options=head.options
+    )
+    top = shard.max_(lse.clone())
+    total, raw = shard.sum_(torch.stack([torch.exp(lse - top), torch.where(mine, raw, 0.0)]))
+    z = raw * head.options.logit_scale
+    if head.options.softcap is not None:
+        z = head.options.softcap * torch.tanh(z / head.options.softcap)
+    log_total = torch.log(total)
+    logp = ((z - top) - log_total).clamp_max(0)
+    return logp, top + log_total, None if exact is None else raw
 
 
 def weight_backward(
@@ -411,7 +453,7 @@ def _recomputed(
             t,
             None,
             target_logits=exact,
-            first_column=first,
+            first_column=first + (0 if head.shard is None else head.shard.first),
             options=head.options,
             out=logits,
         )

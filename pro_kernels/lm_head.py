@@ -58,6 +58,12 @@ def _check_plain(module: Any) -> None:
             "the LM head must be a torch.nn.Linear, possibly with LoRA, DoRA or modules_to_save of "
             f"PEFT, got {name}; {FALLBACK}"
         )
+    if hasattr(module.weight, "full_tensor"):
+        raise ValueError(
+            "the LM head's weight is a DTensor: it is sharded as a unit of its own, and the fused "
+            "loss runs after that unit; leave it to the root (no fully_shard(model.lm_head)), or "
+            f"{FALLBACK}"
+        )
     if not module.weight.is_floating_point() or module.weight.dim() != 2:
         raise ValueError(
             f"the LM head's weight must be a floating-point (V, H) matrix, got "

@@ -12,6 +12,7 @@ sequences, ``B`` prompts, ``n`` candidates.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor
 from pro_kernels import backends, head, token_stats
 from pro_kernels.layout import raise_bad_target
 from pro_kernels.options import IGNORE_INDEX, LogitOptions, RankingOptions
+from pro_kernels.shards import Shard
 
 # Not ``torch.library.custom_op``: its Python wrappers cost more than a small batch's arithmetic.
 _LIBRARY = torch.library.Library("pro_kernels", "DEF")
@@ -240,6 +242,9 @@ def head_logps(
     *,
     budget: int = 0,  # that of the plan, for its error message
     score_only: bool = False,
+    group: str | None = None,  # of ``shards.Shard``, with the next two
+    first: int = 0,
+    vocab: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
 
@@ -248,9 +253,10 @@ def head_logps(
     with a filter the ``columns``, ``counts`` and ``dropped`` of ``head.Kept``, else empty ones.
     """
     with _autocast_off(hidden):
-        check_range(targets, weight.shape[0])
+        check_range(targets, vocab if group else weight.shape[0])
         options = LogitOptions(softcap, logit_scale)
         h = _head(hidden, weight, bias, compute_dtype, logits_dtype, options, backend)
+        h = _sharded(h, group, first, vocab)
         logps, stats, residual, side, *buffers = _head_buffers(
             h, targets, chunk, retained, need_hidden, grad_filter
         )
@@ -298,6 +304,9 @@ def _(
     *,
     budget=0,
     score_only=False,
+    group=None,
+    first=0,
+    vocab=0,
 ):
     h = head.Head(hidden, weight, bias, None, None, compute_dtype, logits_dtype)
     return _head_buffers(h, targets, chunk, retained, need_hidden, grad_filter)
@@ -332,11 +341,14 @@ def head_backward(
     need_bias: bool,
     *,
     budget: int = 0,
+    group: str | None = None,  # of ``shards.Shard``, with the next
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DHidden (R, H), dW (V, H) and dbias (V,); those not needed are empty."""
     with _autocast_off(hidden):
         options = LogitOptions(softcap, logit_scale)
         h = _head(hidden, weight, bias, compute_dtype, logits_dtype, options, backend)
+        h = _sharded(h, group, first)
         d_hidden, d_weight, d_bias = _grad_buffers(
             hidden, vocab, weight_dtype, need_hidden, need_weight, need_bias
         )
@@ -345,6 +357,8 @@ def head_backward(
         w = grad.to(stats.dtype) if live is None else grad.to(stats.dtype)[live]
         if need_hidden:
             head.scatter_rows(side[:n], w, rows, d_hidden.zero_(), shared_rows, h.backend)
+            if h.shard is not None:
+                h.shard.sum_(d_hidden)
         if need_weight or need_bias:
             head.weight_backward(
                 h,
@@ -362,7 +376,7 @@ def head_backward(
 
 
 @_fake(head_backward)
-def _(grad, hidden, weight, *config, budget=0):
+def _(grad, hidden, weight, *config, budget=0, group=None, first=0):
     vocab, weight_dtype, _shared, need_hidden, need_weight, need_bias = config[-6:]
     return _grad_buffers(hidden, vocab, weight_dtype, need_hidden, need_weight, need_bias)
 
@@ -635,6 +649,12 @@ def _head(hidden, weight, bias, compute_dtype, logits_dtype, options, backend) -
         compute_dtype,
         logits_dtype,
     )
+
+
+def _sharded(h: head.Head, group: str | None, first: int, vocab: int = 0) -> head.Head:
+    if not group:
+        return h
+    return dataclasses.replace(h, shard=Shard(group, first, vocab, most=0, budget=0))
 
 
 def _kept(tau: float | None, buffers: Sequence[Tensor]) -> head.Kept | None:

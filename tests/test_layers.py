@@ -13,6 +13,7 @@ PACKAGE = ROOT / "pro_kernels"
 # Module -> what it may import from the package.
 ALLOWED = {
     "options": set(),
+    "shards": set(),
     "output": set(),
     "_version": set(),
     "layout": {"options"},
@@ -28,15 +29,15 @@ ALLOWED = {
     "backends.cpu": {"backends.native", "options"},
     "backends.cuda": {"backends.native", "options"},
     "backends.triton": {"options", "backends.triton"},
-    "head": {"column_filter", "matmul", "options"},
+    "head": {"column_filter", "matmul", "options", "shards"},
     "token_stats": {"head", "matmul", "options"},
-    "ops": {"backends", "head", "layout", "options", "token_stats"},
-    "autograd": {"ops", "options", "planner"},
+    "ops": {"backends", "head", "layout", "options", "shards", "token_stats"},
+    "autograd": {"ops", "options", "planner", "shards"},
     "pro": {"checks", "layout", "options", "output"},
-    "calls": {"autograd", "backends", "checks", "layout", "options", "planner", "pro"},
+    "calls": {"autograd", "backends", "checks", "layout", "options", "planner", "pro", "shards"},
     "functional": {
         "autograd", "backends", "calls", "checks", "column_filter", "head", "layout", "options",
-        "output", "pro",
+        "output", "pro", "shards",
     },
     "lm_head": set(),
     "probe": {"lm_head"},

@@ -83,9 +83,9 @@ using namespace pk;
 
 int32_t pk_cuda_logits_grad(int32_t dtype, const void* logits, int64_t n, int64_t v, int64_t stride,
                             const float* lse, const int64_t* targets, const float* weights,
-                            const float* exact, const float* entropy,
-                            const float* entropy_weights, int64_t first_column, float scale,
-                            float softcap, void* out, int64_t out_stride, void* stream) {
+                            const float* exact, const float* entropy, const float* entropy_weights,
+                            int64_t first_column, float scale, float softcap, void* out,
+                            int64_t out_stride, void* stream) {
   if (v > kMaxColumns) return kInvalidValue;
   Rows rows = {};
   rows.logits = const_cast<void*>(logits);

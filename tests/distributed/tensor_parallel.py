@@ -1,0 +1,217 @@
+"""What each rank of ``test_tensor_parallel`` runs: its part of the head against all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+import torch.distributed as dist
+
+import pro_kernels as pk
+from cases import Case, assert_no_worse, usable_backends
+
+CASES = [
+    Case("plain", T=9),
+    Case("nothing masked", masked=0.0),
+    Case("all masked", masked=1.0),
+    Case("two candidates", n=2, masked=0.8),
+    Case("ties", ties=True),
+    Case("bias, softcap", T=9, bias=True, options={"softcap": 5.0, "logit_scale": 0.5}),
+    Case("logits of 50", T=9, scale=25.0),
+    Case("odd vocabulary", V=1009, T=4),
+    Case("small vocabulary", V=7),
+]
+LEAST = 1 << 14  # a budget in bytes that no batch here fits
+
+
+def bounds(vocab: int, world: int) -> list[int]:
+    """Uneven parts: the last rank has most."""
+    step = vocab // (world + 1)
+    return [step * i for i in range(world)] + [vocab]
+
+
+def leaves(case: Case, dtype, part: slice | None, freeze: tuple[str, ...]):
+    hidden, weight, bias, targets, rewards = case.tensors()
+    named = {"hidden": hidden, "weight": weight, "bias": bias}
+    made = {}
+    for name, x in named.items():
+        if x is not None:
+            x = x if part is None or name == "hidden" else x[part]
+            made[name] = x.to(dtype, copy=True).requires_grad_(name not in freeze)
+    return made, targets, rewards
+
+
+def run(function, case: Case, dtype, part, freeze=(), **options):
+    """Loss (or log-probs) and gradients by name."""
+    made, targets, rewards = leaves(case, dtype, part, freeze)
+    args = (made["hidden"], made["weight"], targets)
+    if function in (pk.linear_pro_loss, pk.reference.linear_pro_loss):
+        value = function(
+            *args, rewards, bias=made.get("bias"), **{**case.options, **options}
+        ).loss  # fmt: skip
+        scalar = 1.7 * value
+    else:
+        value = function(*args, bias=made.get("bias"), **{**case.options, **options})
+        up = torch.randn(value.shape, generator=torch.Generator().manual_seed(5))
+        scalar = (value * up).sum()
+    if scalar.requires_grad:
+        scalar.backward()
+    return value.detach(), {k: x.grad for k, x in made.items() if x.grad is not None}
+
+
+def compare_all(group) -> int:
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    done = 0
+    for case in CASES:
+        at = bounds(case.V, world)
+        part = slice(at[rank], at[rank + 1])
+        for dtype in (torch.float32, torch.bfloat16):
+            for fused, exact in (
+                (pk.linear_pro_loss, pk.reference.linear_pro_loss),
+                (pk.linear_token_logps, pk.reference.linear_token_logps),
+            ):
+                for freeze in ((), ("weight", "bias"), ("hidden",), ("hidden", "weight", "bias")):
+                    want = run(exact, rounded(case, dtype), torch.float64, None, freeze)
+                    plain = run(exact, case, dtype, None, freeze)
+                    for budget in (None, LEAST):
+                        got = run(fused, case, dtype, part, freeze, budget=budget,
+                                  process_group=group)  # fmt: skip
+                        same_everywhere(got[0], group)
+                        what = f"{case.name} {dtype} {fused.__name__} {freeze} {budget}"
+                        assert_no_worse(got[0], plain[0], want[0], dtype, what, norm=False)
+                        assert got[1].keys() >= want[1].keys(), what
+                        for name, grad in got[1].items():
+                            if name not in want[1]:  # nothing is scored: the reference has no graph
+                                assert not grad.any(), what
+                                continue
+                            if name == "hidden":
+                                same_everywhere(grad, group)
+                            else:
+                                grad = whole(grad, group)
+                            sides = plain[1][name], want[1][name]
+                            known = 0.0
+                            if name == "hidden" and dtype == torch.bfloat16:
+                                # Summed over ranks in bf16: each addition rounds.
+                                known = (world - 1) * 2.0**-9 * float(want[1][name].norm())
+                            assert_no_worse(
+                                grad, *sides, dtype, f"{what}: {name}", norm=True, known=known
+                            )
+                        done += 1
+    return done
+
+
+def compare_backends(group) -> list[str]:
+    """Each backend on uneven parts against the reference, in fp32."""
+    case, names = Case("backends", T=9, bias=True), usable_backends()
+    at = bounds(case.V, dist.get_world_size(group))
+    part = slice(at[dist.get_rank(group)], at[dist.get_rank(group) + 1])
+    want = run(pk.reference.linear_pro_loss, case, torch.float32, None)
+    for name in names:
+        got = run(pk.linear_pro_loss, case, torch.float32, part, backend=name, process_group=group)
+        torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+        for key, grad in got[1].items():
+            grad = grad if key == "hidden" else whole(grad, group)
+            torch.testing.assert_close(grad, want[1][key], rtol=1e-4, atol=1e-5)
+    return names
+
+
+def rounded(case: Case, dtype) -> Case:
+    """The case with inputs as ``dtype`` rounds them."""
+    made = case.tensors()
+
+    class Rounded(Case):
+        def tensors(self):
+            return tuple(
+                x.to(dtype).double() if x is not None and x.is_floating_point() and i < 3 else x
+                for i, x in enumerate(made)
+            )
+
+    return Rounded(case.name, options=case.options)
+
+
+def whole(part, group):
+    """The gradient of all rows, from each rank's."""
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, part, group=group)
+    return torch.cat(parts)
+
+
+def same_everywhere(x, group) -> None:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    assert all(torch.equal(parts[0], other) for other in parts), "ranks differ"
+
+
+def bytes_sent(group) -> dict:
+    """Of all-reduces, a scored token; nothing in them may grow with V."""
+    found = {}
+    for vocab in (67, 1009):
+        case = Case("wire", V=vocab, H=16, T=9)
+        at = bounds(vocab, dist.get_world_size(group))
+        part = slice(at[dist.get_rank(group)], at[dist.get_rank(group) + 1])
+        sent, original = [], dist.all_reduce
+
+        def counted(x, *args, original=original, sent=sent, **kwargs):
+            sent.append(x.nbytes)
+            return original(x, *args, **kwargs)
+
+        run(pk.linear_pro_loss, case, torch.bfloat16, part, process_group=group)
+        dist.all_reduce = counted
+        run(pk.linear_pro_loss, case, torch.bfloat16, part, process_group=group)
+        dist.all_reduce = original
+        targets = case.tensors()[3]
+        scored, rows = int((targets >= 0).sum()), targets.numel()
+        found[vocab] = {"statistics": sum(sent[:-1]) / scored, "hidden": sent[-1] / rows}
+    return found
+
+
+def refusals(group) -> list[str]:
+    """Every rank raises, with these messages."""
+    rank, messages = dist.get_rank(group), []
+    made, targets, rewards = leaves(Case("bad"), torch.float32, slice(0, 20), ())
+    h, w = made["hidden"], made["weight"]
+    attempts = [
+        lambda: pk.linear_token_logps(h, w, targets, softcap=1.0 + rank, process_group=group),
+        lambda: pk.linear_token_logps(h, w[: 20 * rank], targets, process_group=group),
+        lambda: pk.linear_token_logps(h.to([torch.float64, torch.float32][rank % 2]),
+                                      w.to([torch.float64, torch.float32][rank % 2]), targets,
+                                      process_group=group),
+        lambda: pk.linear_pro_loss(h[:, : 3 - rank % 2], w, targets[:, : 3 - rank % 2],
+                                   rewards[:, : 3 - rank % 2], temperature=2.0,
+                                   process_group=group),
+        lambda: pk.linear_pro_loss(h, w, targets, rewards, sft_weight=0.1 * rank,
+                                   process_group=group),
+        lambda: pk.linear_token_logps(h, w, targets, grad_filter=0.1, process_group=group),
+        lambda: pk.linear_token_logps(h, w, targets, return_entropy=True, process_group=group),
+        lambda: pk.linear_token_logps(h, w, targets + 10**6, process_group=group),
+        lambda: pk.linear_token_logps(h, w, targets, process_group="tp"),
+    ]  # fmt: skip
+    for attempt in attempts:
+        try:
+            attempt()
+            messages.append("")
+        except (ValueError, TypeError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def main(output: str) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.set_num_threads(1)
+    group = dist.group.WORLD
+    result = {"compared": compare_all(group), "backends": compare_backends(group)}
+    result["bytes"] = bytes_sent(group)
+    result["messages"] = refusals(group)
+    Path(output, f"{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

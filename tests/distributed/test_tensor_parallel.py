@@ -1,0 +1,68 @@
+"""A head split over 2 and 4 gloo ranks, through torchrun: as on one rank, and cheap on the wire."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import pro_kernels as pk
+from cases import usable_backends
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+SCRIPT = Path(__file__).with_name("tensor_parallel.py")
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def ranks(request, tmp_path_factory) -> list[dict]:
+    """What each rank found; a rank that fails a comparison fails the launch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, str(SCRIPT), str(folder)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{i}.json").read_text()) for i in range(request.param)]
+
+
+def test_loss_log_probs_and_gradients_are_those_of_one_rank(ranks):
+    """Nine cases, two dtypes, two functions, four frozen sets, two budgets; every backend."""
+    assert [rank["compared"] for rank in ranks] == [9 * 2 * 2 * 4 * 2] * len(ranks)
+    assert all(rank["backends"] == usable_backends() for rank in ranks)
+
+
+def test_nothing_on_the_wire_grows_with_the_vocabulary(ranks):
+    for rank in ranks:
+        assert rank["bytes"]["67"] == rank["bytes"]["1009"]
+        found = rank["bytes"]["67"]
+        # A maximum, a sum and a target logit of 4 bytes; dHidden in bf16.
+        assert found["statistics"] == 12 and found["hidden"] == 16 * 2
+
+
+def test_ranks_that_disagree_all_raise(ranks):
+    expected = [
+        "disagree on softcap",
+        "every rank of process_group must hold rows",
+        "disagree on dtypes",
+        "disagree on the shape of hidden",
+        "disagree on loss",
+        "grad_filter cannot be had with a process_group",
+        "return_entropy cannot be had with a process_group",
+        "",  # the range of targets: in words of its own
+        "process_group must be a torch.distributed.ProcessGroup, got str",
+    ]
+    for rank in ranks:
+        assert len(rank["messages"]) == len(expected)
+        for message, part in zip(rank["messages"], expected, strict=True):
+            assert message and part in message
+
+
+def test_without_a_process_group_there_is_none():
+    hidden, weight = torch.randn(2, 3), torch.randn(5, 3)
+    with pytest.raises(ValueError, match="needs torch.distributed.init_process_group"):
+        pk.linear_token_logps(hidden, weight, torch.tensor([1, 2]), process_group=object())
