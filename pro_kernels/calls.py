@@ -57,13 +57,14 @@ def head_call(
     grads = torch.is_grad_enabled()
     wide = logits_dtype != compute
     may_chunk = scalar_loss and not wide and weight.requires_grad and shard is None
-    fixed = weight.numel() * compute.itemsize if weight.dtype != compute else 0
+    vocab = weight.shape[0] if shard is None else shard.most  # all ranks take the same chunks
+    fixed = vocab * weight.shape[1] * compute.itemsize if weight.dtype != compute else 0
     if layout.shared_rows and hidden.requires_grad and hidden.itemsize < 4:
         fixed += 4 * hidden.numel()  # dHidden is summed in fp32
     plan = make_plan(
         layout.num_tokens,
         weight.shape[1],
-        weight.shape[0] if shard is None else shard.most,  # all ranks take the same chunks
+        vocab,
         compute,
         hidden.device,
         need_hidden=grads and hidden.requires_grad,
@@ -90,28 +91,45 @@ def shard_of(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    backend: str,
     budget: int | None,
     **options: Any,
 ) -> Shard | None:
-    """This rank's part of a head that is split over ``group``, after all ranks agreed."""
+    """This rank's part of a head that is split over ``group``, after all ranks agreed.
+
+    None without a group. A wrong argument of one rank is raised by all: none waits for another.
+    """
     if group is None:
         return None
+    if torch.compiler.is_compiling():
+        raise ValueError("process_group cannot be compiled; call it outside of torch.compile")
+    shards.check_group(group)
     for name in ("grad_filter", "return_entropy"):
         if options.get(name):
             raise ValueError(f"{name} cannot be had with a process_group, got {options[name]}")
-    grads = torch.is_grad_enabled()
-    sizes = {"the shape of hidden": tuple(hidden.shape)}
-    facts = {
-        "dtypes": f"{hidden.dtype}, {weight.dtype}",
-        "bias": bias is not None,
-        "what needs a gradient": tuple(
-            grads and x is not None and x.requires_grad for x in (hidden, weight, bias)
-        ),
-        "the width of weight": weight.shape[1],
-        **{name: repr(value) for name, value in options.items()},
-    }
-    named = default_budget(hidden.device) if budget is None else check_budget(budget)
-    return shards.shard_of(group, weight.shape[0], named, facts, sizes)
+    facts: dict[str, Any] = {}
+    rows, named, error = 0, 0, None
+    try:
+        compute = checks.check_head(hidden, weight, bias)
+        logits = checks.check_logits_dtype(options.get("logits_dtype"), compute)
+        resolve(backend, hidden.device, logits, None)
+        rows = weight.shape[0]
+        named = default_budget(hidden.device) if budget is None else check_budget(budget)
+        grads = torch.is_grad_enabled()
+        facts = {
+            "the shape of hidden": tuple(hidden.shape),
+            "the width of weight": weight.shape[1],
+            "dtypes": f"{hidden.dtype}, {weight.dtype}, {compute}",
+            "bias": bias is not None,
+            "what needs a gradient": tuple(
+                grads and x is not None and x.requires_grad for x in (hidden, weight, bias)
+            ),
+            **{name: repr(value) for name, value in options.items()},
+        }
+    except (TypeError, ValueError) as wrong:
+        error = wrong
+    device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+    return shards.agree(group, rows, named, facts, error, device)
 
 
 def layout_of(targets: Tensor, ignore_index: int, vocab: int) -> Layout:

@@ -72,9 +72,9 @@ def linear_token_logps(
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
         process_group: the ranks that hold the head together (tensor parallel): ``weight`` and
             ``bias`` are this rank's rows, in the order of the group, in any sizes; hidden, targets
-            and all options are the same on every rank. So is the result; dHidden is summed over
-            ranks. Not with ``grad_filter`` or
-            ``return_entropy``.
+            and all options are the same on every rank, which is checked at each call (on a GPU the
+            host waits for that). So is the result; dHidden is summed over ranks. Not compiled, not
+            with ``grad_filter`` or ``return_entropy``.
 
     Returns:
         (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``. With
@@ -85,7 +85,7 @@ def linear_token_logps(
         ValueError: shapes, devices, dtypes or values that do not fit, a target outside [0, V).
     """
     shard = shard_of(
-        process_group, hidden, weight, bias, budget, grad_filter=grad_filter,
+        process_group, hidden, weight, bias, backend, budget, grad_filter=grad_filter,
         return_entropy=return_entropy, softcap=softcap, logit_scale=logit_scale, shift=shift,
         ignore_index=ignore_index, logits_dtype=logits_dtype,
     )  # fmt: skip
@@ -345,8 +345,9 @@ def linear_pro_loss(
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
         process_group: the ranks that hold the head together (tensor parallel): ``weight`` and
             ``bias`` are this rank's rows, in the order of the group, in any sizes; hidden, targets
-            and all options are the same on every rank. So is the result; dHidden is summed over
-            ranks. Not with ``grad_filter``.
+            and all options are the same on every rank, which is checked at each call (on a GPU the
+            host waits for that). So is the result; dHidden is summed over ranks. Not compiled, not
+            with ``grad_filter``.
 
     Returns:
         ``PROOutput``; only ``loss`` carries a gradient. No scored candidate at all: loss 0.
@@ -356,9 +357,6 @@ def linear_pro_loss(
         ValueError: shapes, devices or values that do not fit; rewards not finite, or all equal
             within a prompt (with ``temperature="reward"``); a target outside [0, V).
     """
-    compute = checks.check_head(hidden, weight, bias)
-    logits_dtype = checks.check_logits_dtype(logits_dtype, compute)
-    check_grad_filter(grad_filter)
     options = PROOptions(
         sft_weight=sft_weight,
         sft_reduction=sft_reduction,
@@ -372,10 +370,13 @@ def linear_pro_loss(
         final_dtype=final_dtype,
     )
     shard = shard_of(
-        process_group, hidden, weight, bias, budget, grad_filter=grad_filter, softcap=softcap,
-        logit_scale=logit_scale, shift=shift, ignore_index=ignore_index, logits_dtype=logits_dtype,
-        loss=options,
+        process_group, hidden, weight, bias, backend, budget, grad_filter=grad_filter,
+        softcap=softcap, logit_scale=logit_scale, shift=shift, ignore_index=ignore_index,
+        logits_dtype=logits_dtype, loss=options,
     )  # fmt: skip
+    compute = checks.check_head(hidden, weight, bias)
+    logits_dtype = checks.check_logits_dtype(logits_dtype, compute)
+    check_grad_filter(grad_filter)
     vocab = weight.shape[0] if shard is None else shard.vocab
     layout = pro_layout(hidden, targets, layout, ignore_index, shift, vocab)
     ranked = rank_candidates(

@@ -7,9 +7,11 @@ target logit are made of, 12 bytes a row, and the call one sum of dHidden.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -47,55 +49,63 @@ def _group(name: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-_agreed: dict[tuple, Shard] = {}
-
-
-def shard_of(
-    group: Any, rows: int, budget: int, facts: dict[str, Any], sizes: dict[str, Any]
-) -> Shard | None:
-    """What this rank holds of a head that is split over ``group``; None: it is not split.
-
-    The first time that a rank meets its facts, all ranks compare facts and sizes, and all of them
-    raise. Later calls compare nothing, so that nothing waits.
-
-    Args:
-        group: a ``torch.distributed.ProcessGroup``, or None.
-        rows: rows of this rank's weight.
-        budget: this rank's budget in bytes.
-        facts: what must be equal on all ranks, by name; hashable.
-        sizes: the same, of one batch.
-
-    Raises:
-        TypeError: no process group.
-        ValueError: the group is not initialised or this process not in it, a rank holds no row of
-            the weight, or ranks disagree.
-    """
-    if group is None:
-        return None
+def check_group(group: Any) -> None:
+    """Raise TypeError or ValueError unless this process can talk to the ranks of ``group``."""
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("process_group needs torch.distributed.init_process_group() before")
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group does not contain this process")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}"
         )
-    key = (group.group_name, rows, budget, *facts.items())
-    if key not in _agreed:
-        _agreed[key] = _agree(group, rows, budget, {**facts, **sizes})
-    return _agreed[key]
 
 
-def _agree(group: Any, rows: int, budget: int, facts: dict[str, Any]) -> Shard:
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError("process_group does not contain this process")
+def agree(
+    group: Any,
+    rows: int,
+    budget: int,
+    facts: dict[str, Any],
+    error: Exception | None,
+    device: torch.device,
+) -> Shard:
+    """What this rank holds of a head that is split over ``group``, if all ranks agree.
+
+    32 bytes a rank are compared at every call, because what one rank remembers of an earlier call
+    another may not; on a GPU the host waits for them.
+
+    Args:
+        group: a ``torch.distributed.ProcessGroup``.
+        rows: rows of this rank's weight.
+        budget: this rank's budget in bytes.
+        facts: what must be equal on all ranks, by name.
+        error: what is wrong with this rank's arguments.
+        device: where the tensors are.
+
+    Raises:
+        ValueError: on every rank, if an argument of any is wrong, or ranks disagree.
+    """
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
+    numbers = [rows, budget, int.from_bytes(digest[:7], "little"), int(error is not None)]
+    at = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    mine = torch.tensor(numbers, dtype=torch.int64, device=at)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    table = torch.stack(found).tolist()
+    if any(row[3] for row in table) or any(row[2] != table[0][2] for row in table):
+        _raise(group, facts, error)
+    parts, rank = [row[0] for row in table], dist.get_rank(group)
+    least = min(row[1] for row in table)
+    return Shard(group.group_name, sum(parts[:rank]), sum(parts), max(parts), least)
+
+
+def _raise(group: Any, facts: dict[str, Any], error: Exception | None) -> None:
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (rows, budget, facts), group=group)
-    for key in sorted(set().union(*(x[2] for x in found))):
-        values = [x[2].get(key) for x in found]
+    told = None if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(found, (facts, told), group=group)
+    if wrong := [f"rank {i}: {x[1]}" for i, x in enumerate(found) if x[1] is not None]:
+        raise ValueError(f"in process_group, {'; '.join(wrong)}") from error
+    for key in sorted(set().union(*(x[0] for x in found))):
+        values = [x[0].get(key) for x in found]
         if any(value != values[0] for value in values):
             raise ValueError(f"the ranks of process_group disagree on {key}: {values}, by rank")
-    parts = [x[0] for x in found]
-    if min(parts) < 1:
-        raise ValueError(f"every rank of process_group must hold rows of the weight, got {parts}")
-    least = min(x[1] for x in found)
-    return Shard(group.group_name, sum(parts[:rank]), sum(parts), max(parts), least)

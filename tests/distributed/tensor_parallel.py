@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import pro_kernels as pk
 from cases import Case, assert_no_worse, usable_backends
+from pro_kernels import calls
 
 CASES = [
     Case("plain", T=9),
@@ -26,8 +27,15 @@ CASES = [
     Case("logits of 50", T=9, scale=25.0),
     Case("odd vocabulary", V=1009, T=4),
     Case("small vocabulary", V=7),
+    Case("several chunks", V=1009, T=40, bias=True),
 ]
-LEAST = 1 << 14  # a budget in bytes that no batch here fits
+plans: set[tuple] = set()
+
+
+def budgets(group) -> tuple[int | None, ...]:
+    """The default, one that keeps some of the longest case's rows, and one that keeps none."""
+    at = bounds(1009, dist.get_world_size(group))
+    return None, 450 * (at[-1] - at[-2]), 1 << 14
 
 
 def bounds(vocab: int, world: int) -> list[int]:
@@ -79,7 +87,7 @@ def compare_all(group) -> int:
                 for freeze in ((), ("weight", "bias"), ("hidden",), ("hidden", "weight", "bias")):
                     want = run(exact, rounded(case, dtype), torch.float64, None, freeze)
                     plain = run(exact, case, dtype, None, freeze)
-                    for budget in (None, LEAST):
+                    for budget in budgets(group):
                         got = run(fused, case, dtype, part, freeze, budget=budget,
                                   process_group=group)  # fmt: skip
                         same_everywhere(got[0], group)
@@ -104,6 +112,55 @@ def compare_all(group) -> int:
                             )
                         done += 1
     return done
+
+
+def watch_plans() -> None:
+    """Note which tiers run, whether rows are retained, and in how many chunks."""
+    original = calls.make_plan
+
+    def noted(rows, *args, **kwargs):
+        plan = original(rows, *args, **kwargs)
+        kept = "all" if plan.retained >= rows else "some" if plan.retained else "none"
+        plans.add((plan.tier, kept, plan.chunk < rows))
+        return plan
+
+    calls.make_plan = noted
+
+
+def compare_autocast(group) -> None:
+    """An fp32 weight that each call casts: its copy counts, for the rank with most rows on all."""
+    case = Case("autocast", V=1009, T=40)
+    at = bounds(case.V, dist.get_world_size(group))
+    part = slice(at[dist.get_rank(group)], at[dist.get_rank(group) + 1])
+    want = run(pk.reference.linear_pro_loss, case, torch.float32, None)
+    for budget in budgets(group):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = run(
+                pk.linear_pro_loss, case, torch.float32, part, budget=budget, process_group=group
+            )
+        torch.testing.assert_close(got[0], want[0], rtol=0.02, atol=0.02)
+        for key, grad in got[1].items():
+            grad = grad if key == "hidden" else whole(grad, group)
+            assert (grad - want[1][key]).norm() < 0.03 * want[1][key].norm(), (key, budget)
+
+
+def compare_heads_of_other_sizes(group) -> None:
+    """One rank has as many rows as in the call before, another has not."""
+    rank = dist.get_rank(group)
+    case = Case("sizes", V=64)
+    hidden, weight, _, targets, _ = case.tensors()
+    targets = targets.clamp_max(19)
+    for last in (8, 5, 8):
+        sizes = [10] * (dist.get_world_size(group) - 1) + [last]
+        first = sum(sizes[:rank])
+        got = pk.linear_token_logps(
+            hidden.float(), weight[first : first + sizes[rank]].float(),
+            targets.clamp_max(sum(sizes) - 1), process_group=group,
+        )  # fmt: skip
+        want = pk.reference.linear_token_logps(
+            hidden, weight[: sum(sizes)], targets.clamp_max(sum(sizes) - 1)
+        )
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def compare_backends(group) -> list[str]:
@@ -191,6 +248,14 @@ def refusals(group) -> list[str]:
         lambda: pk.linear_token_logps(h, w, targets, return_entropy=True, process_group=group),
         lambda: pk.linear_token_logps(h, w, targets + 10**6, process_group=group),
         lambda: pk.linear_token_logps(h, w, targets, process_group="tp"),
+        lambda: pk.linear_pro_loss(h, w[: 20 * rank], targets, rewards, process_group=group),
+        lambda: pk.linear_token_logps(h, w, targets, bias=torch.zeros(20 + (rank == 1)),
+                                      process_group=group),
+        lambda: pk.linear_token_logps(h, w if rank else w[0], targets, process_group=group),
+        lambda: pk.linear_token_logps(h, w, targets, backend="cuda" if rank == 1 else "auto",
+                                      process_group=group),
+        lambda: pk.linear_token_logps(h, w, targets,
+                                      process_group=dist.GroupMember.NON_GROUP_MEMBER),
     ]  # fmt: skip
     for attempt in attempts:
         try:
@@ -205,9 +270,13 @@ def main(output: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     group = dist.group.WORLD
+    watch_plans()
     result = {"compared": compare_all(group), "backends": compare_backends(group)}
     result["bytes"] = bytes_sent(group)
+    compare_autocast(group)
+    compare_heads_of_other_sizes(group)
     result["messages"] = refusals(group)
+    result["plans"] = sorted(plans)
     Path(output, f"{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()

@@ -31,8 +31,13 @@ def ranks(request, tmp_path_factory) -> list[dict]:
 
 
 def test_loss_log_probs_and_gradients_are_those_of_one_rank(ranks):
-    """Nine cases, two dtypes, two functions, four frozen sets, two budgets; every backend."""
-    assert [rank["compared"] for rank in ranks] == [9 * 2 * 2 * 4 * 2] * len(ranks)
+    """Ten cases, two dtypes, two functions, four frozen sets, three budgets; every backend."""
+    assert [rank["compared"] for rank in ranks] == [10 * 2 * 2 * 4 * 3] * len(ranks)
+    for rank in ranks:
+        assert rank["plans"] == ranks[0]["plans"]
+        met = {tuple(plan) for plan in rank["plans"]}
+        assert met >= {("T1", "all", False), ("T3", "some", True), ("T3", "none", True)}
+        assert met >= {("T1f", "none", True), ("T0", "none", True)}
     assert all(rank["backends"] == usable_backends() for rank in ranks)
 
 
@@ -47,7 +52,7 @@ def test_nothing_on_the_wire_grows_with_the_vocabulary(ranks):
 def test_ranks_that_disagree_all_raise(ranks):
     expected = [
         "disagree on softcap",
-        "every rank of process_group must hold rows",
+        "in process_group, rank 0: ValueError: weight must not be empty",
         "disagree on dtypes",
         "disagree on the shape of hidden",
         "disagree on loss",
@@ -55,6 +60,11 @@ def test_ranks_that_disagree_all_raise(ranks):
         "return_entropy cannot be had with a process_group",
         "",  # the range of targets: in words of its own
         "process_group must be a torch.distributed.ProcessGroup, got str",
+        "in process_group, rank 0: ValueError: weight must not be empty",
+        "in process_group, rank 1: ValueError: bias must",
+        "in process_group, rank 0: ValueError: weight must",
+        "in process_group, rank 1: ",
+        "process_group does not contain this process",
     ]
     for rank in ranks:
         assert len(rank["messages"]) == len(expected)
