@@ -190,18 +190,23 @@ def trl_run(trl, folder, kind: str):
     return [x["loss"] for x in logs], list(trainer.model.parameters()), logs
 
 
-@pytest.mark.parametrize("kind", ROWS)
-def test_trls_trainers_give_the_same_losses_and_parameters(trl, tmp_path, monkeypatch, kind):
-    plain = trl_run(trl, tmp_path, kind)
-    swap.accelerate_trl()
-    rows = []
-    apply = swap.FusedLogProbs.apply
+def rows_of_each_call(monkeypatch) -> list[int]:
+    """The rows that each fused call gets, from now on."""
+    rows, apply = [], swap.FusedLogProbs.apply
 
     def counted(hidden, *args):
         rows.append(len(hidden))
         return apply(hidden, *args)
 
     monkeypatch.setattr(swap.FusedLogProbs, "apply", counted)
+    return rows
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_trls_trainers_give_the_same_losses_and_parameters(trl, tmp_path, monkeypatch, kind):
+    plain = trl_run(trl, tmp_path, kind)
+    swap.accelerate_trl()
+    rows = rows_of_each_call(monkeypatch)
     fused = trl_run(trl, tmp_path, kind)
     assert rows and plain[0] == pytest.approx(fused[0], rel=1e-5, abs=1e-6)
     for a, b in zip(plain[1], fused[1], strict=True):
@@ -221,14 +226,7 @@ def test_positions_that_are_not_scored_never_reach_the_head(trl, monkeypatch):
     swap.accelerate_trl()
     model = tiny()
     utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    seen = []
-    apply = swap.FusedLogProbs.apply
-
-    def watched(hidden, *args):
-        seen.append(len(hidden))
-        return apply(hidden, *args)
-
-    monkeypatch.setattr(swap.FusedLogProbs, "apply", watched)
+    seen = rows_of_each_call(monkeypatch)
     ids = torch.randint(3, VOCABULARY, (2, 9))
     labels = ids.clone()
     labels[:, :5] = -100
