@@ -34,6 +34,11 @@ class HeadCall:
     grad_filter: float | None = None
     shard: Shard | None = None
 
+    def config(self) -> tuple:
+        """What every op of the head takes, in the order of their schemas."""
+        o = self.options
+        return self.compute_dtype, self.logits_dtype, o.softcap, o.logit_scale, self.backend
+
     def sharding(self) -> dict[str, Any]:
         """What the ops of the head take of the shard."""
         if self.shard is None:
@@ -95,11 +100,7 @@ class HeadStats(torch.autograd.Function):
             bias,
             rows,
             targets,
-            call.compute_dtype,
-            call.logits_dtype,
-            call.options.softcap,
-            call.options.logit_scale,
-            call.backend,
+            *call.config(),
             plan.chunk,
             plan.retained,
             extra,
@@ -123,11 +124,7 @@ class HeadStats(torch.autograd.Function):
             saved[5].new_zeros(n) if grad is None else grad.contiguous(),
             None if entropy_grad is None else entropy_grad.contiguous(),
             *saved,
-            call.compute_dtype,
-            call.logits_dtype,
-            call.options.softcap,
-            call.options.logit_scale,
-            call.backend,
+            *call.config(),
             call.plan.chunk,
             *ctx.needs_input_grad[:3],
             budget=call.plan.budget,
@@ -310,11 +307,7 @@ def _head_forward(
         bias,
         rows,
         targets,
-        call.compute_dtype,
-        call.logits_dtype,
-        call.options.softcap,
-        call.options.logit_scale,
-        call.backend,
+        *call.config(),
         plan.chunk,
         plan.retained,
         plan.need_hidden,
@@ -338,11 +331,7 @@ def _head_backward(ctx, grad: Tensor, saved) -> tuple[Tensor, Tensor, Tensor]:
         grad,
         *saved,
         call.grad_filter,
-        call.compute_dtype,
-        call.logits_dtype,
-        call.options.softcap,
-        call.options.logit_scale,
-        call.backend,
+        *call.config(),
         call.plan.chunk,
         ctx.vocab,
         ctx.weight_dtype,
