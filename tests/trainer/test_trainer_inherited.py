@@ -205,7 +205,8 @@ if trainer.is_world_process_zero():
     Path({result!r}).write_text(json.dumps({{"losses": losses(trainer), "eval": metrics,
         "entry": trainer.state.log_history[0]}}))
 trainer.accelerator.wait_for_everyone()
-torch.distributed.destroy_process_group()  # else gloo may abort the interpreter at its end
+import os
+os._exit(0)  # all is written; gloo may abort the interpreter at its end
 """
 
 
