@@ -98,7 +98,7 @@ class CaseRun:
         self.inputs: Inputs = make_inputs(case, device, settings.seed)
         self.truth: Truth = make_truth(self.inputs)
         self.warm = case.fits_cache
-        self.timer = Timer(device, flush=self.warm)
+        self.timer = Timer(device, flush=self.warm, lead=not self.warm)
         self.steps: dict[str, Step] = {}
         self.times: dict[str, list[float]] = {}
         self.warm_times: dict[str, list[float]] = {}

@@ -12,7 +12,7 @@ from bench.step import Step
 
 # More than the L2 of any GPU and than most CPUs' caches.
 _FLUSH_BYTES = 256 << 20
-
+_LEAD_CYCLES = 10_000_000  # of a GPU's clock: some 5 ms, more than the host needs for any step
 
 # Parameters of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -35,29 +35,38 @@ class Timer:
 
     Cold: memory of 256 MiB is written before. On a CPU only where asked for (``flush``): the
     tensors of large cases are several times that.
+
+    With ``lead``, a GPU first waits a few milliseconds, so that the host is ahead of it as within
+    a training step, and the time is the device's alone. Without, it is the clock until the device
+    is idle again, with the host's work.
     """
 
-    def __init__(self, device: torch.device, flush: bool = False) -> None:
+    def __init__(self, device: torch.device, flush: bool = False, lead: bool = True) -> None:
         """Make the events and the flush buffer."""
-        self.cuda = device.type == "cuda"
+        self.cuda, self.lead = device.type == "cuda", lead
         if not self.cuda:
             keep_memory()
         self.buffer = None
         if self.cuda or flush:
             self.buffer = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-        if self.cuda:
+        if self.cuda and lead:
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def __call__(self, step: Step, warm: bool = False) -> float:
         """Run the step once; what it returns is freed after the clock stops."""
         if self.buffer is not None and not warm:
             self.buffer.zero_()
-        if not self.cuda:
+        if not (self.cuda and self.lead):
+            if self.cuda:
+                torch.cuda.synchronize()
             start = time.perf_counter()
             value = step.run()
+            if self.cuda:
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - start
             del value
             return seconds
+        torch.cuda._sleep(_LEAD_CYCLES)
         self.events[0].record()
         value = step.run()
         self.events[1].record()

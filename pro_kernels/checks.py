@@ -93,13 +93,13 @@ def check_all(text: str, good: Tensor, value: Tensor) -> None:
 
 def check_finite(name: str, value: Tensor, mask: Tensor | None) -> None:
     """``value`` (B, n) is finite where ``mask`` holds (None: everywhere); queued on a GPU."""
-    bad = ~torch.isfinite(value)
+    good = torch.isfinite(value)
     if mask is not None:
-        bad = bad & mask
+        good = good | ~mask
     if value.device.type != "cpu":
-        torch._assert_async(~bad.any(), f"{name} must be finite")
-    elif bad.any():
-        b, i = bad.nonzero()[0].tolist()
+        torch._assert_async(good.all(), f"{name} must be finite")
+    elif not good.all():
+        b, i = (~good).nonzero()[0].tolist()
         raise ValueError(f"{name} must be finite, got {value[b, i]} for prompt {b} candidate {i}")
 
 

@@ -53,6 +53,8 @@ def rank_candidates(
         ranked = _rank_on_host(layout, rewards, options, dtype)
         if ranked is not None:
             return ranked
+    if plain and _all_scored(layout) and not options.official:
+        return _rank_full_prompts(layout, rewards, options, dtype)
     exists = layout.sequences >= 0
     if candidate_mask is not None:
         exists = exists & candidate_mask.to(device, non_blocking=True)
@@ -82,6 +84,33 @@ def rank_candidates(
         _mean_weights(valid.any(1), prompt_weights, dtype),
         options.ranking(),
     )
+
+
+def _all_scored(layout: Layout) -> bool:
+    """Whether the host knows that every candidate is there and has a scored token."""
+    return _rectangular(layout) and all(map(all, layout.candidate_tokens or ()))
+
+
+def _rank_full_prompts(
+    layout: Layout, rewards: Tensor | None, options: PROOptions, dtype: torch.dtype
+) -> RankedCandidates:
+    """``rank_candidates`` where every candidate takes part: a third of the launches."""
+    (B, _), device = layout.shape, layout.device
+    order, at_rank = layout.sequences, None
+    if rewards is not None:
+        scaled = _scaled(rewards, options, dtype)
+        if rewards.device.type == "cpu" and isinstance(options.temperature, str):
+            checks.check_gaps(scaled, torch.ones(layout.shape, dtype=torch.bool), False)
+        else:
+            checks.check_finite("rewards", scaled, None)
+        key = rewards.to(device, non_blocking=True)
+        rank_of = key.argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, rank_of)
+        if isinstance(options.temperature, str):
+            at_rank = scaled.to(device, non_blocking=True).gather(1, rank_of)
+    sft_rank = torch.zeros(B, dtype=torch.int64, device=device)
+    weights = torch.full((B,), 1 / max(1, B), dtype=dtype, device=device)
+    return RankedCandidates(order.contiguous(), at_rank, sft_rank, weights, options.ranking())
 
 
 def _known_on_host(layout: Layout, rewards: Tensor | None, options: PROOptions) -> bool:

@@ -33,7 +33,10 @@ _TAIL = 2000  # characters of a failed job's last words
 _CASES_SECONDS = 200.0
 # Kernels that never ran on a GPU take part here: this is where they do. The trainer need not be
 # installed.
-_ENVIRONMENT = {"PRO_KERNELS_UNVERIFIED": "1", "PYTHONPATH": str(ROOT / "python")}
+_ENVIRONMENT = {
+    "PRO_KERNELS_UNVERIFIED": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT / "python"), os.environ.get("PYTHONPATH")))),
+}
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,18 @@ def repeat(step: Step, times: int) -> None:
         step.clear()
 
 
+def captured(s: Setting, run: Callable[[], None]) -> Callable[[], None]:
+    """On a GPU ``run`` as one graph; elsewhere itself."""
+    if s.device.type != "cuda":
+        return run
+    run()  # compiles and loads
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def peak(step: Step) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

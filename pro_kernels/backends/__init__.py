@@ -8,8 +8,8 @@ back. A new backend is its module and one entry in ``ORDER``.
 
 Optional, and used by ``head.py`` where a backend has them: ``gather_rows``, ``scatter_rows``,
 ``target_logits`` for the thin sides, and ``score`` with ``scores_fused``: log-probs straight from
-hidden states and weight. A backend with kernels of its own for GPUs lists in ``VERIFIED`` the cards
-that its tests passed on; on any other ``auto`` does not pick it, unless
+hidden states and weight. A backend with kernels of its own for GPUs has in ``VERIFIED`` the
+architectures that its tests passed on, and the card; on any other ``auto`` does not pick it, unless
 ``PRO_KERNELS_UNVERIFIED=1``.
 """
 
@@ -23,7 +23,8 @@ from types import ModuleType
 # Not ``import torch``: the backend of that name takes its place once it is loaded.
 from torch import device as Device
 from torch import dtype as DType
-from torch.cuda import get_device_name, is_available
+from torch.cuda import get_device_capability, is_available
+from torch.version import hip
 
 from pro_kernels.options import constant_while_compiling
 
@@ -64,15 +65,18 @@ def not_by_itself(name: str, device: Device) -> str | None:
     if device.type == "cpu":
         return "on CPU tensors it runs interpreted, only when named" if name == "triton" else None
     verified = getattr(get(name), "VERIFIED", None)
-    if verified is None or _unverified_allowed() or _card(device) in verified:
+    if verified is None or _unverified_allowed() or _arch(device) in verified:
         return None
-    where = "this card" if verified else "a GPU"
+    where = f"a GPU of {_arch(device) or 'this kind'}" if verified else "a GPU"
     return f"its kernels never ran on {where}: only when named, or with PRO_KERNELS_UNVERIFIED=1"
 
 
-def _card(device: Device) -> str | None:
-    """Name of a GPU, as ``VERIFIED`` has it; None where there is none, or it is not CUDA's."""
-    return get_device_name(device) if device.type == "cuda" and is_available() else None
+def _arch(device: Device) -> str | None:
+    """Architecture of a GPU, such as sm_90; None where there is none, or it is not NVIDIA's."""
+    if device.type != "cuda" or hip is not None or not is_available():
+        return None
+    major, minor = get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def _unverified_allowed() -> bool:

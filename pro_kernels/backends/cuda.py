@@ -1,8 +1,8 @@
 """The CUDA backend: C++ (csrc/cuda) behind a plain C ABI, loaded with ctypes.
 
-State: never run on a GPU so far. The kernels compile for sm_80, sm_90a, sm_100 and PTX compute_100;
-what they compute is checked on the CPU, where the tests compile the same sources against an
-emulation of CUDA (tests/cuda_emulation).
+State: the tests passed on an H200 (sm_90a). For sm_80, sm_100 and PTX compute_100 the kernels
+compile; what they compute is checked on the CPU too, where the tests compile the same sources
+against an emulation of CUDA (tests/cuda_emulation).
 
 The functions are those of ``backends/torch.py``; what they mean is written there. Work goes to the
 current stream of the tensors' device; nothing here waits for it or looks at its data.
@@ -25,8 +25,8 @@ from pro_kernels.options import LogitOptions, RankingOptions
 NAME = "cuda"
 DTYPES = native.DTYPES
 MAX_CANDIDATES = 1024  # a block holds a prompt's scores in shared memory
-# Names of the cards, as torch.cuda.get_device_name gives them, that the gpu tests passed on.
-VERIFIED: tuple[str, ...] = ()
+# Architecture -> the card of it that the gpu tests passed on.
+VERIFIED: dict[str, str] = {"sm_90": "NVIDIA H200"}
 
 _LIB = native.LIB
 _MAX_COLUMNS = (1 << 31) - (1 << 20) - 1  # columns of a row are counted in 32 bits
@@ -76,8 +76,8 @@ def build_info() -> dict:
 
 def details() -> dict[str, str]:
     """What ``pro-kernels env`` shows: state, library, how it was built, for what."""
-    never = "never run on a GPU so far: compiled for its targets, run in an emulation on the CPU"
-    state = {"state": f"tests passed on {', '.join(VERIFIED)}" if VERIFIED else never}
+    ran = ", ".join(f"{card} ({arch})" for arch, card in VERIFIED.items())
+    state = {"state": f"tests passed on {ran}; elsewhere compiled, and emulated on the CPU"}
     library, reason = _load()
     if library is None:
         return {**state, "library": "none", "reason": str(reason)}

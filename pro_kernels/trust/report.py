@@ -123,15 +123,13 @@ def _not_run() -> list[str]:
             for dtype in FLOOR:
                 if reason := backends.refusal(name, device, dtype):
                     refused.setdefault(reason, []).append(check.label(dtype))
-            never = getattr(backends.get(name), "VERIFIED", None) == ()
-            label = " (its kernels never ran on a GPU so far)" if never else ""
             found += [
-                f"{name}{label} on {device.type}, {', '.join(dtypes)}: {reason}"
+                f"{name} on {device.type}, {', '.join(dtypes)}: {reason}"
                 for reason, dtypes in refused.items()
             ]
             if len(refused) < len(FLOOR) and interpreted(name, device):
                 few = f"interpreted, so in batches of at most {INTERPRETED_POSITIONS} positions"
-                found.append(f"{name}{label} on {device.type}: {few} only")
+                found.append(f"{name} on {device.type}: {few} only")
     return found
 
 

@@ -202,30 +202,32 @@ def test_a_device_needs_code_for_its_capability(capability, monkeypatch):
     )
 
 
-def test_a_card_is_known_by_its_name(monkeypatch):
+def test_a_card_is_known_by_its_architecture(monkeypatch):
     backends.get("torch")  # loaded, its name hides the library's in the package
-    assert backends._card(torch.device("cpu")) is None
+    assert backends._arch(torch.device("cpu")) is None
     monkeypatch.setattr(backends, "is_available", lambda: False)
-    assert backends._card(GPU) is None
+    assert backends._arch(GPU) is None
     monkeypatch.setattr(backends, "is_available", lambda: True)
-    monkeypatch.setattr(backends, "get_device_name", lambda device: f"card {device.index}")
-    assert backends._card(torch.device("cuda", 1)) == "card 1"
+    monkeypatch.setattr(backends, "get_device_capability", lambda device: (8, device.index))
+    assert backends._arch(torch.device("cuda", 1)) == "sm_81"
+    monkeypatch.setattr(backends, "hip", "7.0")
+    assert backends._arch(GPU) is None
 
 
 def test_auto_passes_over_kernels_that_never_ran_on_a_gpu(monkeypatch):
     monkeypatch.delenv("PRO_KERNELS_UNVERIFIED", raising=False)
     for name in ("cuda", "triton"):
         monkeypatch.setattr(backends.get(name), "unusable", lambda device: None)
-        monkeypatch.setattr(backends.get(name), "VERIFIED", ())
+        monkeypatch.setattr(backends.get(name), "VERIFIED", {})
     assert backends.resolve("auto", GPU, torch.bfloat16) == "torch"
     assert "never ran on a GPU" in backends.passed_over("cuda", GPU, torch.bfloat16)
     assert backends.resolve("cuda", GPU, torch.bfloat16) == "cuda"
-    monkeypatch.setattr(backends.get("triton"), "VERIFIED", ("a card",))
-    monkeypatch.setattr(backends, "_card", lambda device: "a card")
+    monkeypatch.setattr(backends.get("triton"), "VERIFIED", {"sm_90": "a card"})
+    monkeypatch.setattr(backends, "_arch", lambda device: "sm_90")
     assert backends.resolve("auto", GPU, torch.bfloat16) == "triton"
-    monkeypatch.setattr(backends, "_card", lambda device: "another")
+    monkeypatch.setattr(backends, "_arch", lambda device: "sm_80")
     assert backends.resolve("auto", GPU, torch.bfloat16) == "torch"
-    assert "never ran on this card" in backends.passed_over("triton", GPU, torch.bfloat16)
+    assert "never ran on a GPU of sm_80" in backends.passed_over("triton", GPU, torch.bfloat16)
     monkeypatch.setenv("PRO_KERNELS_UNVERIFIED", "1")
     assert backends.resolve("auto", GPU, torch.bfloat16) == "cuda"
     monkeypatch.setenv("PRO_KERNELS_UNVERIFIED", "yes")

@@ -1,7 +1,7 @@
 """The Triton backend: NVIDIA (sm_80 and newer), AMD, and CPU tensors through the interpreter.
 
-State: never run on a GPU so far. The kernels are compiled ahead of time for sm_80, sm_90, sm_100
-and gfx942; what they compute is checked under Triton's interpreter (``TRITON_INTERPRET=1``) only.
+State: the tests passed on an H200. For sm_80, sm_100 and gfx942 the kernels are compiled ahead of
+time, and what they compute is checked under Triton's interpreter (``TRITON_INTERPRET=1``) only.
 
 Files: ``rows.py`` (a program walks rows of logits) on ``elementwise.py``; ``prompts.py`` (one
 program a prompt); ``sides.py`` (gather, scatter, the target's logit); ``scoring.py`` (log-probs,
@@ -49,8 +49,8 @@ NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One program holds a prompt's scores in registers and walks its (k, i) plane in tiles.
 MAX_CANDIDATES = 1024
-# Names of the cards, as torch.cuda.get_device_name gives them, that the gpu tests passed on.
-VERIFIED: tuple[str, ...] = ()
+# Architecture -> the card of it that the gpu tests passed on.
+VERIFIED: dict[str, str] = {"sm_90": "NVIDIA H200"}
 
 # What is compiled and checked ahead of time; older ones have no bf16 arithmetic.
 _MIN_CAPABILITY = (8, 0)
@@ -75,8 +75,8 @@ def unusable(device: torch.device) -> str | None:
 
 def details() -> dict[str, str]:
     """What ``pro-kernels env`` shows."""
-    never = "never run on a GPU so far: compiled for its targets, run interpreted"
-    return {"state": f"tests passed on {', '.join(VERIFIED)}" if VERIFIED else never}
+    ran = ", ".join(f"{card} ({arch})" for arch, card in VERIFIED.items())
+    return {"state": f"tests passed on {ran}; elsewhere compiled, and run interpreted"}
 
 
 def interpreted() -> bool:

@@ -37,7 +37,7 @@ _TYPES = {
     **dict.fromkeys(("targets_ptr", "offsets_ptr", "lengths_ptr", "order_ptr"), "*i64"),
     "sft_rank_ptr": "*i64",
     **dict.fromkeys(
-        ("stride", "out_stride", "N", "V", "first_column", "B", "n", "terms_live"), "i32"
+        ("stride", "out_stride", "N", "V", "first_column", "B", "S", "n", "terms_live"), "i32"
     ),
     **dict.fromkeys(("length_normalize", "skip_ties", "sft_mean"), "i32"),
     **dict.fromkeys(("logit_scale", "softcap", "fixed_tau", "log_eps"), "fp32"),

@@ -49,7 +49,7 @@ class RankingConfig:
     block_n: int
     block_k: int  # rank terms in a tile of the (k, i) plane
     num_warps: int
-    block_t: int = 1024  # tokens of a sequence read at a time
+    block_t: int  # tokens of every sequence read at a time
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,13 @@ MERGE_BLOCK = 256  # pairs of a row that the score's second kernel merges at a t
 
 # One binary each. Up to 32 candidates the whole (k, i) plane is one tile.
 RANKING = (
-    RankingConfig(16, 16, 4),
-    RankingConfig(32, 32, 2),
-    RankingConfig(64, 32, 4),
-    RankingConfig(128, 8, 4),
-    RankingConfig(256, 4, 8),
-    RankingConfig(512, 2, 8),
-    RankingConfig(1024, 4, 8),
+    RankingConfig(16, 16, 4, 32),
+    RankingConfig(32, 16, 4, 32),
+    RankingConfig(64, 8, 4, 16),
+    RankingConfig(128, 8, 8, 16),
+    RankingConfig(256, 4, 8, 8),
+    RankingConfig(512, 2, 8, 4),
+    RankingConfig(1024, 2, 16, 4),
 )
 
 

@@ -119,9 +119,9 @@ def ranking(
     config = configs.ranking_config(n)
     tensors = (logps, offsets, lengths, order, rewards, sft_rank, prompt_weights)
     with _on_device(logps.device):
-        prompts.ranking_kernel[(batch + sequences,)](
+        prompts.ranking_kernel[(batch + -(-sequences // config.block_n),)](
             *(_flat(t) for t in tensors),
-            *(terms, sums, row_weights, batch, n),
+            *(terms, sums, row_weights, batch, sequences, n),
             n if options.top_k is None else min(options.top_k, n),
             *(int(options.length_normalize), int(options.skip_ties), int(options.sft_mean)),
             float(options.tau),

@@ -9,8 +9,9 @@ candidate at rank i. With scores ``s_i`` (sums of log-probs, over ``norm_i`` whe
 
 Bytes moved: 8 N read (twice: a prompt's sums, and every sequence's sum) and 4 N written.
 
-Programs 0 ... B-1 take a prompt each; programs B ... B+S-1 take a sequence each and store its sum,
-so that ``sums`` holds the sequences outside ``order`` too. A prompt's own sums stay in registers:
+Programs 0 ... B-1 take a prompt each; those behind take BLOCK_N sequences each and store their
+sums, so that ``sums`` holds the sequences outside ``order`` too. Both read BLOCK_T tokens of all
+their sequences at a time, and go on until the longest ends. A prompt's own sums stay in registers:
 nothing is handed between programs, no order of execution is assumed, nothing is added atomically.
 
 The plane ``(k, i)`` is done in tiles of BLOCK_K x BLOCK_N, one tile up to 32 candidates. Equal
@@ -27,7 +28,7 @@ import triton.language as tl
 
 # One binary per power of two of n, with and without rewards: everything else is a run-time number.
 _VARYING = [
-    "B", "n", "terms_live", "length_normalize", "skip_ties", "sft_mean",
+    "B", "S", "n", "terms_live", "length_normalize", "skip_ties", "sft_mean",
     "fixed_tau", "log_eps", "sft_weight", "single_weight",
 ]  # fmt: skip
 _UNALIGNED = ["logps_ptr", "offsets_ptr", "lengths_ptr", "order_ptr", "rewards_ptr", "sft_rank_ptr",
@@ -47,6 +48,7 @@ def ranking_kernel(
     sums_ptr,  # (S,) fp32
     row_weights_ptr,  # (N,) fp32, zeros on entry
     B,
+    S,
     n,
     terms_live,  # top_k, or n
     length_normalize,
@@ -74,8 +76,9 @@ def ranking_kernel(
             fixed_tau, log_eps, sft_weight, single_weight, BLOCK_K, BLOCK_N, BLOCK_T,
         )  # fmt: skip
     else:
-        start, end = _segment(offsets_ptr, program - B)
-        tl.store(sums_ptr + program - B, _segment_sum(logps_ptr, start, end, BLOCK_T))
+        sequence = (program - B).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        start, end = _segments(offsets_ptr, sequence, sequence < S)
+        tl.store(sums_ptr + sequence, _segment_sums(logps_ptr, start, end, BLOCK_T), sequence < S)
 
 
 @triton.jit
@@ -90,10 +93,8 @@ def _prompt(
     candidate = tl.load(order_ptr + i, mask=i < n, other=-1)
     valid = candidate >= 0
     count = tl.sum(valid.to(tl.int32), axis=0)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for rank in range(0, count):
-        start, end = _segment(offsets_ptr, tl.load(order_ptr + rank))
-        total = tl.where(i == rank, _segment_sum(logps_ptr, start, end, BLOCK_T), total)
+    start, end = _segments(offsets_ptr, candidate, valid)
+    total = _segment_sums(logps_ptr, start, end, BLOCK_T)
     length = tl.load(lengths_ptr + candidate, mask=valid, other=1)
     norm = tl.maximum(length.to(tl.float32), 1.0)
     score_norm = tl.where(length_normalize != 0, norm, 1.0)
@@ -110,13 +111,10 @@ def _prompt(
     tl.store(terms_ptr + n - 1, sft_term)
 
     weight = (d_score / score_norm - sft_scale) * prompt_weight
-    for rank in range(0, count):
-        start, end = _segment(offsets_ptr, tl.load(order_ptr + rank))
-        value = tl.sum(tl.where(i == rank, weight, 0.0), axis=0)
-        for first in range(start, end, BLOCK_T):
-            token = first + tl.arange(0, BLOCK_T)
-            values = tl.zeros((BLOCK_T,), tl.float32) + value
-            tl.store(row_weights_ptr + token, values, mask=token < end)
+    weights = weight[:, None] + tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    for first in range(0, tl.max(end - start, axis=0), BLOCK_T):
+        token = start[:, None] + first + tl.arange(0, BLOCK_T)[None, :]
+        tl.store(row_weights_ptr + token, weights, mask=token < end[:, None])
 
 
 @triton.jit
@@ -166,15 +164,17 @@ def _rank_terms(
 
 
 @triton.jit
-def _segment(offsets_ptr, sequence):
-    return tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
+def _segments(offsets_ptr, sequence, valid):
+    """First token of each sequence and the one behind its last; an empty one where not valid."""
+    start = tl.load(offsets_ptr + sequence, mask=valid, other=0)
+    return start, tl.load(offsets_ptr + sequence + 1, mask=valid, other=0)
 
 
 @triton.jit
-def _segment_sum(values_ptr, start, end, BLOCK_T: tl.constexpr):
-    """Sum of ``values[start:end]``, in an order that depends on the length only."""
-    lanes = tl.zeros((BLOCK_T,), tl.float32)
-    for first in range(start, end, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)
-        lanes += tl.load(values_ptr + token, mask=token < end, other=0.0)
-    return tl.sum(lanes, axis=0)
+def _segment_sums(values_ptr, start, end, BLOCK_T: tl.constexpr):
+    """Sums of ``values[start:end]``, each in an order that depends on its length only."""
+    lanes = tl.zeros((start.shape[0], BLOCK_T), tl.float32)
+    for first in range(0, tl.max(end - start, axis=0), BLOCK_T):
+        token = start[:, None] + first + tl.arange(0, BLOCK_T)[None, :]
+        lanes += tl.load(values_ptr + token, mask=token < end[:, None], other=0.0)
+    return tl.sum(lanes, axis=1)
