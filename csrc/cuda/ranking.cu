@@ -1,8 +1,10 @@
 // The ranking loss of a batch and its gradient for every token, in one launch.
 //
-// 4 N bytes read and 4 N written, and 8 S ids of `order` read once more for every kRange sequences.
-// The first blocks take kRange sequences each: they mark the ones that `order` names, and write
-// sums and zero weights of the others. Then one block a prompt. Inside a prompt, `lanes`
+// 4 N bytes read and 4 N written, and 8 S ids of `order` read once more. The first blocks take
+// kRange sequences each: they mark the ones that `order` names, and write sums and zero weights of
+// the others. Where all are ranked in their own order, the ids at the same places name them all;
+// only where they do not is the rest of `order` searched. Then one block a prompt: small ones, as
+// a prompt is a chain of dependent loads, and what hides it is other prompts. Inside a prompt, `lanes`
 // neighbouring threads share a sequence, a term k or a candidate j; k and n - 1 - k go to the same
 // threads, as the pairs (k, i > k) are a triangle. Nothing is handed between blocks, nothing is
 // added atomically.
@@ -13,9 +15,9 @@
 namespace pk {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kMaxCandidates = 1024;
-constexpr int kRange = 16384;  // sequences of a marking block, one byte of shared memory each
+constexpr int kRange = 4096;   // sequences of a marking block, one byte of shared memory each
 constexpr int kLoads = 8;      // loads in flight
 
 struct Batch {
@@ -98,21 +100,15 @@ __device__ __forceinline__ void fill(float* x, int64_t begin, int64_t end, float
   for (int64_t i = begin + lane; i < end; i += lanes) x[i] = value;
 }
 
-__device__ void unranked_sequences(const Batch& a) {
-  unsigned char* marks = dynamic_shared();
-  const int thread = int(threadIdx.x);
-  const int64_t first = int64_t(blockIdx.x) * kRange;
-  const int64_t left = a.sequences - first;
-  const int count = int(left < kRange ? left : kRange);
-  for (int i = thread; i < count; i += kThreads) marks[i] = 0;
-  __syncthreads();
-  const int64_t ids = a.prompts * a.n;
-  for (int64_t i = thread; i < ids; i += kLoads * kThreads) {
+// Marks the sequences first ... first + count that the ids [begin, end) of `order` name.
+__device__ void mark_ranked(const Batch& a, int64_t begin, int64_t end, int64_t first, int count,
+                            unsigned char* marks) {
+  for (int64_t i = begin + threadIdx.x; i < end; i += kLoads * kThreads) {
     int64_t id[kLoads];
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
       const int64_t at = i + u * kThreads;
-      id[u] = (at < ids ? a.order[at] : -1) - first;
+      id[u] = (at < end ? a.order[at] : -1) - first;
     }
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
@@ -120,6 +116,24 @@ __device__ void unranked_sequences(const Batch& a) {
     }
   }
   __syncthreads();
+}
+
+__device__ void unranked_sequences(const Batch& a) {
+  unsigned char* marks = dynamic_shared();
+  const int thread = int(threadIdx.x);
+  const int64_t first = int64_t(blockIdx.x) * kRange;
+  const int64_t left = a.sequences - first;
+  const int count = int(left < kRange ? left : kRange);
+  unsigned char* missed = marks + count;  // whether the ids nearby leave one out
+  for (int i = thread; i <= count; i += kThreads) marks[i] = 0;
+  __syncthreads();
+  const int64_t ids = a.prompts * a.n;
+  mark_ranked(a, first, first + count < ids ? first + count : ids, first, count, marks);
+  for (int i = thread; i < count; i += kThreads) {
+    if (marks[i] == 0) *missed = 1;
+  }
+  __syncthreads();
+  if (*missed != 0) mark_ranked(a, 0, ids, first, count, marks);
   const int lane = thread % kWarp;
   for (int base = thread - lane; base < count; base += kThreads) {
     const bool missing = base + lane < count && marks[base + lane] == 0;
@@ -289,7 +303,7 @@ __device__ void rank_prompt(const Batch& a, int64_t prompt) {
 }
 
 template <bool kRewards>
-__global__ void __launch_bounds__(kThreads, 4) ranking_kernel(const Batch a) {
+__global__ void __launch_bounds__(kThreads, 8) ranking_kernel(const Batch a) {
   if (blockIdx.x < a.marking_blocks) {
     unranked_sequences(a);
   } else {
@@ -328,7 +342,7 @@ int32_t pk_cuda_ranking(const float* logps, int64_t n, const int64_t* offsets,
   batch.terms = terms;
   batch.sums = sums;
   batch.row_weights = row_weights;
-  const size_t marks = size_t(sequences < kRange ? sequences : kRange);
+  const size_t marks = size_t(sequences < kRange ? sequences : kRange) + 1;
   const size_t prompt = size_t(candidates) * kBytesPerCandidate + kThreads / kWarp * sizeof(int);
   const Shape shape = {batch.marking_blocks + batch.prompts, kThreads,
                        marks > prompt ? marks : prompt};
