@@ -81,7 +81,7 @@ def _matmuls(device: torch.device) -> str:
     if matmul.upcasts(torch.bfloat16, device.type):
         return "fp32 by blocks"
     if matmul.leaves_sums(torch.bfloat16, device.type):
-        return "native, fp32 sums kept by out_dtype (never run on a GPU so far)"
+        return "native, fp32 sums kept by out_dtype"
     return "native"
 
 

@@ -1,7 +1,7 @@
 """The fused path on a card: no synchronisation, CUDA graphs, side streams, accuracy.
 
 ``Step`` and its tiers also run on the CPU, so that what is tested here is known to be right
-apart from the card. Has never run on a GPU so far.
+apart from the card.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ SCORE_FP32 = ScoreConfig(64, 64, 16, 8, 2)  # IEEE products: no tensor cores
 # (family, bytes of an element) -> largest hidden size at which the score kernel was measured to
 # beat the platform's matmul and the row kernel. Both do the same 2 H flops a logit; only the
 # matmul writes and reads the logit, so a small H favours the kernel. On an H200 it lost at every
-# shape tried (H 1024 and 4096, V 32000 and 128256, 512 and 4096 rows): 1.16 to 1.39 times as long.
+# shape tried (H 1024 and 4096, V 32000 and 128256, 512 and 4096 rows): 1.07 to 1.4 times as long.
 SCORE_UP_TO_HIDDEN: dict[tuple[str, int], int] = {}
 
 SIDE_BLOCK = 1024  # columns of a thin side in a tile
