@@ -35,7 +35,9 @@ _CASES_SECONDS = 200.0
 # installed.
 _ENVIRONMENT = {
     "PRO_KERNELS_UNVERIFIED": "1",
-    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT / "python"), os.environ.get("PYTHONPATH")))),
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, (str(ROOT / "python"), os.environ.get("PYTHONPATH")))
+    ),
 }
 
 

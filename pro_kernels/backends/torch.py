@@ -31,7 +31,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_CANDIDATES = None  # any n
 
 # Rows of logits that are upcast at a time: bounds the fp32 temporaries to this many bytes each. On
-# a GPU small blocks are all launches: with 16 MB this took 12 times plain PyTorch's time on an H200.
+# a GPU small blocks are all launches: 16 MB took 12 times plain PyTorch's time on an H200.
 _BLOCK_BYTES, _GPU_BLOCK_BYTES = 1 << 24, 1 << 26
 
 
