@@ -248,6 +248,8 @@ def pro_layout(
 ) -> Layout:
     """The layout given, or one made from targets; both checked against ``hidden``."""
     if layout is not None:
+        if not isinstance(layout, Layout):
+            raise TypeError(f"layout must be a Layout or None, got {type(layout).__name__}")
         if targets is not None:
             raise ValueError("targets must be None when layout is given (it holds them)")
         if shift:

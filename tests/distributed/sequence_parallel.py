@@ -256,6 +256,36 @@ def compare_training(group) -> None:
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5)
 
 
+def compare_shared_rows(group) -> None:
+    """Three candidates that share their prompt's last row, and one alone; rows lie anywhere."""
+    rows = torch.tensor([1, 2, 3, 1, 4, 5, 6, 1, 7, 9, 10, 11])
+    ends, counts = torch.tensor([0, 3, 7, 9, 12]), [3, 1]
+    generator = torch.Generator().manual_seed(6)
+    hidden = torch.randn(13, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(37, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 37, rows.shape, generator=generator)
+    rewards = torch.randn(2, 3, generator=generator)
+    layout = pk.Layout.from_rows(rows, targets, ends, counts, num_rows=13)
+    want = pk.reference.linear_pro_loss(hidden, weight, None, rewards, layout=layout)
+    expected = torch.autograd.grad(want.loss, (hidden, weight))
+    held = torch.arange(13) % dist.get_world_size(group) == dist.get_rank(group)
+    mine = held[rows]
+    part = pk.Layout.from_rows(
+        (held.cumsum(0) - 1)[rows[mine]],
+        targets[mine],
+        torch.nn.functional.pad(mine.cumsum(0), (1, 0))[ends],
+        counts,
+        num_rows=int(held.sum()),
+    )
+    own = hidden.detach()[held].requires_grad_()
+    out = pk.linear_pro_loss(own, weight, None, rewards, layout=part, sequence_group=group)
+    torch.testing.assert_close(out.loss, want.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.scores, want.scores, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(out.loss, (own, weight))
+    torch.testing.assert_close(grads[0], expected[0][held], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sum(gathered(grads[1], group)), expected[1], rtol=1e-4, atol=1e-5)
+
+
 def compare_recipe(group) -> None:
     """The function of docs/integrations/context-parallel.md, gradients averaged as DDP does."""
     page = Path(__file__).resolve().parents[2] / "docs" / "integrations" / "context-parallel.md"
@@ -428,6 +458,7 @@ def main(output: str) -> None:
     compare_from_logits(group)
     compare_with_a_filter(group)
     compare_training(group)
+    compare_shared_rows(group)
     compare_recipe(group)
     check_repeats(group)
     result["traffic"] = traffic(group)

@@ -63,7 +63,7 @@ def test_ranks_that_disagree_all_raise(ranks):
         "ValueError: rewards are all equal in prompts [0, 1]",
         "ValueError: rewards must be finite, got nan for prompt 0 candidate 0",
         "ValueError: in sequence_group, rank 1: TypeError: hidden must be a tensor, got NoneType",
-        "ValueError: in sequence_group, rank 1: AttributeError: ",
+        "ValueError: in sequence_group, rank 1: TypeError: layout must be a Layout",
         "TypeError: sequence_group must be a torch.distributed.ProcessGroup, got str",
         "ValueError: sequence_group does not contain this process",
         "ValueError: the ranks of sequence_group disagree on the shape of the head",
