@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pro_kernels import ops
+from pro_kernels import ops, shards
 from pro_kernels.options import LogitOptions, RankingOptions
 from pro_kernels.planner import Plan
 from pro_kernels.shards import Shard
@@ -205,6 +205,46 @@ class Ranking(torch.autograd.Function):
             return (None,) * 10
         (row_weights,) = ctx.saved_tensors
         return grad.to(row_weights.dtype) * row_weights, *[None] * 9
+
+
+class SequenceSums(torch.autograd.Function):
+    """Log-probs and tokens of each candidate over the ranks of ``group``: ``(B n,)`` each.
+
+    Every rank makes the same loss of them, so its gradient is that of its own tokens as it stands:
+    the backward asks no other rank.
+    """
+
+    @staticmethod
+    def forward(ctx, logps, offsets, lengths, sequences, group, backend: str):  # noqa: D102
+        none = offsets.new_empty(0)  # no prompts: sums are all that is made
+        ranking = (offsets, lengths, none.view(0, 1), None, none, logps.new_empty(0))
+        config = ranking_config(RankingOptions(), backend)
+        _, own, _ = ops.direct(ops.ranking, logps, offsets)(logps, *ranking, *config)
+        at = sequences.clamp_min(0)
+        parts = torch.stack([own[at], lengths[at].to(own.dtype)])
+        sums, counts = shards.sum_(torch.where(sequences >= 0, parts, 0.0), group).flatten(1)
+        counts = counts.long()
+        ctx.save_for_backward(offsets, sequences)
+        ctx.tokens = logps.shape[0]
+        ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)
+        return sums, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _counts):  # noqa: D102
+        if grad is None:
+            return (None,) * 6
+        return by_token(grad, *ctx.saved_tensors, ctx.tokens), *[None] * 5
+
+
+def by_token(values: Tensor, offsets: Tensor, sequences: Tensor, tokens: int) -> Tensor:
+    """``(N,)`` from a value of each candidate, ``(B n,)``; ``offsets`` cover all tokens."""
+    count = offsets.shape[0] - 1
+    # Absent candidates write to one slot past the end: no boolean index, hence no device sync.
+    slot = torch.where(sequences >= 0, sequences, count).flatten()
+    per_sequence = values.new_zeros(count + 1).scatter_(0, slot, values)[:-1]
+    return torch.repeat_interleave(per_sequence, offsets.diff(), output_size=tokens)
 
 
 class LinearPRO(torch.autograd.Function):

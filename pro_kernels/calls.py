@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pro_kernels import autograd, checks, shards
+from pro_kernels import autograd, checks, ops, shards
 from pro_kernels.backends import resolve
 from pro_kernels.layout import Layout, check_targets, shift_targets
-from pro_kernels.options import LogitOptions
+from pro_kernels.options import LogitOptions, PROOptions
+from pro_kernels.output import PROOutput
 from pro_kernels.planner import check_budget, default_budget, make_plan
-from pro_kernels.pro import RankedCandidates
+from pro_kernels.pro import RankedCandidates, check_arguments, make_output, rank_candidates
 from pro_kernels.shards import Shard
 
 
@@ -86,53 +89,149 @@ def head_call(
     )
 
 
-def shard_of(
-    group: Any,
-    hidden: Tensor,
-    weight: Tensor,
+@dataclass(frozen=True)
+class Checked:
+    """What checking the arguments of a call finds."""
+
+    compute: torch.dtype
+    logits_dtype: torch.dtype
+    layout: Layout
+    loss: Any = None  # PROOptions of a loss
+
+
+def agreed(
+    check: Callable[[], Checked],
+    groups: dict[str, Any],
+    hidden: Tensor,  # or logits, without a weight
+    weight: Tensor | None,
     bias: Tensor | None,
     backend: str,
     budget: int | None,
+    by_candidate: dict[str, Any] | None = None,
     **options: Any,
-) -> Shard | None:
-    """This rank's part of a head that is split over ``group``, after all ranks agreed.
+) -> tuple[Checked, Shard | None]:
+    """What ``check`` returns, and this rank's part of a head that is split over ranks.
 
-    None without a group. A wrong argument of one rank is raised by all: none waits for another.
+    With groups all their ranks must come here, and agree; what is wrong on one is raised by all, so
+    that none waits for another. The ranks of ``process_group`` are asked first, for all that those
+    of ``sequence_group`` are asked for and more: in a mesh of both no rank goes on alone.
+
+    Args:
+        check: checks the arguments of this rank.
+        groups: ``process_group`` and ``sequence_group`` by name, None for none.
+        hidden: hidden states, or logits where there is no weight.
+        weight: the head's.
+        bias: the head's.
+        backend: as the caller named it.
+        budget: as the caller named it.
+        by_candidate: what a loss takes of each candidate or prompt, by name; None without one.
+        options: what else must be the same on all ranks.
     """
-    if group is None:
-        return None
-    if torch.compiler.is_compiling():
-        raise ValueError("process_group cannot be compiled; call it outside of torch.compile")
-    shards.check_group(group)
-    for name in ("grad_filter", "return_entropy"):
-        if options.get(name):
-            raise ValueError(f"{name} cannot be had with a process_group, got {options[name]}")
-    facts: dict[str, Any] = {}
-    rows, named, error = 0, 0, None
+    groups = {name: group for name, group in groups.items() if group is not None}
+    if not groups:
+        return check(), None
+    for name, group in groups.items():
+        if torch.compiler.is_compiling():
+            raise ValueError(f"{name} cannot be compiled; call it outside of torch.compile")
+        shards.check_group(name, group)
+    checked, shard = None, None
+    error: Exception | None = None
+    shared: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
+    rows, limit = 0, 0
     try:
-        compute = checks.check_head(hidden, weight, bias)
-        logits = checks.check_logits_dtype(options.get("logits_dtype"), compute)
-        resolve(backend, hidden.device, logits, None)
-        rows = weight.shape[0]
-        named = default_budget(hidden.device) if budget is None else check_budget(budget)
-        grads = torch.is_grad_enabled()
-        facts = {
-            "the shape of hidden": tuple(hidden.shape),
-            "the width of weight": weight.shape[1],
-            "dtypes": f"{hidden.dtype}, {weight.dtype}, {compute}",
-            "bias": bias is not None,
-            "what needs a gradient": tuple(
-                grads and x is not None and x.requires_grad for x in (hidden, weight, bias)
-            ),
-            **{name: repr(value) for name, value in options.items()},
-        }
-    except (TypeError, ValueError) as wrong:
+        if "process_group" in groups and options.get("grad_filter"):
+            raise ValueError(
+                f"grad_filter cannot be had with a process_group, got {options['grad_filter']}"
+            )
+        checked = check()
+        candidates = None if by_candidate is None else checked.layout.shape[1]
+        checks.check_device("layout", checked.layout.targets, "hidden", hidden)
+        resolve(backend, hidden.device, checked.logits_dtype, candidates)
+        limit = default_budget(hidden.device) if budget is None else check_budget(budget)
+        shared = _shared_facts(checked, hidden, weight, bias, by_candidate, options)
+        whole = _whole_facts(hidden, weight, bias)
+        rows = 0 if weight is None else weight.shape[0]
+    except Exception as wrong:  # whatever it is, the others wait to hear of it
         error = wrong
     device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-    return shards.agree(group, rows, named, facts, error, device)
+    if "process_group" in groups:
+        group, facts = groups["process_group"], shared | whole
+        try:
+            shard = shards.agree("process_group", group, rows, limit, facts, error, device)
+        except ValueError as wrong:
+            error = wrong
+    if "sequence_group" in groups:
+        if checked is not None and error is None:
+            vocab = shard.vocab if shard else rows or hidden.shape[-1]
+            shared["the shape of the head"] = vocab, hidden.shape[-1]
+            try:  # targets differ by rank: none may find a wrong one later, alone
+                ops.check_range(checked.layout.targets, vocab)
+            except ValueError as wrong:
+                error = wrong
+        shards.agree("sequence_group", groups["sequence_group"], rows, limit, shared, error, device)
+    if error is not None:
+        raise error
+    assert checked is not None
+    return checked, shard
 
 
-def layout_of(targets: Tensor, ignore_index: int, vocab: int) -> Layout:
+def _shared_facts(
+    checked: Checked,
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    by_candidate: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """What must be the same on all ranks of either group, by name; checked first."""
+    LogitOptions(options["softcap"], options["logit_scale"])
+    facts: dict[str, Any] = {name: repr(value) for name, value in options.items()}
+    facts["dtypes"] = f"{hidden.dtype}, {getattr(weight, 'dtype', None)}, {checked.compute}"
+    facts["bias"] = bias is not None
+    if by_candidate is None:
+        return facts
+    shape = checked.layout.shape
+    check_arguments(shape, **by_candidate, options=checked.loss)
+    facts |= {name: shards.described(x) for name, x in by_candidate.items()}
+    return {**facts, "loss": repr(checked.loss), "(B, n)": shape}
+
+
+def _whole_facts(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
+    """What must be the same where the ranks hold the same tokens, by name."""
+    grads = torch.is_grad_enabled()
+    return {
+        "the shape of hidden": tuple(hidden.shape),
+        "what needs a gradient": tuple(
+            grads and x is not None and x.requires_grad for x in (hidden, weight, bias)
+        ),
+    }
+
+
+def pro_across_ranks(
+    logps: Tensor,  # (N,), of this rank's tokens
+    layout: Layout,  # of this rank's tokens
+    sequence_group: Any,
+    by_candidate: dict[str, Any],  # as of ``rank_candidates``
+    options: PROOptions,
+    backend: str,
+) -> tuple[PROOutput, Tensor]:
+    """The loss of the candidates as all ranks hold them, and the weight of each, (B n,)."""
+    sums, lengths = autograd.SequenceSums.apply(
+        logps,
+        layout.offsets,
+        layout.lengths,
+        layout.sequences,
+        sequence_group,
+        resolve(backend, logps.device, logps.dtype),
+    )
+    whole = Layout.of_sums(lengths.view(layout.shape))
+    ranked = rank_candidates(whole, **by_candidate, options=options, dtype=logps.dtype)
+    loss, per_rank, sums, weights = rank(sums, whole, ranked, backend, options.final_dtype)
+    return make_output(loss, per_rank, sums, whole, options), weights
+
+
+def layout_of(targets: Tensor, ignore_index: int, vocab: int | None) -> Layout:
     """Compact, or of fixed sizes while compiling (nothing may depend on data then)."""
     if torch.compiler.is_compiling():
         return Layout.dense(targets, ignore_index)
@@ -145,10 +244,12 @@ def pro_layout(
     layout: Layout | None,
     ignore_index: int,
     shift: bool,
-    vocab: int,
+    vocab: int | None,
 ) -> Layout:
     """The layout given, or one made from targets; both checked against ``hidden``."""
     if layout is not None:
+        if not isinstance(layout, Layout):
+            raise TypeError(f"layout must be a Layout or None, got {type(layout).__name__}")
         if targets is not None:
             raise ValueError("targets must be None when layout is given (it holds them)")
         if shift:

@@ -14,14 +14,21 @@ from torch import Tensor
 
 from pro_kernels import autograd, checks
 from pro_kernels.backends import resolve
-from pro_kernels.calls import head_call, layout_of, pro_layout, rank, shard_of
+from pro_kernels.calls import (
+    Checked,
+    agreed,
+    head_call,
+    layout_of,
+    pro_across_ranks,
+    pro_layout,
+    rank,
+)
 from pro_kernels.column_filter import check_grad_filter
 from pro_kernels.head import acc_dtype
 from pro_kernels.layout import Layout, check_targets, mark_unscored, shift_targets
 from pro_kernels.options import IGNORE_INDEX, LogitOptions, PROOptions
 from pro_kernels.output import GradFilter, PROOutput, TokenStats
 from pro_kernels.pro import make_output, rank_candidates
-from pro_kernels.shards import Shard
 
 
 def linear_token_logps(
@@ -84,12 +91,9 @@ def linear_token_logps(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, dtypes or values that do not fit, a target outside [0, V).
     """
-    shard = shard_of(
-        process_group, hidden, weight, bias, backend, budget, grad_filter=grad_filter,
-        return_entropy=return_entropy, softcap=softcap, logit_scale=logit_scale, shift=shift,
-        ignore_index=ignore_index, logits_dtype=logits_dtype,
-    )  # fmt: skip
     if return_entropy:
+        if process_group is not None:
+            raise ValueError("return_entropy cannot be had with a process_group, got True")
         if grad_filter is not None or return_dropped:
             raise ValueError(
                 "return_entropy=True needs grad_filter=None and return_dropped=False (every column "
@@ -110,10 +114,9 @@ def linear_token_logps(
             budget=budget,
         )
         return stats.logps, stats.entropy
-    check_grad_filter(grad_filter)
-    call, layout, targets = _token_call(
+    call, layout = _token_call(
         hidden, weight, targets, bias, ignore_index, shift, softcap, logit_scale, logits_dtype,
-        backend, budget, grad_filter=grad_filter, shard=shard,
+        backend, budget, grad_filter=grad_filter, process_group=process_group,
     )  # fmt: skip
     logps, dropped = autograd.HeadLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout.rows, layout.targets, call
@@ -149,7 +152,7 @@ def linear_token_stats(
 
     Args and errors as there.
     """
-    call, layout, targets = _token_call(
+    call, layout = _token_call(
         hidden, weight, targets, bias, ignore_index, shift, softcap, logit_scale, logits_dtype,
         backend, budget, entropy=True,
     )  # fmt: skip
@@ -179,24 +182,33 @@ def _token_call(
     *,
     grad_filter: float | None = None,
     entropy: bool = False,
-    shard: Shard | None = None,
-) -> tuple[autograd.HeadCall, Layout, Tensor]:
-    """A token-level call, checked: its plan, its layout, and the targets after the shift."""
-    compute = checks.check_head(hidden, weight, bias)
-    check_targets(targets)
-    checks.check_same_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
-    checks.check_device("targets", targets, "hidden", hidden)
-    if shift:
-        targets = shift_targets(targets, ignore_index)
-    vocab = weight.shape[0] if shard is None else shard.vocab
-    layout = layout_of(targets.reshape(1, 1, -1), ignore_index, vocab)
+    process_group: Any = None,
+) -> tuple[autograd.HeadCall, Layout]:
+    """A token-level call, checked: its plan and its layout."""
+
+    def check() -> Checked:
+        compute = checks.check_head(hidden, weight, bias)
+        wide = checks.check_logits_dtype(logits_dtype, compute)
+        check_grad_filter(grad_filter)
+        check_targets(targets)
+        checks.check_same_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
+        checks.check_device("targets", targets, "hidden", hidden)
+        scored = shift_targets(targets, ignore_index) if shift else targets
+        vocab = weight.shape[0] if process_group is None else None
+        return Checked(compute, wide, layout_of(scored.reshape(1, 1, -1), ignore_index, vocab))
+
+    checked, shard = agreed(
+        check, {"process_group": process_group}, hidden, weight, bias, backend, budget,
+        grad_filter=grad_filter, softcap=softcap, logit_scale=logit_scale, shift=shift,
+        ignore_index=ignore_index, logits_dtype=logits_dtype,
+    )  # fmt: skip
     call = head_call(
         hidden,
         weight,
         bias,
-        layout,
-        compute,
-        checks.check_logits_dtype(logits_dtype, compute),
+        checked.layout,
+        checked.compute,
+        checked.logits_dtype,
         LogitOptions(softcap, logit_scale),
         backend,
         budget,
@@ -205,7 +217,7 @@ def _token_call(
         entropy=entropy,
         shard=shard,
     )
-    return call, layout, targets
+    return call, checked.layout
 
 
 def _by_position(values: Tensor, layout: Layout) -> Tensor:
@@ -301,6 +313,7 @@ def linear_pro_loss(
     backend: str = "auto",
     budget: int | None = None,
     process_group: Any = None,
+    sequence_group: Any = None,
 ) -> PROOutput:
     """PRO loss (arXiv 2306.17492) from hidden states and LM-head weight, logits never all held.
 
@@ -348,6 +361,16 @@ def linear_pro_loss(
             and all options are the same on every rank, which is checked at each call (on a GPU the
             host waits for that). So is the result; dHidden is summed over ranks. Not compiled, not
             with ``grad_filter``.
+        sequence_group: the ranks that hold the tokens together (context parallel, or candidates on
+            other ranks). Each describes all candidates of all prompts, in targets or layout, and
+            scores its own tokens of them, with ``ignore_index`` or empty sequences where it has
+            none; shift labels before they are split. Rewards, weight and all options are the same
+            on every rank, which is checked at each call (on a GPU the host waits for that, and only
+            the shapes of its rewards are compared). So is the result: scores, log-probs and lengths
+            of whole candidates. 8 bytes a candidate are summed over ranks in the forward (16 in
+            fp64; lengths are exact to 2**24), nothing in the backward: gradients are of this rank's
+            tokens only, so those of weights must be summed over the group, not averaged. Not
+            compiled; ``PROOutput.grad_filter`` tells of this rank's tokens.
 
     Returns:
         ``PROOutput``; only ``loss`` carries a gradient. No scored candidate at all: loss 0.
@@ -357,66 +380,91 @@ def linear_pro_loss(
         ValueError: shapes, devices or values that do not fit; rewards not finite, or all equal
             within a prompt (with ``temperature="reward"``); a target outside [0, V).
     """
-    options = PROOptions(
-        sft_weight=sft_weight,
-        sft_reduction=sft_reduction,
-        length_normalize=length_normalize,
-        temperature=temperature,
-        reward_scale=reward_scale,
-        ties=ties,
-        eps=eps,
-        top_k=top_k,
-        compat=compat,
-        final_dtype=final_dtype,
-    )
-    shard = shard_of(
-        process_group, hidden, weight, bias, backend, budget, grad_filter=grad_filter,
+
+    def check() -> Checked:
+        options = PROOptions(
+            sft_weight=sft_weight,
+            sft_reduction=sft_reduction,
+            length_normalize=length_normalize,
+            temperature=temperature,
+            reward_scale=reward_scale,
+            ties=ties,
+            eps=eps,
+            top_k=top_k,
+            compat=compat,
+            final_dtype=final_dtype,
+        )
+        compute = checks.check_head(hidden, weight, bias)
+        wide = checks.check_logits_dtype(logits_dtype, compute)
+        check_grad_filter(grad_filter)
+        vocab = weight.shape[0] if process_group is None else None
+        found = pro_layout(hidden, targets, layout, ignore_index, shift, vocab)
+        return Checked(compute, wide, found, options)
+
+    by_candidate = {
+        "rewards": rewards,
+        "candidate_mask": candidate_mask,
+        "prompt_weights": prompt_weights,
+        "sft_index": sft_index,
+    }
+    checked, shard = agreed(
+        check, {"process_group": process_group, "sequence_group": sequence_group},
+        hidden, weight, bias, backend, budget, by_candidate, grad_filter=grad_filter,
         softcap=softcap, logit_scale=logit_scale, shift=shift, ignore_index=ignore_index,
-        logits_dtype=logits_dtype, loss=options,
+        logits_dtype=logits_dtype,
     )  # fmt: skip
-    compute = checks.check_head(hidden, weight, bias)
-    logits_dtype = checks.check_logits_dtype(logits_dtype, compute)
-    check_grad_filter(grad_filter)
-    vocab = weight.shape[0] if shard is None else shard.vocab
-    layout = pro_layout(hidden, targets, layout, ignore_index, shift, vocab)
-    ranked = rank_candidates(
-        layout, rewards, options, candidate_mask, prompt_weights, sft_index, acc_dtype(compute)
-    )
+    scored = checked.layout
+    if sequence_group is None:
+        ranked = rank_candidates(
+            scored, **by_candidate, options=checked.loss, dtype=acc_dtype(checked.compute)
+        )
     call = head_call(
         hidden,
         weight,
         bias,
-        layout,
-        compute,
-        logits_dtype,
+        scored,
+        checked.compute,
+        checked.logits_dtype,
         LogitOptions(softcap, logit_scale),
         backend,
         budget,
-        scalar_loss=True,
+        scalar_loss=sequence_group is None,
         grad_filter=grad_filter,
         shard=shard,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
-    loss, per_rank, sums, row_weights, dropped = autograd.LinearPRO.apply(
-        rows,
-        weight,
-        bias,
-        layout.rows,
-        layout.targets,
-        layout.offsets,
-        layout.lengths,
-        *ranked.tensors,
-        list(layout.prompt_tokens),
-        ranked.options,
-        final_dtype,
-        call,
-    )
-    out = make_output(loss, per_rank, sums, layout, options)
+    if sequence_group is None:
+        loss, per_rank, sums, row_weights, dropped = autograd.LinearPRO.apply(
+            rows,
+            weight,
+            bias,
+            scored.rows,
+            scored.targets,
+            scored.offsets,
+            scored.lengths,
+            *ranked.tensors,
+            list(scored.prompt_tokens),
+            ranked.options,
+            final_dtype,
+            call,
+        )
+        out = make_output(loss, per_rank, sums, scored, checked.loss)
+    else:
+        logps, dropped = autograd.HeadLogps.apply(
+            rows, weight, bias, scored.rows, scored.targets, call
+        )
+        out, weights = pro_across_ranks(
+            logps, scored, sequence_group, by_candidate, checked.loss, backend
+        )
     if call.grad_filter is None:
         return out
+    if sequence_group is not None:
+        row_weights = autograd.by_token(
+            weights, scored.offsets, scored.sequences, scored.num_tokens
+        )
     mass, square, reach = dropped
     return out._replace(
-        grad_filter=GradFilter(call.grad_filter, mass, square, reach, layout.rows, row_weights)
+        grad_filter=GradFilter(call.grad_filter, mass, square, reach, scored.rows, row_weights)
     )
 
 
@@ -444,44 +492,66 @@ def pro_loss(
     logit_scale: float = 1.0,
     inplace_backward: bool = False,
     backend: str = "auto",
+    sequence_group: Any = None,
 ) -> PROOutput:
     """PRO loss from logits; the arguments of ``linear_pro_loss``, with ``logits`` (B, n, T, V).
 
     Args and errors are as there; ``inplace_backward`` writes the gradient over the logits (nothing
     else may use them afterwards). Extra memory is the logits' gradient.
     """
-    options = PROOptions(
-        sft_weight=sft_weight,
-        sft_reduction=sft_reduction,
-        length_normalize=length_normalize,
-        temperature=temperature,
-        reward_scale=reward_scale,
-        ties=ties,
-        eps=eps,
-        top_k=top_k,
-        compat=compat,
-        final_dtype=final_dtype,
-    )
-    checks.check_float("logits", logits)
-    check_targets(targets)
-    if logits.dim() != 4 or logits.shape[1] == 0:
-        raise ValueError(f"logits must have shape (B, n, T, V), got {tuple(logits.shape)}")
-    checks.check_same_shape("targets", targets, tuple(logits.shape[:-1]), "(B, n, T)")
-    if shift:
-        targets = shift_targets(targets, ignore_index)
-    layout = Layout.dense(targets, ignore_index)
-    ranked = rank_candidates(
-        layout, rewards, options, candidate_mask, prompt_weights, sft_index, acc_dtype(logits.dtype)
-    )
-    resolve(backend, logits.device, logits.dtype, layout.shape[1])
+
+    def check() -> Checked:
+        options = PROOptions(
+            sft_weight=sft_weight,
+            sft_reduction=sft_reduction,
+            length_normalize=length_normalize,
+            temperature=temperature,
+            reward_scale=reward_scale,
+            ties=ties,
+            eps=eps,
+            top_k=top_k,
+            compat=compat,
+            final_dtype=final_dtype,
+        )
+        checks.check_float("logits", logits)
+        check_targets(targets)
+        if logits.dim() != 4 or logits.shape[1] == 0:
+            raise ValueError(f"logits must have shape (B, n, T, V), got {tuple(logits.shape)}")
+        checks.check_same_shape("targets", targets, tuple(logits.shape[:-1]), "(B, n, T)")
+        scored = shift_targets(targets, ignore_index) if shift else targets
+        dense = Layout.dense(scored, ignore_index)
+        return Checked(logits.dtype, logits.dtype, dense, options)
+
+    by_candidate = {
+        "rewards": rewards,
+        "candidate_mask": candidate_mask,
+        "prompt_weights": prompt_weights,
+        "sft_index": sft_index,
+    }
+    checked, _ = agreed(
+        check, {"sequence_group": sequence_group}, logits, None, None, backend, None, by_candidate,
+        softcap=softcap, logit_scale=logit_scale, shift=shift, ignore_index=ignore_index,
+    )  # fmt: skip
+    layout = checked.layout
+    if sequence_group is None:
+        ranked = rank_candidates(
+            layout, **by_candidate, options=checked.loss, dtype=acc_dtype(logits.dtype)
+        )
+        resolve(backend, logits.device, logits.dtype, layout.shape[1])
     logps: Any = token_logps(
         logits,
         targets,
         ignore_index=ignore_index,
+        shift=shift,
         softcap=softcap,
         logit_scale=logit_scale,
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    loss, per_rank, sums, _ = rank(logps.view(-1), layout, ranked, backend, final_dtype)
-    return make_output(loss, per_rank, sums, layout, options)
+    logps = logps.view(-1)
+    if sequence_group is not None:
+        return pro_across_ranks(logps, layout, sequence_group, by_candidate, checked.loss, backend)[
+            0
+        ]
+    loss, per_rank, sums, _ = rank(logps, layout, ranked, backend, final_dtype)
+    return make_output(loss, per_rank, sums, layout, checked.loss)

@@ -252,6 +252,24 @@ class Layout:
         )
 
     @classmethod
+    def of_sums(cls, lengths: Tensor) -> Layout:
+        """Layout of sums over tokens that were made elsewhere: each candidate is one token.
+
+        ``lengths`` (B, n): how many tokens each is the sum of. No row is predicted from.
+        """
+        b, n = lengths.shape
+        at = torch.arange(b * n + 1, device=lengths.device)
+        return cls(
+            rows=None,
+            targets=torch.full_like(at[:-1], IGNORE_INDEX),
+            offsets=at,
+            lengths=lengths.reshape(-1),
+            sequences=at[:-1].view(b, n),
+            num_rows=0,
+            prompt_tokens=(n,) * b,
+        )
+
+    @classmethod
     def _padded_on_host(cls, targets: Tensor, ignore_index: int, vocab_size: int | None) -> Layout:
         """``from_padded`` of a few tokens in Python, all tensors as parts of one."""
         b, n, t = targets.shape

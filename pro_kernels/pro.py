@@ -47,7 +47,7 @@ def rank_candidates(
 ) -> RankedCandidates:
     """Check the per-candidate inputs and put the candidates of each prompt in rank order."""
     shape, device = layout.shape, layout.device
-    _check_arguments(shape, rewards, candidate_mask, prompt_weights, sft_index, options)
+    check_arguments(shape, rewards, candidate_mask, prompt_weights, sft_index, options)
     plain = candidate_mask is None and prompt_weights is None and sft_index is None
     if plain and _known_on_host(layout, rewards, options):
         ranked = _rank_on_host(layout, rewards, options, dtype)
@@ -236,7 +236,7 @@ def _scaled(rewards: Tensor, options: PROOptions, dtype: torch.dtype) -> Tensor:
     return rewards if options.reward_scale == 1 else rewards * options.reward_scale
 
 
-def _check_arguments(
+def check_arguments(
     shape: tuple[int, int],
     rewards: Tensor | None,
     candidate_mask: Tensor | None,

@@ -1,8 +1,12 @@
-"""A head whose vocabulary is split over ranks: what each holds, and what they tell one another.
+"""Calls that several ranks make together: what each holds, and what they tell one another.
 
-Each rank holds consecutive rows of the weight, in the order of the group, and the same hidden
-states and targets. A chunk costs one maximum and one sum over ranks of what a row's log-sum-exp and
-target logit are made of, 12 bytes a row, and the call one sum of dHidden.
+``process_group``: the head's vocabulary is split. Each rank holds consecutive rows of the weight,
+in the order of the group, and the same hidden states and targets. A chunk costs one maximum and one
+sum over ranks of what a row's log-sum-exp and target logit are made of, 12 bytes a row, and the
+call one sum of dHidden.
+
+``sequence_group``: the tokens are split. Each rank holds some of the tokens of some candidates; one
+sum over ranks of their log-probs and numbers, 8 bytes a candidate, makes every rank's scores whole.
 """
 
 from __future__ import annotations
@@ -36,8 +40,7 @@ class Shard:
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
-        dist.all_reduce(x, dist.ReduceOp.SUM, group=_group(self.group))
-        return x
+        return sum_(x, _group(self.group))
 
     def max_(self, x: Tensor) -> Tensor:
         """Maximum over ranks, in place."""
@@ -49,19 +52,34 @@ def _group(name: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def check_group(group: Any) -> None:
+def sum_(x: Tensor, group: Any) -> Tensor:
+    """Sum over the ranks of ``group``, in place; the same bits on each of them."""
+    dist.all_reduce(x, dist.ReduceOp.SUM, group=group)
+    return x
+
+
+def check_group(name: str, group: Any) -> None:
     """Raise TypeError or ValueError unless this process can talk to the ranks of ``group``."""
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("process_group needs torch.distributed.init_process_group() before")
+        raise ValueError(f"{name} needs torch.distributed.init_process_group() before")
     if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("process_group does not contain this process")
+        raise ValueError(f"{name} does not contain this process")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}"
+            f"{name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}"
         )
 
 
+def described(x: Any) -> str:
+    """What ranks compare of an argument; not the values of a GPU's tensor, which would wait."""
+    if not isinstance(x, Tensor):
+        return repr(x)
+    about = f"{x.dtype} {tuple(x.shape)} on {x.device.type}"
+    return f"{x.tolist()}, {about}" if x.device.type == "cpu" else about
+
+
 def agree(
+    name: str,
     group: Any,
     rows: int,
     budget: int,
@@ -69,12 +87,13 @@ def agree(
     error: Exception | None,
     device: torch.device,
 ) -> Shard:
-    """What this rank holds of a head that is split over ``group``, if all ranks agree.
+    """What this rank holds of a head that is split over ``group``, if all its ranks agree.
 
     32 bytes a rank are compared at every call, because what one rank remembers of an earlier call
     another may not; on a GPU the host waits for them.
 
     Args:
+        name: of the group, as the caller knows it.
         group: a ``torch.distributed.ProcessGroup``.
         rows: rows of this rank's weight.
         budget: this rank's budget in bytes.
@@ -93,19 +112,19 @@ def agree(
     dist.all_gather(found, mine, group=group)
     table = torch.stack(found).tolist()
     if any(row[3] for row in table) or any(row[2] != table[0][2] for row in table):
-        _raise(group, facts, error)
+        _raise(name, group, facts, error)
     parts, rank = [row[0] for row in table], dist.get_rank(group)
     least = min(row[1] for row in table)
     return Shard(group.group_name, sum(parts[:rank]), sum(parts), max(parts), least)
 
 
-def _raise(group: Any, facts: dict[str, Any], error: Exception | None) -> None:
+def _raise(name: str, group: Any, facts: dict[str, Any], error: Exception | None) -> None:
     found: list[Any] = [None] * dist.get_world_size(group)
     told = None if error is None else f"{type(error).__name__}: {error}"
     dist.all_gather_object(found, (facts, told), group=group)
     if wrong := [f"rank {i}: {x[1]}" for i, x in enumerate(found) if x[1] is not None]:
-        raise ValueError(f"in process_group, {'; '.join(wrong)}") from error
+        raise ValueError(f"in {name}, {'; '.join(wrong)}") from error
     for key in sorted(set().union(*(x[0] for x in found))):
         values = [x[0].get(key) for x in found]
         if any(value != values[0] for value in values):
-            raise ValueError(f"the ranks of process_group disagree on {key}: {values}, by rank")
+            raise ValueError(f"the ranks of {name} disagree on {key}: {values}, by rank")

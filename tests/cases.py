@@ -217,6 +217,27 @@ def assert_no_worse(
         )
 
 
+def check_sums_stand_for_tokens(ranking) -> None:
+    """Without prompts the sums alone are made; with them they rank as the tokens did."""
+    lengths = torch.tensor([4, 1, 0, 7, 2, 3])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    logps = -torch.rand(17, generator=torch.Generator().manual_seed(1))
+    none = torch.empty(0, dtype=torch.int64)
+    nobody = (none.view(0, 1), None, none, torch.empty(0))
+    prompts = (
+        *(torch.tensor([[3, 0, 1], [5, 4, -1]]), torch.tensor([[2.0, 1.0, 0.5], [1.0, 0.0, 0.0]])),
+        *(torch.zeros(2, dtype=torch.int64), torch.tensor([0.75, 0.25])),
+    )
+    for options in (RankingOptions(sft_mean=True), RankingOptions(length_normalize=False)):
+        terms, sums, weights = ranking(logps, offsets, lengths, *prompts, options=options)
+        empty, alone, unused = ranking(logps, offsets, lengths, *nobody, options=options)
+        assert empty.shape == (0, 1) and torch.equal(alone, sums) and not unused.any()
+        found = ranking(alone, torch.arange(7), lengths, *prompts, options=options)
+        torch.testing.assert_close(found[0], terms)
+        assert torch.equal(found[1], sums) and found[2][2] == 0
+        torch.testing.assert_close(found[2].repeat_interleave(lengths), weights)
+
+
 def check_infinite_scores(ranking) -> None:
     """A score of -inf at a negative temperature makes its terms infinite and no other row NaN.
 

@@ -162,6 +162,12 @@ BAD = [
         "targets must be None when layout is given",
     ),
     (
+        "layout of another type",
+        {"layout": torch.zeros(2, 3, 4), "targets": None},
+        TypeError,
+        "layout must be a Layout or None, got Tensor",
+    ),
+    (
         "rows",
         {"layout": pk.Layout.from_padded(torch.zeros(2, 3, 5).long()), "targets": None},
         ValueError,

@@ -34,10 +34,13 @@ ALLOWED = {
     "ops": {"backends", "head", "layout", "options", "shards", "token_stats"},
     "autograd": {"ops", "options", "planner", "shards"},
     "pro": {"checks", "layout", "options", "output"},
-    "calls": {"autograd", "backends", "checks", "layout", "options", "planner", "pro", "shards"},
+    "calls": {
+        "autograd", "backends", "checks", "layout", "ops", "options", "output", "planner", "pro",
+        "shards",
+    },
     "functional": {
         "autograd", "backends", "calls", "checks", "column_filter", "head", "layout", "options",
-        "output", "pro", "shards",
+        "output", "pro",
     },
     "lm_head": set(),
     "probe": {"lm_head"},

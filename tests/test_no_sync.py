@@ -343,6 +343,35 @@ def test_pro_loss(inplace):
 
 
 @pytest.mark.parametrize("tier", ["T0", "T1", "T1f", "T3"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_sequence_group_waits_in_its_agreement_only(tier, ragged, monkeypatch):
+    """A group of one rank, whose collectives do nothing: the loss is that without a group."""
+    hidden, weight = torch.randn(12, 8), torch.randn(37, 8)
+    counts, rewards = ([3, 1], torch.randn(2, 3)) if ragged else (2, torch.randn(2, 2))
+    layout = pk.Layout.from_packed(
+        torch.randint(0, 37, (12,)), torch.tensor([0, 3, 4, 7, 12]), counts
+    )
+    monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 2))
+    monkeypatch.setattr(calls.shards, "check_group", lambda *_: None)
+    monkeypatch.setattr(calls.shards, "agree", lambda *_: None)
+    monkeypatch.setattr(calls.shards, "sum_", lambda x, _: x)
+
+    def step(**options) -> list[torch.Tensor]:
+        leaves = hidden.clone(), weight.clone()
+        for x, need in zip(leaves, (tier != "T0", tier in ("T1", "T3")), strict=True):
+            x.requires_grad_(need)
+        out = pk.linear_pro_loss(*leaves, None, rewards, layout=layout, backend="torch", **options)
+        if tier != "T0":
+            (2 * out.loss).backward()
+        return [*out[:-1], *(x.grad for x in leaves if x.grad is not None)]
+
+    expected = step()
+    with Gpu():
+        found = step(sequence_group=object(), budget=1 << 20)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("tier", ["T0", "T1", "T1f", "T3"])
 def test_token_log_probs_wait_for_their_layout_only(tier, monkeypatch):
     """Targets on the device: how many are scored is asked for once, and nothing else."""
     hidden, weight = torch.randn(20, 8), torch.randn(37, 8)

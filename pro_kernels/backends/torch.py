@@ -135,6 +135,9 @@ def ranking(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ranking loss and its closed-form gradient (DESIGN: docs/design.md, "The loss").
 
+    A token may stand for several, their sum, with their number in ``lengths``. Without prompts
+    (B = 0) the sums alone are made.
+
     Returns:
         ``terms`` (B, n): columns 0 ... n-2 are the rank terms, column n-1 the weighted SFT term,
         before ``prompt_weights``; ``sums`` (S,): S_i; ``row_weights`` (N,): d loss / d logps.

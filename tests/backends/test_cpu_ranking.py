@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import check_infinite_scores
+from cases import check_infinite_scores, check_sums_stand_for_tokens
 from pro_kernels import backends
 from pro_kernels.backends import cpu
 from pro_kernels.options import RankingOptions
@@ -175,3 +175,8 @@ def test_everything_is_written(poison):
 
 def test_infinite_scores():
     check_infinite_scores(cpu.ranking)
+
+
+def test_sums_stand_for_tokens():
+    check_sums_stand_for_tokens(cpu.ranking)
+    check_sums_stand_for_tokens(backends.get("torch").ranking)

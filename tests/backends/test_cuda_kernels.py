@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import check_infinite_scores
+from cases import check_infinite_scores, check_sums_stand_for_tokens
 from cuda_emulation import build, calls
 from pro_kernels import backends
 from pro_kernels.options import LogitOptions, RankingOptions
@@ -428,6 +428,10 @@ def test_scores_of_any_size(with_rewards, eps):
 
 def test_infinite_scores():
     check_infinite_scores(calls.ranking)
+
+
+def test_sums_stand_for_tokens():
+    check_sums_stand_for_tokens(calls.ranking)
 
 
 def test_long_sequences_and_tokens_of_no_sequence():

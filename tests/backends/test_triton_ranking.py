@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 pytest.importorskip("triton")
 
-from cases import check_infinite_scores  # noqa: E402
+from cases import check_infinite_scores, check_sums_stand_for_tokens  # noqa: E402
 from pro_kernels import backends  # noqa: E402
 from pro_kernels.options import RankingOptions  # noqa: E402
 
@@ -114,6 +114,10 @@ def test_ranking_of_extreme_scores_and_rewards(options):
 
 def test_infinite_scores():
     check_infinite_scores(triton_backend.ranking)
+
+
+def test_sums_stand_for_tokens():
+    check_sums_stand_for_tokens(triton_backend.ranking)
 
 
 def test_ranking_nan_stays_in_its_prompt():

@@ -54,7 +54,7 @@ def test_ranks_that_disagree_all_raise(ranks):
         "disagree on softcap",
         "in process_group, rank 0: ValueError: weight must not be empty",
         "disagree on dtypes",
-        "disagree on the shape of hidden",
+        "disagree on (B, n)",
         "disagree on loss",
         "grad_filter cannot be had with a process_group",
         "return_entropy cannot be had with a process_group",
