@@ -368,7 +368,8 @@ def test_tiny_heads_through_real_ranks(tmp_path):
         "head matmuls alone", "data parallel", "data parallel, dW summed",
         "tensor parallel, V doubled",
     ]  # fmt: skip
-    assert all(row["efficiency"] > 0 and row["rounds"] == 2 for row in weak)
+    assert all(row["efficiency"] > 0 and row["by_processor"] > 0 for row in weak)
+    assert [row["rounds"] for row in weak] == [2] * 4
     text = page.measured_block(data)
     assert "weak scaling, tensor parallel" in text and "H = 16, V = 203" in text
     path.write_text(json.dumps({**data, "complete": False}))

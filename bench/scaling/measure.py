@@ -182,9 +182,13 @@ def _weak_row(name: str, ranks: list[dict]) -> dict:
     runs = [rank[name] for rank in ranks]
     turns = zip(*(r["alone"] for r in runs), strict=True)
     alone = [next(x for x in pair if x is not None) for pair in turns]
-    both = [max(pair) for pair in zip(*(r["both"] for r in runs), strict=True)]
-    q1, middle, q3 = quartiles([a / b for a, b in zip(alone, both, strict=True)])
+    both = [tuple(map(max, *pair)) for pair in zip(*(r["both"] for r in runs), strict=True)]
+    ratios, by_processor = (
+        [a[i] / b[i] for a, b in zip(alone, both, strict=True)] for i in range(2)
+    )
+    q1, middle, q3 = quartiles(ratios)
     return {
-        "name": name, "alone": statistics.median(alone), "both": statistics.median(both),
-        "efficiency": middle, "q1": q1, "q3": q3, "rounds": len(both),
+        "name": name, "alone": statistics.median(x for x, _ in alone),
+        "both": statistics.median(x for x, _ in both), "efficiency": middle, "q1": q1, "q3": q3,
+        "by_processor": statistics.median(by_processor), "rounds": len(both),
     }  # fmt: skip

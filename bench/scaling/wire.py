@@ -130,9 +130,7 @@ def sharded_weight(
     ]  # fmt: skip
 
 
-def replicated_weight(
-    ranks: int, V: int, H: int, grad: int, stride: int = 1
-) -> list[Collective]:  # fmt: skip
+def replicated_weight(ranks: int, V: int, H: int, grad: int, stride: int = 1) -> list[Collective]:
     """DDP: dW summed over ranks once a step."""
     if ranks == 1:
         return []
@@ -142,7 +140,7 @@ def replicated_weight(
 
 def context_parallel(
     ranks: int, sequences: int, steps: int = 1, stride: int = 1
-) -> list[Collective]:  # fmt: skip
+) -> list[Collective]:
     """Positions over ranks: log-prob (fp32) and number of tokens (int32) of each sequence."""
     if ranks == 1:
         return []
@@ -153,7 +151,7 @@ def context_parallel(
 
 def candidates_across(
     ranks: int, candidates: int, steps: int = 1, stride: int = 1
-) -> list[Collective]:  # fmt: skip
+) -> list[Collective]:
     """Candidates over ranks: the same two numbers of every candidate of the ranks' prompts."""
     if ranks == 1:
         return []

@@ -59,11 +59,8 @@ def split(folder: Path, shape: Shape) -> dict:
     part = slice(rank * step, weight.shape[0] if rank == world - 1 else (rank + 1) * step)
     leaves = hidden, weight[part].clone()
     if world == 1:
-        exact = [x.double() for x in (hidden, weight)]
-        _gradients(pk.reference.linear_pro_loss, exact, targets, rewards, folder / "exact.pt")
-        plain = [hidden.clone(), weight.clone()]
-        _gradients(pk.reference.linear_pro_loss, plain, targets, rewards, folder / "plain.pt")
-        del exact, plain
+        for name, dtype in (("exact", torch.float64), ("plain", torch.float32)):
+            _save_gradients(hidden, weight, targets, rewards, dtype, folder / f"{name}.pt")
     del hidden, weight
     for leaf in leaves:
         leaf.requires_grad_()
@@ -78,9 +75,7 @@ def split(folder: Path, shape: Shape) -> dict:
     dist.barrier()
     peak, value = peak_extra_bytes(made, torch.device("cpu"))
     found = {"weight_bytes": leaves[1].nbytes, "peak_bytes": peak, "loss": float(value)}
-    exact = torch.load(folder / "exact.pt", mmap=True)
-    plain = torch.load(folder / "plain.pt", mmap=True)
-    found |= {"exact_loss": float(exact["loss"]), "plain_loss": float(plain["loss"])}
+    exact, plain = (torch.load(folder / f"{x}.pt", mmap=True) for x in ("exact", "plain"))
     for name, leaf, mine in zip(("hidden", "weight"), leaves, (slice(None), part), strict=True):
         truth = exact[name][mine]
         squares = [(x - truth).square().sum() for x in (leaf.grad.double(), plain[name][mine])]
@@ -92,16 +87,20 @@ def split(folder: Path, shape: Shape) -> dict:
     return found
 
 
-def _gradients(function, leaves: list[Tensor], targets, rewards, path: Path) -> None:  # noqa: ANN001
-    for leaf in leaves:
-        leaf.requires_grad_()
-    loss = function(*leaves, targets, rewards).loss
-    loss.backward()
-    torch.save({"loss": loss.detach(), "hidden": leaves[0].grad, "weight": leaves[1].grad}, path)
+def _save_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rewards: Tensor, dtype: torch.dtype, path: Path
+) -> None:
+    """Those of the reference, plain PyTorch, computed in ``dtype``."""
+    x, w = (t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight))
+    pk.reference.linear_pro_loss(x, w, targets, rewards).loss.backward()
+    torch.save({"hidden": x.grad, "weight": w.grad}, path)
 
 
 def weak(rounds: int, shape: Shape) -> dict:
-    """Seconds of each case by round: of this rank where it ran alone, and beside the other."""
+    """Seconds of each case by round, by the clock and of the processor (all threads).
+
+    Of this rank where it ran alone, and beside the other.
+    """
     keep_memory()
     rank, order = dist.get_rank(), random.Random(0)
     steps = _weak_steps(rank, shape)
@@ -122,10 +121,10 @@ def weak(rounds: int, shape: Shape) -> dict:
     return found
 
 
-def _timed(step: Step) -> float:
-    start = time.perf_counter()
+def _timed(step: Step) -> tuple[float, float]:
+    start = time.perf_counter(), time.process_time()
     value = step.run()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     del value
     step.clear()
     return seconds
