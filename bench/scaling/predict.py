@@ -161,15 +161,11 @@ def step(
     scored = batch.scored // layout.cp
     parts = [_cost(p * of_prompt, p * n * scored, model.H, V, p, n, tp > 1) for p in sizes]
     compute, chunks = sum(part.seconds(on) for part in parts), 0
-    transfers: list[Collective] = []
     for p, part in zip(sizes, parts, strict=True):
         assert part.plan is not None
         chunks += -(-p * n * scored // part.plan.chunk)
     R, N = prompts * of_prompt, prompts * n * scored
-    for each in wire.tensor_parallel(tp, N, R, model.H, _BF16, chunks):
-        micros = len(sizes) if each.name in ("agreement", "dHidden") else each.calls
-        size = each.size * len(sizes) if each.name == "agreement" else each.size
-        transfers.append(Collective(each.name, each.kind, tp, size, micros, each.when))
+    transfers = wire.tensor_parallel(tp, N, R, model.H, _BF16, chunks, steps=len(sizes))
     transfers += wire.context_parallel(layout.cp, prompts * n, len(sizes), tp)
     transfers += wire.candidates_across(
         layout.candidates, prompts * batch.n, len(sizes), tp * layout.cp

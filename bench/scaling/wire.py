@@ -91,20 +91,31 @@ class Collective:
 
 
 def tensor_parallel(
-    ranks: int, N: int, R: int, H: int, b: int, chunks: int = 1, need_hidden: bool = True
+    ranks: int,
+    N: int,
+    R: int,
+    H: int,
+    b: int,
+    chunks: int = 1,
+    need_hidden: bool = True,
+    steps: int = 1,
 ) -> list[Collective]:
-    """``process_group``: what ranks agree on, the statistics of each chunk, dHidden."""
+    """``process_group``: what ranks agree on, the statistics of each chunk, dHidden.
+
+    ``steps``: micro-batches, with N, R and chunks of all together.
+    """
     if ranks == 1:
         return []
     stats = "after a chunk's logits; its residual waits"
+    first = "first of all; the host waits"
     found = [
-        Collective("agreement", "all_gather", ranks, 32 * ranks, 1, "first of all; the host waits"),
+        Collective("agreement", "all_gather", ranks, 32 * ranks * steps, steps, first),
         Collective("maxima", "all_reduce", ranks, 4 * N, chunks, stats),
         Collective("sums and target logits", "all_reduce", ranks, 8 * N, chunks, stats),
     ]
     if need_hidden:
         when = "in the backward, before dW; nothing runs beside it"
-        found.append(Collective("dHidden", "all_reduce", ranks, R * H * b, 1, when))
+        found.append(Collective("dHidden", "all_reduce", ranks, R * H * b, steps, when))
     return found
 
 
@@ -113,7 +124,7 @@ def sharded_weight(
 ) -> list[Collective]:
     """FSDP2 of the head weight, its rows padded to equal parts; ``grad`` bytes of a number of dW.
 
-    ``steps``: micro-batches, each of which gathers and reduces.
+    Each micro-batch gathers and reduces.
     """
     if ranks == 1:
         return []
