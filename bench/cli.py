@@ -17,6 +17,7 @@ from bench.model import page, resources
 from bench.presets import NAMES, cases_of
 from bench.report import write_report
 from bench.runner import run
+from bench.scaling.cli import main as scaling
 from bench.training.cases import cases_of as training_cases
 from bench.training.runner import run as run_training
 
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.model:
             return _model(args.resources)
+        if args.scaling:
+            return scaling([])
         if args.gpu:
             seconds = gpu.SECONDS if args.seconds is None else args.seconds
             return gpu.main(args.out, seconds, tuple(args.parts), tuple(args.backends))
@@ -72,7 +75,8 @@ def command(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parsed(argv)
-    elsewhere = (args.model, args.gpu, args.filter, args.attached, args.compare, args.list)
+    elsewhere = (args.model, args.scaling, args.gpu, args.filter, args.attached, args.compare,
+                 args.list)  # fmt: skip
     if args.report or args.training or any(elsewhere):
         return main(argv)
     child = [sys.executable, "-m", "bench.cli", *argv]
@@ -253,6 +257,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resources", action="store_true",
         help="with --model: read registers and shared memory from the built binaries first",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scaling", action="store_true",
+        help="print what is predicted for many GPUs and rewrite docs/scaling.md; more by "
+        "python -m bench.scaling",
     )  # fmt: skip
     parser.add_argument("--gpu", action="store_true", help="everything that needs a GPU, at once")
     parser.add_argument(

@@ -11,22 +11,25 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).resolve().parent.parent
-_RESULTS = "bench/results/cpu"
+_RESULTS = ("bench/results/cpu", "bench/results/scaling")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Add the committed report and its plots, which lie outside ``docs``."""
-    for path in sorted((_ROOT / _RESULTS).iterdir()):
-        if path.suffix in (".md", ".png"):
-            name = path.relative_to(_ROOT).as_posix()
-            files.append(File.generated(config, name, abs_src_path=str(path)))
+    """Add the committed reports and their plots, which lie outside ``docs``."""
+    for folder in _RESULTS:
+        for path in sorted((_ROOT / folder).iterdir()):
+            if path.suffix in (".md", ".png"):
+                name = path.relative_to(_ROOT).as_posix()
+                files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to the report, as they are within the site."""
-    return markdown.replace(f"(../{_RESULTS}/", f"({_RESULTS}/")
+    """Links to the reports, as they are within the site."""
+    for folder in _RESULTS:
+        markdown = markdown.replace(f"(../{folder}/", f"({folder}/")
+    return markdown
 
 
 def on_page_content(content: str, **_: Any) -> str:

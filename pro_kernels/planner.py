@@ -54,6 +54,8 @@ class Plan:
         need_weight: whether dW (and the bias gradient) is wanted.
         prompt_chunks: T2 only, prompts per chunk.
         budget: bytes it was made for.
+        taken: bytes beyond the inputs' gradients that it counts on; more than the budget where that
+            is too small for the least that a call takes.
     """
 
     tier: str
@@ -63,6 +65,7 @@ class Plan:
     need_weight: bool = False
     prompt_chunks: tuple[int, ...] = ()
     budget: int = 0
+    taken: int = 0
 
 
 def make_plan(
@@ -124,25 +127,31 @@ def make_plan(
     on_gpu = device.type == "cuda"
     most = GPU_CHUNK_ROWS if on_gpu else CHUNK_ROWS
 
-    def plan(tier: str, chunk: int, retained: int = 0, prompts: tuple[int, ...] = ()) -> Plan:
-        return Plan(tier, max(1, chunk), retained, need_hidden, need_weight, prompts, named)
+    def plan(
+        tier: str, chunk: int, taken: int, retained: int = 0, prompts: tuple[int, ...] = ()
+    ) -> Plan:
+        taken += fixed + scratch
+        return Plan(tier, max(1, chunk), retained, need_hidden, need_weight, prompts, named, taken)
 
     if not (need_hidden or need_weight):
-        return plan("T0", _equal_chunks(rows, min(budget // row, most), on_gpu))
+        chunk = _equal_chunks(rows, min(budget // row, most), on_gpu)
+        return plan("T0", chunk, chunk * row)
     if entropy:
         logits = vocab * (4 if wide_logits else size)
         if rows <= budget // (row + logits):
-            return plan("T1", rows, retained=rows)
+            return plan("T1", rows, rows * (row + logits), retained=rows)
         # X, w X, and the sum of dZ W over blocks of columns with its terms.
         sides = rows * (operand * (1 + need_weight) + need_hidden * (4 * hidden + side))
         fit = max(MIN_ROWS * row, budget - sides)
         chunk = min(max(MIN_ROWS, fit // 2 // row), most, rows)
-        return plan("T3", chunk, retained=max(0, min((fit - chunk * row) // logits, rows)))
+        retained = max(0, min((fit - chunk * row) // logits, rows))
+        return plan("T3", chunk, sides + chunk * row + retained * logits, retained)
     if not need_weight:
         fit = max(MIN_ROWS, (budget - copies["T1"] - kept_sides) // row)
-        return plan("T1f", _equal_chunks(rows, min(fit, most), on_gpu))
+        chunk = _equal_chunks(rows, min(fit, most), on_gpu)
+        return plan("T1f", chunk, copies["T1"] + kept_sides + chunk * row)
     if rows <= (budget - copies["T1"]) // row:
-        return plan("T1", rows, retained=rows)
+        return plan("T1", rows, copies["T1"] + rows * row, retained=rows)
     if prompt_tokens:
         # Held from forward to backward: dW, while it grows at least in fp32, and dHidden.
         held = vocab * hidden * max(size, 4)
@@ -151,10 +160,12 @@ def make_plan(
         if t2_rows >= max(MIN_T2_ROWS, *prompt_tokens):
             most = GPU_SUMMED_ROWS if on_gpu else CHUNK_ROWS
             t2_rows = min(t2_rows, max(most, *prompt_tokens))
-            return plan("T2", t2_rows, prompts=_group_prompts(prompt_tokens, t2_rows))
+            taken = held + copies["T2"] + t2_rows * row
+            return plan("T2", t2_rows, taken, prompts=_group_prompts(prompt_tokens, t2_rows))
     fit = max(MIN_ROWS, (budget - copies["T3"] - kept_sides) // row)
     chunk = min(max(MIN_ROWS, fit // 2), most, rows)
-    return plan("T3", chunk, retained=max(0, min(fit - chunk, rows)))
+    retained = max(0, min(fit - chunk, rows))
+    return plan("T3", chunk, copies["T3"] + kept_sides + (chunk + retained) * row, retained)
 
 
 def _filter_copies(numbers: int, size: int, need_hidden: bool, grad_size: int) -> dict[str, int]:

@@ -41,6 +41,25 @@ def test_any_budget_gives_a_plan_that_fits_it(budget, rows, needs):
     assert p.chunk >= 1 and 0 <= p.retained <= rows
     held = p.retained if p.tier == "T1" else p.retained + p.chunk
     assert held * 32000 * 4 <= max(budget, planner.MIN_ROWS * 32000 * 4)
+    if budget >= 100 * MB and rows < 100_000:  # else the thin sides of so many rows exceed it
+        assert held * 32000 * 4 <= p.taken <= budget
+
+
+def test_what_a_plan_counts_on_by_hand():
+    row = 4 * (32000 + 3 * 256)  # logits; X, w X and dZ0 W
+    scratch = 16 * MB
+    assert plan().taken == scratch + 1000 * row
+    assert plan(fixed=5).taken == scratch + 5 + 1000 * row
+    frozen = plan(need_weight=False)
+    assert frozen.taken == scratch + frozen.chunk * row + 1000 * 256 * 4
+    assert plan(need_hidden=False, need_weight=False).taken == scratch + 1000 * row
+    small = plan(budget=100 * MB)  # a scratch of an eighth; the sides of all rows are kept
+    sides = 1000 * 4 * 256 * 3
+    assert small.taken == 100 * MB // 8 + (small.chunk + small.retained) * row + sides
+    summed = plan(budget=120 * MB, prompt_tokens=(400, 300, 300))
+    held = (32000 + 1000) * 256 * 4
+    assert summed.tier == "T2" and summed.taken == 15 * MB + held + summed.chunk * row
+    assert plan(entropy=True).taken == scratch + 1000 * (row + 32000 * 4)
 
 
 def test_t2_groups_whole_prompts():

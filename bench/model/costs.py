@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.model.cards import Card
-from pro_kernels.planner import make_plan
+from pro_kernels.planner import Plan, make_plan
 
 _BF16 = 2
 _BUDGET = 8 << 30  # what an 80 GB card's default gives; larger ones give more
@@ -70,7 +70,12 @@ class Cost:
 
     name: str
     pieces: tuple[Piece, ...]
-    tier: str = ""
+    plan: Plan | None = None
+
+    @property
+    def tier(self) -> str:
+        """Of the plan; empty without one."""
+        return "" if self.plan is None else self.plan.tier
 
     def seconds(self, card: Card) -> float:
         """Predicted, everything."""
@@ -107,9 +112,10 @@ def residual_kernel(N: int, V: int, b: int = _BF16, launches: int = 1) -> Piece:
     return Piece("residual", 0, size + 20 * N, size + 8 * N, exps=2 * N * V, launches=launches)
 
 
-def logits_grad_kernel(R: int, N: int, V: int, b: int = _BF16) -> Piece:
+def logits_grad_kernel(R: int, N: int, V: int, b: int = _BF16, launches: int = 1) -> Piece:
     """Scored rows read, all rows written."""
-    return Piece("logits_grad", 0, N * V * b + 16 * R, R * V * b, exps=N * V)
+    size = N * V * b + 16 * R
+    return Piece("logits_grad", 0, size, R * V * b, exps=N * V, launches=launches)
 
 
 def ranking_kernel(B: int, n: int, tokens: int) -> Piece:
@@ -141,9 +147,20 @@ def matmul(name: str, m: int, n: int, k: int, b: int = _BF16, launches: int = 1)
 
 
 def linear(
-    R: int, N: int, H: int, V: int, B: int, n: int, kind: str = "trained", budget: int = _BUDGET
+    R: int,
+    N: int,
+    H: int,
+    V: int,
+    B: int,
+    n: int,
+    kind: str = "trained",
+    budget: int = _BUDGET,
+    sharded: bool = False,
 ) -> Cost:
     """``linear_pro_loss`` in bf16: ``kind`` is "trained", "frozen" or "score".
+
+    ``sharded``: V is one rank's share of the vocabulary (``process_group``). The residual can be
+    made only when all ranks have told their log-sum-exps: one pass over the logits more.
 
     Raises:
         ValueError: an unknown kind, or a shape the planner puts into a tier that is not modelled.
@@ -158,12 +175,17 @@ def linear(
     if plan.tier not in ("T0", "T1", "T1f"):
         raise ValueError(f"tier {plan.tier} is not modelled: N={N} H={H} V={V} budget={budget}")
     chunks = -(-N // plan.chunk)
-    row = residual_kernel if grad else logp_kernel
+    rows = [residual_kernel(N, V, launches=chunks) if grad else logp_kernel(N, V, launches=chunks)]
+    if sharded and grad:
+        rows = [
+            logp_kernel(N, V, launches=chunks),
+            logits_grad_kernel(N, N, V, launches=chunks),
+        ]
     pieces = [
         gather_kernel(N, H, launches=chunks),
         target_logits_kernel(N, H, launches=chunks),
         matmul("logits = X W^T", N, V, H, launches=chunks),
-        row(N, V, launches=chunks),
+        *rows,
     ]
     if grad:
         pieces.append(matmul("dHidden = dZ W", N, H, V, launches=chunks))
@@ -172,7 +194,7 @@ def linear(
         pieces += [gather_kernel(N, H), matmul("dW = dZ^T X", V, H, N)]
     if grad:
         pieces.append(scatter_kernel(R, N, H))
-    return Cost(f"linear_pro_loss, {kind}", tuple(pieces), plan.tier)
+    return Cost(f"linear_pro_loss, {kind}", tuple(pieces), plan)
 
 
 def logits_in(R: int, N: int, V: int, B: int, n: int) -> Cost:
@@ -207,7 +229,7 @@ def grad_filter(R: int, N: int, H: int, V: int, B: int, n: int, kept: float) -> 
         Piece("rows of dW put back", 0, K * H * _BF16, (V + K) * H * _BF16),
         scatter_kernel(R, N, H),
     )
-    return Cost(f"grad_filter, {kept:.0%} of the columns kept", pieces, "T1")
+    return Cost(f"grad_filter, {kept:.0%} of the columns kept", pieces)
 
 
 def crossover(N: int, H: int, V: int, card: Card) -> float:

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from counting import collectives
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -50,12 +53,48 @@ def gradients(model) -> dict:
     return named
 
 
+class Head(nn.Module):
+    """The loss with the head's weight as the only parameter."""
+
+    def __init__(self, vocab: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(vocab, width).to(dtype))
+
+    def forward(self, hidden, targets, rewards):
+        return pk.linear_pro_loss(hidden, self.weight, targets, rewards).loss
+
+
+def bytes_sent(mesh, rank: int) -> list[dict]:
+    """What FSDP2 and DDP send for the head, with two micro-batches, and the shapes."""
+    found = []
+    for kind in ("FSDP2", "DDP"):
+        for vocab, width, dtype in ((67, 16, torch.float32), (66, 24, torch.bfloat16)):
+            head = Head(vocab, width, dtype)
+            if kind == "DDP":
+                head = DistributedDataParallel(head)
+                # DDP sums in C++; the hook does the same through torch.distributed.
+                head.register_comm_hook(None, allreduce_hook)
+            else:
+                fully_shard(head, mesh=mesh)
+            g = torch.Generator().manual_seed(rank)
+            hidden = torch.randn(2, 2, 5 + rank, width, generator=g).to(dtype)
+            targets = torch.randint(0, vocab, hidden.shape[:-1], generator=g)
+            with collectives() as sent:
+                for last in (False, True):
+                    if kind == "DDP":
+                        head.require_backward_grad_sync = last
+                    head(hidden, targets, torch.tensor([[2.0, 1.0]] * 2)).backward()
+            shape = {"V": vocab, "H": width, "b": dtype.itemsize}
+            found.append({"kind": kind, "sent": sent, **shape})
+    return found
+
+
 def main(output: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
-    found = {}
+    found = {"bytes": bytes_sent(mesh, rank)}
     for tied in (False, True):
         for budget in (None, 1 << 13):  # everything retained; most computed again
             options = {"loss": "ranking", "budget": budget, "temperature": 2.0}

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import torch.distributed as dist
+from counting import collectives
 from tensor_parallel import bounds, plans, rounded, same_everywhere, watch_plans
 from torch.nn.parallel import DistributedDataParallel
 
@@ -332,30 +333,16 @@ def check_repeats(group) -> None:
 
 def traffic(group) -> dict:
     """Bytes of every collective of a call, in its forward and in its backward."""
-    case, sent = Case("wire", V=1009, T=9), []
+    case = Case("wire", V=1009, T=9)
     owner = owners(case.tensors()[3], dist.get_world_size(group))["parts"]
     part = Part(case, torch.bfloat16, owner == dist.get_rank(group))
-    names = [name for name in dir(dist) if name.startswith(("all_", "broadcast", "reduce", "send"))]
-    originals = {name: getattr(dist, name) for name in names if callable(getattr(dist, name))}
-
-    def counted(name, original):
-        def run(*args, **kwargs):
-            tensors = [x for x in args if isinstance(x, torch.Tensor)]
-            sent.append([name, tensors[0].nbytes if tensors else -1])
-            return original(*args, **kwargs)
-
-        return run
-
-    for name, original in originals.items():
-        setattr(dist, name, counted(name, original))
-    out = pk.linear_pro_loss(
-        part.leaves["hidden"], part.leaves["weight"], None, part.rewards, sequence_group=group,
-        **part.options,
-    )  # fmt: skip
-    forward = list(sent)
-    out.loss.backward()
-    for name, original in originals.items():
-        setattr(dist, name, original)
+    with collectives() as sent:
+        out = pk.linear_pro_loss(
+            part.leaves["hidden"], part.leaves["weight"], None, part.rewards, sequence_group=group,
+            **part.options,
+        )  # fmt: skip
+        forward = list(sent)
+        out.loss.backward()
     return {"forward": forward, "backward": sent[len(forward) :], "candidates": case.B * case.n}
 
 

@@ -12,10 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import torch.distributed as dist
+from counting import collectives
 
 import pro_kernels as pk
 from cases import Case, assert_no_worse, usable_backends
 from pro_kernels import calls
+from pro_kernels.head import chunks_of
+from pro_kernels.planner import Plan
 
 CASES = [
     Case("plain", T=9),
@@ -30,6 +33,7 @@ CASES = [
     Case("several chunks", V=1009, T=40, bias=True),
 ]
 plans: set[tuple] = set()
+made: list[Plan] = []
 
 
 def budgets(group) -> tuple[int | None, ...]:
@@ -122,6 +126,7 @@ def watch_plans() -> None:
         plan = original(rows, *args, **kwargs)
         kept = "all" if plan.retained >= rows else "some" if plan.retained else "none"
         plans.add((plan.tier, kept, plan.chunk < rows))
+        made.append(plan)
         return plan
 
     calls.make_plan = noted
@@ -205,26 +210,28 @@ def same_everywhere(x, group) -> None:
     assert all(torch.equal(parts[0], other) for other in parts), "ranks differ"
 
 
-def bytes_sent(group) -> dict:
-    """Of all-reduces, a scored token; nothing in them may grow with V."""
-    found = {}
-    for vocab in (67, 1009):
-        case = Case("wire", V=vocab, H=16, T=9)
+def bytes_sent(group) -> list[dict]:
+    """What each call sends, and the shapes it is made of."""
+    found, rank = [], dist.get_rank(group)
+    for vocab, T, dtype, freeze, budget in (
+        (67, 9, torch.bfloat16, (), None),
+        (1009, 9, torch.bfloat16, (), None),
+        (1009, 40, torch.float32, (), 1 << 14),
+        (1009, 40, torch.bfloat16, ("weight",), 1 << 14),
+        (1009, 9, torch.float32, ("hidden",), None),
+    ):
+        case = Case("wire", V=vocab, H=16, T=T)
         at = bounds(vocab, dist.get_world_size(group))
-        part = slice(at[dist.get_rank(group)], at[dist.get_rank(group) + 1])
-        sent, original = [], dist.all_reduce
-
-        def counted(x, *args, original=original, sent=sent, **kwargs):
-            sent.append(x.nbytes)
-            return original(x, *args, **kwargs)
-
-        run(pk.linear_pro_loss, case, torch.bfloat16, part, process_group=group)
-        dist.all_reduce = counted
-        run(pk.linear_pro_loss, case, torch.bfloat16, part, process_group=group)
-        dist.all_reduce = original
-        targets = case.tensors()[3]
-        scored, rows = int((targets >= 0).sum()), targets.numel()
-        found[vocab] = {"statistics": sum(sent[:-1]) / scored, "hidden": sent[-1] / rows}
+        part = slice(at[rank], at[rank + 1])
+        with collectives() as sent:
+            run(pk.linear_pro_loss, case, dtype, part, freeze, budget=budget, process_group=group)
+        targets, plan = case.tensors()[3], made[-1]
+        scored = int((targets >= 0).sum())
+        found.append({
+            "sent": sent, "V": vocab, "N": scored, "R": targets.numel(), "H": 16,
+            "b": dtype.itemsize, "need_hidden": "hidden" not in freeze,
+            "chunks": len(chunks_of(scored, plan.chunk, plan.retained)),
+        })  # fmt: skip
     return found
 
 

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 
 import pro_kernels as pk
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
+from bench.scaling import wire
 from cases import usable_backends
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -43,10 +46,29 @@ def test_loss_log_probs_and_gradients_are_those_of_one_rank(ranks):
 
 def test_nothing_on_the_wire_grows_with_the_vocabulary(ranks):
     for rank in ranks:
-        assert rank["bytes"]["67"] == rank["bytes"]["1009"]
-        found = rank["bytes"]["67"]
-        # A maximum, a sum and a target logit of 4 bytes; dHidden in bf16.
-        assert found["statistics"] == 12 and found["hidden"] == 16 * 2
+        assert [call["V"] for call in rank["bytes"][:2]] == [67, 1009]
+        for call in rank["bytes"][:2]:
+            sizes = [size for kind, _, size in call["sent"] if kind == "all_reduce"]
+            # A maximum, a sum and a target logit of 4 bytes; dHidden in bf16.
+            assert sum(sizes[:-1]) == 12 * call["N"] and sizes[-1] == call["R"] * 16 * 2
+
+
+def test_the_scaling_model_knows_every_byte(ranks):
+    """Five calls: several chunks, frozen sides, two dtypes."""
+    assert [call["chunks"] > 1 for call in ranks[0]["bytes"]] == [False, False, True, True, False]
+    for call in (call for rank in ranks for call in rank["bytes"]):
+        shape = {k: call[k] for k in ("N", "R", "H", "b", "chunks", "need_hidden")}
+        predicted = wire.tensor_parallel(len(ranks), **shape)
+        sent = call["sent"]
+        named = {"agreement": sent[:1]}
+        if call["need_hidden"]:
+            sent, named["dHidden"] = sent[:-1], sent[-1:]
+        named["maxima"] = [x for x in sent[1:] if x[1] == "max"]
+        named["sums and target logits"] = [x for x in sent[1:] if x[1] == "sum"]
+        assert sum(map(len, named.values())) == len(call["sent"])
+        assert {c.name: (c.kind, c.calls, c.size) for c in predicted} == {
+            name: (x[0][0], len(x), sum(size for *_, size in x)) for name, x in named.items()
+        }
 
 
 def test_ranks_that_disagree_all_raise(ranks):
