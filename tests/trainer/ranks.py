@@ -35,7 +35,6 @@ class Run:
 
     codes: list[int]
     printed: list[str]
-    seconds: float
 
 
 def launch(
@@ -49,7 +48,6 @@ def launch(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start = time.monotonic()
     processes = []
     for rank in range(world):
         argv = list(argvs[rank % len(argvs)])
@@ -62,9 +60,8 @@ def launch(
         if process.is_alive():
             process.kill()
             process.join()
-    seconds = time.monotonic() - start
     printed = [(folder / f"rank{rank}.log").read_text() for rank in range(world)]
-    return Run([p.exitcode for p in processes], printed, seconds)
+    return Run([p.exitcode for p in processes], printed)
 
 
 def _run(rank: int, world: int, port: int, argv: list[str], log: str, fault: tuple | None) -> None:
@@ -90,7 +87,7 @@ def _failing(compute_loss, kind: str):
         loss = compute_loss(self, *args, **kwargs)
         if self.state.global_step < _FAIL_AT:
             return loss
-        if kind == "killed":
+        if kind.startswith("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "out of memory":
             raise torch.OutOfMemoryError("out of memory. Tried to allocate 1.00 GiB")
