@@ -137,6 +137,8 @@ def test_a_fault_of_one_rank_ends_all_and_the_last_checkpoint_goes_on(kind, whol
         assert rank == failing or re.search(f"(rank|error: rank) {rank}.*{cause}", text), text
     assert last_whole(cut).name == "checkpoint-2" or kind == "nan"
     assert not (cut / "model.safetensors").exists()
+    if kind in ("killed with the store", "out of host memory"):
+        return  # the checkpoints are those of the others
     _, weights = resumed(work, cut, world, world)
     assert all(weight.equal(whole[world][1][name]) for name, weight in weights.items())
     if kind != "killed":
