@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from dataclasses import fields
@@ -33,6 +34,7 @@ def run_identity(
     """What two runs must agree on for one to go on from the other's checkpoint."""
     names = [f.name for part in (LossOptions, ListOptions) for f in fields(part)]
     identity: dict[str, Any] = {n: getattr(args, n) for n in names if n not in _FREE}
+    identity["step"] = step_size(args)
     identity |= {"seed": args.seed, "data_seed": args.data_seed, "optim": str(args.optim)}
     identity["model"] = f"{type(model).__name__}, {model.num_parameters()} parameters"
     if dataset is not None:
@@ -42,6 +44,16 @@ def run_identity(
             digest.update(json.dumps(dataset[i], sort_keys=True).encode())
         identity["train_dataset"] = f"{len(dataset)} lists, sha256 {digest.hexdigest()[:16]}"
     return identity
+
+
+def step_size(args: PROConfig) -> dict[str, int]:
+    """How the lists of a step are made up, and ``lists``, how many they are."""
+    made = {
+        "processes": args.world_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+    }
+    return {"lists": math.prod(made.values()), **made}
 
 
 def write_identity(folder: Path, identity: dict[str, Any]) -> None:
@@ -59,7 +71,12 @@ def prepare_output(
     """
     if resume:
         checkpoint = find(folder, resume)
-        _check_same_run(checkpoint, identity)
+        then = _check_same_run(checkpoint, identity)
+        if args.should_log and then != args.world_size:
+            print(
+                f"resuming on {args.world_size} processes what {then} wrote: the same lists a "
+                "step, summed in another order; what draws random numbers (dropout) draws others"
+            )
         return str(checkpoint)
     check_free(folder, args.overwrite)
     if args.overwrite and args.should_save:
@@ -101,7 +118,9 @@ def check_folder(folder: Path) -> None:
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raise ValueError where ``folder`` is a file or holds a run that must stay."""
     check_folder(folder)
-    held = [*checkpoints(folder), *folder.glob(IDENTITY)] if folder.is_dir() else []
+    # What was cut off while it was written holds nothing to go on from.
+    whole = [c for c in checkpoints(folder) if (c / "trainer_state.json").exists()]
+    held = [*whole, *folder.glob(IDENTITY)]
     if held and not overwrite:
         raise ValueError(
             f"output_dir {folder} holds another run ({held[0].name}): go on from it with "
@@ -129,13 +148,29 @@ def _whole(checkpoint: Path) -> Path | None:
     return checkpoint if optimizer else None
 
 
-def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
+def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> int:
+    """Refuse the checkpoint of another run; returns how many processes wrote it."""
     try:
         then = json.loads((checkpoint / IDENTITY).read_text())
     except (OSError, ValueError):
         raise ValueError(f"{checkpoint}: not a checkpoint of PROTrainer (no {IDENTITY})") from None
     now = json.loads(json.dumps(identity))
+    step_then, step_now = then.pop("step", {}), now.pop("step")
+    if step_then.get("lists") != step_now["lists"]:
+        raise ValueError(
+            f"{checkpoint}: its steps were of other lists: {_shown(step_then)} then, "
+            f"{_shown(step_now)} now; per_device_train_batch_size x gradient_accumulation_steps "
+            "must make up for another number of processes"
+        )
     differ = [k for k in now.keys() | then.keys() if now.get(k) != then.get(k)]
     if differ:
         shown = "; ".join(f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in sorted(differ))
         raise ValueError(f"{checkpoint} belongs to another run: {shown}")
+    return step_then["processes"]
+
+
+def _shown(step: dict[str, int]) -> str:
+    lists, *made = step.values() or ("unknown",)
+    names = ("processes", "a batch", "accumulated")
+    product = " x ".join(f"{n} {name}" for n, name in zip(made, names, strict=False))
+    return f"{lists} ({product})"

@@ -11,13 +11,15 @@ import argparse
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 
-from pro_trainer import run
+from pro_trainer import distributed, run
 from pro_trainer.config import PROConfig
 from pro_trainer.errors import TrainingError
 from pro_trainer.evaluate import EvalArguments, evaluate_files
@@ -90,6 +92,18 @@ def _run(
     action: Callable[..., object],
     argv: Sequence[str] | None,
 ) -> int:
+    code = _code(name, kinds, action, argv)
+    if distributed.several():
+        distributed.leave(code)
+    return code
+
+
+def _code(
+    name: str,
+    kinds: tuple[type, ...],
+    action: Callable[..., object],
+    argv: Sequence[str] | None,
+) -> int:
     parser = HfArgumentParser(kinds, prog=f"pro-kernels {name}", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it.")
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -103,12 +117,21 @@ def _run(
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         action(*options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_rank()}{error}", file=sys.stderr)
         return 2
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_rank()}{error}", file=sys.stderr)
+        return 1
+    except Exception:
+        if not distributed.several():
+            raise
+        traceback.print_exc()
         return 1
     return 0
+
+
+def _rank() -> str:
+    return f"rank {dist.get_rank()}: " if distributed.several() else ""
 
 
 def _config_parser() -> argparse.ArgumentParser:

@@ -33,6 +33,7 @@ class Preferences:
         sft_index: (B,) int64, the candidate that carries the SFT term.
         by_order: whether the lists have no rewards, only their order.
         num_positions: tokens that the decoder runs on, padding not counted.
+        idle: whether the batch only keeps a rank without lists in step, and counts for nothing.
     """
 
     rewards: Tensor
@@ -40,11 +41,17 @@ class Preferences:
     sft_index: Tensor
     by_order: bool
     num_positions: int
+    idle: bool = False
 
     @property
     def num_prompts(self) -> int:
         """B."""
         return self.rewards.shape[0]
+
+    @property
+    def num_counted(self) -> int:
+        """Lists that the loss is a mean over."""
+        return 0 if self.idle else self.num_prompts
 
     def to(self, *_: Any, **__: Any) -> Preferences:
         """Itself: the loss reads these numbers on the host."""
@@ -64,6 +71,7 @@ class PROCollator:
         official: score as the official code does: the position of a last token too, with the
             padding id as its label, where that sequence is shorter than T.
         ranks_only: the loss takes only the order from rewards, so lists with and without them mix.
+        idle: the list that is run for a batch of none, which a rank gets that no list is left for.
 
     Raises:
         ValueError: an unknown form; ``"auto"`` without ``cost``; ``pad_token_id`` not an id.
@@ -78,6 +86,7 @@ class PROCollator:
         cost: SharingCost | None = None,
         official: bool = False,
         ranks_only: bool = False,
+        idle: Mapping[str, Any] | None = None,
     ) -> None:
         if form not in (*FORMS, "auto"):
             raise ValueError(f"form must be padded, packed, shared or auto, got {form!r}")
@@ -93,6 +102,7 @@ class PROCollator:
         self.cost = cost
         self.official = official
         self.ranks_only = ranks_only
+        self.idle = idle
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of some tokenised lists.
@@ -108,9 +118,13 @@ class PROCollator:
             flattened (rows * length, H) hidden states; ``preferences``.
 
         Raises:
-            ValueError: no features; lists with and without rewards in one batch; an empty prompt or
-                completion; numbers of prompts, completions and rewards that do not match.
+            ValueError: no features (and no ``idle``); lists with and without rewards in one batch;
+                an empty prompt or completion; numbers of prompts, completions and rewards that do
+                not match.
         """
+        idle = not features and self.idle is not None
+        if idle:
+            features = [self.idle]
         rewards, candidate_mask, by_order = _rewards(features, self.ranks_only)
         sequences = read_sequences(features)
         row_map = FORMS[self._form(sequences)](sequences)
@@ -118,7 +132,7 @@ class PROCollator:
         batch, num_positions = self._inputs(sequences, row_map, rows)
         batch["layout"] = self._layout(sequences, row_map, rows)
         batch["preferences"] = Preferences(
-            rewards, candidate_mask, _sft_index(features), by_order, num_positions
+            rewards, candidate_mask, _sft_index(features), by_order, num_positions, idle
         )
         return batch
 

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 import pro_kernels as pk
+from pro_trainer.distributed import set_timeout
 
 # What PROTrainer does not work with otherwise: its collator reads all columns, its metrics are made
 # of the scores of all lists, and its losses have no labels to smooth.
@@ -226,7 +227,7 @@ class PROConfig(LossOptions, ListOptions, TrainingArguments):
     def __post_init__(self) -> None:
         self.check_list_options()
         self.check_loss_options()
-        check_positive(self, "sample_prompts", "sample_tokens")
+        check_positive(self, "sample_prompts", "sample_tokens", "ddp_timeout")
         if self.prefix_sharing not in ("auto", "on", "off"):
             raise ValueError(
                 f"prefix_sharing must be 'auto', 'on' or 'off', got {self.prefix_sharing!r}"
@@ -237,8 +238,20 @@ class PROConfig(LossOptions, ListOptions, TrainingArguments):
             if getattr(self, name) != only:
                 raise ValueError(f"{name} must stay {only}, got {getattr(self, name)!r}")
         super().__post_init__()
+        set_timeout(self.ddp_timeout)
+        if self.auto_find_batch_size and self.world_size > 1:
+            raise ValueError(
+                f"auto_find_batch_size is for one process: of {self.world_size} each would find "
+                "a batch size of its own"
+            )
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to copy to; torch would warn
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device; CPUs have no index (accelerate's ``cpu:0`` loads no optimizer)."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def append_eos_to_completions(self) -> bool:
         """Whether completions end with EOS."""

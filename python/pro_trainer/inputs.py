@@ -135,6 +135,7 @@ def make_collator(
         cost=SharingCost.from_model(model),
         official=args.compat == "official",
         ranks_only=args.ranks_only(),
+        idle=example,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pro_trainer import checkpoints
+from pro_trainer import checkpoints, faults
 from pro_trainer.config import PROConfig, option
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
 from pro_trainer.inputs import check_lists
@@ -68,11 +68,17 @@ def train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
     held-out lists), ``data`` (the report).
 
     Raises:
-        ValueError: options, data, model or output folder that cannot be used, before any work.
-        TrainingError: a loss, gradient or weight that is not finite.
+        ValueError: options, data, model or output folder that cannot be used, before any work; on
+            every rank, ranks that disagree on any of them.
+        TrainingError: a loss, gradient or weight that is not finite, or another rank failed.
     """
+    with faults.shared(config.ddp_timeout):
+        return _train(arguments, config)
+
+
+def _train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
     output = Path(config.output_dir)
-    resume = _resume(config)
+    resume = _resume(config, output)
     if resume is None:
         checkpoints.check_free(output, config.overwrite)
     else:
@@ -142,8 +148,10 @@ def read_data(
     return lists, held_out, report.as_dict()
 
 
-def _resume(config: PROConfig) -> str | bool | None:
+def _resume(config: PROConfig, output: Path) -> str | bool | None:
     given = config.resume_from_checkpoint
+    if given == "auto":
+        return True if checkpoints.last_whole(output) else None
     return {"true": True, "last": True, "false": None}.get(str(given).lower(), given)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -26,11 +27,12 @@ from transformers import (
     TrainerCallback,
 )
 
-from pro_trainer import card, checkpoints
+from pro_trainer import card, checkpoints, faults
+from pro_trainer.batches import dealt
 from pro_trainer.callbacks import CurvesCallback, LogLineCallback, SamplesCallback
 from pro_trainer.collate import Preferences
 from pro_trainer.config import PROConfig
-from pro_trainer.distributed import call_through
+from pro_trainer.distributed import call_through, check_agreement, facts
 from pro_trainer.errors import TrainingError
 from pro_trainer.inputs import check_lengths, first_list, make_collator, tokenized
 from pro_trainer.model import (
@@ -148,7 +150,9 @@ class PROTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is scaled by the lists of a whole step
         self._usage = Usage(self.accelerator.device)
-        self._waiting: list[tuple[Tensor, Tensor, Preferences, Tensor | None]] = []
+        # One entry a batch since the last log line; None: a batch that counts for nothing.
+        self._waiting: list[tuple[Tensor, Tensor, Preferences, Tensor | None] | None] = []
+        self._not_finite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         self.remove_callback(PrinterCallback)
         self.add_callback(LogLineCallback())
         self.add_callback(CurvesCallback())
@@ -158,6 +162,8 @@ class PROTrainer(Trainer):
         if ref_model is not None:
             ref_model.eval().requires_grad_(False)
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        if args.world_size > 1:
+            check_agreement(facts(args, causal_lm(self.model), train_dataset, eval_dataset))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """``Trainer.train``; what is resumed must be a whole checkpoint of the same run.
@@ -166,16 +172,24 @@ class PROTrainer(Trainer):
             ValueError: no whole checkpoint to resume from, one of a run with other options or
                 data, or, without resuming, an ``output_dir`` that holds another run's checkpoints
                 and no ``overwrite``.
-            TrainingError: loss, gradient or weights that are not finite; nothing is saved then.
+            TrainingError: loss, gradient or weights that are not finite; nothing is saved then. Or
+                another rank failed (``faults.RankError``).
         """
+        with faults.shared(self.args.ddp_timeout):
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> Any:
         run = checkpoints.run_identity(self.args, causal_lm(self.model), self.train_dataset)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("the model has no trainable parameter (a frozen model or adapter?)")
         resumed = checkpoints.prepare_output(
             Path(self.args.output_dir), resume_from_checkpoint, run, self.args
         )
+        if self.args.world_size > 1:
+            check_agreement({"the checkpoint resumed": str(resumed and Path(resumed).name)})
         self._run_identity = run
         self._waiting.clear()
+        self._not_finite.zero_()
         self._usage.restart()
         if self.model_wrapped is self.model:
             # An evaluation before training marks the model as prepared, and accelerate would then
@@ -196,17 +210,21 @@ class PROTrainer(Trainer):
         result = self._run(model, lambda: batch_loss(self._module(), inputs, self.args, ref_logps))
         loss = result.loss
         if num_items_in_batch is not None:
-            lists = preferences.num_prompts / num_items_in_batch
+            lists = preferences.num_counted / num_items_in_batch
             loss = loss * (lists * self.accelerator.num_processes)
         if self.model.training and self.args.logging_strategy != "no":
-            self._waiting.append((result.logps, result.lengths, preferences, ref_logps))
-            self._usage.count(layout.num_tokens, preferences.num_positions)
+            self._not_finite |= ~loss.detach().isfinite()
+            if preferences.idle:
+                self._waiting.append(None)
+            else:
+                self._waiting.append((result.logps, result.lengths, preferences, ref_logps))
+                self._usage.count(layout.num_tokens, preferences.num_positions)
         return (loss, result) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Lists of one optimizer step, over its micro-batches and processes."""
-        lists = sum(batch["preferences"].num_prompts for batch in batch_samples)
-        if self.args.world_size == 1 or not lists:
+        lists = sum(batch["preferences"].num_counted for batch in batch_samples)
+        if self.args.world_size == 1:
             return lists or None
         return self.accelerator.gather(torch.tensor([lists], device=device)).sum()
 
@@ -236,6 +254,10 @@ class PROTrainer(Trainer):
         """
         output = self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring")
         return predicted_scores(output.predictions, output.label_ids)
+
+    def get_train_dataloader(self) -> Any:
+        """``Trainer``'s; several processes take what one would take, no list twice."""
+        return dealt(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """``Trainer``'s, of files and records too."""
@@ -277,9 +299,9 @@ class PROTrainer(Trainer):
         """Add what the steps since the last line scored; stop where the loss is not finite."""
         if "loss" in logs and self._waiting:
             self._check_finite(logs)
-            parts = [Scores.of_batch(*waiting) for waiting in self._waiting]
+            parts = [Scores.of_batch(*waiting) for waiting in self._waiting if waiting]
             self._waiting.clear()
-            metrics = score_metrics(self._of_all_processes(Scores.cat(parts)), self.args)
+            metrics = score_metrics(self._of_all_processes(parts), self.args)
             del metrics["loss"], metrics["prompts"], metrics["pairs"]
             logs |= metrics | self._usage.take(self.accelerator)
         super().log(logs, start_time)
@@ -289,16 +311,21 @@ class PROTrainer(Trainer):
         if not math.isfinite(logs["loss"]) or not (self.args.fp16 or math.isfinite(norm)):
             raise TrainingError(
                 f"steps up to {self.state.global_step}: mean loss {logs['loss']}, last gradient "
-                f"norm {norm}; stopped. A lower learning_rate, a smaller reward_scale or float32 "
-                "may help"
+                f"norm {norm}{self._ranks_not_finite()}; stopped. A lower learning_rate, a smaller "
+                "reward_scale or float32 may help"
             )
 
-    def _of_all_processes(self, scores: Scores) -> Scores:
+    def _ranks_not_finite(self) -> str:
+        """Which ranks' losses were not finite: a sum over ranks does not say."""
         if self.args.world_size == 1:
-            return scores
-        from accelerate.utils import gather_object
+            return ""
+        bad = self.accelerator.gather(self._not_finite[None]).nonzero().flatten().tolist()
+        return f", losses that are not finite on ranks {bad}" if bad else ""
 
-        return Scores.cat(gather_object([scores]))
+    def _of_all_processes(self, parts: list[Scores]) -> Scores:
+        if self.args.world_size > 1:
+            parts = gather_object(parts)
+        return Scores.cat(parts)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._usage.paused():
@@ -306,7 +333,9 @@ class PROTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        bad = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        # FSDP and DeepSpeed give what they gathered; one process alone could not gather it here.
+        named = self.model.named_parameters() if state_dict is None else state_dict.items()
+        bad = [n for n, p in named if not p.isfinite().all()]
         if bad:
             raise TrainingError(
                 f"step {self.state.global_step}: {len(bad)} weights are not finite ({bad[0]}, "

@@ -47,11 +47,25 @@ def test_train_resume_and_eval(data_file, tmp_path, capsys):
     assert cli.train(resumed) == 0
     assert "step 3/3" in capsys.readouterr().out
 
+    (output / "checkpoint-4").mkdir()  # cut off: passed over
+    assert cli.train([*resumed[:-1], "auto", "--max_steps", "4"]) == 0
+    assert "step 4/4" in capsys.readouterr().out
+
     argv = ["--model", str(output), "--data", data_file, "--use_cpu", "true"]
     done = pro_kernels("eval", *argv, "--output_dir", str(tmp_path / "eval"))
     assert done.returncode == 0, done.stderr
     assert "pairwise" in done.stdout
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())
+
+
+def test_auto_starts_afresh_where_nothing_whole_is_left(data_file, tmp_path, capsys):
+    output = tmp_path / "out"
+    (output / "checkpoint-1").mkdir(parents=True)
+    argv = ["--demo", "--data", data_file, "--output_dir", str(output), *QUICK]
+    assert cli.train([*argv, "--resume_from_checkpoint", "last"]) == 2
+    assert "no whole checkpoint in" in capsys.readouterr().err
+    assert cli.train([*argv, "--resume_from_checkpoint", "auto"]) == 0
+    assert "step 2/2" in capsys.readouterr().out
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(write_lines, tmp_path):

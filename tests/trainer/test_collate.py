@@ -236,6 +236,17 @@ def test_sft_index_is_the_best_where_a_list_names_none():
     assert preferences.sft_index.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("form", ["padded", "packed", "shared"])
+def test_a_batch_of_none_runs_the_list_it_is_given_and_counts_nothing(form):
+    collator = PROCollator(PAD, form=form, idle=FEATURES[1])
+    batch, same = collator([]), collator([FEATURES[1]])
+    assert batch["input_ids"].equal(same["input_ids"])
+    assert batch["layout"].targets.equal(same["layout"].targets)
+    idle, counted = batch["preferences"], same["preferences"]
+    assert (idle.idle, idle.num_prompts, idle.num_counted) == (True, 1, 0)
+    assert (counted.idle, counted.num_counted) == (False, 1)
+
+
 def test_a_batch_goes_to_a_device_by_itself():
     """As Trainer and Accelerate move it: the layout follows, preferences stay on the host."""
     from accelerate.utils import send_to_device

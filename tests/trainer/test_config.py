@@ -7,6 +7,8 @@ import math
 import pytest
 from trainer_runs import config
 
+from pro_trainer.config import PROConfig
+
 
 @pytest.mark.parametrize(
     ("options", "wrong"),
@@ -17,6 +19,7 @@ from trainer_runs import config
         ({"temperature": "warm"}, "temperature must be 'reward' or a number > 0, got 'warm'"),
         ({"temperature": "0"}, "temperature must be"),
         ({"reward_scale": math.nan}, "reward_scale must be finite and > 0"),
+        ({"ddp_timeout": 0}, "ddp_timeout must be finite and > 0, got 0"),
         ({"budget_mb": 0}, "budget_mb must be finite and > 0"),
         ({"loss_type": "best"}, "unknown loss 'best'"),
         ({"loss_type": "dpo", "compat": "official"}, "compat='official' is a meaning of"),
@@ -41,6 +44,12 @@ def test_options_out_of_range_are_refused(options, wrong, tmp_path):
 def test_options_of_the_wrong_type_are_refused(options, tmp_path):
     with pytest.raises(TypeError, match="must be an integer"):
         config(tmp_path, **options)
+
+
+def test_each_of_several_processes_finds_no_batch_size_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(PROConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="auto_find_batch_size is for one process: of 2"):
+        config(tmp_path, auto_find_batch_size=True)
 
 
 def test_a_temperature_may_be_given_as_a_number(tmp_path):

@@ -1,9 +1,8 @@
 """What is transformers' must work with the fused loss in it: resuming, accumulation, autocast,
-gradient checkpointing, reporting, several processes, adapters."""
+gradient checkpointing, reporting, adapters. (Several processes: test_ranks.)"""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -178,62 +177,6 @@ def test_reports_to_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert {"train/rank_loss_1", "train/rewards/margins"} <= set(events.Tags()["scalars"])
-
-
-DISTRIBUTED = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from trainer_runs import config, records, losses
-from pro_trainer.model import tiny_llama
-from pro_trainer.trainer import PROTrainer
-from pathlib import Path
-import json
-
-model, tokenizer = tiny_llama(0)
-data = records(10) + records(2, n=5)
-trainer = PROTrainer(model, config(Path({output!r}), per_device_train_batch_size={batch},
-                     per_device_eval_batch_size=2, max_steps=5), data, data[:7], tokenizer)
-trainer.evaluate()  # must not keep the model from being wrapped
-trainer.train()
-total = sum(p.double().sum() for p in model.parameters())
-assert trainer.accelerator.gather(total.float()[None]).unique().numel() == 1
-metrics = trainer.evaluate()
-if trainer.is_world_process_zero():
-    metrics = {{k: v for k, v in metrics.items() if "second" not in k and "time" not in k}}
-    Path({result!r}).write_text(json.dumps({{"losses": losses(trainer), "eval": metrics,
-        "entry": trainer.state.log_history[0]}}))
-trainer.accelerator.wait_for_everyone()
-import os
-os._exit(0)  # all is written; gloo may abort the interpreter at its end
-"""
-
-
-def test_two_processes_take_the_same_steps_as_one(tmp_path):
-    found = []
-    for processes, batch in ((1, 4), (2, 2)):
-        result = tmp_path / f"result{processes}.json"
-        script = tmp_path / f"run{processes}.py"
-        script.write_text(
-            DISTRIBUTED.format(
-                tests=str(Path(__file__).parent),
-                output=str(tmp_path / f"out{processes}"),
-                result=str(result),
-                batch=batch,
-            )
-        )
-        launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run(
-            [sys.executable, "-m", *launch, str(script)], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(result.read_text()))
-    one, two = found
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert two["eval"] == pytest.approx(one["eval"], rel=1e-4)
-    for name in ("rank_loss_1", "rewards/margins", "pairwise_accuracy", "scored_share"):
-        assert two["entry"][name] == pytest.approx(one["entry"][name], rel=1e-4), name
 
 
 def test_lora_trains_adapters_only_and_saves_them(tmp_path):

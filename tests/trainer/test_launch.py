@@ -1,0 +1,176 @@
+"""The recipes of examples/launch: run here where a machine without GPU and cluster can."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import yaml
+from test_ranks import argv
+from trainer_runs import records
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "examples" / "launch"
+
+
+def environment(**more: object) -> dict[str, str]:
+    found = os.environ | {k: str(v) for k, v in more.items()} | {"OMP_NUM_THREADS": "1"}
+    found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found['PATH']}"
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """Options of a short run, and its folder."""
+    (tmp_path / "run.yaml").write_text("demo: true\nlearning_rate: 0.5\n")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records(8)))
+    output = tmp_path / "out"
+    options = argv(tmp_path, output, 2, max_steps=2, eval_data="", eval_fraction=0)
+    options = [x for x in options[1:] if x not in ("--eval_data", "")]
+    return options, output
+
+
+def test_torchrun_on_two_nodes(flags, tmp_path):
+    """Two agents on this machine, one rank each, meet over c10d."""
+    options, output = flags
+    script = ["bash", str(LAUNCH / "torchrun_nodes.sh"), *options]
+    variables = environment(
+        HEAD="localhost", NODES=2, RANKS=1, PORT=free_port(), CONFIG=tmp_path / "run.yaml"
+    )
+    logs = [tmp_path / f"agent{i}.log" for i in range(2)]
+    agents = []
+    for log in logs:
+        with log.open("w") as file:
+            agents.append(
+                subprocess.Popen(script, env=variables, stdout=file, stderr=subprocess.STDOUT)
+            )
+    try:
+        codes = [agent.wait(timeout=120) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()  # where it has not ended; it ends its ranks
+    printed = [log.read_text() for log in logs]
+    assert codes == [0, 0], "\n".join(printed)
+    assert (output / "model.safetensors").exists()
+    run = json.loads((output / "checkpoint-2" / "pro_run.json").read_text())
+    assert run["step"]["processes"] == 2
+    assert not any("terminate called" in text for text in printed)
+
+
+@pytest.mark.slow  # the test above starts ranks, too
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_one_node(launcher, flags, tmp_path):
+    options, output = flags
+    if launcher == "torchrun":
+        command = ["bash", str(LAUNCH / "torchrun.sh")]
+    else:  # the same file, for two processes of a CPU
+        config = yaml.safe_load((LAUNCH / "accelerate_ddp.yaml").read_text())
+        config |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+        (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
+        module = ["-m", "pro_kernels", "train", "--config", str(tmp_path / "run.yaml")]
+        command = ["accelerate", "launch", "--config_file", str(tmp_path / "accelerate.yaml")]
+        command += ["--main_process_port", str(free_port()), *module]
+    done = subprocess.run(
+        [*command, *options],
+        env=environment(RANKS=2, CONFIG=tmp_path / "run.yaml"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "terminate called" not in done.stderr
+    run = json.loads((output / "checkpoint-2" / "pro_run.json").read_text())
+    assert run["step"]["processes"] == 2
+    rate = json.loads((output / "metrics.json").read_text())["log_history"][0]["learning_rate"]
+    assert rate == pytest.approx(1e-3)  # the flag wins over the file
+
+
+@pytest.mark.parametrize("name", ["accelerate_ddp", "accelerate_fsdp2", "accelerate_deepspeed"])
+def test_accelerate_takes_its_files(name, monkeypatch):
+    """Unknown keys are errors there, and the plugin takes the values; FSDP runs on no CPU there."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+
+    config = load_config_from_file(str(LAUNCH / f"{name}.yaml"))
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[name.split("_")[1]]
+    assert config.distributed_type == DistributedType(kind)
+    if kind == "FSDP":
+        monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it
+        values = {k.removeprefix("fsdp_"): v for k, v in config.fsdp_config.items()}
+        values["fsdp_version"] = values.pop("version")
+        plugin = FullyShardedDataParallelPlugin(**values)
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+
+
+def test_the_deepspeed_file_says_what_its_config_says():
+    launch = yaml.safe_load((LAUNCH / "accelerate_deepspeed.yaml").read_text())
+    named = launch["deepspeed_config"]["deepspeed_config_file"]
+    config = json.loads((LAUNCH / named).read_text())
+    assert config["zero_optimization"]["stage"] == 2
+    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert config[name] == "auto"  # transformers fills in the run's own
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "torchrun_nodes.sh", "slurm.sbatch"])
+def test_scripts(name):
+    assert subprocess.run(["bash", "-n", str(LAUNCH / name)]).returncode == 0
+    if shutil.which("shellcheck"):
+        assert subprocess.run(["shellcheck", str(LAUNCH / name)]).returncode == 0
+
+
+def test_the_slurm_script_starts_what_it_says(tmp_path):
+    """With stand-ins for what SLURM brings."""
+    for name, body in (
+        ("scontrol", 'test "$*" = "show hostnames node[1-2]" && printf "node1\\nnode2\\n"'),
+        ("srun", 'echo "srun $*"; env | grep -E "^(HEAD|NODES|RANKS|PORT|RUN_ID)=" | sort'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": 2, "SLURM_JOB_ID": 12345}
+    given |= {"SLURM_GPUS_ON_NODE": 8, "SLURM_SUBMIT_DIR": LAUNCH}
+    env = environment(**given)
+    env["PATH"] = f"{tmp_path}{os.pathsep}{env['PATH']}"
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), "--learning_rate", "1e-5"]
+    lines = subprocess.run(command, env=env, capture_output=True, text=True).stdout.splitlines()
+    assert lines[0] == (
+        f"srun --kill-on-bad-exit=1 bash {LAUNCH}/torchrun_nodes.sh --learning_rate 1e-5"
+    )
+    assert lines[1:] == ["HEAD=node1", "NODES=2", "PORT=32345", "RANKS=8", "RUN_ID=12345"]
+
+
+def test_the_kubernetes_manifest_starts_the_same_ranks():
+    """What torchrun needs: every pod the same command, as many pods as nodes, one GPU a rank."""
+    job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    spec = job["spec"]
+    ranks = spec["nprocPerNode"]
+    pods = spec["pytorchReplicaSpecs"]
+    assert set(pods) == {"Master", "Worker"}
+    nodes = sum(pod["replicas"] for pod in pods.values())
+    assert pods["Master"]["replicas"] == 1
+    containers = [pod["template"]["spec"]["containers"] for pod in pods.values()]
+    assert containers[0] == containers[1]
+    (container,) = containers[0]
+    assert container["name"] == "pytorch"  # the operator sets its variables in this one
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(ranks)
+    command = " ".join(container["command"] + container["args"])
+    assert "-m pro_kernels train" in command
+    assert f"--nnodes={nodes}" in command and f"--nproc-per-node={ranks}" in command
+    for part in ("--rdzv-backend=c10d", "--rdzv-endpoint=$(MASTER_ADDR):$(MASTER_PORT)"):
+        assert part in command

@@ -1,0 +1,193 @@
+"""``pro-kernels train`` on 2 and 4 ranks: the run of one process, and what becomes of faults."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Run, launch
+from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
+from trainer_runs import records
+
+from pro_trainer.batches import RankBatches
+from pro_trainer.checkpoints import last_whole
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+TIMEOUT = 6  # seconds of a collective
+# 11 lists and 8 a step: the second step of each epoch has 3, so that ranks are left without any.
+DATA = [*records(9), *records(2, n=5)]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, lists in (("train", DATA), ("eval", DATA[4:]), ("other", [*DATA[:10], DATA[0]])):
+        text = "".join(json.dumps(x) + "\n" for x in lists)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def argv(work: Path, output: Path, batch: int, accumulation: int = 1, **more: object) -> list[str]:
+    options = {
+        "data": work / "train.jsonl",
+        "eval_data": work / "eval.jsonl",
+        "output_dir": output,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 5,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "ddp_timeout": TIMEOUT,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "use_cpu": True,
+    } | more
+    return ["--demo", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+
+
+def finished(run: Run, output: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    assert run.codes == [0] * len(run.codes), "\n".join(run.printed)
+    assert all("terminate called" not in text for text in run.printed)
+    return json.loads((output / "metrics.json").read_text()), load_file(
+        output / "model.safetensors"
+    )
+
+
+def close(one: tuple, other: tuple) -> None:
+    """The same log, evaluation and parameters, to another order of sums."""
+    for when in ("before", "after"):
+        for name, value in one[0][when].items():
+            if not any(part in name for part in ("second", "time", "memory", "epoch")):
+                assert other[0][when][name] == pytest.approx(value, rel=1e-5), (when, name)
+    logs = [[e for e in found[0]["log_history"] if "loss" in e] for found in (one, other)]
+    assert len(logs[0]) == 5
+    for a, b in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "sft_loss", "pairwise_accuracy", "ndcg"):
+            assert b[name] == pytest.approx(a[name], rel=1e-5), (a["step"], name)
+    for name, weight in one[1].items():
+        torch.testing.assert_close(other[1][name], weight, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(work) -> dict[int, tuple]:
+    """Runs that nothing interrupts, by ranks."""
+    found = {}
+    for world, batch in ((1, 8), (2, 4), (4, 2)):
+        output = work / f"whole{world}"
+        run = launch(world, work / f"logs{world}", argv(work, output, batch))
+        found[world] = finished(run, output)
+    return found
+
+
+def test_2_and_4_ranks_take_the_steps_of_one_process(whole, work):
+    for world in (2, 4):
+        close(whole[1], whole[world])
+    output = work / "accumulated"
+    close(whole[1], finished(launch(2, work / "a", argv(work, output, 2, 2)), output))
+
+
+def test_a_run_on_4_ranks_is_repeatable_bitwise(whole, work):
+    again = work / "again"
+    finished(launch(4, work / "again-logs", argv(work, again, 2)), again)
+    first = (work / "whole4" / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == first
+
+
+def resumed(work: Path, cut: Path, wrote: int, world: int) -> tuple:
+    output = work / f"{cut.name} on {world}"
+    shutil.copytree(cut, output)
+    options = argv(work, output, 8 // world, resume_from_checkpoint="last")
+    run = launch(world, work / f"{output.name} logs", options)
+    found = finished(run, output)
+    notice = f"resuming on {world} processes what {wrote} wrote"
+    assert (notice in run.printed[0]) == (world != wrote)
+    return found
+
+
+FAULTS = {  # kind: (ranks, the one that fails, what the others say, in a regular expression)
+    "killed": (4, 2, r"rank 2 is gone \(killed, or its machine or network is down\)"),
+    "killed with the store": (2, 0, r"store is gone, and with it the process that kept it: rank 0"),
+    "out of memory": (2, 1, "rank 1 failed with OutOfMemoryError: out of memory. Tried to"),
+    "out of host memory": (2, 0, "rank 0 failed with MemoryError: no 1.00 GiB left"),
+    "stuck": (2, 1, f"rank 1 is stuck or slow: .* given up after ddp_timeout={TIMEOUT} s"),
+    "nan": (2, 1, r"losses that are not finite on ranks \[1\]; stopped"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_of_one_rank_ends_all_and_the_last_checkpoint_goes_on(kind, whole, work):
+    world, failing, cause = FAULTS[kind]
+    cut = work / kind
+    run = launch(world, work / f"{kind} logs", argv(work, cut, 8 // world), fault=(failing, kind))
+    own = -signal.SIGKILL if kind.startswith("killed") else 1
+    codes = [own if rank == failing else 1 for rank in range(world)]
+    assert run.codes == codes, "\n".join(run.printed)  # a rank that hangs is killed: another code
+    for rank, text in enumerate(run.printed):
+        assert rank == failing or re.search(f"(rank|error: rank) {rank}.*{cause}", text), text
+    assert last_whole(cut).name == "checkpoint-2" or kind == "nan"
+    assert not (cut / "model.safetensors").exists()
+    if kind in ("killed with the store", "out of host memory"):
+        return  # the checkpoints are those of the others
+    _, weights = resumed(work, cut, world, world)
+    assert all(weight.equal(whole[world][1][name]) for name, weight in weights.items())
+    if kind != "killed":
+        return
+    for fewer in (2, 1):  # what 4 ranks wrote
+        close(whole[1], resumed(work, cut, world, fewer))
+    # Another number of lists a step is another run.
+    options = argv(work, cut, 2, 2, resume_from_checkpoint="last")
+    refused = launch(2, work / "refused", [*options, "--per_device_train_batch_size", "3"])
+    assert refused.codes == [2, 2]
+    for text in refused.printed:
+        assert (
+            "8 (4 processes x 2 a batch x 1 accumulated) then, "
+            "12 (2 processes x 3 a batch x 2 accumulated) now" in text
+        ), text
+
+
+def test_ranks_that_disagree_all_raise(work):
+    output = work / "disagree"
+    one = argv(work, output, 4)
+    other = argv(work, output, 4, data=work / "other.jsonl", num_candidates=2, learning_rate=0.5)
+    run = launch(2, work / "disagree logs", one, other)
+    assert run.codes == [2, 2]
+    for rank, text in enumerate(run.printed):
+        (line,) = [x for x in text.splitlines() if x.startswith("error: ")]
+        assert line.startswith(f"error: rank {rank}: the ranks of this run disagree on ")
+        for part in (
+            "learning_rate: 0.001 on ranks [0], 0.5 on ranks [1]",
+            "num_candidates: None on ranks [0], 2 on ranks [1]",
+            "train_dataset: 11 lists, sha256 ",
+        ):
+            assert part in line
+    assert not output.exists() or not any(output.iterdir())
+
+
+def test_an_error_of_one_rank_before_the_first_step_ends_all(work):
+    output = work / "missing"
+    one, other = argv(work, output, 4), argv(work, output, 4, data=work / "missing.jsonl")
+    run = launch(2, work / "missing logs", one, other)
+    assert run.codes == [1, 2]
+    assert "rank 1 failed with DataError" in run.printed[0]
+    assert "missing.jsonl" in run.printed[0] and "error: rank 1: " in run.printed[1]
+
+
+@pytest.mark.parametrize(("lists", "drop_last"), [(11, False), (16, False), (3, False), (11, True)])
+def test_batches_are_dealt_out_once(lists, drop_last):
+    batches = BatchSampler(range(lists), 2, drop_last)
+    found = [list(RankBatches(batches, rank, 4)) for rank in range(4)]
+    rounds = lists // 8 if drop_last else -(-lists // 8)
+    assert [len(x) for x in found] == [rounds] * 4 == [len(RankBatches(batches, 0, 4))] * 4
+    taken = [i for turn in zip(*found, strict=True) for batch in turn for i in batch]
+    assert taken == list(range(8 * rounds if drop_last else lists))
