@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pro_kernels import autograd, checks, shards
@@ -86,6 +87,21 @@ def head_call(
     )
 
 
+def head_here(
+    weight: Tensor, bias: Tensor | None, group: Any
+) -> tuple[Tensor, Tensor | None, dist.ProcessGroup | None]:
+    """What this rank needs of the head, as plain tensors, and the process group of ``group``.
+
+    Before anything else is checked, so that no rank raises while others wait to gather.
+    """
+    if group is not None:
+        if torch.compiler.is_compiling():
+            raise ValueError("process_group cannot be compiled; call it outside of torch.compile")
+        group = shards.group_of(group)
+    weight = shards.part_here("weight", weight, group)
+    return weight, shards.part_here("bias", bias, group), group
+
+
 def shard_of(
     group: Any,
     hidden: Tensor,
@@ -101,9 +117,6 @@ def shard_of(
     """
     if group is None:
         return None
-    if torch.compiler.is_compiling():
-        raise ValueError("process_group cannot be compiled; call it outside of torch.compile")
-    shards.check_group(group)
     for name in ("grad_filter", "return_entropy"):
         if options.get(name):
             raise ValueError(f"{name} cannot be had with a process_group, got {options[name]}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pro_kernels import autograd, checks
 from pro_kernels.backends import resolve
-from pro_kernels.calls import head_call, layout_of, pro_layout, rank, shard_of
+from pro_kernels.calls import head_call, head_here, layout_of, pro_layout, rank, shard_of
 from pro_kernels.column_filter import check_grad_filter
 from pro_kernels.head import acc_dtype
 from pro_kernels.layout import Layout, check_targets, mark_unscored, shift_targets
@@ -49,9 +49,11 @@ def linear_token_logps(
 
     Args:
         hidden: (..., H), float64/32/16 or bfloat16.
-        weight: (V, H), the dtype of hidden (under autocast both are cast).
+        weight: (V, H), the dtype of hidden (under autocast both are cast). A DTensor (FSDP2, HSDP),
+            sharded or replicated, is gathered in the forward and its gradient averaged over the
+            mesh, as that of every other parameter is.
         targets: (...), integer.
-        bias: (V,) or None.
+        bias: (V,) or None, possibly a DTensor.
         ignore_index: target value of positions that are not scored.
         shift: targets are unshifted labels.
         softcap: ``c * tanh(z / c)`` on the logits, or None.
@@ -70,11 +72,13 @@ def linear_token_logps(
             weight. Not with ``grad_filter``.
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
-        process_group: the ranks that hold the head together (tensor parallel): ``weight`` and
-            ``bias`` are this rank's rows, in the order of the group, in any sizes; hidden, targets
-            and all options are the same on every rank, which is checked at each call (on a GPU the
-            host waits for that). So is the result; dHidden is summed over ranks. Not compiled, not
-            with ``grad_filter`` or ``return_entropy``.
+        process_group: the ranks that hold the head together (tensor parallel), or that dimension of
+            a DeviceMesh (``mesh["tp"]``). ``weight`` and ``bias`` are this rank's rows, in the
+            order of the group, in any sizes, or DTensors that are Shard(0) there (and gathered over
+            the other dimensions of their mesh); hidden, targets and all options are the same on
+            every rank, which is checked at each call (on a GPU the host waits for that). So is the
+            result; dHidden is summed over ranks. Not compiled, not with ``grad_filter``
+            or ``return_entropy``.
 
     Returns:
         (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``. With
@@ -84,6 +88,7 @@ def linear_token_logps(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, dtypes or values that do not fit, a target outside [0, V).
     """
+    weight, bias, process_group = head_here(weight, bias, process_group)
     shard = shard_of(
         process_group, hidden, weight, bias, backend, budget, grad_filter=grad_filter,
         return_entropy=return_entropy, softcap=softcap, logit_scale=logit_scale, shift=shift,
@@ -149,6 +154,7 @@ def linear_token_stats(
 
     Args and errors as there.
     """
+    weight, bias, _ = head_here(weight, bias, None)
     call, layout, targets = _token_call(
         hidden, weight, targets, bias, ignore_index, shift, softcap, logit_scale, logits_dtype,
         backend, budget, entropy=True,
@@ -310,11 +316,13 @@ def linear_pro_loss(
 
     Args:
         hidden: (B, n, T, H), or (R, H) when ``layout`` is given.
-        weight: (V, H), the dtype of hidden (under autocast both are cast).
+        weight: (V, H), the dtype of hidden (under autocast both are cast). A DTensor (FSDP2, HSDP),
+            sharded or replicated, is gathered in the forward and its gradient averaged over the
+            mesh, as that of every other parameter is.
         targets: (B, n, T) integer; None when ``layout`` is given.
         rewards: (B, n), higher is better; candidates are stable-sorted by them. Best kept on the
             CPU, where they are checked without waiting for a device. None: columns are the order.
-        bias: (V,) or None.
+        bias: (V,) or None, possibly a DTensor.
         candidate_mask: (B, n) bool, candidates that exist. One without a scored token leaves the
             ranking too: n shrinks.
         prompt_weights: (B,), >= 0; the mean over prompts is weighted by them.
@@ -343,11 +351,12 @@ def linear_pro_loss(
         layout: which rows are scored, made with the batch (``Layout.from_padded`` and others).
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
-        process_group: the ranks that hold the head together (tensor parallel): ``weight`` and
-            ``bias`` are this rank's rows, in the order of the group, in any sizes; hidden, targets
-            and all options are the same on every rank, which is checked at each call (on a GPU the
-            host waits for that). So is the result; dHidden is summed over ranks. Not compiled, not
-            with ``grad_filter``.
+        process_group: the ranks that hold the head together (tensor parallel), or that dimension of
+            a DeviceMesh (``mesh["tp"]``). ``weight`` and ``bias`` are this rank's rows, in the
+            order of the group, in any sizes, or DTensors that are Shard(0) there (and gathered over
+            the other dimensions of their mesh); hidden, targets and all options are the same on
+            every rank, which is checked at each call (on a GPU the host waits for that). So is the
+            result; dHidden is summed over ranks. Not compiled, not with ``grad_filter``.
 
     Returns:
         ``PROOutput``; only ``loss`` carries a gradient. No scored candidate at all: loss 0.
@@ -369,6 +378,7 @@ def linear_pro_loss(
         compat=compat,
         final_dtype=final_dtype,
     )
+    weight, bias, process_group = head_here(weight, bias, process_group)
     shard = shard_of(
         process_group, hidden, weight, bias, backend, budget, grad_filter=grad_filter,
         softcap=softcap, logit_scale=logit_scale, shift=shift, ignore_index=ignore_index,

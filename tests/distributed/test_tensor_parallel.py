@@ -59,7 +59,7 @@ def test_ranks_that_disagree_all_raise(ranks):
         "grad_filter cannot be had with a process_group",
         "return_entropy cannot be had with a process_group",
         "",  # the range of targets: in words of its own
-        "process_group must be a torch.distributed.ProcessGroup, got str",
+        "ProcessGroup or a DeviceMesh of one dimension, got str",
         "in process_group, rank 0: ValueError: weight must not be empty",
         "in process_group, rank 1: ValueError: bias must",
         "in process_group, rank 0: ValueError: weight must",
@@ -70,6 +70,33 @@ def test_ranks_that_disagree_all_raise(ranks):
         assert len(rank["messages"]) == len(expected)
         for message, part in zip(rank["messages"], expected, strict=True):
             assert message and part in message
+
+
+def test_dtensor_heads_are_gathered_or_split_as_on_one_rank(ranks):
+    """Each: two dtypes, two functions (gathered, the entropy too), three frozen sets, two budgets.
+
+    Two ranks gather Shard(0) and Replicate, four an HSDP mesh; the group is a mesh, or its group,
+    and on four ranks one of two dimensions, the other being FSDP's.
+    """
+    of_four = len(ranks) == 4
+    for rank in ranks:
+        found = rank["dtensors"]
+        assert found["gathered"] == (1 if of_four else 2) * 2 * 3 * 3 * 2
+        assert found["split"] == (3 if of_four else 2) * 2 * 2 * 3 * 2
+        # The whole weight waits for the backward only where rows are computed again there.
+        assert found["held"] == {"all": False, "some": True}
+        expected = [
+            "weight must be sharded or replicated, got a DTensor placed (Partial(",
+            "got a DTensor placed (Replicate(),)",
+            "got a DTensor placed (Shard(dim=1),)",
+            "got a mesh of 2 with names ('dp', 'tp')",
+            "weight must be split over process_group",  # ranks in another order
+            "rank 0: ValueError: bias must have shape",
+            "ProcessGroup or a DeviceMesh of one dimension, got str",
+            "hidden must be a plain tensor, got a DTensor",
+        ]
+        for message, part in zip(found["messages"], expected, strict=True):
+            assert part in message
 
 
 def test_without_a_process_group_there_is_none():
