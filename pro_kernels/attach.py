@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pro_kernels.functional import linear_pro_loss, linear_token_logps
 from pro_kernels.layout import Layout
-from pro_kernels.lm_head import FALLBACK, HeadInputs, resolve
+from pro_kernels.lm_head import FALLBACK, HeadInputs, gathers_itself, resolve
 from pro_kernels.options import IGNORE_INDEX, PROOptions
 from pro_kernels.probe import (
     LogitTransform,
@@ -240,6 +240,11 @@ def _causal_lm(model: nn.Module, attached: bool = False) -> Any:
     for x in head.parameters():
         if x.is_meta:
             raise ValueError(f"{type(lm).__name__} is on the meta device; load its weights first")
+        if hasattr(x, "ds_id") and not x.numel():
+            raise ValueError(
+                f"{type(lm).__name__} was loaded partitioned (DeepSpeed ZeRO-3), and attach runs "
+                "it: attach within deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
         if type(x.data) is not Tensor:
             raise ValueError(
                 f"the LM head of {type(lm).__name__} holds a {type(x.data).__name__}; sharded or "
@@ -348,17 +353,29 @@ def _run(
         strange.extend("positional ones" for _ in args)
         return hidden.new_empty((*hidden.shape[:-1], 0))
 
+    apart = gathers_itself(module)
+
+    def of_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss_of(resolve(module, hidden))
+
     def loss_function(*_: Any, **__: Any) -> Tensor:
-        loss, more = loss_of(resolve(module, only(captured, lm)))
+        hidden = only(captured, lm)
+        if apart:
+            with replaced(module, "forward", of_head):
+                loss, more = module(hidden)
+        else:
+            loss, more = of_head(hidden)
         extras.update(more)
         return loss
 
+    # A head that gathers itself is called once, for the loss: its hooks then see what needs it.
+    stubbed = _in_place_of(lm, module, stub) if apart else replaced(module, "forward", stub)
     labels = kwargs.pop("labels", None)
     if state.calls_loss_function:
         kwargs["labels"] = _any_labels(kwargs) if labels is None else labels
         with (
             _alone(state),
-            replaced(module, "forward", stub),
+            stubbed,
             replaced(lm, "_loss_function", loss_function),
         ):
             out = original(**kwargs)
@@ -367,7 +384,7 @@ def _run(
         loss = out["loss"]
     else:
         kwargs.pop("num_items_in_batch", None)
-        with _alone(state), replaced(module, "forward", stub):
+        with _alone(state), stubbed:
             out = original(**kwargs)
         if out.get("aux_loss") is not None:
             raise ValueError(
@@ -383,6 +400,31 @@ def _run(
     values = {name: value for name, value in out.items() if name not in ("loss", "logits")}
     result = _output_class(type(out))(loss=loss, **values, **extras)
     return result.to_tuple() if as_tuple else result
+
+
+class _StandIn(nn.Module):
+    """A module in the head's place, so that a call of it is no call of the head."""
+
+    def __init__(self, head: nn.Module, stub: Callable[..., Tensor]):
+        super().__init__()
+        self.__dict__.update(head=head, forward=stub)  # no child: the head stays where it is
+
+    def __getattr__(self, name: str) -> Any:
+        """What models ask of their head: its weight's dtype, say."""
+        return getattr(self.__dict__["head"], name)
+
+
+@contextlib.contextmanager
+def _in_place_of(lm: nn.Module, head: nn.Module, stub: Callable[..., Tensor]) -> Iterator[None]:
+    """``_StandIn`` wherever ``lm`` has its head."""
+    owners = [(x, name) for x in lm.modules() for name, y in x.named_children() if y is head]
+    for owner, name in owners:
+        owner._modules[name] = _StandIn(head, stub)
+    try:
+        yield
+    finally:
+        for owner, name in owners:
+            owner._modules[name] = head
 
 
 @contextlib.contextmanager

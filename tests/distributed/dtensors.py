@@ -174,7 +174,7 @@ def compare_split(mesh, square) -> int:
 class Head(nn.Linear):
     """A head that is sharded and split, in whose forward the loss is computed."""
 
-    def forward(self, hidden, targets, rewards, group):  # noqa: D102
+    def forward(self, hidden, targets, rewards, group):
         return pk.linear_pro_loss(
             hidden, self.weight, targets, rewards, bias=self.bias, process_group=group, **OPTIONS
         ).loss

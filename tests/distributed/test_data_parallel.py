@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torchrun import launched
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 pytest.importorskip("transformers")
 SCRIPT = Path(__file__).with_name("data_parallel.py")
+SHARDED = {False: "FSDP2, head apart", True: "FSDP2, head with embedding"}
+BUDGETS = (None, 1 << 13)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_losses_and_gradients_are_those_of_one_process(world, tmp_path):
-    """Tied heads and not, ranks of other sizes and one that scores nothing, two tiers."""
-    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, str(SCRIPT), str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    for rank in range(world):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        message = found.pop("FSDP2, head apart")
-        assert "sharded as a unit of its own" in message and "leave it to the root" in message
-        kinds = [f"{kind}, tied={tied}" for tied in (False, True) for kind in ("DDP", "FSDP2")]
-        assert sorted(found) == sorted(
-            f"{kind}, budget={budget}" for kind in kinds for budget in (None, 1 << 13)
-        )
-        assert all(count >= 20 for count in found.values())
+    """Ranks of other sizes and one that scores nothing; a repeated step has the same bits."""
+    every = [f"{kind}, tied={tied}" for tied in SHARDED for kind in ("DDP", "FSDP2", SHARDED[tied])]
+    frozen = ["frozen head", "frozen body"]
+    if importlib.util.find_spec("peft"):
+        frozen += ["LoRA", "LoRA on the head"]
+    kinds = ("DDP", "FSDP2", SHARDED[False])
+    plans: set[tuple] = set()
+    for found in launched(SCRIPT, world, tmp_path):
+        assert set(found["kinds"]) == {f"{x}, budget={b}" for x in every for b in BUDGETS}
+        assert set(found["accumulated"]) == set(every)
+        assert set(found["frozen"]) == {
+            f"{kind}, {x}, budget={b}" for kind in kinds for x in frozen for b in BUDGETS
+        }
+        assert set(found["functional"]) == {f"functional, budget={b}" for b in BUDGETS}
+        for what in ("kinds", "accumulated", "functional"):
+            assert all(count >= 20 for count in found[what].values())
+        assert all(count >= 1 for count in found["frozen"].values())
+        plans |= {tuple(x) for x in found["plans"]}
+    # All rows retained, a frozen head, and some of the rows computed again.
+    assert plans >= {("T1", True), ("T1f", False), ("T3", False)}
