@@ -92,6 +92,11 @@ def _with_lora(layer: Any, hidden: Tensor) -> HeadInputs:
         )
     if layer.disable_adapters or layer.merged or not adapters:
         return HeadInputs(hidden, base.weight, base.bias)
+    if hasattr(base.weight, "full_tensor"):
+        raise ValueError(
+            "the LM head has adapters and its weight is a DTensor (tensor parallel, or sharded "
+            f"below the adapters), which is not supported together; {FALLBACK}"
+        )
     parts, columns = [hidden], [base.weight]
     bias, rows = base.bias, None
     for name in adapters:

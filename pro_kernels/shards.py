@@ -98,8 +98,8 @@ def part_here(name: str, x: Any, group: Any) -> Any:
     if hasattr(x, "ds_id") and not x.numel():
         raise ValueError(
             f"{name} is partitioned by DeepSpeed ZeRO-3: hold it for forward and backward "
-            "(deepspeed.zero.GatheredParameters), or register it as an external parameter of the "
-            "module whose forward computes the loss"
+            "(deepspeed.zero.GatheredParameters), or read it from its module, and compute the "
+            "loss, within the forward of a module of the engine, where DeepSpeed gathers it"
         )
     if not is_dtensor(x):
         return x

@@ -80,13 +80,12 @@ def in_one_process(model, steps: int = 1) -> tuple[list, list[dict]]:
     return losses, grads
 
 
-def assert_same(what: str, model, loss, expected, factor: float = 1.0) -> int:
+def assert_same(what: str, got: dict, loss, expected, factor: float = 1.0) -> int:
     """Loss and gradients by the rule of ``cases``; how many gradients there are."""
     losses, grads = expected
     if loss is not None:
         plain, exact = (x[dist.get_rank()] for x in losses)
         assert_no_worse(loss.detach(), plain, exact, torch.float32, what, norm=False)
-    got = gradients(model)
     assert got.keys() == grads[1].keys(), (what, got.keys() ^ grads[1].keys())
     for name, grad in got.items():
         sides = [factor * x[name] for x in grads]
@@ -128,7 +127,7 @@ def compare(what: str, model, expected, again: bool = True) -> int:
         assert torch.equal(found[1][0], found[2][0]), f"{what}: loss not repeatable"
         for name, grad in found[1][1].items():
             assert torch.equal(grad, found[2][1][name]), f"{what}: {name} not repeatable"
-    return assert_same(what, model, loss, expected)
+    return assert_same(what, gradients(model), loss, expected)
 
 
 def compare_kinds(mesh) -> dict:
@@ -187,7 +186,7 @@ def compare_accumulated(mesh) -> dict:
                 model(**batch(rank)).loss.backward()
                 model.set_requires_gradient_sync(True)
             model(**batch(rank, 1)).loss.backward()
-            found[f"{kind}, tied={tied}"] = assert_same(kind, model, None, expected)
+            found[f"{kind}, tied={tied}"] = assert_same(kind, gradients(model), None, expected)
     return found
 
 
@@ -202,7 +201,7 @@ def compare_policies(mesh) -> None:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no other sum with a factor
     model(**batch(rank)).loss.backward()
-    assert_same("summed", model, None, expected, factor=world)
+    assert_same("summed", gradients(model), None, expected, factor=world)
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for budget in BUDGETS:
@@ -227,13 +226,15 @@ def compare_policies(mesh) -> None:
 class WithLoss(nn.Module):
     """The loss from the hidden states and a head that is a unit nobody calls."""
 
+    sharded = "full_tensor"  # an attribute of such a weight
+
     def __init__(self, lm, budget):
         super().__init__()
         self.lm, self.budget = lm, budget
 
     def forward(self, input_ids, labels, rewards):
         weight = self.lm.lm_head.weight
-        assert hasattr(weight, "full_tensor")
+        assert hasattr(weight, self.sharded)
         hidden = self.lm.model(input_ids).last_hidden_state
         weight = weight.to(hidden.dtype)  # which a MixedPrecisionPolicy makes another
         hidden, labels = (x.reshape(-1, rewards.shape[1], *x.shape[1:]) for x in (hidden, labels))
