@@ -35,6 +35,7 @@ from pro_kernels.probe import (
     probe,
     replaced,
 )
+from pro_kernels.shards import group_of, is_dtensor
 
 # Keyword arguments that the forward of an attached model takes beside the model's own.
 RANKING = ("rewards", "num_candidates", "candidate_mask", "prompt_weights", "sft_index", "layout")
@@ -59,6 +60,7 @@ class _Attached:
     loss: str  # one of LOSSES
     options: dict[str, Any]  # of linear_pro_loss
     own: dict[str, Any]  # attributes of the instance that were there before (_REPLACED)
+    process_group: Any = None  # as given; of a head that is a DTensor
     transform: LogitTransform = field(default_factory=LogitTransform)
     calls_loss_function: bool = True  # else the loss is added to the output here
     divides_by_items: bool = True  # the model's own loss knows num_items_in_batch
@@ -69,6 +71,7 @@ class _Attached:
     pending: bool = False  # a call of the ranking loss has not reached ``_forward``
 
     def __deepcopy__(self, memo: dict) -> _Attached:
+        memo[id(self.process_group)] = self.process_group  # of this process, not of the model
         return _Attached(**copy.deepcopy(vars(self), memo))
 
     def __reduce__(self) -> Any:
@@ -85,6 +88,7 @@ def attach(
     example: Mapping[str, Any] | None = None,
     backend: str = "auto",
     budget: int | None = None,
+    process_group: Any = None,
     **options: Any,
 ) -> nn.Module:
     """Give a causal LM of transformers the fused loss; everything else of it stays as it was.
@@ -116,6 +120,9 @@ def attach(
             None: eight token ids. Give one where a model needs more than ``input_ids``.
         backend: "auto" or a backend's name.
         budget: bytes a call may take beyond the inputs' gradients; None for a default.
+        process_group: the ranks, or that dimension of a DeviceMesh, over which the head will be
+            split (``ColwiseParallel``), so that each computes its columns only. None: a head that
+            is a DTensor is gathered.
         options: of ``linear_pro_loss``: ``sft_weight``, ``temperature``, ``ties``, ...,
             ``logits_dtype``, ``grad_filter``. The last two count for the cross-entropy too.
 
@@ -137,7 +144,10 @@ def attach(
         raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
     PROOptions(**{k: v for k, v in options.items() if k not in _KERNEL_OPTIONS})
     own = {name: lm.__dict__[name] for name in _REPLACED if name in lm.__dict__}
-    state = _Attached(loss, {**options, "backend": backend, "budget": budget}, own)
+    if process_group is not None:
+        group_of(process_group)
+    options |= {"backend": backend, "budget": budget}
+    state = _Attached(loss, options, own, process_group)
     inputs = example_inputs(lm) if example is None else dict(example)
     if "input_ids" not in inputs:
         raise ValueError(f"example must hold input_ids, got {sorted(inputs)}")
@@ -355,7 +365,14 @@ def _run(
 
     apart = gathers_itself(module)
 
-    def of_head(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_head(hidden: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if is_dtensor(hidden):  # of ColwiseParallel, whose ranks all need it
+            if apart:
+                raise ValueError(
+                    f"the LM head of {type(lm).__name__} is tensor parallel and a unit of FSDP2 of "
+                    "its own; leave it to the root (no fully_shard(model.lm_head))"
+                )
+            hidden = hidden.full_tensor()
         return loss_of(resolve(module, hidden))
 
     def loss_function(*_: Any, **__: Any) -> Tensor:
@@ -487,6 +504,11 @@ def _output_class(base: type) -> type:
 # ---- the losses
 
 
+def _splits(state: _Attached, head: HeadInputs) -> Any:
+    """Over which ranks the head is split: while it is attached it is still whole."""
+    return state.process_group if is_dtensor(head.weight) else None
+
+
 def _cross_entropy(
     state: _Attached,
     head: HeadInputs,
@@ -506,6 +528,7 @@ def _cross_entropy(
         bias=head.bias,
         softcap=state.transform.softcap,
         logit_scale=state.transform.scale,
+        process_group=_splits(state, head),
         **{name: state.options[name] for name in names},
     )
     if items is None or not state.divides_by_items:
@@ -544,6 +567,7 @@ def _pro(
         bias=head.bias,
         softcap=state.transform.softcap,
         logit_scale=state.transform.scale,
+        process_group=_splits(state, head),
         **options,
     )
     return out.loss, {name: getattr(out, name) for name in FIELDS if name != "token_logps"}

@@ -41,7 +41,7 @@ ALLOWED = {
     },
     "lm_head": set(),
     "probe": {"lm_head"},
-    "attach": {"functional", "layout", "lm_head", "options", "probe"},
+    "attach": {"functional", "layout", "lm_head", "options", "probe", "shards"},
     "integrations": set(),
     "integrations.official": {"attach", "options", "reference"},
     "integrations.trl": {"functional"},

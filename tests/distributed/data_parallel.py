@@ -17,11 +17,12 @@ import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import pro_kernels as pk
 from cases import assert_no_worse
-from pro_kernels import calls
+from pro_kernels import calls, shards
 
 BUDGETS = (None, 1 << 13)  # everything retained; most computed again
 OPTIONS = {"loss": "ranking", "temperature": 2.0}
@@ -68,12 +69,13 @@ def loss_of_logits(model, input_ids, labels, rewards):
     return pk.reference.pro_loss(logits, targets, rewards, temperature=2.0).loss
 
 
-def in_one_process(model, steps: int = 1) -> tuple[list, list[dict]]:
+def in_one_process(model, steps: tuple[int, ...] = (0,), world: int = 0) -> tuple[list, list[dict]]:
     """Plain PyTorch in fp32, then in fp64: each rank's loss and the mean of their gradients."""
-    world, losses, grads = dist.get_world_size(), [], []
+    losses, grads = [], []
+    world = world or dist.get_world_size()
     for dtype in (torch.float32, torch.float64):
         alone = copy.deepcopy(model).to(dtype)
-        every = [loss_of_logits(alone, **batch(r, s)) for s in range(steps) for r in range(world)]
+        every = [loss_of_logits(alone, **batch(r, s)) for s in steps for r in range(world)]
         (sum(every) / world).backward()
         losses.append([x.detach() for x in every[:world]])
         grads.append(gradients(alone))
@@ -175,7 +177,7 @@ def compare_accumulated(mesh) -> dict:
     rank = dist.get_rank()
     for tied in (False, True):
         alone = make(tied)
-        expected = in_one_process(alone, steps=2)
+        expected = in_one_process(alone, steps=(0, 1))
         for kind in kinds(tied):
             model = wrap(kind, pk.attach(copy.deepcopy(alone), **OPTIONS), mesh)
             if kind == "DDP":
@@ -255,6 +257,45 @@ def compare_functional(mesh) -> dict:
     return found
 
 
+def compare_tensor_parallel() -> dict:
+    """A head split over two ranks with one batch, among two such pairs FSDP2; then gathered."""
+    found, world = {}, dist.get_world_size()
+    pairs = world // 2
+    square = init_device_mesh("cpu", (pairs, 2), mesh_dim_names=("dp", "tp"))
+    mine, alone = batch(dist.get_rank() // 2, 1), make(False)
+    expected = in_one_process(alone, (1,), pairs)
+    plain = alone(input_ids=mine["input_ids"], labels=mine["labels"])
+    groups = {"mesh": square["tp"], "its group": square["tp"].get_group(), "gathered": None}
+    agreed, original = [], shards.agree
+    shards.agree = lambda *args: agreed.append(1) or original(*args)
+    for name, group in groups.items():
+        for budget in BUDGETS:
+            agreed.clear()
+            model = pk.attach(copy.deepcopy(alone), budget=budget, temperature=2.0,
+                              process_group=group)  # fmt: skip
+            model = copy.deepcopy(model)  # the group is not copied
+            parallelize_module(model, square["tp"], {"lm_head": ColwiseParallel()})
+            if pairs > 1:
+                model = wrap("FSDP2", model, square["dp"])
+            out = model(input_ids=mine["input_ids"], labels=mine["labels"])
+            torch.testing.assert_close(out.loss, plain.loss, rtol=1e-5, atol=1e-5)
+            loss = model(**mine).loss
+            loss.backward()
+            assert len(agreed) == (0 if group is None else 2)  # each call split its head
+            what = f"{name}, budget={budget}"
+            losses = [[x[dist.get_rank() // 2]] * world for x in expected[0]]
+            found[what] = assert_same(what, gradients(model), loss, (losses, expected[1]))
+    shards.agree = original
+    model = pk.attach(copy.deepcopy(alone), process_group=square["tp"], **OPTIONS)
+    parallelize_module(model, square["tp"], {"lm_head": ColwiseParallel()})
+    wrap("FSDP2, head apart", model, square["dp"])
+    try:
+        model(**mine)
+    except ValueError as error:
+        found["refused"] = str(error)
+    return found
+
+
 def watch_plans() -> None:
     """Note which tiers run, and whether they retain all rows."""
     original = calls.make_plan
@@ -277,6 +318,7 @@ def main(output: str) -> None:
         "frozen": compare_frozen(mesh),
         "accumulated": compare_accumulated(mesh),
         "functional": compare_functional(mesh),
+        "tensor parallel": compare_tensor_parallel(),
     }
     compare_policies(mesh)
     found["plans"] = sorted(plans)

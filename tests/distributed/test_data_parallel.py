@@ -1,4 +1,4 @@
-"""Attached models under DDP and FSDP2, 2 and 4 gloo ranks, through torchrun: as in one process."""
+"""Attached models under DDP, FSDP2 and with split heads, 2 and 4 gloo ranks: as in one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def test_losses_and_gradients_are_those_of_one_process(world, tmp_path):
             f"{kind}, {x}, budget={b}" for kind in kinds for x in frozen for b in BUDGETS
         }
         assert set(found["functional"]) == {f"functional, budget={b}" for b in BUDGETS}
-        for what in ("kinds", "accumulated", "functional"):
+        split = found["tensor parallel"]
+        assert "tensor parallel and a unit of FSDP2 of its own" in split.pop("refused")
+        ways = ("mesh", "its group", "gathered")
+        assert set(split) == {f"{way}, budget={b}" for way in ways for b in BUDGETS}
+        for what in ("kinds", "accumulated", "functional", "tensor parallel"):
             assert all(count >= 20 for count in found[what].values())
         assert all(count >= 1 for count in found["frozen"].values())
         plans |= {tuple(x) for x in found["plans"]}
