@@ -49,9 +49,8 @@ def gathers_itself(module: Any) -> bool:
     That is so of a unit of FSDP2 and of every module under DeepSpeed ZeRO-3. The root of FSDP2
     holds what is in no other unit throughout.
     """
-    return hasattr(module, "set_requires_gradient_sync") or any(
-        hasattr(x, "ds_id") for x in module.parameters()
-    )
+    weight = getattr(module, "weight", None)
+    return hasattr(module, "set_requires_gradient_sync") or hasattr(weight, "ds_id")
 
 
 def _unwrapped(module: Any) -> Any:

@@ -239,6 +239,21 @@ def compare_padded(mesh) -> None:
         assert not grad[REAL:].any()
 
 
+def compare_compiled(mesh) -> None:
+    """Gathered within one graph."""
+    tensors, place = inputs(0), placed(mesh, Shard(0))
+    compiled = torch.compile(pk.linear_pro_loss, backend="aot_eager", fullgraph=True)
+
+    def linear_pro_loss(*args, **options):
+        return compiled(*args, **options)
+
+    got = run(linear_pro_loss, tensors, torch.float32, place)
+    want = run(pk.linear_pro_loss, tensors, torch.float32, place)
+    torch.testing.assert_close(got[0], want[0])
+    for name, grad in want[1].items():
+        torch.testing.assert_close(whole(got[1][name]), whole(grad))
+
+
 def held(mesh) -> dict[str, bool]:
     """Whether the backward holds the whole weight, by what the budget retains."""
     tensors, found = inputs(0), {}
@@ -293,6 +308,8 @@ def check() -> dict:
     square = None
     if world == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    else:
+        compare_compiled(mesh)
     compare_padded(mesh)
     return {
         "gathered": compare_gathered(mesh, square),
