@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pro_kernels.functional import linear_pro_loss, linear_token_logps
 from pro_kernels.layout import Layout
-from pro_kernels.lm_head import FALLBACK, HeadInputs, resolve
+from pro_kernels.lm_head import FALLBACK, HeadInputs, gathers_itself, resolve
 from pro_kernels.options import IGNORE_INDEX, PROOptions
 from pro_kernels.probe import (
     LogitTransform,
@@ -35,6 +35,7 @@ from pro_kernels.probe import (
     probe,
     replaced,
 )
+from pro_kernels.shards import group_of, is_dtensor
 
 # Keyword arguments that the forward of an attached model takes beside the model's own.
 RANKING = ("rewards", "num_candidates", "candidate_mask", "prompt_weights", "sft_index", "layout")
@@ -59,6 +60,7 @@ class _Attached:
     loss: str  # one of LOSSES
     options: dict[str, Any]  # of linear_pro_loss
     own: dict[str, Any]  # attributes of the instance that were there before (_REPLACED)
+    process_group: Any = None  # as given; of a head that is a DTensor
     transform: LogitTransform = field(default_factory=LogitTransform)
     calls_loss_function: bool = True  # else the loss is added to the output here
     divides_by_items: bool = True  # the model's own loss knows num_items_in_batch
@@ -69,6 +71,7 @@ class _Attached:
     pending: bool = False  # a call of the ranking loss has not reached ``_forward``
 
     def __deepcopy__(self, memo: dict) -> _Attached:
+        memo[id(self.process_group)] = self.process_group  # of this process, not of the model
         return _Attached(**copy.deepcopy(vars(self), memo))
 
     def __reduce__(self) -> Any:
@@ -85,6 +88,7 @@ def attach(
     example: Mapping[str, Any] | None = None,
     backend: str = "auto",
     budget: int | None = None,
+    process_group: Any = None,
     **options: Any,
 ) -> nn.Module:
     """Give a causal LM of transformers the fused loss; everything else of it stays as it was.
@@ -116,6 +120,9 @@ def attach(
             None: eight token ids. Give one where a model needs more than ``input_ids``.
         backend: "auto" or a backend's name.
         budget: bytes a call may take beyond the inputs' gradients; None for a default.
+        process_group: the ranks, or that dimension of a DeviceMesh, over which the head will be
+            split (``ColwiseParallel``), so that each computes its columns only. None: a head that
+            is a DTensor is gathered.
         options: of ``linear_pro_loss``: ``sft_weight``, ``temperature``, ``ties``, ...,
             ``logits_dtype``, ``grad_filter``. The last two count for the cross-entropy too.
 
@@ -137,7 +144,9 @@ def attach(
         raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
     PROOptions(**{k: v for k, v in options.items() if k not in _KERNEL_OPTIONS})
     own = {name: lm.__dict__[name] for name in _REPLACED if name in lm.__dict__}
-    state = _Attached(loss, {**options, "backend": backend, "budget": budget}, own)
+    group_of("process_group", process_group)
+    options |= {"backend": backend, "budget": budget}
+    state = _Attached(loss, options, own, process_group)
     inputs = example_inputs(lm) if example is None else dict(example)
     if "input_ids" not in inputs:
         raise ValueError(f"example must hold input_ids, got {sorted(inputs)}")
@@ -240,6 +249,11 @@ def _causal_lm(model: nn.Module, attached: bool = False) -> Any:
     for x in head.parameters():
         if x.is_meta:
             raise ValueError(f"{type(lm).__name__} is on the meta device; load its weights first")
+        if hasattr(x, "ds_id") and not x.numel():
+            raise ValueError(
+                f"{type(lm).__name__} was loaded partitioned (DeepSpeed ZeRO-3), and attach runs "
+                "it: attach within deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
         if type(x.data) is not Tensor:
             raise ValueError(
                 f"the LM head of {type(lm).__name__} holds a {type(x.data).__name__}; sharded or "
@@ -348,17 +362,36 @@ def _run(
         strange.extend("positional ones" for _ in args)
         return hidden.new_empty((*hidden.shape[:-1], 0))
 
+    apart = gathers_itself(module)
+
+    def of_head(hidden: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if is_dtensor(hidden):  # of ColwiseParallel, whose ranks all need it
+            if apart:
+                raise ValueError(
+                    f"the LM head of {type(lm).__name__} is tensor parallel and a unit of FSDP2 of "
+                    "its own; leave it to the root (no fully_shard(model.lm_head))"
+                )
+            hidden = hidden.full_tensor()
+        return loss_of(resolve(module, hidden))
+
     def loss_function(*_: Any, **__: Any) -> Tensor:
-        loss, more = loss_of(resolve(module, only(captured, lm)))
+        hidden = only(captured, lm)
+        if apart:
+            with replaced(module, "forward", of_head):
+                loss, more = module(hidden)
+        else:
+            loss, more = of_head(hidden)
         extras.update(more)
         return loss
 
+    # A head that gathers itself is called once, for the loss: its hooks then see what needs it.
+    stubbed = _in_place_of(lm, module, stub) if apart else replaced(module, "forward", stub)
     labels = kwargs.pop("labels", None)
     if state.calls_loss_function:
         kwargs["labels"] = _any_labels(kwargs) if labels is None else labels
         with (
             _alone(state),
-            replaced(module, "forward", stub),
+            stubbed,
             replaced(lm, "_loss_function", loss_function),
         ):
             out = original(**kwargs)
@@ -367,7 +400,7 @@ def _run(
         loss = out["loss"]
     else:
         kwargs.pop("num_items_in_batch", None)
-        with _alone(state), replaced(module, "forward", stub):
+        with _alone(state), stubbed:
             out = original(**kwargs)
         if out.get("aux_loss") is not None:
             raise ValueError(
@@ -383,6 +416,31 @@ def _run(
     values = {name: value for name, value in out.items() if name not in ("loss", "logits")}
     result = _output_class(type(out))(loss=loss, **values, **extras)
     return result.to_tuple() if as_tuple else result
+
+
+class _StandIn(nn.Module):
+    """A module in the head's place, so that a call of it is no call of the head."""
+
+    def __init__(self, head: nn.Module, stub: Callable[..., Tensor]):
+        super().__init__()
+        self.__dict__.update(head=head, forward=stub)  # no child: the head stays where it is
+
+    def __getattr__(self, name: str) -> Any:
+        """What models ask of their head: its weight's dtype, say."""
+        return getattr(self.__dict__["head"], name)
+
+
+@contextlib.contextmanager
+def _in_place_of(lm: nn.Module, head: nn.Module, stub: Callable[..., Tensor]) -> Iterator[None]:
+    """``_StandIn`` wherever ``lm`` has its head."""
+    owners = [(x, name) for x in lm.modules() for name, y in x.named_children() if y is head]
+    for owner, name in owners:
+        owner._modules[name] = _StandIn(head, stub)
+    try:
+        yield
+    finally:
+        for owner, name in owners:
+            owner._modules[name] = head
 
 
 @contextlib.contextmanager
@@ -445,6 +503,11 @@ def _output_class(base: type) -> type:
 # ---- the losses
 
 
+def _splits(state: _Attached, head: HeadInputs) -> Any:
+    """Over which ranks the head is split: while it is attached it is still whole."""
+    return state.process_group if is_dtensor(head.weight) else None
+
+
 def _cross_entropy(
     state: _Attached,
     head: HeadInputs,
@@ -464,6 +527,7 @@ def _cross_entropy(
         bias=head.bias,
         softcap=state.transform.softcap,
         logit_scale=state.transform.scale,
+        process_group=_splits(state, head),
         **{name: state.options[name] for name in names},
     )
     if items is None or not state.divides_by_items:
@@ -502,6 +566,7 @@ def _pro(
         bias=head.bias,
         softcap=state.transform.softcap,
         logit_scale=state.transform.scale,
+        process_group=_splits(state, head),
         **options,
     )
     return out.loss, {name: getattr(out, name) for name in FIELDS if name != "token_logps"}

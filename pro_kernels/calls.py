@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pro_kernels import autograd, checks, ops, shards
@@ -89,6 +90,18 @@ def head_call(
     )
 
 
+def head_here(
+    weight: Tensor, bias: Tensor | None, group: Any
+) -> tuple[Tensor, Tensor | None, dist.ProcessGroup | None]:
+    """What this rank needs of the head, as plain tensors, and the process group of ``group``.
+
+    Before anything else is checked, so that no rank raises while others wait to gather.
+    """
+    group = shards.group_of("process_group", group)
+    weight = shards.part_here("weight", weight, group)
+    return weight, shards.part_here("bias", bias, group), group
+
+
 @dataclass(frozen=True)
 class Checked:
     """What checking the arguments of a call finds."""
@@ -130,10 +143,6 @@ def agreed(
     groups = {name: group for name, group in groups.items() if group is not None}
     if not groups:
         return check(), None
-    for name, group in groups.items():
-        if torch.compiler.is_compiling():
-            raise ValueError(f"{name} cannot be compiled; call it outside of torch.compile")
-        shards.check_group(name, group)
     checked, shard = None, None
     error: Exception | None = None
     shared: dict[str, Any] = {}

@@ -12,6 +12,8 @@ def check_float(name: str, value: object) -> Tensor:
     """The tensor, if it is one of a floating dtype the kernels know."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor: its to_local(), say")
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
     return value

@@ -18,6 +18,7 @@ from pro_kernels.calls import (
     Checked,
     agreed,
     head_call,
+    head_here,
     layout_of,
     pro_across_ranks,
     pro_layout,
@@ -29,6 +30,7 @@ from pro_kernels.layout import Layout, check_targets, mark_unscored, shift_targe
 from pro_kernels.options import IGNORE_INDEX, LogitOptions, PROOptions
 from pro_kernels.output import GradFilter, PROOutput, TokenStats
 from pro_kernels.pro import make_output, rank_candidates
+from pro_kernels.shards import group_of
 
 
 def linear_token_logps(
@@ -56,9 +58,11 @@ def linear_token_logps(
 
     Args:
         hidden: (..., H), float64/32/16 or bfloat16.
-        weight: (V, H), the dtype of hidden (under autocast both are cast).
+        weight: (V, H), the dtype of hidden (under autocast both are cast). A DTensor (FSDP2, HSDP),
+            sharded or replicated, is gathered in the forward and its gradient averaged over the
+            mesh, as that of every other parameter is.
         targets: (...), integer.
-        bias: (V,) or None.
+        bias: (V,) or None, possibly a DTensor.
         ignore_index: target value of positions that are not scored.
         shift: targets are unshifted labels.
         softcap: ``c * tanh(z / c)`` on the logits, or None.
@@ -77,11 +81,13 @@ def linear_token_logps(
             weight. Not with ``grad_filter``.
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
-        process_group: the ranks that hold the head together (tensor parallel): ``weight`` and
-            ``bias`` are this rank's rows, in the order of the group, in any sizes; hidden, targets
-            and all options are the same on every rank, which is checked at each call (on a GPU the
-            host waits for that). So is the result; dHidden is summed over ranks. Not compiled, not
-            with ``grad_filter`` or ``return_entropy``.
+        process_group: the ranks that hold the head together (tensor parallel), or that dimension of
+            a DeviceMesh (``mesh["tp"]``). ``weight`` and ``bias`` are this rank's rows, in the
+            order of the group, in any sizes, or DTensors that are Shard(0) there (and gathered over
+            the other dimensions of their mesh); hidden, targets and all options are the same on
+            every rank, which is checked at each call (on a GPU the host waits for that). So is the
+            result; dHidden is summed over ranks. Not compiled, not with ``grad_filter``
+            or ``return_entropy``.
 
     Returns:
         (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``. With
@@ -114,6 +120,7 @@ def linear_token_logps(
             budget=budget,
         )
         return stats.logps, stats.entropy
+    weight, bias, process_group = head_here(weight, bias, process_group)
     call, layout = _token_call(
         hidden, weight, targets, bias, ignore_index, shift, softcap, logit_scale, logits_dtype,
         backend, budget, grad_filter=grad_filter, process_group=process_group,
@@ -152,6 +159,7 @@ def linear_token_stats(
 
     Args and errors as there.
     """
+    weight, bias, _ = head_here(weight, bias, None)
     call, layout = _token_call(
         hidden, weight, targets, bias, ignore_index, shift, softcap, logit_scale, logits_dtype,
         backend, budget, entropy=True,
@@ -323,11 +331,13 @@ def linear_pro_loss(
 
     Args:
         hidden: (B, n, T, H), or (R, H) when ``layout`` is given.
-        weight: (V, H), the dtype of hidden (under autocast both are cast).
+        weight: (V, H), the dtype of hidden (under autocast both are cast). A DTensor (FSDP2, HSDP),
+            sharded or replicated, is gathered in the forward and its gradient averaged over the
+            mesh, as that of every other parameter is.
         targets: (B, n, T) integer; None when ``layout`` is given.
         rewards: (B, n), higher is better; candidates are stable-sorted by them. Best kept on the
             CPU, where they are checked without waiting for a device. None: columns are the order.
-        bias: (V,) or None.
+        bias: (V,) or None, possibly a DTensor.
         candidate_mask: (B, n) bool, candidates that exist. One without a scored token leaves the
             ranking too: n shrinks.
         prompt_weights: (B,), >= 0; the mean over prompts is weighted by them.
@@ -356,11 +366,12 @@ def linear_pro_loss(
         layout: which rows are scored, made with the batch (``Layout.from_padded`` and others).
         backend: "auto" or a backend's name; a named one never falls back.
         budget: bytes this call may take beyond the inputs' gradients; None for a default.
-        process_group: the ranks that hold the head together (tensor parallel): ``weight`` and
-            ``bias`` are this rank's rows, in the order of the group, in any sizes; hidden, targets
-            and all options are the same on every rank, which is checked at each call (on a GPU the
-            host waits for that). So is the result; dHidden is summed over ranks. Not compiled, not
-            with ``grad_filter``.
+        process_group: the ranks that hold the head together (tensor parallel), or that dimension of
+            a DeviceMesh (``mesh["tp"]``). ``weight`` and ``bias`` are this rank's rows, in the
+            order of the group, in any sizes, or DTensors that are Shard(0) there (and gathered over
+            the other dimensions of their mesh); hidden, targets and all options are the same on
+            every rank, which is checked at each call (on a GPU the host waits for that). So is the
+            result; dHidden is summed over ranks. Not compiled, not with ``grad_filter``.
         sequence_group: the ranks that hold the tokens together (context parallel, or candidates on
             other ranks). Each describes all candidates of all prompts, in targets or layout, and
             scores its own tokens of them, with ``ignore_index`` or empty sequences where it has
@@ -380,6 +391,8 @@ def linear_pro_loss(
         ValueError: shapes, devices or values that do not fit; rewards not finite, or all equal
             within a prompt (with ``temperature="reward"``); a target outside [0, V).
     """
+    weight, bias, process_group = head_here(weight, bias, process_group)
+    sequence_group = group_of("sequence_group", sequence_group)
 
     def check() -> Checked:
         options = PROOptions(
@@ -528,6 +541,7 @@ def pro_loss(
         "prompt_weights": prompt_weights,
         "sft_index": sft_index,
     }
+    sequence_group = group_of("sequence_group", sequence_group)
     checked, _ = agreed(
         check, {"sequence_group": sequence_group}, logits, None, None, backend, None, by_candidate,
         softcap=softcap, logit_scale=logit_scale, shift=shift, ignore_index=ignore_index,
@@ -550,8 +564,9 @@ def pro_loss(
     )
     logps = logps.view(-1)
     if sequence_group is not None:
-        return pro_across_ranks(logps, layout, sequence_group, by_candidate, checked.loss, backend)[
-            0
-        ]
+        out, _ = pro_across_ranks(
+            logps, layout, sequence_group, by_candidate, checked.loss, backend
+        )
+        return out
     loss, per_rank, sums, _ = rank(logps, layout, ranked, backend, final_dtype)
     return make_output(loss, per_rank, sums, layout, checked.loss)

@@ -33,14 +33,24 @@ def resolve(module: Any, hidden: Tensor) -> HeadInputs:
     2402.09353) scales its rows.
 
     Raises:
-        ValueError: the module is no linear layer, is quantised or sharded, or has an adapter whose
-            arithmetic is not known here.
+        ValueError: the module is no linear layer, is quantised, or has an adapter whose arithmetic
+            is not known here.
     """
     module = _unwrapped(module)
     if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
         return _with_lora(module, hidden)
     _check_plain(module)
     return HeadInputs(hidden, module.weight, getattr(module, "bias", None))
+
+
+def gathers_itself(module: Any) -> bool:
+    """Whether the module's own hooks gather its parameters for its forward and backward.
+
+    That is so of a unit of FSDP2 and of every module under DeepSpeed ZeRO-3. The root of FSDP2
+    holds what is in no other unit throughout.
+    """
+    weight = getattr(module, "weight", None)
+    return hasattr(module, "set_requires_gradient_sync") or hasattr(weight, "ds_id")
 
 
 def _unwrapped(module: Any) -> Any:
@@ -57,12 +67,6 @@ def _check_plain(module: Any) -> None:
         raise ValueError(
             "the LM head must be a torch.nn.Linear, possibly with LoRA, DoRA or modules_to_save of "
             f"PEFT, got {name}; {FALLBACK}"
-        )
-    if hasattr(module.weight, "full_tensor"):
-        raise ValueError(
-            "the LM head's weight is a DTensor: it is sharded as a unit of its own, and the fused "
-            "loss runs after that unit; leave it to the root (no fully_shard(model.lm_head)), or "
-            f"{FALLBACK}"
         )
     if not module.weight.is_floating_point() or module.weight.dim() != 2:
         raise ValueError(
@@ -87,6 +91,11 @@ def _with_lora(layer: Any, hidden: Tensor) -> HeadInputs:
         )
     if layer.disable_adapters or layer.merged or not adapters:
         return HeadInputs(hidden, base.weight, base.bias)
+    if hasattr(base.weight, "full_tensor"):
+        raise ValueError(
+            "the LM head has adapters and its weight is a DTensor (tensor parallel, or sharded "
+            f"below the adapters), which is not supported together; {FALLBACK}"
+        )
     parts, columns = [hidden], [base.weight]
     bias, rows = base.bias, None
     for name in adapters:

@@ -1,5 +1,8 @@
 """Calls that several ranks make together: what each holds, and what they tell one another.
 
+A DTensor head is gathered for the call, over all dimensions of its mesh but the one that splits the
+vocabulary.
+
 ``process_group``: the head's vocabulary is split. Each rank holds consecutive rows of the weight,
 in the order of the group, and the same hidden states and targets. A chunk costs one maximum and one
 sum over ranks of what a row's log-sum-exp and target logit are made of, 12 bytes a row, and the
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,91 @@ def sum_(x: Tensor, group: Any) -> Tensor:
     return x
 
 
-def check_group(name: str, group: Any) -> None:
-    """Raise TypeError or ValueError unless this process can talk to the ranks of ``group``."""
+def group_of(name: str, group: Any) -> Any:
+    """The ``ProcessGroup`` of ``group``, one itself or a DeviceMesh of one dimension; None of None.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: this process cannot talk to its ranks, the mesh has several dimensions, or the
+            call is compiled.
+    """
+    if group is None:
+        return None
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{name} cannot be compiled; call it outside of torch.compile")
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(f"{name} needs torch.distributed.init_process_group() before")
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{name} does not contain this process")
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"{name} must be one dimension of a DeviceMesh, got a mesh of {group.ndim} with "
+                f'names {group.mesh_dim_names}: mesh["tp"], say'
+            )
+        return group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"{name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}"
+            f"{name} must be a torch.distributed.ProcessGroup or a DeviceMesh of one dimension, "
+            f"got {type(group).__name__}"
         )
+    return group
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether it is one; without importing them, a second of work, for those who have none."""
+    if torch.compiler.is_compiling() and dist.is_available():  # it does not see attributes of one
+        from torch.distributed.tensor import DTensor
+
+        return isinstance(x, DTensor)
+    return hasattr(x, "full_tensor")
+
+
+def part_here(name: str, x: Any, group: Any) -> Any:
+    """What this rank needs of the head's weight or bias, as a plain tensor.
+
+    Of a DTensor that is all of it or, where a dimension of its mesh is ``group``, this rank's rows.
+    It is gathered over the other dimensions, and in the backward its gradient is averaged over
+    them, as DDP and FSDP do with every other: ranks there have other data, or the same.
+
+    Raises:
+        ValueError: a DTensor placed in another way, or not split over ``group``; a parameter that
+            DeepSpeed ZeRO-3 has partitioned.
+    """
+    if hasattr(x, "ds_id") and not x.numel():
+        raise ValueError(
+            f"{name} is partitioned by DeepSpeed ZeRO-3: hold it for forward and backward "
+            "(deepspeed.zero.GatheredParameters), or read it from its module, and compute the "
+            "loss, within the forward of a module of the engine, where DeepSpeed gathers it"
+        )
+    if not is_dtensor(x):
+        return x
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    mesh, placements = x.device_mesh, x.placements
+    if any(isinstance(placement, Partial) for placement in placements):
+        raise ValueError(f"{name} must be sharded or replicated, got a DTensor placed {placements}")
+    kept: list[Any] = [Replicate()] * mesh.ndim
+    grads: list[Any] = [Partial("avg")] * mesh.ndim
+    if group is not None:
+        ranks = dist.get_process_group_ranks(group)
+        here = [i for i in range(mesh.ndim) if _ranks_of(mesh, i) == ranks]
+        split = [i for i in here if placements[i] == Shard(0)]
+        if not split:
+            raise ValueError(
+                f"{name} must be split over process_group, Shard(0) on that dimension of its mesh, "
+                f"got a DTensor placed {placements} on {mesh} and ranks {ranks}; without "
+                "process_group it is gathered"
+            )
+        kept[split[-1]] = grads[split[-1]] = Shard(0)
+    return x.redistribute(placements=kept).to_local(grad_placements=grads)
+
+
+def _ranks_of(mesh: DeviceMesh, dim: int) -> list[int]:
+    """The ranks that differ from this one in that dimension only, in the mesh's order."""
+    at: list[Any] = list(mesh.get_coordinate() or ())
+    at[dim] = slice(None)
+    return mesh.mesh[tuple(at)].tolist()
 
 
 def described(x: Any) -> str:

@@ -40,11 +40,11 @@ ALLOWED = {
     },
     "functional": {
         "autograd", "backends", "calls", "checks", "column_filter", "head", "layout", "options",
-        "output", "pro",
+        "output", "pro", "shards",
     },
     "lm_head": set(),
     "probe": {"lm_head"},
-    "attach": {"functional", "layout", "lm_head", "options", "probe"},
+    "attach": {"functional", "layout", "lm_head", "options", "probe", "shards"},
     "integrations": set(),
     "integrations.official": {"attach", "options", "reference"},
     "integrations.trl": {"functional"},

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TRITON_INTERPRET"] = "1"
+import dtensors
 import torch
 import torch.distributed as dist
 from counting import collectives
@@ -283,6 +284,7 @@ def main(output: str) -> None:
     compare_autocast(group)
     compare_heads_of_other_sizes(group)
     result["messages"] = refusals(group)
+    result["dtensors"] = dtensors.check()
     result["plans"] = sorted(plans)
     Path(output, f"{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()

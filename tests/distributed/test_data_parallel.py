@@ -1,14 +1,14 @@
-"""Attached models under DDP and FSDP2, 2 and 4 gloo ranks, through torchrun: as in one process."""
+"""Attached models under DDP, FSDP2 and with split heads, 2 and 4 gloo ranks: as in one process."""
 
 from __future__ import annotations
 
-import json
-import subprocess
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torchrun import launched
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
 from bench.scaling import wire
@@ -16,22 +16,24 @@ from bench.scaling import wire
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 pytest.importorskip("transformers")
 SCRIPT = Path(__file__).with_name("data_parallel.py")
+SHARDED = {False: "FSDP2, head apart", True: "FSDP2, head with embedding"}
+BUDGETS = (None, 1 << 13)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_losses_and_gradients_are_those_of_one_process(world, tmp_path):
-    """Tied heads and not, ranks of other sizes and one that scores nothing, two tiers.
+    """Ranks of other sizes and one that scores nothing; a repeated step has the same bits.
 
     And every byte that is sent for the head is known to the scaling model.
     """
-    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, str(SCRIPT), str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    for rank in range(world):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        for call in found.pop("bytes"):
+    every = [f"{kind}, tied={tied}" for tied in SHARDED for kind in ("DDP", "FSDP2", SHARDED[tied])]
+    frozen = ["frozen head", "frozen body"]
+    if importlib.util.find_spec("peft"):
+        frozen += ["LoRA", "LoRA on the head"]
+    kinds = ("DDP", "FSDP2", SHARDED[False])
+    plans: set[tuple] = set()
+    for found in launched(SCRIPT, world, tmp_path):
+        for call in found["bytes"]:
             V, H, b = call["V"], call["H"], call["b"]
             predicted = (
                 wire.sharded_weight(world, V, H, b, steps=2)
@@ -42,10 +44,19 @@ def test_losses_and_gradients_are_those_of_one_process(world, tmp_path):
             assert {c.kind: (c.calls, c.size) for c in predicted} == {
                 kind: (len(sizes), sum(sizes)) for kind, sizes in sent.items()
             }
-        message = found.pop("FSDP2, head apart")
-        assert "sharded as a unit of its own" in message and "leave it to the root" in message
-        kinds = [f"{kind}, tied={tied}" for tied in (False, True) for kind in ("DDP", "FSDP2")]
-        assert sorted(found) == sorted(
-            f"{kind}, budget={budget}" for kind in kinds for budget in (None, 1 << 13)
-        )
-        assert all(count >= 20 for count in found.values())
+        assert set(found["kinds"]) == {f"{x}, budget={b}" for x in every for b in BUDGETS}
+        assert set(found["accumulated"]) == set(every)
+        assert set(found["frozen"]) == {
+            f"{kind}, {x}, budget={b}" for kind in kinds for x in frozen for b in BUDGETS
+        }
+        assert set(found["functional"]) == {f"functional, budget={b}" for b in BUDGETS}
+        split = found["tensor parallel"]
+        assert "tensor parallel and a unit of FSDP2 of its own" in split.pop("refused")
+        ways = ("mesh", "its group", "gathered")
+        assert set(split) == {f"{way}, budget={b}" for way in ways for b in BUDGETS}
+        for what in ("kinds", "accumulated", "functional", "tensor parallel"):
+            assert all(count >= 20 for count in found[what].values())
+        assert all(count >= 1 for count in found["frozen"].values())
+        plans |= {tuple(x) for x in found["plans"]}
+    # All rows retained, a frozen head, and some of the rows computed again.
+    assert plans >= {("T1", True), ("T1f", False), ("T3", False)}

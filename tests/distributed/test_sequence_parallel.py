@@ -70,7 +70,7 @@ def test_ranks_that_disagree_all_raise(ranks):
         "ValueError: rewards must be finite, got nan for prompt 0 candidate 0",
         "ValueError: in sequence_group, rank 1: TypeError: hidden must be a tensor, got NoneType",
         "ValueError: in sequence_group, rank 1: TypeError: layout must be a Layout",
-        "TypeError: sequence_group must be a torch.distributed.ProcessGroup, got str",
+        "TypeError: sequence_group must be a torch.distributed.ProcessGroup or a DeviceMesh of one",
         "ValueError: sequence_group does not contain this process",
         "ValueError: the ranks of sequence_group disagree on the shape of the head",
         "ValueError: in sequence_group, rank 1: ValueError: targets must lie in [0, 37)",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torchrun import launched
 
 import pro_kernels as pk
 
@@ -23,14 +22,8 @@ SCRIPT = Path(__file__).with_name("tensor_parallel.py")
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def ranks(request, tmp_path_factory) -> list[dict]:
-    """What each rank found; a rank that fails a comparison fails the launch."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, str(SCRIPT), str(folder)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"{i}.json").read_text()) for i in range(request.param)]
+    """What each rank found."""
+    return launched(SCRIPT, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def test_loss_log_probs_and_gradients_are_those_of_one_rank(ranks):
@@ -81,7 +74,7 @@ def test_ranks_that_disagree_all_raise(ranks):
         "grad_filter cannot be had with a process_group",
         "return_entropy cannot be had with a process_group",
         "",  # the range of targets: in words of its own
-        "process_group must be a torch.distributed.ProcessGroup, got str",
+        "ProcessGroup or a DeviceMesh of one dimension, got str",
         "in process_group, rank 0: ValueError: weight must not be empty",
         "in process_group, rank 1: ValueError: bias must",
         "in process_group, rank 0: ValueError: weight must",
@@ -92,6 +85,33 @@ def test_ranks_that_disagree_all_raise(ranks):
         assert len(rank["messages"]) == len(expected)
         for message, part in zip(rank["messages"], expected, strict=True):
             assert message and part in message
+
+
+def test_dtensor_heads_are_gathered_or_split_as_on_one_rank(ranks):
+    """Each: two dtypes, two functions (gathered, the entropy too), three frozen sets, two budgets.
+
+    Two ranks gather Shard(0) and Replicate, four an HSDP mesh; the group is a mesh, or its group,
+    and on four ranks one of two dimensions, the other being FSDP's.
+    """
+    of_four = len(ranks) == 4
+    for rank in ranks:
+        found = rank["dtensors"]
+        assert found["gathered"] == (1 if of_four else 2) * 2 * 3 * 3 * 2
+        assert found["split"] == (3 if of_four else 2) * 2 * 2 * 3 * 2
+        # The whole weight waits for the backward only where rows are computed again there.
+        assert found["held"] == {"all": False, "some": True}
+        expected = [
+            "weight must be sharded or replicated, got a DTensor placed (Partial(",
+            "got a DTensor placed (Replicate(),)",
+            "got a DTensor placed (Shard(dim=1),)",
+            "got a mesh of 2 with names ('dp', 'tp')",
+            "weight must be split over process_group",  # ranks in another order
+            "rank 0: ValueError: bias must have shape",
+            "ProcessGroup or a DeviceMesh of one dimension, got str",
+            "hidden must be a plain tensor, got a DTensor",
+        ]
+        for message, part in zip(found["messages"], expected, strict=True):
+            assert part in message
 
 
 def test_without_a_process_group_there_is_none():

@@ -1,0 +1,184 @@
+"""What each rank of ``test_zero`` runs: DeepSpeed ZeRO-2 and ZeRO-3 on the CPU, over gloo."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from data_parallel import (
+    BUDGETS,
+    OPTIONS,
+    WithLoss,
+    assert_same,
+    batch,
+    in_one_process,
+    loss_of_logits,
+    make,
+)
+from deepspeed.utils import safe_get_full_grad
+from transformers.integrations import HfDeepSpeedConfig
+
+import pro_kernels as pk
+
+RATE = 0.1
+
+
+def config(stage: int) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": 12,
+        # No parameter is too small to be partitioned.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def engine(model, stage: int):
+    trained = [x for x in model.parameters() if x.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trained, config=config(stage))[0]
+
+
+def gradients(model) -> dict:
+    return {
+        name.removeprefix("lm."): safe_get_full_grad(p)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def check(what: str, model, stage: int, expected) -> int:
+    """Loss and gradients of one step."""
+    wrapped = engine(model, stage)
+    loss = wrapped(**batch(dist.get_rank())).loss
+    wrapped.backward(loss)
+    return assert_same(what, gradients(model), loss, expected)
+
+
+def compare_attached() -> dict:
+    found = {}
+    for tied in (False, True):
+        alone = make(tied)
+        expected = in_one_process(alone)
+        for stage in (2, 3):
+            for budget in BUDGETS:
+                model = pk.attach(copy.deepcopy(alone), budget=budget, **OPTIONS)
+                what = f"stage {stage}, tied={tied}, budget={budget}"
+                found[what] = check(what, model, stage, expected)
+    return found
+
+
+def compare_steps() -> None:
+    """Several steps: from the second on ZeRO-3 gathers ahead, in the order that it noted."""
+    world, alone, losses = dist.get_world_size(), make(False), []
+    plain = copy.deepcopy(alone)
+    for step in range(3):
+        every = [loss_of_logits(plain, **batch(rank, step)) for rank in range(world)]
+        losses.append(every[dist.get_rank()].item())
+        plain.zero_grad()
+        (sum(every) / world).backward()
+        with torch.no_grad():
+            for x in plain.parameters():
+                x -= RATE * x.grad
+    for stage in (2, 3):
+        wrapped = engine(pk.attach(copy.deepcopy(alone), **OPTIONS), stage)
+        found = []
+        for step in range(3):
+            loss = wrapped(**batch(dist.get_rank(), step)).loss
+            wrapped.backward(loss)
+            wrapped.step()
+            found.append(loss.item())
+        torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-5)
+
+
+def compare_functional() -> dict:
+    """With the weight inside a module's forward, and held around forward and backward."""
+    found, alone = {}, make(False)
+    expected = in_one_process(alone)
+    for budget in BUDGETS:
+        what = f"in a forward, budget={budget}"
+        found[what] = check(what, PartitionedWithLoss(copy.deepcopy(alone), budget), 3, expected)
+
+        what = f"held, budget={budget}"
+        model = copy.deepcopy(alone)
+        wrapped = engine(model, 3)
+        given = batch(dist.get_rank())
+        hidden = wrapped(input_ids=given["input_ids"], output_hidden_states=True).hidden_states[-1]
+        n = given["rewards"].shape[1]
+        hidden, labels = (x.reshape(-1, n, *x.shape[1:]) for x in (hidden, given["labels"]))
+        args = (hidden, model.lm_head.weight, labels, given["rewards"])
+        options = {"shift": True, "temperature": 2.0, "budget": budget}
+        with deepspeed.zero.GatheredParameters(model.lm_head.weight):
+            loss = pk.linear_pro_loss(args[0], model.lm_head.weight, *args[2:], **options).loss
+            wrapped.backward(loss)
+        found[what] = assert_same(what, gradients(model), loss, expected)
+        try:
+            pk.linear_pro_loss(*args, **options)
+        except ValueError as error:
+            found["refused"] = str(error)
+    return found
+
+
+class PartitionedWithLoss(WithLoss):
+    """DeepSpeed gathers what a forward asks of another module, and again for the backward."""
+
+    sharded = "ds_id"
+
+
+def compare_adapters() -> int:
+    """LoRA on the body and on the head, under ZeRO-3."""
+    import peft
+
+    torch.manual_seed(2)
+    lora = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    alone = peft.get_peft_model(make(False), lora)
+    expected = in_one_process(alone)
+    return check("LoRA", pk.attach(copy.deepcopy(alone), **OPTIONS), 3, expected)
+
+
+def compare_loaded(folder: Path) -> dict:
+    """A model that transformers loads partitioned."""
+    alone = make(False)
+    if dist.get_rank() == 0:
+        alone.save_pretrained(folder / "model")
+    dist.barrier()
+    known = HfDeepSpeedConfig(config(3))  # as long as it lives, models are partitioned
+    model = transformers.LlamaForCausalLM.from_pretrained(folder / "model")
+    assert known.is_zero3() and not model.lm_head.weight.numel()
+    found = {}
+    try:
+        pk.attach(model, **OPTIONS)
+    except ValueError as error:
+        found["refused"] = str(error)
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        pk.attach(model, **OPTIONS)
+    found["compared"] = check("loaded", model, 3, in_one_process(alone))
+    return found
+
+
+def main(output: str) -> None:
+    logging.disable(logging.WARNING)
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
+    torch.set_num_threads(1)
+    found = {
+        "attached": compare_attached(),
+        "functional": compare_functional(),
+        "adapters": compare_adapters(),
+        "loaded": compare_loaded(Path(output)),
+    }
+    compare_steps()
+    Path(output, f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # as in ``data_parallel``
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
