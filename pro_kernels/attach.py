@@ -43,6 +43,9 @@ RANKING = ("rewards", "num_candidates", "candidate_mask", "prompt_weights", "sft
 FIELDS = ("token_logps", "scores", "logps", "lengths", "rank_losses", "sft_loss")
 # Options of the two losses that are no fields of ``PROOptions``.
 _KERNEL_OPTIONS = ("logits_dtype", "grad_filter", "backend", "budget")
+_OPTIONS = {f.name for f in dataclasses.fields(PROOptions)} | set(_KERNEL_OPTIONS)
+# No keywords of a call: models take any, and would leave these unread.
+_NOT_OF_A_CALL = _OPTIONS | {"process_group", "sequence_group"}
 _STATE = "_pro_kernels"
 # What ``attach(loss=...)`` takes.
 LOSSES = ("auto", "ranking", "cross_entropy")
@@ -137,9 +140,8 @@ def attach(
             what to use instead.
     """
     lm = _causal_lm(model)
-    known = {f.name for f in dataclasses.fields(PROOptions)} | set(_KERNEL_OPTIONS)
-    if unknown := sorted(set(options) - known):
-        raise TypeError(f"attach got options {unknown}; there are {sorted(known)}")
+    if unknown := sorted(set(options) - _OPTIONS):
+        raise TypeError(f"attach got options {unknown}; there are {sorted(_OPTIONS)}")
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
     PROOptions(**{k: v for k, v in options.items() if k not in _KERNEL_OPTIONS})
@@ -284,6 +286,7 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     own = inspect.signature(original)
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = tuple(x.name for x in own.parameters.values() if x.kind in positional)[1:]
+    refused = _NOT_OF_A_CALL - own.parameters.keys()
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -292,6 +295,11 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             raise TypeError(
                 f"the forward of {type(self).__name__} takes {names} by position, each once, got "
                 f"{len(args)} of them and {sorted(kwargs)}"
+            )
+        if strange := refused & kwargs.keys():
+            raise ValueError(
+                f"a call of an attached model takes {RANKING}, got {sorted(strange)}; options are "
+                "given to attach, and sequence_group to linear_pro_loss only"
             )
         return _forward(self, {**given, **kwargs})
 
