@@ -1,6 +1,7 @@
 # Everything a fresh clone needs: `make demo` and `make test` set themselves up in .venv.
 #   make demo        train a tiny model on bundled lists, fused against reference; table and plot
 #   make test        all tests (slow ones: make test PYTEST_ARGS="-m slow")
+#   make zero        the tests that need DeepSpeed, which it installs (and a C++ compiler)
 #   make study       SFT against PRO at n = 2, 3, 5 on a known reward; docs/study.md (20 minutes)
 #   make bench       benchmarks; PRESET=cpu-small|cpu|MODEL, PEERS=1 installs and times the peers
 #   make bench-gpu   everything that needs a GPU, offline, in eight minutes, with the Python that is
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test study bench bench-gpu docs lint env clean
+.PHONY: demo test zero study bench bench-gpu docs lint env clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,10 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(PIP) --editable '.[peers]'
 	touch $@
 
+$(VENV)/.zero: $(VENV)/.installed
+	$(PIP) --editable '.[zero]'
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) --editable '.[docs]'
 	touch $@
@@ -42,6 +47,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+zero: $(VENV)/.zero
+	$(BIN)/python -m pytest tests/distributed/test_zero.py
 
 study: $(VENV)/.installed
 	$(BIN)/python -m pro_trainer.study --out docs $(STUDY_ARGS)

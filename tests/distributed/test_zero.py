@@ -1,6 +1,7 @@
-"""DeepSpeed ZeRO-2 and ZeRO-3 on two gloo ranks, through torchrun: as in one process.
+"""DeepSpeed ZeRO-2 and ZeRO-3 on 2 and 4 gloo ranks, through torchrun: as in one process.
 
-Not in the ``test`` extra: DeepSpeed compiles an op of its own when it first runs on a CPU.
+``make zero``. Not in the ``test`` extra: DeepSpeed compiles an op of its own when it first runs on
+a CPU, which ``make test`` must do without.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ SCRIPT = Path(__file__).with_name("zero.py")
 BUDGETS = (None, 1 << 13)
 
 
-def test_losses_and_gradients_are_those_of_one_process(tmp_path):
+@pytest.mark.parametrize("world", [2, 4])
+def test_losses_and_gradients_are_those_of_one_process(world, tmp_path):
     """Attached and functional, tied and not, adapters, a model loaded partitioned, three steps."""
-    for found in launched(SCRIPT, 2, tmp_path):
+    for found in launched(SCRIPT, world, tmp_path):
         assert set(found["attached"]) == {
             f"stage {stage}, tied={tied}, budget={budget}"
             for stage in (2, 3) for tied in (False, True) for budget in BUDGETS
