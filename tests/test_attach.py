@@ -577,7 +577,7 @@ def test_other_objects_are_refused():
         ({"candidate_mask": torch.ones(2, 2)}, "needs to know the candidates of each prompt"),
         ({"num_candidates": 4, "rewards": torch.zeros(2, 2)}, "num_candidates=4 but rewards have"),
         ({"logits_to_keep": 2, "num_candidates": 2}, "targets"),
-        ({"num_candidates": 2, "sft_weight": 0.1}, r"got \['sft_weight'\]; options are given to att"),
+        ({"num_candidates": 2, "sft_weight": 0.1}, r"got \['sft_weight'\]; options are given to"),
         ({"sequence_group": None}, r"got \['sequence_group'\]"),
     ],
 )
