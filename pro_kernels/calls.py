@@ -159,7 +159,7 @@ def agreed(
         resolve(backend, hidden.device, checked.logits_dtype, candidates)
         limit = default_budget(hidden.device) if budget is None else check_budget(budget)
         shared = _shared_facts(checked, hidden, weight, bias, by_candidate, options)
-        whole = _whole_facts(hidden, weight, bias)
+        whole = _whole_facts(checked.layout, hidden, weight, bias)
         rows = 0 if weight is None else weight.shape[0]
     except Exception as wrong:  # whatever it is, the others wait to hear of it
         error = wrong
@@ -197,6 +197,7 @@ def _shared_facts(
     LogitOptions(options["softcap"], options["logit_scale"])
     facts: dict[str, Any] = {name: repr(value) for name, value in options.items()}
     facts["dtypes"] = f"{hidden.dtype}, {getattr(weight, 'dtype', None)}, {checked.compute}"
+    facts["the kind of device"] = hidden.device.type
     facts["bias"] = bias is not None
     if by_candidate is None:
         return facts
@@ -206,15 +207,28 @@ def _shared_facts(
     return {**facts, "loss": repr(checked.loss), "(B, n)": shape}
 
 
-def _whole_facts(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
+def _whole_facts(
+    layout: Layout, hidden: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> dict[str, Any]:
     """What must be the same where the ranks hold the same tokens, by name."""
     grads = torch.is_grad_enabled()
     return {
         "the shape of hidden": tuple(hidden.shape),
+        # Ranks with other numbers would take other chunks, and wait for one another.
+        "scored tokens": layout.num_tokens,
+        "shared rows": layout.shared_rows,
+        "targets (checksum)": _checksum(layout.targets),
         "what needs a gradient": tuple(
             grads and x is not None and x.requires_grad for x in (hidden, weight, bias)
         ),
     }
+
+
+def _checksum(x: Tensor) -> int | None:
+    """A number made of integers and their places; None of a GPU's, which would wait."""
+    if x.device.type != "cpu":
+        return None
+    return int((x * torch.arange(1, x.shape[0] + 1, device=x.device)).sum())
 
 
 def pro_across_ranks(

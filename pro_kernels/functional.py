@@ -85,9 +85,10 @@ def linear_token_logps(
             a DeviceMesh (``mesh["tp"]``). ``weight`` and ``bias`` are this rank's rows, in the
             order of the group, in any sizes, or DTensors that are Shard(0) there (and gathered over
             the other dimensions of their mesh); hidden, targets and all options are the same on
-            every rank, which is checked at each call (on a GPU the host waits for that). So is the
-            result; dHidden is summed over ranks. Not compiled, not with ``grad_filter``
-            or ``return_entropy``.
+            every rank, which is checked at each call (on a GPU the host waits for that, and of
+            tensors only shapes and how much is scored are compared; hidden's values never are). So
+            is the result; dHidden is summed over ranks. Not compiled, not with ``grad_filter`` or
+            ``return_entropy``.
 
     Returns:
         (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``. With
@@ -370,8 +371,9 @@ def linear_pro_loss(
             a DeviceMesh (``mesh["tp"]``). ``weight`` and ``bias`` are this rank's rows, in the
             order of the group, in any sizes, or DTensors that are Shard(0) there (and gathered over
             the other dimensions of their mesh); hidden, targets and all options are the same on
-            every rank, which is checked at each call (on a GPU the host waits for that). So is the
-            result; dHidden is summed over ranks. Not compiled, not with ``grad_filter``.
+            every rank, which is checked at each call (on a GPU the host waits for that, and of
+            tensors only shapes and how much is scored are compared; hidden's values never are). So
+            is the result; dHidden is summed over ranks. Not compiled, not with ``grad_filter``.
         sequence_group: the ranks that hold the tokens together (context parallel, or candidates on
             other ranks). Each describes all candidates of all prompts, in targets or layout, and
             scores its own tokens of them, with ``ignore_index`` or empty sequences where it has

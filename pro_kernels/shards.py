@@ -185,7 +185,10 @@ def agree(
     """
     digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
     numbers = [rows, budget, int.from_bytes(digest[:7], "little"), int(error is not None)]
-    at = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    if dist.get_backend(group) != "nccl":
+        at = torch.device("cpu")
+    else:  # it knows no other device, wherever this rank's tensors are
+        at = device if device.type == "cuda" else torch.device("cuda")
     mine = torch.tensor(numbers, dtype=torch.int64, device=at)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)

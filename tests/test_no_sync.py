@@ -48,6 +48,7 @@ ALLOWED = {
     "probe._compare": "when a model is attached",
     "probe.example_inputs": "when a model is attached",
     "planner._meminfo": "text of /proc/meminfo, once a process",
+    "calls._checksum": "only of CPU tensors, and only with a process_group",
     "column_filter.select": "once a chunk, only with grad_filter: how many columns stay is data",
     "head.Kept.count": "counts are on the CPU; grad_filter waits when it chooses the columns",
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import sys
 import threading
 import time
@@ -25,6 +26,8 @@ from pro_trainer.errors import TrainingError
 
 _POLL = 0.5  # seconds between two looks at the store
 _GRACE = 4.0  # seconds that ranks give one another to be heard
+# In gloo's errors, which have no class of their own, with and without the place in its sources.
+_OF_GLOO = re.compile("gloo|pair closure|Connection (closed|reset) by peer")
 _runs = itertools.count()
 _active: list[_Watch] = []
 
@@ -69,11 +72,11 @@ def shared(timeout: float) -> Iterator[None]:
 
 
 def of_a_collective(error: Exception) -> bool:
-    """Whether ``error`` is that of a collective; gloo's have no class of their own."""
+    """Whether ``error`` is that of a collective."""
     if isinstance(error, TrainingError):
         return False
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
+        isinstance(error, RuntimeError) and _OF_GLOO.search(str(error)) is not None
     )
 
 

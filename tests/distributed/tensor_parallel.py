@@ -241,6 +241,11 @@ def refusals(group) -> list[str]:
     rank, messages = dist.get_rank(group), []
     made, targets, rewards = leaves(Case("bad"), torch.float32, slice(0, 20), ())
     h, w = made["hidden"], made["weight"]
+    scored = (targets >= 0).nonzero()[0]
+    other, fewer = targets.clone(), targets.clone()
+    if rank == 1:
+        other[tuple(scored)] += 10**6
+        fewer[tuple(scored)] = -100
     attempts = [
         lambda: pk.linear_token_logps(h, w, targets, softcap=1.0 + rank, process_group=group),
         lambda: pk.linear_token_logps(h, w[: 20 * rank], targets, process_group=group),
@@ -264,6 +269,8 @@ def refusals(group) -> list[str]:
                                       process_group=group),
         lambda: pk.linear_token_logps(h, w, targets,
                                       process_group=dist.GroupMember.NON_GROUP_MEMBER),
+        lambda: pk.linear_token_logps(h, w, other, process_group=group),
+        lambda: pk.linear_pro_loss(h, w, fewer, rewards, process_group=group),
     ]  # fmt: skip
     for attempt in attempts:
         try:

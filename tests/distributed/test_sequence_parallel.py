@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torchrun import launched
 
 import pro_kernels as pk
 
@@ -24,13 +23,7 @@ SCRIPT = Path(__file__).with_name("sequence_parallel.py")
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def ranks(request, tmp_path_factory) -> list[dict]:
     """What each rank found; a rank that fails a comparison fails the launch."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, str(SCRIPT), str(folder)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"{i}.json").read_text()) for i in range(request.param)]
+    return launched(SCRIPT, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def test_outputs_and_gradients_are_those_of_one_rank(ranks):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 from trainer_runs import records
 
+from pro_trainer import faults
 from pro_trainer.batches import RankBatches
 from pro_trainer.checkpoints import last_whole
 
@@ -123,6 +124,17 @@ FAULTS = {  # kind: (ranks, the one that fails, what the others say, in a regula
     "stuck": (2, 1, f"rank 1 is stuck or slow: .* given up after ddp_timeout={TIMEOUT} s"),
     "nan": (2, 1, r"losses that are not finite on ranks \[1\]; stopped"),
 }
+
+
+def test_errors_of_collectives_are_known_by_what_gloo_says():
+    """With and without the place in its sources, as both were seen."""
+    for text in (
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+        "Application timeout caused pair closure",
+    ):
+        assert faults.of_a_collective(RuntimeError(text))
+    for other in (RuntimeError("shape mismatch"), torch.OutOfMemoryError("gone"), OSError("gloo")):
+        assert not faults.of_a_collective(other)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
