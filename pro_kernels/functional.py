@@ -533,6 +533,7 @@ def pro_loss(
         if logits.dim() != 4 or logits.shape[1] == 0:
             raise ValueError(f"logits must have shape (B, n, T, V), got {tuple(logits.shape)}")
         checks.check_same_shape("targets", targets, tuple(logits.shape[:-1]), "(B, n, T)")
+        checks.check_device("targets", targets, "logits", logits)
         scored = shift_targets(targets, ignore_index) if shift else targets
         dense = Layout.dense(scored, ignore_index)
         return Checked(logits.dtype, logits.dtype, dense, options)

@@ -431,6 +431,7 @@ def refusals(group) -> list[str]:
         from_logits(t=targets.masked_fill(targets >= 0, 37) if other else targets),
         from_logits(t=targets.float() if other else targets),
         from_logits(top_k=1 + rank),
+        from_logits(t=targets.to("meta") if other else targets),
     ]
     return [refusal(attempt) for attempt in attempts]
 

@@ -69,6 +69,7 @@ def test_ranks_that_disagree_all_raise(ranks):
         "ValueError: in sequence_group, rank 1: ValueError: targets must lie in [0, 37)",
         "ValueError: in sequence_group, rank 1: TypeError: targets must be an integer tensor",
         "ValueError: the ranks of sequence_group disagree on loss",
+        "ValueError: in sequence_group, rank 1: ValueError: targets must be on the device of logit",
     ]
     for rank in ranks:
         assert len(rank["messages"]) == len(expected)
