@@ -309,6 +309,8 @@ def test_command_prints_another_head(capsys):
         (["--hidden", "64", "--vocab", "10", "--scored", "4096"], "scored must be <= positions"),
         (["--hidden", "64", "--vocab", "10", "--prompts", "1", "--n", "1"], "no layout"),
         (["--rounds", "3"], "--rounds wants --measure"),
+        (["--measure", "--hidden", "64", "--vocab", "10"], "--measure takes no head"),
+        (["--measure", "--n", "8"], "--measure takes no head"),
         (["--measure", "--rounds", "1"], "rounds must be at least 2, got 1"),
         (["--page", "nowhere.md"], "nowhere.md"),
     ],

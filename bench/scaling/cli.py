@@ -14,12 +14,15 @@ def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if a run was not clean or a rank failed, 2 for a wrong call."""
     args = _parser().parse_args(argv)
     try:
+        batch = any(getattr(args, name) is not None for name in vars(Batch()))
         if args.measure:
+            if args.gpus or batch or args.hidden is not None or args.vocab is not None:
+                raise ValueError("--measure takes no head, --gpus or batch: those are predicted")
             return _measure(args)
         if args.rounds is not None:
             raise ValueError("--rounds wants --measure")
         if args.hidden is None and args.vocab is None:
-            if args.gpus or any(getattr(args, name) is not None for name in vars(Batch())):
+            if args.gpus or batch:
                 raise ValueError("--gpus and the batch want --hidden and --vocab")
             print(page.update(args.page, args.out))
             print(f"\nwrote {args.page}")
