@@ -45,7 +45,9 @@ FIELDS = ("token_logps", "scores", "logps", "lengths", "rank_losses", "sft_loss"
 _KERNEL_OPTIONS = ("logits_dtype", "grad_filter", "backend", "budget")
 _OPTIONS = {f.name for f in dataclasses.fields(PROOptions)} | set(_KERNEL_OPTIONS)
 # No keywords of a call: models take any, and would leave these unread.
-_NOT_OF_A_CALL = _OPTIONS | {"process_group", "sequence_group"}
+_NOT_OF_A_CALL = _OPTIONS | {
+    *("process_group", "sequence_group", "softcap", "logit_scale", "shift", "bias")
+}  # fmt: skip
 _STATE = "_pro_kernels"
 # What ``attach(loss=...)`` takes.
 LOSSES = ("auto", "ranking", "cross_entropy")

@@ -120,7 +120,10 @@ def test_the_same_file_gives_the_same_report(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == first
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 1), (MemoryError, None)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt, 1), pytest.param(MemoryError, None, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch, error, code):
     real, count = CaseRun.rows, []
 
@@ -161,6 +164,7 @@ def test_a_run_out_of_time_says_so_and_is_resumed(tmp_path):
     assert all(r["seconds"] > 0 for r in rows_of(tmp_path / "results.json"))
 
 
+@pytest.mark.slow
 def test_a_run_of_another_kind_is_not_resumed(tmp_path, capsys):
     arguments = ["--preset", "tiny", "--case", "tiny fp32", "--no-memory", "--out", str(tmp_path)]
     assert main(arguments) == 0
@@ -212,6 +216,7 @@ def test_a_process_that_hangs_on_a_gpu_is_ended(tmp_path, monkeypatch):
     assert cli._watched(sleep, tmp_path / "results.json", on_gpu=True) == -9
 
 
+@pytest.mark.slow
 def test_a_lost_device_ends_the_process_with_its_own_code(tmp_path, monkeypatch, capsys):
     def lost(self, providers):
         raise case_run.DeviceLost("cuda: an illegal access")
@@ -270,6 +275,7 @@ def test_a_case_too_large_for_a_provider_is_refused_with_its_size():
     assert table["ours-torch"].refusal_of_size(huge) is None
 
 
+@pytest.mark.slow
 def test_a_case_whose_inputs_do_not_fit_says_how_much_they_need(tmp_path, monkeypatch):
     huge = Case("huge", 10**5, 10**7, 1, 2, 8, 0.0, only=("floor", "ours"))
     monkeypatch.setattr(runner, "cases_of", lambda *_: [huge, CASE])

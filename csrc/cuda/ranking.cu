@@ -3,11 +3,10 @@
 // 4 N bytes read and 4 N written, and 8 S ids of `order` read once more. The first blocks take
 // kRange sequences each: they mark the ones that `order` names, and write sums and zero weights of
 // the others. Where all are ranked in their own order, the ids at the same places name them all;
-// only where they do not is the rest of `order` searched. Then one block a prompt: small ones, as
-// a prompt is a chain of dependent loads, and what hides it is other prompts. Inside a prompt, `lanes`
-// neighbouring threads share a sequence, a term k or a candidate j; k and n - 1 - k go to the same
-// threads, as the pairs (k, i > k) are a triangle. Nothing is handed between blocks, nothing is
-// added atomically.
+// only where they do not is the rest of `order` searched. Then one block a prompt. Inside a prompt,
+// `lanes` neighbouring threads share a sequence, a term k or a candidate j; k and n - 1 - k go to
+// the same threads, as the pairs (k, i > k) are a triangle. Nothing is handed between blocks,
+// nothing is added atomically.
 #include "../include/pk_ranking.h"
 #include "../include/pk_rows.h"
 #include "launch.h"
@@ -17,8 +16,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kMaxCandidates = 1024;
-constexpr int kRange = 4096;   // sequences of a marking block, one byte of shared memory each
-constexpr int kLoads = 8;      // loads in flight
+constexpr int kRange = 4096;  // sequences of a marking block, one byte of shared memory each
+constexpr int kLoads = 8;     // loads in flight
 
 struct Batch {
   const float* logps;
