@@ -11,7 +11,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).resolve().parent.parent
-_RESULTS = ("bench/results/cpu", "bench/results/scaling")
+_RESULTS = ("bench/results/cpu", "bench/results/gpu", "bench/results/scaling")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
