@@ -24,7 +24,8 @@ from pro_kernels.planner import Plan
 ROOT = Path(pk.__file__).parent
 MODULES = (
     *("head", "column_filter", "ops", "autograd", "matmul", "calls", "pro", "functional"),
-    *("planner", "options", "checks", "token_stats", "attach", "probe", "lm_head"),
+    *("planner", "options", "checks", "token_stats", "attach", "attached", "probe"),
+    *("lm_head", "shards"),
 )
 HOT = [ROOT / f"{name}.py" for name in MODULES]
 HOT += sorted(set((ROOT / "backends").rglob("*.py")) - {ROOT / "backends/triton/aot.py"})
@@ -43,12 +44,15 @@ ALLOWED = {
     "checks.check_gaps": "called for CPU tensors only",
     "pro._check_official": "only of CPU tensors",
     "pro._sort_by_rewards": "called for CPU tensors only",
-    "attach._check_labels": "of CPU tensors, and once a model of a GPU's",
+    "attached._check_labels": "of CPU tensors, and once a model of a GPU's",
     "attach._check_loss": "when a model is attached",
     "probe._compare": "when a model is attached",
     "probe.example_inputs": "when a model is attached",
     "planner._meminfo": "text of /proc/meminfo, once a process",
     "calls._checksum": "only of CPU tensors, and only with a process_group",
+    "shards.agree": "once a call of several ranks, as its docstring says",
+    "shards.described": "values of CPU tensors only",
+    "shards._ranks_of": "a mesh is on the CPU",
     "column_filter.select": "once a chunk, only with grad_filter: how many columns stay is data",
     "head.Kept.count": "counts are on the CPU; grad_filter waits when it chooses the columns",
 }
