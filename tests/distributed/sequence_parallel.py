@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TRITON_INTERPRET"] = "1"
+import one_rank
 import torch
 import torch.distributed as dist
 from counting import collectives
@@ -436,27 +435,23 @@ def refusals(group) -> list[str]:
     return [refusal(attempt) for attempt in attempts]
 
 
-def main(output: str) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
+def find(_: Path) -> dict:
     group = dist.group.WORLD
     watch_plans()
-    result = {"messages": refusals(group), "compared": compare_all(group)}
-    result["backends"] = compare_backends(group)
+    found = {"messages": refusals(group), "compared": compare_all(group)}
+    found["backends"] = compare_backends(group)
     compare_from_logits(group)
     compare_with_a_filter(group)
     compare_training(group)
     compare_shared_rows(group)
     compare_recipe(group)
     check_repeats(group)
-    result["traffic"] = traffic(group)
+    found["traffic"] = traffic(group)
     if dist.get_world_size() == 4:
-        result["mesh"] = compare_in_a_mesh()
-    result["plans"] = sorted(plans)
-    Path(output, f"{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.barrier()
-    os._exit(0)  # as in tensor_parallel.py
+        found["mesh"] = compare_in_a_mesh()
+    found["plans"] = sorted(plans)
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    one_rank.run(find)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torchrun import launched
 
 import pro_kernels as pk
 
@@ -18,12 +17,6 @@ from cases import usable_backends
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 SCRIPT = Path(__file__).with_name("sequence_parallel.py")
-
-
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
-def ranks(request, tmp_path_factory) -> list[dict]:
-    """What each rank found; a rank that fails a comparison fails the launch."""
-    return launched(SCRIPT, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def test_outputs_and_gradients_are_those_of_one_rank(ranks):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import os
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
+import one_rank
 import torch
 import torch.distributed as dist
 import transformers
@@ -164,21 +161,17 @@ def compare_loaded(folder: Path) -> dict:
     return found
 
 
-def main(output: str) -> None:
-    logging.disable(logging.WARNING)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
+def find(folder: Path) -> dict:
     found = {
         "attached": compare_attached(),
         "functional": compare_functional(),
         "adapters": compare_adapters(),
-        "loaded": compare_loaded(Path(output)),
+        "loaded": compare_loaded(folder),
     }
     compare_steps()
-    Path(output, f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # as in ``data_parallel``
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    logging.disable(logging.WARNING)
+    one_rank.run(find, deepspeed.init_distributed)
