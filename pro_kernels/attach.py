@@ -116,7 +116,7 @@ def attach(
             state.transform, tolerance = probe(lm, original_forward(lm, state), inputs)
             lm.forward = MethodType(fused_forward(class_forward(lm)), lm)
             _check_loss(lm, state, inputs, tolerance)
-        state.watched = watched(lm)
+        state.watched, state.tried = watched(lm), True
         lm.register_forward_pre_hook(before_call, with_kwargs=True)
         lm.register_forward_hook(after_call)
         if loss == "ranking":

@@ -59,6 +59,7 @@ class Attached:
     divides_by_items: bool = True  # the model's own loss knows num_items_in_batch
     loss_function: Any = None  # the model's own
     watched: list[tuple[Any, str, Any]] = field(default_factory=list)  # config, name, value
+    tried: bool = False  # ``attach`` is over, which ran a head that was still whole
     labels_checked: bool = False
     running: bool = False
     pending: bool = False  # a call of the ranking loss has not reached ``_forward``
@@ -323,8 +324,19 @@ def _output_class(base: type) -> type:
 
 
 def _splits(state: Attached, head: HeadInputs) -> Any:
-    """Over which ranks the head is split: while it is attached it is still whole."""
-    return state.process_group if is_dtensor(head.weight) else None
+    """Over which ranks the head is split.
+
+    Raises:
+        ValueError: the model was attached with a process group and its head is whole.
+    """
+    if is_dtensor(head.weight):
+        return state.process_group
+    if state.tried and state.process_group is not None:
+        raise ValueError(
+            "the model is attached with a process_group, and its head is no DTensor: split it with "
+            "parallelize_module(model, mesh, {'lm_head': ColwiseParallel()}), or attach without"
+        )
+    return None
 
 
 def cross_entropy(
