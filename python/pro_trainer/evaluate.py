@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from pro_trainer import faults
 from pro_trainer.answers import generate_answers
 from pro_trainer.config import ListOptions, LossOptions, PROConfig, option
 from pro_trainer.data import read_lists
@@ -98,7 +99,13 @@ def evaluate_files(arguments: EvalArguments, config: PROConfig) -> dict[str, Any
 
     Raises:
         ValueError: options, data, models or output folder that cannot be used, before any work.
+        TrainingError: another rank failed.
     """
+    with faults.shared(config.ddp_timeout):
+        return _evaluate(arguments, config)
+
+
+def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
     output = Path(config.output_dir)
     _check_folder(output)
     _check_reference(arguments, config)

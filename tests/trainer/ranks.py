@@ -1,4 +1,4 @@
-"""``pro-kernels train`` on several ranks without torchrun: forked, so that imports cost once."""
+"""``pro-kernels train`` and ``eval`` on several ranks: forked, so that imports cost once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ class Run:
 
 
 def launch(
-    world: int, folder: Path, *argvs: Sequence[str], fault: tuple[int, str] | None = None
+    world: int,
+    folder: Path,
+    *argvs: Sequence[str],
+    fault: tuple[int, str] | None = None,
+    command: str = "train",
 ) -> Run:
     """Run the command on ``world`` ranks, rank i with argvs[i] (or the one given); ``fault`` is
     (rank, kind)."""
@@ -52,7 +56,7 @@ def launch(
     for rank in range(world):
         argv = list(argvs[rank % len(argvs)])
         log = str(folder / f"rank{rank}.log")
-        process = context.Process(target=_run, args=(rank, world, port, argv, log, fault))
+        process = context.Process(target=_run, args=(command, rank, world, port, argv, log, fault))
         process.start()
         processes.append(process)
     for process in processes:
@@ -64,7 +68,9 @@ def launch(
     return Run([p.exitcode for p in processes], printed)
 
 
-def _run(rank: int, world: int, port: int, argv: list[str], log: str, fault: tuple | None) -> None:
+def _run(
+    command: str, rank: int, world: int, port: int, argv: list[str], log: str, fault: tuple | None
+) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -79,7 +85,7 @@ def _run(rank: int, world: int, port: int, argv: list[str], log: str, fault: tup
             trainer.batch_loss = _not_finite(trainer.batch_loss)
         else:
             PROTrainer.compute_loss = _failing(PROTrainer.compute_loss, fault[1])
-    sys.exit(cli.train(argv))
+    sys.exit(getattr(cli, command)(argv))
 
 
 def _failing(compute_loss, kind: str):

@@ -195,6 +195,28 @@ def test_an_error_of_one_rank_before_the_first_step_ends_all(work):
     assert "missing.jsonl" in run.printed[0] and "error: rank 1: " in run.printed[1]
 
 
+def test_eval_is_that_of_one_process_and_a_fault_ends_all(whole, work):
+    def options(output: str, data: str) -> list[str]:
+        given = {"model": work / "whole1", "data": work / data, "output_dir": work / output}
+        given |= {"per_device_eval_batch_size": 2, "ddp_timeout": TIMEOUT, "use_cpu": True}
+        return [str(x) for k, v in given.items() for x in (f"--{k}", v)]
+
+    found = {}
+    for world in (1, 2):
+        output = f"eval{world}"
+        run = launch(
+            world, work / f"{output} logs", options(output, "eval.jsonl"), command="evaluate"
+        )
+        assert run.codes == [0] * world, "\n".join(run.printed)
+        found[world] = json.loads((work / output / "eval.json").read_text())["metrics"]
+    assert found[2] == pytest.approx(found[1], rel=1e-5)
+
+    wrong = options("eval wrong", "eval.jsonl"), options("eval wrong", "missing.jsonl")
+    run = launch(2, work / "eval wrong logs", *wrong, command="evaluate")
+    assert run.codes == [1, 2]
+    assert "rank 1 failed with DataError" in run.printed[0]
+
+
 @pytest.mark.parametrize(("lists", "drop_last"), [(11, False), (16, False), (3, False), (11, True)])
 def test_batches_are_dealt_out_once(lists, drop_last):
     batches = BatchSampler(range(lists), 2, drop_last)
