@@ -50,6 +50,7 @@ test: $(VENV)/.installed
 
 zero: $(VENV)/.zero
 	$(BIN)/python -m pytest tests/distributed/test_zero.py
+	$(BIN)/python -m pytest -m slow tests/trainer/test_launch.py -k "deepspeed or zero3"
 
 study: $(VENV)/.installed
 	$(BIN)/python -m pro_trainer.study --out docs $(STUDY_ARGS)

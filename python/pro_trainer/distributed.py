@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 if TYPE_CHECKING:
     import datasets
+    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
     from pro_trainer.config import PROConfig
@@ -39,6 +40,22 @@ def set_timeout(seconds: float) -> None:
     """
     if several():
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def check_zero3_saves(accelerator: Accelerator) -> None:
+    """Raise ValueError for a ZeRO-3 configuration under which no weights would be saved.
+
+    DeepSpeed then leaves shards for a script of its own, and transformers only warns.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    name = "stage3_gather_16bit_weights_on_model_save"
+    if plugin is None or not plugin.hf_ds_config.is_zero3():
+        return
+    if not plugin.hf_ds_config.get_value(f"zero_optimization.{name}", False):
+        raise ValueError(
+            f"zero_optimization.{name} must be true in DeepSpeed's configuration for ZeRO-3, or no "
+            "model would be saved, got false or nothing"
+        )
 
 
 def facts(

@@ -32,7 +32,7 @@ from pro_trainer.batches import dealt
 from pro_trainer.callbacks import CurvesCallback, LogLineCallback, SamplesCallback
 from pro_trainer.collate import Preferences
 from pro_trainer.config import PROConfig
-from pro_trainer.distributed import call_through, check_agreement, facts
+from pro_trainer.distributed import call_through, check_agreement, check_zero3_saves, facts
 from pro_trainer.errors import TrainingError
 from pro_trainer.inputs import check_lengths, first_list, make_collator, tokenized
 from pro_trainer.model import (
@@ -182,6 +182,7 @@ class PROTrainer(Trainer):
         run = checkpoints.run_identity(self.args, causal_lm(self.model), self.train_dataset)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("the model has no trainable parameter (a frozen model or adapter?)")
+        check_zero3_saves(self.accelerator)
         resumed = checkpoints.prepare_output(
             Path(self.args.output_dir), resume_from_checkpoint, run, self.args
         )

@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
+from ranks import launch
+from safetensors.torch import load_file
 from test_ranks import argv
 from trainer_runs import records
 
@@ -100,9 +103,77 @@ def test_one_node(launcher, flags, tmp_path):
     assert rate == pytest.approx(1e-3)  # the flag wins over the file
 
 
+def sharded(kind: str, options: list[str], folder: Path) -> None:
+    """``accelerate launch`` with the file of this kind, for two processes of a CPU."""
+    done = launched(kind, options, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launched(kind: str, options: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    name, _, zero = kind.partition(" ")
+    config = yaml.safe_load((LAUNCH / f"accelerate_{name}.yaml").read_text())
+    config |= {"num_processes": 2, "use_cpu": True}
+    if zero:
+        file = LAUNCH / f"deepspeed_{zero}.json"
+        config["deepspeed_config"]["deepspeed_config_file"] = str(file if file.exists() else zero)
+    else:
+        config["mixed_precision"] = "no"
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    shim = Path(__file__).with_name("fsdp_on_cpu.py")
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port",
+         str(free_port()), "--config_file", str(folder / "accelerate.yaml"),
+         *([str(shim)] if name == "fsdp2" else ["-m", "pro_kernels"]), "train", *options],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp2", "deepspeed zero2", "deepspeed zero3"])
+def test_sharded_runs_are_those_of_ddp_and_resume_bitwise(kind, tmp_path):
+    if kind != "fsdp2":
+        pytest.importorskip("deepspeed")  # make zero
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records(8)))
+
+    def options(output: str, **more: object) -> list[str]:
+        found = argv(tmp_path, tmp_path / output, 2, max_steps=4, eval_data="", eval_fraction=0,
+                     ddp_timeout=60, **more)  # fmt: skip
+        return [x for x in found if x not in ("--eval_data", "")]
+
+    run = launch(2, tmp_path / "ddp logs", options("ddp"))
+    assert run.codes == [0, 0], "\n".join(run.printed)
+    sharded(kind, options("whole"), tmp_path)
+    whole, plain = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "ddp"))
+    assert whole.keys() == plain.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, plain[name], rtol=0, atol=2e-5, msg=name)
+    state = {"fsdp2": "pytorch_model_fsdp.bin"}.get(kind, "global_step2")
+    assert (tmp_path / "whole" / "checkpoint-2" / state).exists()  # it was sharded
+
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    sharded(kind, options("again", resume_from_checkpoint="last"), tmp_path)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.slow
+def test_zero3_that_would_save_no_model_is_refused(tmp_path):
+    pytest.importorskip("deepspeed")  # make zero
+    config = json.loads((LAUNCH / "deepspeed_zero3.json").read_text())
+    del config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records(8)))
+    options = argv(tmp_path, tmp_path / "out", 2, max_steps=1, eval_data="", eval_fraction=0)
+    options = [x for x in options if x not in ("--eval_data", "")]
+    done = launched(f"deepspeed {tmp_path / 'zero3.json'}", options, tmp_path)
+    assert done.returncode and "stage3_gather_16bit_weights_on_model_save must be" in done.stderr
+    output = tmp_path / "out"
+    assert not output.exists() or not any(output.iterdir())
+
+
 @pytest.mark.parametrize("name", ["accelerate_ddp", "accelerate_fsdp2", "accelerate_deepspeed"])
 def test_accelerate_takes_its_files(name, monkeypatch):
-    """Unknown keys are errors there, and the plugin takes the values; FSDP runs on no CPU there."""
+    """Unknown keys are errors there, and the plugin takes the values."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.utils import DistributedType
@@ -125,6 +196,11 @@ def test_the_deepspeed_file_says_what_its_config_says():
     assert config["zero_optimization"]["stage"] == 2
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         assert config[name] == "auto"  # transformers fills in the run's own
+    other = json.loads((LAUNCH / "deepspeed_zero3.json").read_text())
+    saving = other["zero_optimization"].pop("stage3_gather_16bit_weights_on_model_save")
+    assert saving is True and other["zero_optimization"].pop("stage") == 3
+    del config["zero_optimization"]["stage"]
+    assert other == config
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "torchrun_nodes.sh", "slurm.sbatch"])
