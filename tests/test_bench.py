@@ -19,6 +19,7 @@ import pro_kernels as pk
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed
 from bench import (  # noqa: E402
     case_run,
+    ceilings,
     cli,
     compare,
     losses,
@@ -44,6 +45,12 @@ CPU = torch.device("cpu")
 PEERS = ("trl", "liger", "liger-ce", "cce", "quack", "quack-mean", "verl")
 CASE = Case("case", 16, 101, 2, 3, 8, 0.5, repeats=2)
 SETTINGS = {"preset": "tiny", "cases": [], "providers": [], "repeats": None}
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    """The ceilings of a real run take ten seconds of every command."""
+    monkeypatch.setitem(ceilings.SIZES, "cpu", ceilings.Sizes(1 << 20, (64, 64, 512)))
 
 
 @pytest.fixture
@@ -120,10 +127,7 @@ def test_the_same_file_gives_the_same_report(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == first
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(KeyboardInterrupt, 1), pytest.param(MemoryError, None, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 1), (MemoryError, None)])
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch, error, code):
     real, count = CaseRun.rows, []
 
@@ -164,7 +168,6 @@ def test_a_run_out_of_time_says_so_and_is_resumed(tmp_path):
     assert all(r["seconds"] > 0 for r in rows_of(tmp_path / "results.json"))
 
 
-@pytest.mark.slow
 def test_a_run_of_another_kind_is_not_resumed(tmp_path, capsys):
     arguments = ["--preset", "tiny", "--case", "tiny fp32", "--no-memory", "--out", str(tmp_path)]
     assert main(arguments) == 0
@@ -216,7 +219,6 @@ def test_a_process_that_hangs_on_a_gpu_is_ended(tmp_path, monkeypatch):
     assert cli._watched(sleep, tmp_path / "results.json", on_gpu=True) == -9
 
 
-@pytest.mark.slow
 def test_a_lost_device_ends_the_process_with_its_own_code(tmp_path, monkeypatch, capsys):
     def lost(self, providers):
         raise case_run.DeviceLost("cuda: an illegal access")
@@ -275,7 +277,6 @@ def test_a_case_too_large_for_a_provider_is_refused_with_its_size():
     assert table["ours-torch"].refusal_of_size(huge) is None
 
 
-@pytest.mark.slow
 def test_a_case_whose_inputs_do_not_fit_says_how_much_they_need(tmp_path, monkeypatch):
     huge = Case("huge", 10**5, 10**7, 1, 2, 8, 0.0, only=("floor", "ours"))
     monkeypatch.setattr(runner, "cases_of", lambda *_: [huge, CASE])
