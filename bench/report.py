@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import tables
+from bench.gpu import tables as gpu_tables
 from bench.record import load
 from bench.targets import outcomes
 from bench.training import tables as training_tables
@@ -21,13 +22,20 @@ def write_report(results: Path, pages: Sequence[Path] = ()) -> list[Path]:
     """Write ``report.md`` and PNGs beside a results file, and its blocks in these pages.
 
     Without matplotlib the report has no plots and says so. What a page gets is decided by the marks
-    it has: "bench" (targets and main table), "training", "measured" (ceilings and plots), "gpu".
+    it has: "bench" (targets and main table), "training", "measured" (ceilings and plots), "gpu". Of
+    ``gpu.json``, ``gpu.md`` is written, and the block "gpu-measured".
 
     Raises:
         ValueError: a page without a mark of this benchmark.
     """
     data = load(results)
     folder = results.parent
+    if data.get("benchmark") == "gpu":
+        report = folder / "gpu.md"
+        report.write_text(gpu_tables.report(data))
+        for page in pages:
+            tables.update_block(page, gpu_tables.summary(data), gpu_tables.BLOCK)
+        return [report]
     training = data.get("benchmark") == "training"
     images = _draw(data, folder, training)
     text = (training_tables if training else tables).full_report(data, images or [])
@@ -66,7 +74,7 @@ def _gpu_block() -> str:
     if not GPU_RESULTS.exists():
         return tables.outcome_table(outcomes([], on_gpu=True))
     data = load(GPU_RESULTS)
-    return f"{tables.header(data)}\n\n{tables.targets_table(data)}"
+    return tables.summary(data, None)
 
 
 def _draw(data: dict, folder: Path, training: bool) -> list[str] | None:

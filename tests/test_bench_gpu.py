@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not 
 from bench.cli import main  # noqa: E402
 from bench.gpu import jobs, measure, parts, tables, worker  # noqa: E402
 from bench.gpu.jobs import Job  # noqa: E402
+from bench.record import SCHEMA  # noqa: E402
 from bench.step import Step  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -24,8 +25,7 @@ TINY = measure.Sizes(
     accuracy=(2, 2, 8, 32, 101),
     masked=0.5,
     rows=(8, 211),
-    ranking=(4, 5),
-    ranking_tokens=(1, 3),
+    ranking=((4, 5, 1), (4, 64, 3)),
     score=((8, 16, 64),),
     copy_bytes=1 << 12,
     rounds=2,
@@ -96,6 +96,26 @@ def test_report_sets_targets_and_predictions_beside_the_times(measured):
     }  # fmt: skip
 
 
+def test_pages_are_made_again_from_a_results_file(measured, tmp_path, capsys):
+    page, path = tmp_path / "page.md", tmp_path / "gpu.json"
+    page.write_text("before\n<!-- gpu-measured:begin -->\nold\n<!-- gpu-measured:end -->\nafter\n")
+    data = {**measured, "benchmark": "gpu", "schema": SCHEMA}
+    path.write_text(json.dumps(data))
+    assert main(["--report", str(path), "--update", str(page)]) == 0
+    assert (tmp_path / "gpu.md").read_text() == tables.report(data)
+    text = page.read_text()
+    assert "old" not in text and text.startswith("before") and text.endswith("after\n")
+    ours = [r for p in measured["parts"] for r in p["rows"] if r.get("name") == "ours"]
+    kinds = {r["case"] for r in ours if r["part"] in ("linear", "logits", "ranking", "small")}
+    assert all(f"| {case} |" in text for case in kinds)
+
+
+def test_ranking_rows_of_the_tuning_have_a_prediction_too():
+    card = tables.CARDS["H200"]
+    row = {"part": "tuning", "name": "ours", "shape": {"B": 4, "n": 5, "tokens": 3}}
+    assert tables.predicted(row, card) == tables.predicted({**row, "part": "ranking"}, card) > 0
+
+
 def test_report_of_a_run_without_floors_makes_no_predictions(measured):
     partial = {**measured, "parts": [p for p in measured["parts"] if p["part"] != "floors"]}
     assert tables.measured_card(partial) is None
@@ -116,7 +136,7 @@ def test_a_fused_score_and_tuning_run_where_the_backend_has_them(monkeypatch):
 
 def test_tuning_puts_the_chosen_configurations_back(monkeypatch):
     configs = pytest.importorskip("pro_kernels.backends.triton.configs")
-    chosen, used = configs.row_config, []
+    chosen, used = (configs.row_config, configs.ranking_config), []
 
     def kernels(s, extra):  # noqa: ANN001, ANN202
         used.append(configs.row_config("logp", None, 5))
@@ -124,11 +144,20 @@ def test_tuning_puts_the_chosen_configurations_back(monkeypatch):
             raise RuntimeError("too many registers")
         yield {"part": "tuning", "case": extra["config"]}
 
+    def lists(s, sizes, extra):  # noqa: ANN001, ANN202
+        config = configs.ranking_config(sizes[1])
+        assert config.block_n == chosen[1](sizes[1]).block_n
+        yield {"part": "tuning", "case": extra["config"], "ranking": True}
+
     monkeypatch.setattr(parts, "_row_kernels", kernels)
+    monkeypatch.setattr(parts, "_ranking_kernel", lists)
     monkeypatch.setattr(measure.Setting, "module", lambda self: None)
     rows = list(parts.tuning(measure.Setting(CPU, "triton", TINY)))
-    assert configs.row_config is chosen
-    assert len(rows) == len(set(used)) == 12 and rows[1]["note"] == "too many registers"
+    assert (configs.row_config, configs.ranking_config) == chosen
+    assert len(set(used)) == 12 and rows[1]["note"] == "too many registers"
+    assert [r.get("ranking", False) for r in rows] == 12 * [False] + len(parts.RANKING_CONFIGS) * [
+        True
+    ]
 
 
 def test_medians_are_of_interleaved_rounds():

@@ -30,8 +30,7 @@ class Sizes:
     accuracy: tuple[int, int, int, int, int]
     masked: float
     rows: tuple[int, int]  # N, V of the row kernels alone
-    ranking: tuple[int, int]  # B, n
-    ranking_tokens: tuple[int, ...]
+    ranking: tuple[tuple[int, int, int], ...]  # B, n, tokens of a candidate
     score: tuple[tuple[int, int, int], ...]  # N, H, V
     copy_bytes: int
     rounds: int
@@ -44,8 +43,10 @@ CARD = Sizes(
     accuracy=(4, 4, 32, 1024, 128256),
     masked=0.6,
     rows=(4096, 128256),
-    ranking=(4096, 64),
-    ranking_tokens=(1, 16, 64),
+    ranking=(
+        *((4096, 64, tokens) for tokens in (1, 16, 64)),
+        *((4096, 8, 64), (256, 8, 256), (32, 4, 512), (4096, 2, 64)),
+    ),
     score=tuple((N, H, V) for V in (32000, 128256) for H in (1024, 4096) for N in (512, 4096)),
     copy_bytes=2 << 30,
     rounds=11,

@@ -112,31 +112,9 @@ def rows(s: Setting) -> Iterator[dict]:
 
 def ranking(s: Setting) -> Iterator[dict]:
     """The ranking kernel alone, warm: some calls in one graph, so that no host is waited for."""
-    module, (B, n) = s.module(), s.sizes.ranking
-    reason = backends.refusal(s.backend, s.device, torch.bfloat16, n)
-    if reason is not None:
-        raise Refused(reason)
-    sequences = torch.arange(B * n, device=s.device)
-    rewards = torch.rand(B, n, device=s.device).sort(1, descending=True).values
-    for tokens in s.sizes.ranking_tokens:
-        arguments = (
-            -torch.rand(B * n * tokens, device=s.device),
-            torch.arange(B * n + 1, device=s.device) * tokens,
-            torch.full((B * n,), tokens, device=s.device),
-            sequences.view(B, n),
-            rewards,
-            torch.zeros(B, dtype=torch.int64, device=s.device),
-            torch.full((B,), 1 / B, device=s.device),
-        )
-
-        def run(arguments=arguments) -> None:  # noqa: ANN001
-            for _ in range(s.sizes.inner):
-                module.ranking(*arguments, options=RankingOptions())
-
-        shape = {"B": B, "n": n, "tokens": tokens}
-        case = f"n={n}, {B} prompts, {tokens} tokens a candidate"
-        steps = {"ours": Step(captured(s, run))}
-        yield from measure(s, "ranking", case, steps, inner=s.sizes.inner, shape=shape)
+    s.module()
+    for sizes in s.sizes.ranking:
+        yield from _ranking_kernel(s, sizes, {})
 
 
 def small(s: Setting) -> Iterator[dict]:
@@ -179,26 +157,47 @@ def accuracy(s: Setting) -> Iterator[dict]:
             }
 
 
+# Of the ranking kernel: (block_n, block_k, warps, block_t).
+RANKING_CONFIGS = (
+    *((16, 16, 1, 16), (16, 16, 2, 16), (16, 16, 2, 32), (16, 16, 4, 32), (16, 16, 4, 64)),
+    *((16, 8, 1, 16), (16, 8, 1, 32), (16, 8, 2, 64), (16, 4, 1, 16)),
+    *((64, 4, 4, 8), (64, 8, 2, 8), (64, 8, 4, 8), (64, 8, 4, 16), (64, 16, 4, 8)),
+    *((64, 16, 4, 32), (64, 16, 8, 16), (64, 16, 8, 32), (64, 32, 8, 16)),
+)
+
+
 def tuning(s: Setting) -> Iterator[dict]:
-    """Triton's row kernels under every configuration worth trying, against a copy."""
+    """Triton's row and ranking kernels under every configuration worth trying."""
     if s.backend != "triton":
         raise Refused("only Triton's configurations are data")
     s.module()
     from pro_kernels.backends.triton import configs
 
-    chosen = configs.row_config
+    rows, lists = configs.row_config, configs.ranking_config
     try:
         for warps in (4, 8, 16, 32):
             for vectors in (1, 2, 4):
-                candidate = configs.RowConfig(None, warps, vectors)
-                configs.row_config = lambda *_, c=candidate, **__: c
+                row = configs.RowConfig(None, warps, vectors)
+                configs.row_config = lambda *_, c=row, **__: c
                 name = {"config": f"warps={warps} vectors={vectors}"}
-                try:
-                    yield from _row_kernels(s, name)
-                except Exception as error:  # one that needs too many registers, say
-                    yield {"part": "tuning", "case": name["config"], "note": str(error)[:200]}
+                yield from _tried(name, lambda name=name: _row_kernels(s, name))
+        for sizes in s.sizes.ranking:
+            for config in RANKING_CONFIGS:
+                if config[0] == lists(sizes[1]).block_n:
+                    configs.ranking_config = lambda _, c=config: configs.RankingConfig(*c)
+                    name = {"config": f"{_ranking_case(*sizes)}: {config}"}
+                    yield from _tried(
+                        name, lambda name=name, sizes=sizes: _ranking_kernel(s, sizes, name)
+                    )
     finally:
-        configs.row_config = chosen
+        configs.row_config, configs.ranking_config = rows, lists
+
+
+def _tried(name: dict, kernels: Callable[[], Iterator[dict]]) -> Iterator[dict]:
+    try:
+        yield from kernels()
+    except Exception as error:  # a configuration that needs too many registers, say
+        yield {"part": "tuning", "case": name["config"], "note": str(error)[:200]}
 
 
 BACKEND_PARTS: dict[str, Callable[[Setting], Iterator[dict]]] = {
@@ -237,6 +236,38 @@ def _row_kernels(s: Setting, extra: dict) -> Iterator[dict]:
     case = extra.get("config", f"N={N} V={V}")
     part = "tuning" if extra else "rows"
     yield from measure(s, part, case, steps, bytes=moved, shape={"N": N, "V": V}, **extra)
+
+
+def _ranking_kernel(s: Setting, sizes: tuple[int, int, int], extra: dict) -> Iterator[dict]:
+    module, (B, n, tokens) = s.module(), sizes
+    reason = backends.refusal(s.backend, s.device, torch.bfloat16, n)
+    if reason is not None:
+        raise Refused(reason)
+    arguments = (
+        -torch.rand(B * n * tokens, device=s.device),
+        torch.arange(B * n + 1, device=s.device) * tokens,
+        torch.full((B * n,), tokens, device=s.device),
+        torch.arange(B * n, device=s.device).view(B, n),
+        torch.rand(B, n, device=s.device).sort(1, descending=True).values,
+        torch.zeros(B, dtype=torch.int64, device=s.device),
+        torch.full((B,), 1 / B, device=s.device),
+    )
+
+    def run() -> None:
+        for _ in range(s.sizes.inner):
+            module.ranking(*arguments, options=RankingOptions())
+
+    graph = captured(s, run)  # it reads the arguments, which live as long as this frame
+    part = "tuning" if extra else "ranking"
+    case = extra.get("config", _ranking_case(*sizes))
+    shape = {"B": B, "n": n, "tokens": tokens}
+    yield from measure(
+        s, part, case, {"ours": Step(graph)}, inner=s.sizes.inner, shape=shape, **extra
+    )
+
+
+def _ranking_case(B: int, n: int, tokens: int) -> str:
+    return f"n={n}, {B} prompts, {tokens} tokens a candidate"
 
 
 def _results(function, x, w, targets, rewards) -> list[Tensor]:  # noqa: ANN001

@@ -9,6 +9,7 @@ from bench.model import costs
 from bench.model.cards import CARDS, Card
 from bench.tables import header, table
 
+BLOCK = "gpu-measured"
 _TITLES = {
     "floors": "Floors",
     "linear": "`linear_pro_loss`, forward + backward",
@@ -19,6 +20,8 @@ _TITLES = {
     "small": "Two prompts, by the wall clock",
     "tuning": "Triton's configurations",
 }
+# Parts of ``summary``, and what else of the part they are set beside.
+_BESIDE = {"linear": "floor", "logits": None, "ranking": None, "small": "plain"}
 
 
 def report(data: dict) -> str:
@@ -54,6 +57,30 @@ def report(data: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def summary(data: dict) -> str:
+    """What goes between the marks of docs/performance.md: each time beside its prediction."""
+    card, found = measured_card(data), {}
+    for row in (row for part in data["parts"] for row in part["rows"] if "seconds" in row):
+        kernel = row["part"] == "rows" and row["name"] != "copy"
+        if kernel or (row["part"] in _BESIDE and row["name"] == "ours"):
+            what = row["name"] if kernel else _TITLES[row["part"]]
+            found.setdefault((what, row["case"]), {})[row["backend"]] = row
+    lines = []
+    for (what, case), rows in found.items():
+        first = next(iter(rows.values()))
+        guess = None if card is None else predicted(first, card)
+        beside = _BESIDE.get(first["part"])
+        cells = [what, case, "" if guess is None else _ms(guess)]
+        for backend in ("cuda", "triton"):
+            row = rows.get(backend)
+            cells.append("" if row is None else _ms(row["seconds"]))
+            over = row and beside and row["over"][beside]
+            cells.append(f"{over:.2f} of {beside}" if over else "")
+        lines.append(cells)
+    head = ["", "case", "predicted, ms", "CUDA, ms", "", "Triton, ms", ""]
+    return f"{header({**data, 'settings': {'preset': 'gpu'}})}\n\n{table(head, lines)}"
+
+
 def measured_card(data: dict) -> Card | None:
     """The card of this run by its own floors; None where they are missing."""
     rows = [r for p in data["parts"] if p["part"] == "floors" for r in p["rows"]]
@@ -78,7 +105,7 @@ def predicted(row: dict, card: Card) -> float | None:
         return cost.matmul_seconds(card) if name == "floor" else cost.seconds(card)
     if row["part"] == "logits":
         return costs.logits_in(**shape).seconds(card)
-    if row["part"] == "ranking":
+    if "tokens" in shape:
         return costs.ranking_kernel(**shape).seconds(card)
     if row["part"] == "score":
         product = costs.matmul("", shape["N"], shape["V"], shape["H"]).seconds(card)
@@ -137,7 +164,7 @@ def _target(row: dict, copies: dict[str, float]) -> tuple[float | None, float, s
     if row["part"] == "logits":
         share = row["bytes_per_second"] / copies[row["backend"]]
         return share, 0.90, "logits in, share of the copy bandwidth"
-    if row["part"] == "ranking":
+    if row["part"] == "ranking" and row["shape"]["n"] == 64:
         return row["seconds"] * 1e6, 50, f"ranking, us, {row['case']}"
     if row["part"] == "small":
         return row["over"]["plain"], 1.0, "two prompts, times plain PyTorch"
