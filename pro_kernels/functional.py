@@ -196,6 +196,7 @@ def _token_call(
     """A token-level call, checked: its plan and its layout."""
 
     def check() -> Checked:
+        """This rank's arguments."""
         compute = checks.check_head(hidden, weight, bias)
         wide = checks.check_logits_dtype(logits_dtype, compute)
         check_grad_filter(grad_filter)
@@ -397,6 +398,7 @@ def linear_pro_loss(
     sequence_group = group_of("sequence_group", sequence_group)
 
     def check() -> Checked:
+        """This rank's arguments."""
         options = PROOptions(
             sft_weight=sft_weight,
             sft_reduction=sft_reduction,
@@ -516,6 +518,7 @@ def pro_loss(
     """
 
     def check() -> Checked:
+        """This rank's arguments."""
         options = PROOptions(
             sft_weight=sft_weight,
             sft_reduction=sft_reduction,
