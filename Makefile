@@ -1,7 +1,8 @@
 # Everything a fresh clone needs: `make demo` and `make test` set themselves up in .venv.
 #   make demo        train a tiny model on bundled lists, fused against reference; table and plot
 #   make test        all tests (slow ones: make test PYTEST_ARGS="-m slow")
-#   make zero        the tests that need DeepSpeed, which it installs (and a C++ compiler)
+#   make zero        the loss under DeepSpeed, which it installs (and needs a C++ compiler);
+#                    make zero-launch: its training recipes
 #   make study       SFT against PRO at n = 2, 3, 5 on a known reward; docs/study.md (20 minutes)
 #   make bench       benchmarks; PRESET=cpu-small|cpu|MODEL, PEERS=1 installs and times the peers
 #   make bench-gpu   everything that needs a GPU, offline, in eight minutes, with the Python that is
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test zero study bench bench-gpu docs lint env clean
+.PHONY: demo test zero zero-launch study bench bench-gpu docs lint env clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +51,8 @@ test: $(VENV)/.installed
 
 zero: $(VENV)/.zero
 	$(BIN)/python -m pytest tests/distributed/test_zero.py
+
+zero-launch: $(VENV)/.zero
 	$(BIN)/python -m pytest -m slow tests/trainer/test_launch.py -k "deepspeed or zero3"
 
 study: $(VENV)/.installed

@@ -132,7 +132,7 @@ def launched(kind: str, options: list[str], folder: Path) -> subprocess.Complete
 @pytest.mark.parametrize("kind", ["fsdp2", "deepspeed zero2", "deepspeed zero3"])
 def test_sharded_runs_are_those_of_ddp_and_resume_bitwise(kind, tmp_path):
     if kind != "fsdp2":
-        pytest.importorskip("deepspeed")  # make zero
+        pytest.importorskip("deepspeed")  # make zero-launch
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records(8)))
 
     def options(output: str, **more: object) -> list[str]:
@@ -158,7 +158,7 @@ def test_sharded_runs_are_those_of_ddp_and_resume_bitwise(kind, tmp_path):
 
 @pytest.mark.slow
 def test_zero3_that_would_save_no_model_is_refused(tmp_path):
-    pytest.importorskip("deepspeed")  # make zero
+    pytest.importorskip("deepspeed")  # make zero-launch
     config = json.loads((LAUNCH / "deepspeed_zero3.json").read_text())
     del config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
     (tmp_path / "zero3.json").write_text(json.dumps(config))
