@@ -56,7 +56,7 @@ zero-launch: $(VENV)/.zero
 	$(BIN)/python -m pytest -m slow tests/trainer/test_launch.py -k "deepspeed or zero3"
 
 study: $(VENV)/.installed
-	$(BIN)/python -m pro_trainer.study --out docs $(STUDY_ARGS)
+	$(BIN)/python -m study --out docs $(STUDY_ARGS)
 
 bench: $(VENV)/.installed $(if $(PEERS),$(VENV)/.peers)
 	$(BIN)/python -m bench --preset $(PRESET)

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 _ELSEWHERE = {
-    "train": ("pro_trainer.cli", "train", "pip install 'pro-kernels[train]'"),
-    "eval": ("pro_trainer.cli", "evaluate", "pip install 'pro-kernels[train]'"),
-    "prepare": ("pro_trainer.cli", "prepare", "pip install 'pro-kernels[train]'"),
+    "train": ("pro_trainer.cli.commands", "train", "pip install 'pro-kernels[train]'"),
+    "eval": ("pro_trainer.cli.commands", "evaluate", "pip install 'pro-kernels[train]'"),
+    "prepare": ("pro_trainer.cli.commands", "prepare", "pip install 'pro-kernels[train]'"),
     "bench": ("bench.cli", "command", "run it from a checkout of the repository"),
 }
 

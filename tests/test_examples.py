@@ -172,7 +172,7 @@ def test_code_of_the_pages_runs(page, example):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/trainer.md"])
 def test_code_of_the_trainer_runs(page, tmp_path, monkeypatch):
-    tiny_llama = pytest.importorskip("pro_trainer.model").tiny_llama
+    tiny_llama = pytest.importorskip("pro_trainer.models").tiny_llama
     monkeypatch.chdir(tmp_path)
     model, tokenizer = tiny_llama(0)
     model.save_pretrained("path/or/hub-name")

@@ -12,7 +12,7 @@ from torch import nn
 import pro_kernels as pk
 from pro_kernels.integrations import official
 from pro_kernels.integrations import trl as swap
-from pro_trainer.official import official_batch, official_loss
+from pro_trainer.train.official import official_batch, official_loss
 
 VOCABULARY = 259
 

@@ -34,9 +34,9 @@ def plain_loss(model: nn.Module, work: Workload) -> Tensor:
 
 def ours(work: Workload, form: str) -> TrainingStep:
     """pro_trainer's step with ``loss_type="dpo"``, given the reference log-probs."""
-    from pro_trainer.collate import PROCollator
-    from pro_trainer.config import LossOptions
-    from pro_trainer.objective import batch_loss
+    from pro_trainer.batch.collate import PROCollator
+    from pro_trainer.train.config import LossOptions
+    from pro_trainer.train.objective import batch_loss
 
     _check_pairs(work)
     collator = PROCollator(work.pad, form=form)

@@ -91,7 +91,7 @@ def select(
 
 
 def _official(work: Workload, checkpointed: bool = False, **forward: Any) -> TrainingStep:
-    from pro_trainer.official import official_batch, official_loss
+    from pro_trainer.train.official import official_batch, official_loss
 
     batch = work.on_device(official_batch(work.features, work.pad))
     forward = {"use_cache": False, **forward}
@@ -104,10 +104,10 @@ def _official(work: Workload, checkpointed: bool = False, **forward: Any) -> Tra
 
 
 def _ours(work: Workload, form: str, checkpointed: bool = False) -> TrainingStep:
-    from pro_trainer.collate import PROCollator
-    from pro_trainer.config import LossOptions
-    from pro_trainer.objective import batch_loss
-    from pro_trainer.prefix_cost import SharingCost
+    from pro_trainer.batch.collate import PROCollator
+    from pro_trainer.batch.cost import SharingCost
+    from pro_trainer.train.config import LossOptions
+    from pro_trainer.train.objective import batch_loss
 
     cost = SharingCost.from_model(work.model)
     collator = PROCollator(work.pad, form=form, cost=cost, official=True)

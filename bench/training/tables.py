@@ -14,8 +14,8 @@ relative; gradients in norm, the worst parameter). The learning rate is 0, so th
 the next one's problem. Token ids and weights are random; lists of a case have equal lengths, so
 nothing is padding.
 
-*Official procedure*: `pro_trainer.official`, written from the published description: each candidate
-a forward of its own over the whole batch, `log_softmax` over every position and the whole
+*Official procedure*: `pro_trainer.train.official`, written from the published description: each
+candidate a forward of its own over the whole batch, `log_softmax` over every position and the whole
 vocabulary, no gradient checkpointing; sdpa attention and the same threads as everywhere. Hidden
 states and cache, which the authors' forwards keep too, are left out of it, to its advantage; the
 row *as published* has them. *Padded*: each candidate a row, one forward. *Prefix shared*: each

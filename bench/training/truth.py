@@ -85,7 +85,7 @@ def _truth(work: Workload, loss_type: str) -> Truth:
 
 
 def _official(model: nn.Module, work: Workload) -> Tensor:
-    from pro_trainer.official import official_batch, official_loss
+    from pro_trainer.train.official import official_batch, official_loss
 
     batch = work.on_device(official_batch(work.features, work.pad))
     return official_loss(model, batch, use_cache=False).loss

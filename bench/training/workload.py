@@ -102,7 +102,7 @@ def make_model(case: TrainingCase, seed: int = 0):  # noqa: ANN201
 
 def plain_scores(model, work: Workload) -> Tensor:  # noqa: ANN001
     """(B, n), S by a forward of the whole model a candidate and ``log_softmax`` of all logits."""
-    from pro_trainer.official import official_batch
+    from pro_trainer.train.official import official_batch
 
     batch = work.on_device(official_batch(work.features, work.pad))
     scores = []

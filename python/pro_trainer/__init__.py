@@ -8,15 +8,15 @@ Everything here uses the public names of ``pro_kernels`` only.
 
 from __future__ import annotations
 
-from pro_trainer.collate import PROCollator
-from pro_trainer.config import PROConfig
-from pro_trainer.data import read_lists
+from pro_trainer.batch.collate import PROCollator
+from pro_trainer.data.formats import DataError, RankedList
+from pro_trainer.data.lists import read_lists
+from pro_trainer.data.report import DataReport
 from pro_trainer.errors import TrainingError
-from pro_trainer.objective import Scores, batch_loss, score_metrics
-from pro_trainer.records import DataError, RankedList
-from pro_trainer.report import DataReport
-from pro_trainer.store import load_dataset, split_held_out
-from pro_trainer.trainer import PROTrainer
+from pro_trainer.text.store import load_dataset, split_held_out
+from pro_trainer.train.config import PROConfig
+from pro_trainer.train.objective import Scores, batch_loss, score_metrics
+from pro_trainer.train.trainer import PROTrainer
 
 __all__ = [
     "DataError",

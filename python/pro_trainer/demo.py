@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_trainer.callbacks import LogLineCallback, held_out_names
-from pro_trainer.config import PROConfig
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
-from pro_trainer.model import tiny_llama
-from pro_trainer.objective import describe_backend
-from pro_trainer.plot import draw_runs
-from pro_trainer.trainer import PROTrainer
+from pro_trainer.evaluate.plots import draw_runs
+from pro_trainer.models import tiny_llama
+from pro_trainer.train.callbacks import LogLineCallback, held_out_names
+from pro_trainer.train.config import PROConfig
+from pro_trainer.train.objective import describe_backend
+from pro_trainer.train.trainer import PROTrainer
 
 STEPS = 150
 ROUNDING_FACTOR = 30  # the fused run may depart this many times as far as the third run

@@ -38,6 +38,6 @@ def data_file(write_lines: Callable[..., str]) -> str:
 @pytest.fixture(scope="session")
 def tiny():
     """The demo's model and tokenizer; not to be trained in place."""
-    from pro_trainer.model import tiny_llama
+    from pro_trainer.models import tiny_llama
 
     return tiny_llama(0)

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from pro_trainer import cli, trainer
-from pro_trainer.trainer import PROTrainer
+from pro_trainer.cli import commands as cli
+from pro_trainer.train import trainer
+from pro_trainer.train.trainer import PROTrainer
 
 _FAIL_AT = 3  # steps done before a fault
 _PRELOADED = [  # not this file, which the server's path does not reach
-    "pro_trainer.cli",
-    "pro_trainer.trainer",
+    "pro_trainer.cli.commands",
+    "pro_trainer.train.trainer",
     "datasets",
     "matplotlib.figure",
     "transformers.models.byt5.tokenization_byt5",

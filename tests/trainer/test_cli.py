@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pro_trainer import cli
+from pro_trainer.cli import commands as cli
 
 QUICK = ["--report_to", "none", "--use_cpu", "true", "--max_steps", "2", "--logging_steps", "1"]
 

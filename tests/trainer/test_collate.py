@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_trainer.collate import PROCollator
-from pro_trainer.prefix_masks import dense_mask
+from pro_trainer.batch.collate import PROCollator
+from pro_trainer.batch.masks import dense_mask
 
 PAD = 0
 FORMS = ("padded", "packed", "shared")

@@ -7,7 +7,7 @@ import math
 import pytest
 from trainer_runs import config
 
-from pro_trainer.config import PROConfig
+from pro_trainer.train.config import PROConfig
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from pro_trainer.config import ListOptions
-from pro_trainer.data import DIFFERENT_CONTEXTS, cap_candidates, read_lists, select
-from pro_trainer.records import DataError, RankedList
-from pro_trainer.report import DataReport, LengthHistogram
+from pro_trainer.data.formats import DataError, RankedList
+from pro_trainer.data.lists import DIFFERENT_CONTEXTS, cap_candidates, read_lists, select
+from pro_trainer.data.report import DataReport, LengthHistogram
+from pro_trainer.train.config import ListOptions
 
 GOOD = {"prompt": "p", "completions": ["a", "b"]}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pro_trainer import demo, run
+from pro_trainer import demo
+from pro_trainer.cli import train as run
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN, generate
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pro_trainer.distributed import call_through
+from pro_trainer.train.distributed import call_through
 
 
 class Wrapper(nn.Module):

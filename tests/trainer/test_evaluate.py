@@ -16,13 +16,13 @@ pytest.importorskip("transformers", reason="the trainer needs the 'train' extra"
 
 from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassification
 
-from pro_trainer.answers import generate_answers
-from pro_trainer.config import PROConfig
-from pro_trainer.evaluate import EvalArguments, evaluate_files
-from pro_trainer.ranking import ranking_metrics
-from pro_trainer.records import RankedList
-from pro_trainer.reward_model import RewardModel
-from pro_trainer.tables import cell, evaluation_report, markdown_table
+from pro_trainer.cli.evaluate import EvalArguments, evaluate_files
+from pro_trainer.data.formats import RankedList
+from pro_trainer.evaluate.generation import generate_answers
+from pro_trainer.evaluate.metrics import ranking_metrics
+from pro_trainer.evaluate.tables import cell, evaluation_report, markdown_table
+from pro_trainer.prepare.scoring import RewardModel
+from pro_trainer.train.config import PROConfig
 
 
 def make_records(lists: int = 9) -> list[dict]:
@@ -225,7 +225,7 @@ def test_bleu_of_the_answers_is_against_the_best_completion(
         assert options["do_sample"] is False
         return [[f" {text}"] for text in best]
 
-    monkeypatch.setattr("pro_trainer.answers.sample", answer)
+    monkeypatch.setattr("pro_trainer.evaluate.generation.sample", answer)
     found = generate_answers(*tiny, lists, max_new_tokens=4)
     assert asked == ["p0 ", "p1 "]
     assert found["bleu"] == pytest.approx(100)
@@ -265,7 +265,7 @@ def test_arguments_out_of_range(options: dict, message: str) -> None:
 
 
 def test_generation_without_sacrebleu_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pro_trainer.evaluate.find_spec", lambda name: None)
+    monkeypatch.setattr("pro_trainer.cli.evaluate.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs sacrebleu: pip install sacrebleu"):
         EvalArguments(model="m", data=["d"], generate=1)
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pro_trainer.fields import DataError
-from pro_trainer.files import decode_line, rows
+from pro_trainer.data.fields import DataError
+from pro_trainer.data.read import decode_line, rows
 
 RECORDS = [{"prompt": f"p{i}", "completions": ["a", "b"]} for i in range(3)]
 LINES = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)

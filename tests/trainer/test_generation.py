@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from pro_trainer.generation import bleu, prompt_ids, prompt_limit, sample
-from pro_trainer.sampling import TokenPicker
+from pro_trainer.prepare.draws import TokenPicker
+from pro_trainer.prepare.sampling import bleu, prompt_ids, prompt_limit, sample
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

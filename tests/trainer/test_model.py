@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import pro_kernels as pk
-from pro_trainer.model import check_parts, disable_dropout, lm_head, load, pad_id
+from pro_trainer.models import check_parts, disable_dropout, lm_head, load, pad_id
 
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
 SIZES |= {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 259, "head_dim": 8}
@@ -67,7 +67,7 @@ def test_an_unknown_step_between_decoder_and_logits_is_refused(name, field, monk
         head = original(model)
         return type(head)(head.weight, head.bias, None, 1.0)
 
-    monkeypatch.setattr("pro_trainer.model.lm_head", without)
+    monkeypatch.setattr("pro_trainer.models.lm_head", without)
     with pytest.raises(ValueError, match=f"{name}ForCausalLM: decoder and LM head apart.*off"):
         check_parts(model, torch.randint(3, 259, (10,)))
 

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="plots need the 'train' extra")
 
 from matplotlib.figure import Figure
 
-from pro_trainer.plot import draw_curves, draw_evaluation, draw_runs
+from pro_trainer.evaluate.plots import draw_curves, draw_evaluation, draw_runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pro_trainer.collate import PROCollator
-from pro_trainer.prefix import check_sharing, model_inputs, packing_refusal, sharing_refusal
+from pro_trainer.batch.collate import PROCollator
+from pro_trainer.batch.prefix import check_sharing, model_inputs, packing_refusal, sharing_refusal
 
 transformers = pytest.importorskip("transformers")
 

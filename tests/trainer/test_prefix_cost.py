@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from pro_trainer.collate import PROCollator
-from pro_trainer.prefix_cost import MARGIN, SharingCost
+from pro_trainer.batch.collate import PROCollator
+from pro_trainer.batch.cost import MARGIN, SharingCost
 
 SIZES = {
     "vocab_size": 64,

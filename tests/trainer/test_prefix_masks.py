@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pro_trainer.prefix_masks import attention_masks, block_mask, dense_mask, mask_mod
+from pro_trainer.batch.masks import attention_masks, block_mask, dense_mask, mask_mod
 
 
 def long_rows() -> tuple[Tensor, Tensor]:

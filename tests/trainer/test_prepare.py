@@ -16,15 +16,15 @@ import torch
 from test_generation import TEMPLATE
 from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassification
 
-from pro_trainer import recipe
-from pro_trainer.config import ListOptions
-from pro_trainer.data import read_lists
-from pro_trainer.model import tiny_llama
-from pro_trainer.prepare import PrepareArguments, prepare
-from pro_trainer.recipe import Pool, choose
-from pro_trainer.records import RankedList
-from pro_trainer.report import DataReport
-from pro_trainer.reward_model import RewardModel
+from pro_trainer.cli.prepare import PrepareArguments, prepare
+from pro_trainer.data.formats import RankedList
+from pro_trainer.data.lists import read_lists
+from pro_trainer.data.report import DataReport
+from pro_trainer.models import tiny_llama
+from pro_trainer.prepare import recipe
+from pro_trainer.prepare.recipe import Pool, choose
+from pro_trainer.prepare.scoring import RewardModel
+from pro_trainer.train.config import ListOptions
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +371,7 @@ def test_a_killed_process_is_resumed(arguments, tmp_path, write_lines):
     # One thread, as in this process: the sums of a matmul are ordered by it.
     code = (
         f"import torch; torch.set_num_threads({torch.get_num_threads()}); import sys; "
-        "from pro_trainer.cli import prepare; sys.exit(prepare(sys.argv[1:]))"
+        "from pro_trainer.cli.commands import prepare; sys.exit(prepare(sys.argv[1:]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, *flags], stderr=subprocess.DEVNULL)
     partial = tmp_path / "killed.jsonl.partial"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_trainer import ranking
+from pro_trainer.evaluate import metrics as ranking
 
 # Few different values, so that ties in scores, in rewards and in both are common.
 VALUES = st.integers(-3, 3).map(lambda k: k / 4)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 from trainer_runs import records
 
-from pro_trainer import faults
-from pro_trainer.batches import RankBatches
-from pro_trainer.checkpoints import last_whole
+from pro_trainer.batch.sampler import RankBatches
+from pro_trainer.train import faults
+from pro_trainer.train.checkpoints import last_whole
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 

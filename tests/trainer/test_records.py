@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pro_trainer.records import DataError, RankedList, parse_record, split_transcript
+from pro_trainer.data.formats import DataError, RankedList, parse_record, split_transcript
 
 GOOD = {"prompt": "p", "completions": ["a", "b"]}
 

@@ -18,7 +18,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from pro_trainer.reward_model import RewardModel
+from pro_trainer.prepare.scoring import RewardModel
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 

@@ -17,10 +17,10 @@ import pytest
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 
-from pro_trainer.config import ListOptions
-from pro_trainer.records import DataError
-from pro_trainer.store import load_dataset, split_held_out, write_lists
-from pro_trainer.tokenization import TokenizedList
+from pro_trainer.data.formats import DataError
+from pro_trainer.text.encode import TokenizedList
+from pro_trainer.text.store import load_dataset, split_held_out, write_lists
+from pro_trainer.train.config import ListOptions
 
 RECORDS = [
     {"prompt": f"p{i}", "completions": [f"a{i}", "bb", "c"][: 2 + i % 2], "sft_index": 1}
@@ -30,8 +30,8 @@ MEASURE = """
 import json, os, resource, sys, time
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from pro_trainer.config import ListOptions
-from pro_trainer.store import load_dataset, split_held_out
+from pro_trainer.train.config import ListOptions
+from pro_trainer.text.store import load_dataset, split_held_out
 
 words = [f"w{i}" for i in range(1000)]
 core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["</s>", *words])}, unk_token="</s>"))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pro_trainer.study import known, real, report, task
-from pro_trainer.study.__main__ import main
-from pro_trainer.study.run import study
-from pro_trainer.study.training import best_of, mean_and_error
+from study import known, real, report, task
+from study.__main__ import main
+from study.run import study
+from study.training import best_of, mean_and_error
 
 KNOWN = known.KnownSettings(
     seeds=(1,),

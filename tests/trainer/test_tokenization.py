@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from pro_trainer.config import ListOptions
-from pro_trainer.records import DataError, RankedList
-from pro_trainer.report import DataReport
-from pro_trainer.tokenization import MERGED, RENDERED, TokenizedList, tokenize_lists
+from pro_trainer.data.formats import DataError, RankedList
+from pro_trainer.data.report import DataReport
+from pro_trainer.text.encode import MERGED, RENDERED, TokenizedList, tokenize_lists
+from pro_trainer.train.config import ListOptions
 
 EOS = 1
 CHAT = (

@@ -12,8 +12,8 @@ from trainer_runs import config, losses, records, trainer_for
 
 import pro_kernels as pk
 from pro_trainer.errors import TrainingError
-from pro_trainer.objective import NEEDS_REFERENCE
-from pro_trainer.trainer import PROTrainer
+from pro_trainer.train.objective import NEEDS_REFERENCE
+from pro_trainer.train.trainer import PROTrainer
 
 
 def test_first_loss_is_the_references_on_whole_logits(tmp_path):

@@ -14,9 +14,9 @@ import pytest
 import torch
 from trainer_runs import losses, records, trainer_for, weights
 
-from pro_trainer.checkpoints import find, last_whole
-from pro_trainer.model import tiny_llama
-from pro_trainer.trainer import PROTrainer
+from pro_trainer.models import tiny_llama
+from pro_trainer.train.checkpoints import find, last_whole
+from pro_trainer.train.trainer import PROTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,8 +48,8 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from trainer_runs import config, records
-from pro_trainer.model import tiny_llama
-from pro_trainer.trainer import PROTrainer
+from pro_trainer.models import tiny_llama
+from pro_trainer.train.trainer import PROTrainer
 from transformers import TrainerCallback
 import os, signal
 from pathlib import Path

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from pro_trainer.config import PROConfig
-from pro_trainer.model import tiny_llama
-from pro_trainer.trainer import PROTrainer
+from pro_trainer.models import tiny_llama
+from pro_trainer.train.config import PROConfig
+from pro_trainer.train.trainer import PROTrainer
 
 
 def records(count: int = 8, n: int = 3) -> list[dict]:

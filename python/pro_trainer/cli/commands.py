@@ -1,0 +1,141 @@
+"""Entry points of ``pro-kernels train``, ``eval`` and ``prepare``.
+
+Every field of a command's dataclasses is a flag; ``--config run.yaml`` gives them from a file, and
+flags win over the file. What the user can put right (options, data, model, folder) is one line
+``error: ...`` and exit code 2; a run that has to stop is one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+from transformers import HfArgumentParser
+
+from pro_trainer.cli import train as run
+from pro_trainer.cli.evaluate import EvalArguments, evaluate_files
+from pro_trainer.cli.prepare import PrepareArguments
+from pro_trainer.cli.prepare import prepare as prepare_lists
+from pro_trainer.cli.train import TrainArguments
+from pro_trainer.errors import TrainingError
+from pro_trainer.train import distributed
+from pro_trainer.train.config import PROConfig
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """``pro-kernels train``: ``TrainArguments`` and ``PROConfig``. Returns the exit code."""
+    return _run("train", (TrainArguments, PROConfig), run.train, argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """``pro-kernels eval``: ``EvalArguments`` and ``PROConfig``. Returns the exit code."""
+    return _run("eval", (EvalArguments, PROConfig), evaluate_files, argv)
+
+
+def prepare(argv: Sequence[str] | None = None) -> int:
+    """``pro-kernels prepare``: the fields of ``PrepareArguments``. Returns the exit code."""
+    return _run("prepare", (PrepareArguments,), prepare_lists, argv)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and only true and false are booleans: on, off and no are values of some options."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def config_flags(path: str) -> list[str]:
+    """The flags that a YAML file of ``key: value`` lines stands for.
+
+    Raises:
+        ValueError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, _Loader) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: cannot be read: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"--config {path}: must hold 'option: value' lines, got {values!r:.80}")
+    flags: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        items = value if isinstance(value, list) else [value]
+        if items:
+            flags += [f"--{key}", *map(_flag_value, items)]
+    return flags
+
+
+def _flag_value(value: Any) -> str:
+    if isinstance(value, (dict, bool)):
+        return json.dumps(value, default=str)
+    return str(value)
+
+
+def _run(
+    name: str,
+    kinds: tuple[type, ...],
+    action: Callable[..., object],
+    argv: Sequence[str] | None,
+) -> int:
+    code = _code(name, kinds, action, argv)
+    if distributed.several():
+        distributed.leave(code)
+    return code
+
+
+def _code(
+    name: str,
+    kinds: tuple[type, ...],
+    action: Callable[..., object],
+    argv: Sequence[str] | None,
+) -> int:
+    parser = HfArgumentParser(kinds, prog=f"pro-kernels {name}", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it.")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        known, _ = _config_parser().parse_known_args(argv)
+        flags = config_flags(known.config) + argv if known.config else argv
+        *options, namespace, rest = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        action(*options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {_rank()}{error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"error: {_rank()}{error}", file=sys.stderr)
+        return 1
+    except Exception:
+        if not distributed.several():
+            raise
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _rank() -> str:
+    return f"rank {dist.get_rank()}: " if distributed.several() else ""
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser

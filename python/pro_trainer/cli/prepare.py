@@ -1,0 +1,281 @@
+"""``pro-kernels prepare``: the paper's data recipe, from ranked lists to longer ranked lists.
+
+Each prompt's candidates are extended by samples of causal LMs, all are scored by a reward model,
+sorted, and ``ranking_length`` of them kept. The output is what ``pro-kernels train`` reads, one
+record a line::
+
+    {"prompt", "completions", "rewards", "sft_index", "chosen_index", "sources"}
+
+best first; ``chosen_index`` is where the candidate stands that the data prefers (null where it was
+not kept), ``sources`` where each one is from. A run that was cut short goes on where it stopped,
+and ends with the same bytes (see ``partial``).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import pro_kernels as pk
+from pro_trainer.data.formats import RankedList
+from pro_trainer.data.lists import read_lists
+from pro_trainer.data.report import DataReport
+from pro_trainer.models import load
+from pro_trainer.prepare.output import PartialFile, check_output, file_identity, write_atomically
+from pro_trainer.prepare.recipe import DATA, Generator, Recipe, SamplingOptions
+from pro_trainer.prepare.report import PrepareReport
+from pro_trainer.prepare.scoring import RewardModel
+from pro_trainer.train.config import ListOptions, check_positive, option
+
+_LINES_A_MESSAGE = 100  # progress where standard error is no terminal
+_WITHOUT_EFFECT = ("output", "overwrite", "trust_remote_code")  # on the records
+
+
+@dataclass
+class PrepareArguments:
+    """Flags of ``pro-kernels prepare``."""
+
+    data: list[str] = option(
+        [], "Ranked lists, in any form that train reads: files, dataset folders or hub names."
+    )
+    output: str = option("", "File to write, .jsonl or .jsonl.gz; OUTPUT.report.json beside it.")
+    generator: list[str] = option(
+        [],
+        "Causal LMs (folders or hub names) that candidates are sampled from, loaded all at once.",
+    )
+    generator_tokenizer: list[str] = option(
+        [], "Their tokenizers, as many as generators. Default: each generator's own."
+    )
+    num_samples: int = option(2, "Samples for each prompt from each generator.")
+    reward_model: str | None = option(
+        None,
+        "Sequence classifier with one label that scores every candidate. Default: the data's own "
+        "ranking (possible only without a generator).",
+    )
+    ranking_length: int | None = option(
+        None,
+        "Candidates kept of each list: the best, the worst and those evenly between them. "
+        "Default: all.",
+    )
+    sft: Literal["best", "chosen"] = option(
+        "best",
+        "The candidate that sft_index marks: the best of the new ranking, or the one that the "
+        "data prefers (which is then always kept).",
+    )
+    temperature: float = option(1.0, "Sampling temperature.")
+    top_p: float = option(
+        0.95, "Only the likeliest tokens that reach this share together are drawn from."
+    )
+    max_new_tokens: int = option(128, "Most tokens of a sample.")
+    max_prompt_length: int | None = option(
+        None,
+        "Tokens of the prompt a generator sees; a longer one loses its start there (never in the "
+        "output). Default: what its context leaves.",
+    )
+    stop: list[str] = option(["\n\nHuman:"], "A sample ends before the first of these strings.")
+    seed: int = option(42, "Of the samples.")
+    batch_size: int = option(16, "Sequences run together, and lists between two saves.")
+    limit: int | None = option(None, "Only the first so many lists.")
+    on_bad_line: Literal["error", "skip"] = option(
+        "error", "A malformed record stops the run (error), or is counted and reported (skip)."
+    )
+    overwrite: bool = option(
+        False, "Replace an existing output, and drop what was begun with other settings."
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoints.")
+    device: str | None = option(None, "Device of the models. Default: cuda where there is one.")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
+        "float32", "Of the models' weights; auto: as saved."
+    )
+
+    def check(self) -> None:
+        """Raise ValueError for arguments out of range or at odds."""
+        if not self.data:
+            raise ValueError("data: no file, folder or hub name given")
+        if not self.output.endswith((".jsonl", ".jsonl.gz")):
+            raise ValueError(f"output must end in .jsonl or .jsonl.gz, got {self.output!r}")
+        if Path(self.output).resolve() in [Path(source).resolve() for source in self.data]:
+            raise ValueError(f"output {self.output} is one of the data files")
+        if self.generator and self.reward_model is None:
+            raise ValueError(
+                "samples have no reward of their own: a generator needs a reward_model that "
+                "scores all candidates"
+            )
+        if self.generator_tokenizer and len(self.generator_tokenizer) != len(self.generator):
+            raise ValueError(
+                f"generator_tokenizer: one for each of the {len(self.generator)} generators, got "
+                f"{len(self.generator_tokenizer)}"
+            )
+        check_positive(self, "num_samples", "temperature", "top_p", "max_new_tokens")
+        check_positive(self, "max_prompt_length", "batch_size", "limit")
+        if self.top_p > 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.ranking_length is not None and self.ranking_length < 2:
+            raise ValueError(f"ranking_length must be at least 2, got {self.ranking_length}")
+        if not all(self.stop):
+            raise ValueError("stop: an empty string would end every sample at once")
+
+
+def prepare(arguments: PrepareArguments) -> PrepareReport:
+    """Write ``arguments.output`` and ``<output>.report.json``, print and return the report.
+
+    Raises:
+        ValueError: bad arguments, data, models; an output that exists or that was begun with other
+            settings (``overwrite`` aside).
+    """
+    arguments.check()
+    output = Path(arguments.output)
+    check_output(output, arguments.overwrite)
+    device = _device(arguments.device)
+    data_report = DataReport()
+    # All of it before any work: a malformed line shows now and not after hours.
+    total = sum(1 for _ in _lists(arguments, data_report))
+    if not total:
+        raise ValueError(f"data: no usable list in {', '.join(arguments.data)}")
+    partial = PartialFile(
+        output,
+        _settings(arguments, device),
+        group_size=arguments.batch_size,
+        overwrite=arguments.overwrite,
+    )
+    try:
+        if partial.done < total:
+            _fill(partial, _recipe(arguments, device), arguments, total)
+        report = PrepareReport.of(partial.lines(), data_report, arguments.ranking_length)
+        if not report.kept:
+            raise ValueError(f"every list was dropped: {dict(report.dropped)}; nothing to write")
+        write_atomically(output.with_name(output.name + ".report.json"), [report.json_bytes()])
+        partial.finish(line["record"] for line in partial.lines() if line["record"] is not None)
+    finally:
+        partial.close()
+    print(report.text())
+    return report
+
+
+def _fill(partial: PartialFile, recipe: Recipe, arguments: PrepareArguments, total: int) -> None:
+    """Compute the groups that are missing, and save each."""
+    lists = islice(_lists(arguments, DataReport()), partial.done, None)
+    done = partial.done
+    with _Progress(done, total) as progress:
+        while group := list(islice(lists, arguments.batch_size)):
+            try:
+                lines = recipe.lines(group, done)
+            except ValueError as error:  # a score that is no number, a template that refuses
+                raise ValueError(f"{group[0].where} to {group[-1].where}: {error}") from error
+            partial.append(lines)
+            done += len(group)
+            progress.update(len(group))
+
+
+def _lists(arguments: PrepareArguments, report: DataReport) -> Iterator[RankedList]:
+    """The lists of the data, the same ones at every call."""
+    rescored = arguments.reward_model is not None
+    options = ListOptions(
+        on_bad_line=arguments.on_bad_line, all_equal="order" if rescored else "drop"
+    )
+    return islice(read_lists(arguments.data, report, options), arguments.limit)
+
+
+def _recipe(arguments: PrepareArguments, device: torch.device) -> Recipe:
+    """Load the models."""
+    names = _generator_names(arguments.generator)
+    tokenizers = arguments.generator_tokenizer or [None] * len(names)
+    generators = []
+    for name, path, tokenizer_path in zip(names, arguments.generator, tokenizers, strict=True):
+        model, tokenizer = load(
+            path,
+            tokenizer_path,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        generators.append(Generator(name, model.to(device), tokenizer))
+    reward_model = None
+    if arguments.reward_model is not None:
+        reward_model = RewardModel.from_path(
+            arguments.reward_model,
+            device=device,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+            batch_size=arguments.batch_size,
+        )
+    sampling = SamplingOptions(
+        num_samples=arguments.num_samples,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        stop_strings=arguments.stop,
+        max_prompt_length=arguments.max_prompt_length,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    return Recipe(generators, sampling, reward_model, arguments.ranking_length, arguments.sft)
+
+
+def _generator_names(paths: list[str]) -> list[str]:
+    """Last parts of the paths where they tell them apart, else the paths."""
+    names = [Path(path).resolve().name for path in paths]
+    return names if len({DATA, *names}) == len(names) + 1 else paths
+
+
+def _settings(arguments: PrepareArguments, device: torch.device) -> dict[str, Any]:
+    """All that the records depend on: arguments, versions, and the files behind the paths."""
+    settings = {
+        name: value for name, value in asdict(arguments).items() if name not in _WITHOUT_EFFECT
+    }
+    settings |= {"device": device.type, "pro_kernels": pk.__version__}
+    paths = [*arguments.data, *arguments.generator, *arguments.generator_tokenizer]
+    if arguments.reward_model is not None:
+        paths.append(arguments.reward_model)
+    return settings | {f"the files of {path}": file_identity(path) for path in paths}
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {first}") from error
+    return device
+
+
+class _Progress:
+    """A bar on a terminal, else a line every hundred lists, on standard error."""
+
+    def __init__(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        self.start = self.done = done
+        self.total = total
+        self.terminal = sys.stderr.isatty()
+        self.began = time.monotonic()
+        self.bar = tqdm(
+            total=total, initial=done, unit="list", file=sys.stderr, disable=not self.terminal
+        )
+
+    def __enter__(self) -> _Progress:
+        if self.start:
+            self._say(f"going on after {self.start} of {self.total} lists")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self, count: int) -> None:
+        """Count lists that are done."""
+        before, self.done = self.done, self.done + count
+        self.bar.update(count)
+        if before // _LINES_A_MESSAGE < self.done // _LINES_A_MESSAGE or self.done == self.total:
+            rate = (self.done - self.start) / max(1e-9, time.monotonic() - self.began)
+            self._say(f"{self.done} of {self.total} lists, {rate:.3g} a second")
+
+    def _say(self, message: str) -> None:
+        if not self.terminal:
+            print(f"prepare: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,169 @@
+"""``pro-kernels train``: from options to a trained, saved and evaluated model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
+from pro_trainer.models import load, tiny_llama
+from pro_trainer.prepare.output import write_json
+from pro_trainer.text.store import load_dataset, split_held_out
+from pro_trainer.train import checkpoints, faults
+from pro_trainer.train.config import PROConfig, option
+from pro_trainer.train.inputs import check_lists
+from pro_trainer.train.objective import describe_backend
+from pro_trainer.train.trainer import PROTrainer
+
+
+@dataclass
+class TrainArguments:
+    """Which model is trained on which data; the rest is ``PROConfig``."""
+
+    model: str | None = option(
+        None, "Folder (or hub name) of a transformers causal LM with its LM head."
+    )
+    tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's.")
+    data: list[str] = option(
+        [], "Ranked lists: JSON Lines (plain, .gz, .zst), Parquet, folders, hub names[:split]."
+    )
+    eval_data: list[str] = option([], "Held-out lists. Default: eval_fraction of the lists.")
+    eval_fraction: float = option(
+        0.1,
+        "Share of the prompts held out when no eval_data is given (lists with the same prompt stay "
+        "together); 0 for none.",
+    )
+    demo: bool = option(
+        False,
+        "What is not given is supplied: without --model a tiny byte-level Llama made on the spot, "
+        "without --data the bundled ranked lists.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "float32", "Of the weights as loaded; --bf16 is mixed precision."
+    )
+    attn_implementation: str | None = option(
+        None, "eager, sdpa, flex_attention, flash_attention_2, ...; default: the model's."
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
+    use_peft: bool = option(False, "Train LoRA adapters (needs peft) instead of all weights.")
+    lora_r: int = option(16, "Rank of the adapters.")
+    lora_alpha: int = option(32, "Their scale is lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout before them (needs --disable_dropout false).")
+    lora_target_modules: list[str] = option(
+        [], "Modules that get adapters. Default: every linear layer but the LM head."
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must lie in [0, 1), got {self.eval_fraction}")
+        if not (self.demo or (self.model and self.data)):
+            raise ValueError("train needs --model and --data, or --demo")
+
+
+def train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
+    """Train, save model, tokenizer, card, ``metrics.json`` and ``curves.png`` in ``output_dir``.
+
+    Returns what ``metrics.json`` holds: ``log_history``, ``before`` and ``after`` (metrics of the
+    held-out lists), ``data`` (the report).
+
+    Raises:
+        ValueError: options, data, model or output folder that cannot be used, before any work; on
+            every rank, ranks that disagree on any of them.
+        TrainingError: a loss, gradient or weight that is not finite, or another rank failed.
+    """
+    with faults.shared(config.ddp_timeout):
+        return _train(arguments, config)
+
+
+def _train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
+    output = Path(config.output_dir)
+    resume = _resume(config, output)
+    if resume is None:
+        checkpoints.check_free(output, config.overwrite)
+    else:
+        checkpoints.find(output, resume)
+    if config.bf16_full_eval or config.fp16_full_eval:
+        raise ValueError(
+            "bf16_full_eval and fp16_full_eval cast the weights themselves, and training would go "
+            "on with those; use bf16 or fp16, or dtype"
+        )
+    if arguments.model:
+        model, tokenizer = load(
+            arguments.model,
+            arguments.tokenizer,
+            dtype=arguments.dtype,
+            attn_implementation=arguments.attn_implementation,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    else:
+        model, tokenizer = tiny_llama(config.seed)
+    if config.should_log:
+        print(f"loss: {describe_backend(config, config.device, model.dtype)}")
+    lists, held_out, report = read_data(arguments, config, tokenizer)
+    trainer = PROTrainer(
+        model,
+        config,
+        lists,
+        held_out,
+        tokenizer,
+        peft_config=_lora(arguments) if arguments.use_peft else None,
+    )
+    before = trainer.evaluate() if held_out is not None else None
+    trainer.train(resume_from_checkpoint=resume)
+    after = trainer.evaluate() if held_out is not None else None
+    trainer.save_model()
+    result = {
+        "data": report,
+        "before": before,
+        "after": after,
+        "log_history": trainer.state.log_history,
+    }
+    if trainer.is_world_process_zero():
+        write_json(output / "metrics.json", result)
+        print(f"saved {output}: model, README.md, metrics.json, curves.png")
+    return result
+
+
+def read_data(
+    arguments: TrainArguments, config: PROConfig, tokenizer: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Training lists, held-out lists or None, and the report, which is printed."""
+    say = print if config.should_log else str  # one process speaks
+    eos = config.append_eos_to_completions()
+    lists, report = load_dataset(
+        arguments.data or [BUNDLED_TRAIN], tokenizer, config, append_eos=eos
+    )
+    say(report.text())
+    check_lists(report, config)
+    eval_files = arguments.eval_data or ([] if arguments.data else [BUNDLED_EVAL])
+    held_out = None
+    if eval_files:
+        held_out, held_report = load_dataset(eval_files, tokenizer, config, append_eos=eos)
+        say(f"held out:\n{held_report.text()}")
+        check_lists(held_report, config)
+    elif arguments.eval_fraction:
+        lists, held_out = split_held_out(lists, arguments.eval_fraction, config.seed)
+    say(f"training on {len(lists)} lists, {0 if held_out is None else len(held_out)} held out")
+    return lists, held_out, report.as_dict()
+
+
+def _resume(config: PROConfig, output: Path) -> str | bool | None:
+    given = config.resume_from_checkpoint
+    if given == "auto":
+        return True if checkpoints.last_whole(output) else None
+    return {"true": True, "last": True, "false": None}.get(str(given).lower(), given)
+
+
+def _lora(arguments: TrainArguments) -> Any:
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ValueError("use_peft needs the package peft (extra 'train')") from None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_target_modules or "all-linear",
+    )

@@ -1,0 +1,1 @@
+"""Records: read, recognised, cleaned, chosen, reported on."""

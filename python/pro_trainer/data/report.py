@@ -1,0 +1,165 @@
+"""What the data held, counted while it streams by: bounded in memory, printed before training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from pro_trainer.data.formats import RankedList
+
+_SHOWN_BAD_LINES = 5
+_EXACT_BITS = 10
+
+
+@dataclass
+class LengthHistogram:
+    """Counts of lengths in tokens: exact below 1024, to 10 leading bits (0.2 %) above."""
+
+    counts: Counter[int] = field(default_factory=Counter)
+    longest: int = 0
+
+    def add(self, length: int) -> None:
+        """Count one length."""
+        shift = max(0, length.bit_length() - _EXACT_BITS)
+        self.counts[length >> shift << shift] += 1
+        self.longest = max(self.longest, length)
+
+    def summary(self) -> dict[str, int] | None:
+        """Least, median, 95th percentile and greatest length; None where nothing was counted."""
+        if not self.counts:
+            return None
+        return {
+            "min": min(self.counts),
+            "median": self.quantile(0.5),
+            "p95": self.quantile(0.95),
+            "max": self.longest,
+        }
+
+    def quantile(self, share: float) -> int:
+        """The least length that at least ``share`` of all lengths do not exceed."""
+        needed = share * self.counts.total()
+        below = 0
+        for length in sorted(self.counts):
+            below += self.counts[length]
+            if below >= needed:
+                return length
+        raise ValueError("a quantile of no lengths")
+
+
+@dataclass
+class DataReport:
+    """What was read and what was left out.
+
+    ``records = lists + all of dropped``; malformed records (``bad_lines``) come on top. Lengths are
+    those of the kept lists before they are cut, so that ``max_length`` can be chosen from them.
+    """
+
+    records: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    lists: int = 0
+    candidates: Counter[int] = field(default_factory=Counter)
+    with_rewards: int = 0
+    tied: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    dropped_completions: Counter[str] = field(default_factory=Counter)
+    sft_marks_dropped: int = 0
+    bad_lines: int = 0
+    bad_line_messages: list[str] = field(default_factory=list)
+    prompts_cut: int = 0
+    completions_cut: int = 0
+    boundary: Counter[str] = field(default_factory=Counter)
+    prompt_lengths: LengthHistogram = field(default_factory=LengthHistogram)
+    completion_lengths: LengthHistogram = field(default_factory=LengthHistogram)
+
+    def count(self, ranked: RankedList) -> None:
+        """Count a list that is kept."""
+        self._add(ranked, 1)
+
+    def uncount(self, ranked: RankedList, why: str) -> None:
+        """Move a list that was counted as kept to those dropped, for a later stage's reason."""
+        self._add(ranked, -1)
+        self.dropped[why] += 1
+
+    def bad_line(self, message: str) -> None:
+        """Count a malformed record; the first few messages are kept to be shown."""
+        self.bad_lines += 1
+        if len(self.bad_line_messages) < _SHOWN_BAD_LINES:
+            self.bad_line_messages.append(message)
+
+    def uncount_as_bad(self, ranked: RankedList, message: str) -> None:
+        """Move a list that was counted as kept to the malformed records."""
+        self._add(ranked, -1)
+        self.records -= 1
+        self.bad_line(message)
+
+    def text(self) -> str:
+        """The report as lines to print; a count that is 0 is left out."""
+        sizes = ", ".join(f"{count} of {n}" for n, count in sorted(self.candidates.items()))
+        formats = ", ".join(f"{count} {name}" for name, count in sorted(self.formats.items()))
+        by_order = self.lists - self.with_rewards
+        lines = [
+            f"records read: {self.records} ({formats or 'none'})",
+            f"lists kept: {self.lists} ({sizes or 'none'} candidates)",
+            f"with rewards: {self.with_rewards}, of these with ties: {self.tied}; "
+            f"in order only: {by_order}",
+        ]
+        for name, lengths in self._lengths().items():
+            if lengths is not None:
+                shown = ", ".join(f"{key} {value}" for key, value in lengths.items())
+                lines.append(f"{name.replace('_', ' ')}: {shown}")
+        lines += [f"lists dropped, {why}: {count}" for why, count in self.dropped.items()]
+        lines += [
+            f"completions dropped, {why}: {count}"
+            for why, count in self.dropped_completions.items()
+        ]
+        if self.sft_marks_dropped:
+            lines.append(
+                f"sft_index marks a dropped completion, the best is used: {self.sft_marks_dropped}"
+            )
+        if self.prompts_cut or self.completions_cut:
+            lines.append(
+                f"cut to length: {self.prompts_cut} prompts, {self.completions_cut} completions"
+            )
+        lines += [f"prompt boundary, {why}: {count}" for why, count in self.boundary.items()]
+        if self.bad_lines:
+            lines.append(f"malformed records skipped: {self.bad_lines}")
+            lines += [f"  {message}" for message in self.bad_line_messages]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return {
+            "records": self.records,
+            "formats": dict(self.formats),
+            "lists": self.lists,
+            "candidates": {str(n): count for n, count in sorted(self.candidates.items())},
+            "with_rewards": self.with_rewards,
+            "order_only": self.lists - self.with_rewards,
+            "tied": self.tied,
+            **self._lengths(),
+            "dropped": dict(self.dropped),
+            "dropped_completions": dict(self.dropped_completions),
+            "sft_marks_dropped": self.sft_marks_dropped,
+            "prompts_cut": self.prompts_cut,
+            "completions_cut": self.completions_cut,
+            "boundary": dict(self.boundary),
+            "bad_lines": self.bad_lines,
+            "bad_line_messages": list(self.bad_line_messages),
+        }
+
+    def _lengths(self) -> dict[str, dict[str, int] | None]:
+        return {
+            "prompt_tokens": self.prompt_lengths.summary(),
+            "completion_tokens": self.completion_lengths.summary(),
+        }
+
+    def _add(self, ranked: RankedList, sign: int) -> None:
+        n = len(ranked.completions)
+        self.lists += sign
+        self.candidates[n] += sign
+        if not self.candidates[n]:
+            del self.candidates[n]
+        if ranked.rewards is not None:
+            self.with_rewards += sign
+            self.tied += sign * (len(set(ranked.rewards)) < n)

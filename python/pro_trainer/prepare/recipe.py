@@ -1,0 +1,227 @@
+"""The paper's recipe for one group of ranked lists: extend, score, sort, choose, mark.
+
+The candidates of a list are those of the data and the samples of each generator. The one the data
+prefers (its ``sft_index``, else the best by its own ranking) is called chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from pro_trainer.data.fields import Text
+from pro_trainer.data.formats import RankedList
+from pro_trainer.prepare.sampling import prompt_ids, prompt_limit, sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pro_trainer.prepare.scoring import RewardModel
+
+DATA = "data"
+ALL_EQUAL = "all rewards equal"
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A causal LM that candidates are sampled from, under the name it has in ``sources``."""
+
+    name: str
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How candidates are sampled; see ``generation.sample``."""
+
+    num_samples: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    stop_strings: Sequence[str]
+    max_prompt_length: int | None
+    batch_size: int
+    seed: int
+
+
+@dataclass
+class Pool:
+    """The candidates of one list, and what happened on the way."""
+
+    prompt: Text
+    completions: list[Text]
+    sources: list[str]
+    rewards: list[float] | None
+    chosen: int
+    samples: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    texts_cut: int = 0
+
+    @classmethod
+    def of(cls, ranked: RankedList) -> Pool:
+        """The candidates of the data."""
+        rewards = None if ranked.rewards is None else list(ranked.rewards)
+        chosen = ranked.sft_index
+        if chosen is None:
+            chosen = 0 if rewards is None else rewards.index(max(rewards))
+        sources = [DATA] * len(ranked.completions)
+        return cls(ranked.prompts[0], list(ranked.completions), sources, rewards, chosen)
+
+    def extend(self, texts: Sequence[str], source: str) -> None:
+        """Add samples that are neither empty nor there already (white space around aside)."""
+        seen = {_key(completion) for completion in self.completions}
+        counts = self.samples[source]
+        for text in texts:
+            counts["made"] += 1
+            completion = self._in_form(text)
+            if not text.strip():
+                counts["empty"] += 1
+            elif _key(completion) in seen:
+                counts["repeated"] += 1
+            else:
+                seen.add(_key(completion))
+                self.completions.append(completion)
+                self.sources.append(source)
+
+    def order(self) -> list[int]:
+        """Indices, best first; of equal rewards the earlier one."""
+        indices = range(len(self.completions))
+        if self.rewards is None:
+            return list(indices)
+        return sorted(indices, key=lambda i: -self.rewards[i])
+
+    def _in_form(self, text: str) -> Text:
+        """A sample in the form of the completions that are there: text, or one message."""
+        if isinstance(self.completions[0], str):
+            return text.rstrip()
+        return ({"role": "assistant", "content": text.strip()},)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Makes lines of the output (with their counts) from ranked lists."""
+
+    generators: Sequence[Generator]
+    sampling: SamplingOptions
+    reward_model: RewardModel | None
+    ranking_length: int | None
+    sft: Literal["best", "chosen"]
+
+    def lines(self, lists: Sequence[RankedList], first_index: int) -> list[dict[str, Any]]:
+        """One line a list: its record, or why it was dropped, and its counts.
+
+        Args:
+            lists: run through the models together.
+            first_index: position of the first of them in the data; samples depend on it.
+        """
+        pools = [Pool.of(ranked) for ranked in lists]
+        for generator in self.generators:
+            self._extend(pools, generator, first_index)
+        if self.reward_model is not None:
+            self._score(pools, self.reward_model)
+        return [self._line(pool) for pool in pools]
+
+    def _extend(self, pools: Sequence[Pool], generator: Generator, first_index: int) -> None:
+        options = self.sampling
+        model, tokenizer = generator.model, generator.tokenizer
+        indices = range(first_index, first_index + len(pools))
+        samples = sample(
+            model,
+            tokenizer,
+            [pool.prompt for pool in pools],
+            num_samples=options.num_samples,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seeds=[_seed(options.seed, generator.name, index) for index in indices],
+            batch_size=options.batch_size,
+            stop_strings=options.stop_strings,
+            max_prompt_length=options.max_prompt_length,
+        )
+        limit = prompt_limit(model, options.max_new_tokens, options.max_prompt_length)
+        for pool, texts in zip(pools, samples, strict=True):
+            pool.extend(texts, generator.name)
+            cut = len(prompt_ids(tokenizer, pool.prompt)) > limit
+            pool.samples[generator.name]["prompts_cut"] += cut
+
+    def _score(self, pools: Sequence[Pool], reward_model: RewardModel) -> None:
+        texts = []
+        for pool in pools:
+            for completion in pool.completions:
+                ids, cut = reward_model.encode(pool.prompt, completion)
+                texts.append(ids)
+                pool.texts_cut += cut
+        scores = iter(reward_model.score_ids(texts))
+        for pool in pools:
+            pool.rewards = [next(scores) for _ in pool.completions]
+
+    def _line(self, pool: Pool) -> dict[str, Any]:
+        order = pool.order()
+        kept = choose(order, self.ranking_length, pool.chosen if self.sft == "chosen" else None)
+        rewards = None if pool.rewards is None else [pool.rewards[i] for i in kept]
+        nothing_ranked = rewards is not None and len(set(rewards)) == 1
+        chosen = kept.index(pool.chosen) if pool.chosen in kept else None
+        record = {
+            "prompt": pool.prompt,
+            "completions": [pool.completions[i] for i in kept],
+            "rewards": rewards,
+            "sft_index": chosen if self.sft == "chosen" else 0,
+            "chosen_index": chosen,
+            "sources": [pool.sources[i] for i in kept],
+        }
+        if rewards is None:
+            del record["rewards"]
+        return {
+            "record": None if nothing_ranked else record,
+            "dropped": ALL_EQUAL if nothing_ranked else None,
+            "samples": pool.samples,
+            "texts_cut": pool.texts_cut,
+            **self._agreement(pool, order),
+        }
+
+    def _agreement(self, pool: Pool, order: Sequence[int]) -> dict[str, Any]:
+        """Reward sums by source, and whether the reward model prefers what the data prefers."""
+        sums: dict[str, list[float]] = {}
+        for source, reward in zip(pool.sources, pool.rewards or (), strict=False):
+            count, total = sums.get(source, (0, 0.0))
+            sums[source] = [count + 1, total + reward]
+        of_data = [i for i in order if pool.sources[i] == DATA]
+        scored = self.reward_model is not None
+        return {
+            "reward_sums": sums,
+            "chosen_first": order[0] == pool.chosen if scored else None,
+            "chosen_first_of_data": of_data[0] == pool.chosen if scored else None,
+        }
+
+
+def choose(order: Sequence[int], length: int | None, keep: int | None = None) -> list[int]:
+    """``length`` of the ordered candidates: the best, the worst and those evenly between.
+
+    Where ``keep`` is not among them it takes the place of the one nearest in rank, and that of the
+    best or the worst only where there is nothing between.
+    """
+    n = len(order)
+    if length is None or n <= length:
+        return list(order)
+    places = [round(i * (n - 1) / (length - 1)) for i in range(length)]
+    if keep is not None and (place := order.index(keep)) not in places:
+        nearest = min(places[1:-1] or places, key=lambda other: abs(other - place))
+        places[places.index(nearest)] = place
+    return [order[place] for place in sorted(places)]
+
+
+def _key(completion: Text) -> object:
+    if isinstance(completion, str):
+        return completion.strip()
+    return tuple((message.get("role"), message["content"].strip()) for message in completion)
+
+
+def _seed(seed: int, generator: str, index: int) -> int:
+    """A seed of 63 bits for one list and generator, far from those of its neighbours."""
+    digest = hashlib.blake2b(f"{seed} {generator} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,1 @@
+"""From texts to token ids; nothing else in the trainer makes ids."""

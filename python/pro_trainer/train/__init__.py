@@ -1,0 +1,1 @@
+"""The trainer: options, loss, steps, checkpoints, several ranks."""

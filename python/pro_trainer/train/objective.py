@@ -1,0 +1,284 @@
+"""The loss of one batch, and what the scores of many batches say.
+
+One number S a candidate (its summed log-prob) and m (its scored tokens) is all that leaves the
+model; loss and metrics are formulas on those. ``batch_loss`` is the differentiable way through the
+fused kernels, ``score_metrics`` the same formula again on the host, over any number of lists: for
+the training log and for evaluation alike.
+
+Legend: ``B`` prompts of a batch, ``L`` lists, ``n`` candidates, ``N`` scored tokens, ``H`` hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import pro_kernels as pk
+from pro_trainer.batch.collate import Preferences
+from pro_trainer.batch.prefix import model_inputs
+from pro_trainer.evaluate.metrics import ranking_metrics
+from pro_trainer.models import Head, causal_lm, lm_head
+from pro_trainer.train.config import LossOptions
+
+NEEDS_REFERENCE = ("dpo", "ipo", "dpo_pl", "s_dpo")
+OFFICIAL_EPS = 1e-10  # inside the log of the authors' code
+
+
+class BatchLoss(NamedTuple):
+    """The loss (scalar, differentiable), S and m of the candidates ((B, n), detached)."""
+
+    loss: Tensor
+    logps: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is known of L lists, on the host.
+
+    Attributes:
+        logps: (L, n) fp32, S; 0 where a candidate is absent.
+        lengths: (L, n) int64, m.
+        rewards: (L, n) fp32; descending ranks where the lists have an order only.
+        mask: (L, n) bool, candidates that are there.
+        by_order: whether the lists have an order only.
+        sft_index: (L,) int64, the candidate that carries the SFT term.
+        ref_logps: (L, n) fp32, the reference model's S, or None.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    rewards: Tensor
+    mask: Tensor
+    sft_index: Tensor
+    by_order: bool = False
+    ref_logps: Tensor | None = None
+
+    def ranked_by(self, length_normalize: bool) -> Tensor:
+        """(L, n), S / m or S."""
+        return self.logps / self.lengths.clamp_min(1) if length_normalize else self.logps
+
+    @classmethod
+    def of_batch(
+        cls, logps: Tensor, lengths: Tensor, preferences: Preferences, ref_logps: Tensor | None
+    ) -> Scores:
+        """The scores of one batch; waits for the device they are on."""
+        return cls(
+            logps.cpu(),
+            lengths.cpu(),
+            preferences.rewards,
+            preferences.candidate_mask,
+            preferences.sft_index,
+            preferences.by_order,
+            None if ref_logps is None else ref_logps.cpu(),
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Scores]) -> Scores:
+        """Lists one after another, padded to the largest n."""
+        n = max(part.logps.shape[1] for part in parts)
+
+        def joined(name: str) -> Tensor | None:
+            tensors = [getattr(part, name) for part in parts]
+            if tensors[0] is None:
+                return None
+            if tensors[0].dim() == 1:
+                return torch.cat(tensors)
+            pad = torch.nn.functional.pad
+            return torch.cat([pad(x, (0, n - x.shape[1])) for x in tensors])
+
+        names = ("logps", "lengths", "rewards", "mask", "sft_index", "ref_logps")
+        return cls(**{name: joined(name) for name in names}, by_order=parts[0].by_order)
+
+
+def batch_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    config: LossOptions,
+    ref_logps: Tensor | None = None,  # (B, n)
+) -> BatchLoss:
+    """Decoder, then the fused loss on the scored rows. Under ``no_grad`` nothing is kept."""
+    head = lm_head(model)
+    hidden = _head_input(hidden_states(model, batch), head)
+    preferences = batch["preferences"]
+    if config.loss_type != "pro":
+        logps, lengths = _sequence_logps(hidden, head, batch, config)
+        loss, _ = pk.losses.get_loss(config.loss_type)(
+            logps,
+            lengths,
+            rewards=None if preferences.by_order else preferences.rewards.to(logps.device),
+            ref_logps=ref_logps,
+            mask=preferences.candidate_mask.to(logps.device),
+            **_loss_kwargs(config),
+        )
+        return BatchLoss(loss, logps.detach(), lengths)
+    function, where = pk.linear_pro_loss, _backend(config)
+    if config.loss_impl == "reference":
+        function, where = pk.reference.linear_pro_loss, {}
+    official = config.compat == "official"
+    output = function(
+        hidden,
+        head.weight,
+        None,
+        preferences.rewards,
+        layout=batch["layout"],
+        candidate_mask=preferences.candidate_mask,
+        sft_index=preferences.sft_index,
+        compat="official" if official else None,
+        final_dtype=hidden.dtype if official else None,
+        eps=config.eps,
+        **_pro_options(config, preferences.by_order),
+        **head.options(),
+        **where,
+    )
+    return BatchLoss(output.loss, output.logps, output.lengths)
+
+
+def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """What the head reads for a collated batch, flattened to (rows * length, H)."""
+    lm = causal_lm(model)
+    output = lm.base_model(**model_inputs(batch, lm), use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def sequence_logps(
+    model: nn.Module, batch: Mapping[str, Any], config: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """S and m of the candidates, (B, n) each, S differentiable; 0 where a candidate is absent."""
+    head = lm_head(model)
+    return _sequence_logps(_head_input(hidden_states(model, batch), head), head, batch, config)
+
+
+def score_metrics(scores: Scores, config: LossOptions) -> dict[str, float]:
+    """Loss, its terms and ranking metrics of L lists, means over lists.
+
+    ``loss``; for ``pro`` also ``sft_loss`` and ``rank_loss_1`` ...; TRL's ``rewards/chosen``,
+    ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies``, ``logps/chosen`` and
+    ``logps/rejected`` over the pairs of a list; and those of ``ranking_metrics``.
+    With ``compat="official"`` lists are taken in the order of their rewards.
+    """
+    options = _loss_kwargs(config)
+    if config.loss_type == "pro":
+        options = _pro_options(config, scores.by_order)
+        official = config.compat == "official"
+        options |= {"sft_index": scores.sft_index, "equal_rewards": "keep"}
+        options["eps"] = OFFICIAL_EPS if official else config.eps
+    loss, terms = pk.losses.get_loss(config.loss_type)(
+        scores.logps,
+        scores.lengths,
+        rewards=None if scores.by_order else scores.rewards,
+        ref_logps=scores.ref_logps,
+        mask=scores.mask,
+        **options,
+    )
+    metrics = {"loss": loss.item()}
+    for k, term in enumerate(terms.pop("rank_losses", torch.zeros(0)).tolist(), 1):
+        metrics[f"rank_loss_{k}"] = term
+    metrics |= {name: value.item() for name, value in terms.items()}
+    ranked = scores.ranked_by(config.length_normalize)
+    return {**ranking_metrics(ranked, scores.rewards, scores.mask), **metrics}
+
+
+def label_columns(preferences: Preferences) -> tuple[Tensor, ...]:
+    """What ``Trainer``'s evaluation loop gathers as labels, each (B, n) or (B, 1)."""
+    prompts = preferences.num_prompts
+    return (
+        preferences.rewards,
+        preferences.candidate_mask.to(torch.int64),
+        torch.full((prompts, 1), int(preferences.by_order)),
+        preferences.sft_index[:, None],
+    )
+
+
+def predicted_scores(predictions: Sequence[Any], labels: Sequence[Any]) -> Scores:
+    """``Scores`` of the arrays that loop collected: (S, m[, reference S]), ``label_columns``.
+
+    Raises:
+        ValueError: no list at all, or lists with rewards beside lists without.
+    """
+    logps, lengths, *ref_logps = (torch.as_tensor(x) for x in predictions)
+    rewards, present, by_order, sft_index = (torch.as_tensor(x) for x in labels)
+    mask = present == 1  # the loop pads to the largest n with -100
+    if by_order.unique().numel() != 1:
+        raise ValueError("the lists of a data set must all have rewards or all have none")
+
+    def where_present(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0)
+
+    return Scores(
+        where_present(logps),
+        where_present(lengths),
+        where_present(rewards),
+        mask,
+        sft_index[:, 0],
+        bool(by_order[0, 0]),
+        where_present(ref_logps[0]) if ref_logps else None,
+    )
+
+
+def describe_backend(config: LossOptions, device: torch.device, dtype: torch.dtype) -> str:
+    """Which implementation serves the run, and why those before it in the list do not.
+
+    Raises:
+        ValueError: an explicit choice that cannot serve.
+    """
+    if config.loss_impl == "reference":
+        return "plain PyTorch reference"
+    chosen = pk.backends.resolve(config.loss_impl, device, dtype)
+    refused = {}
+    if config.loss_impl == "auto":
+        before = pk.backends.ORDER[: pk.backends.ORDER.index(chosen)]
+        refused = {name: pk.backends.passed_over(name, device, dtype) for name in before}
+    return f"fused, backend {chosen}" + "".join(f"; not {k}: {v}" for k, v in refused.items())
+
+
+def _head_input(hidden: Tensor, head: Head) -> Tensor:
+    """Hidden states in the head's dtype; under autocast the kernels cast both."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return hidden
+    return hidden.to(head.weight.dtype)
+
+
+def _sequence_logps(
+    hidden: Tensor,  # (R, H)
+    head: Head,
+    batch: Mapping[str, Any],
+    config: LossOptions,
+) -> tuple[Tensor, Tensor]:
+    layout = batch["layout"]
+    rows = hidden.index_select(0, layout.rows)
+    function, where = pk.linear_token_logps, _backend(config)
+    if config.loss_impl == "reference":
+        function, where = pk.reference.linear_token_logps, {}
+    logps = function(rows, head.weight, layout.targets, **head.options(), **where)
+    sums = torch.segment_reduce(logps, "sum", lengths=layout.lengths, unsafe=True)
+    at = layout.sequences.clamp_min(0)
+    exists = layout.sequences >= 0
+    return torch.where(exists, sums[at], 0.0), torch.where(exists, layout.lengths[at], 0)
+
+
+def _backend(config: LossOptions) -> dict[str, Any]:
+    budget = None if config.budget_mb is None else config.budget_mb << 20
+    return {"backend": config.loss_impl, "budget": budget}
+
+
+def _pro_options(config: LossOptions, by_order: bool) -> dict[str, Any]:
+    temperature = config.fixed_temperature()
+    if temperature is None:
+        temperature = 1.0 if by_order else "reward"
+    return {
+        "sft_weight": config.sft_weight,
+        "sft_reduction": config.sft_reduction,
+        "length_normalize": config.length_normalize,
+        "temperature": temperature,
+        "reward_scale": config.reward_scale,
+        "ties": config.ties,
+    }
+
+
+def _loss_kwargs(config: LossOptions) -> dict[str, Any]:
+    return dict(config.loss_kwargs or {})

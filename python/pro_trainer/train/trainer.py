@@ -1,0 +1,390 @@
+"""``PROTrainer``: transformers' ``Trainer`` with the fused loss on ranked lists.
+
+The path of a step: the collator's batch (``collate``) -> decoder (``model``) -> fused loss
+(``objective``) -> ``Trainer``'s backward, clipping and optimizer. What a step scored stays on the
+device until the next log line; only there anything is waited for.
+
+Resuming, accumulation, mixed precision, gradient checkpointing, evaluation strategy, reporting and
+distributed launch are ``Trainer``'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
+
+from pro_trainer.batch.collate import Preferences
+from pro_trainer.batch.sampler import dealt
+from pro_trainer.errors import TrainingError
+from pro_trainer.models import (
+    causal_lm,
+    check_parts,
+    check_vocabulary,
+    disable_dropout,
+    evaluating,
+    lm_head,
+    load,
+    load_tokenizer,
+)
+from pro_trainer.train import card, checkpoints, faults
+from pro_trainer.train.callbacks import CurvesCallback, LogLineCallback, SamplesCallback
+from pro_trainer.train.config import PROConfig
+from pro_trainer.train.distributed import call_through, check_agreement, check_zero3_saves, facts
+from pro_trainer.train.inputs import check_lengths, first_list, make_collator, tokenized
+from pro_trainer.train.objective import (
+    NEEDS_REFERENCE,
+    Scores,
+    batch_loss,
+    describe_backend,
+    label_columns,
+    predicted_scores,
+    score_metrics,
+    sequence_logps,
+)
+from pro_trainer.train.usage import Usage
+
+
+class PROTrainer(Trainer):
+    """Train a causal LM so that its ranking of n candidates follows the preference ranking.
+
+    PRO (arXiv 2306.17492) or any other loss of ``pro_kernels.losses.LOSSES``, through the fused
+    kernels; each prompt is run once for all its candidates where that pays.
+
+    Args:
+        model: a transformers causal LM, a PEFT model, or the folder or hub name of one.
+        args: options; default ``PROConfig()``.
+        train_dataset: ranked lists: files, folders or hub names (one or several), records (a
+            ``datasets.Dataset`` or a list of dicts in any format of ``records``), or what
+            ``load_dataset`` made of them.
+        eval_dataset: held-out lists, likewise, or a dict of them by name.
+        processing_class: the tokenizer; default: the model's.
+        peft_config: a ``peft`` config; the model is wrapped by it.
+        ref_model: the reference model of losses that have one (dpo, ipo, s_dpo, dpo_pl). Default:
+            the model without its adapters, or a frozen copy of it as it is now.
+        callbacks: as in ``Trainer``.
+        optimizers: as in ``Trainer``.
+
+    Raises:
+        TypeError, ValueError: a model, tokenizer, option or data set that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        args: PROConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        ref_model: nn.Module | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = PROConfig() if args is None else args
+        if not isinstance(args, PROConfig):
+            raise TypeError(f"args must be a PROConfig, got {type(args).__name__}")
+        if isinstance(model, str):
+            model, tokenizer = load(model)
+            processing_class = processing_class or tokenizer
+        weight = lm_head(model).weight
+        if processing_class is None:
+            name = causal_lm(model).config._name_or_path
+            if not name:
+                raise ValueError(
+                    "processing_class (the tokenizer) is needed: the model has no name"
+                )
+            processing_class = load_tokenizer(name)
+        check_vocabulary(model, processing_class)
+        checkpoints.check_folder(Path(args.output_dir))
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start one process a GPU (torchrun, accelerate "
+                "launch), or show it one (CUDA_VISIBLE_DEVICES)"
+            )
+        describe_backend(args, args.device, weight.dtype)
+        if ref_model is not None and not isinstance(ref_model, nn.Module):
+            raise TypeError(f"ref_model must be a model, got {type(ref_model).__name__}")
+        if isinstance(train_dataset, Mapping):
+            raise ValueError(
+                f"train_dataset must be one data set, got a dict of {sorted(train_dataset)}"
+            )
+        train_dataset, eval_dataset = (
+            tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset)
+        )
+        example = first_list(train_dataset, eval_dataset)
+        if not (args.deepspeed or args.fsdp):
+            model.to(args.device)  # what follows is tried where it will run
+        check_lengths(model, args.max_length, train_dataset, eval_dataset)
+        check_parts(model, torch.tensor(example["prompts"][0] + example["completions"][0]))
+        collator = make_collator(causal_lm(model), processing_class, args, example)
+        if peft_config is not None:
+            model = _with_peft(model, peft_config, args)
+        elif args.loss_type in NEEDS_REFERENCE and not hasattr(model, "disable_adapter"):
+            ref_model = ref_model or copy.deepcopy(model)
+        if args.disable_dropout:
+            disable_dropout(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._metrics_of_predictions,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is scaled by the lists of a whole step
+        self._usage = Usage(self.accelerator.device)
+        # One entry a batch since the last log line; None: a batch that counts for nothing.
+        self._waiting: list[tuple[Tensor, Tensor, Preferences, Tensor | None] | None] = []
+        self._not_finite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(LogLineCallback())
+        self.add_callback(CurvesCallback())
+        if args.sample_steps:
+            self.add_callback(SamplesCallback(self))
+        self.ref_model = None
+        if ref_model is not None:
+            ref_model.eval().requires_grad_(False)
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        if args.world_size > 1:
+            check_agreement(facts(args, causal_lm(self.model), train_dataset, eval_dataset))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """``Trainer.train``; what is resumed must be a whole checkpoint of the same run.
+
+        Raises:
+            ValueError: no whole checkpoint to resume from, one of a run with other options or
+                data, or, without resuming, an ``output_dir`` that holds another run's checkpoints
+                and no ``overwrite``.
+            TrainingError: loss, gradient or weights that are not finite; nothing is saved then. Or
+                another rank failed (``faults.RankError``).
+        """
+        with faults.shared(self.args.ddp_timeout):
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> Any:
+        run = checkpoints.run_identity(self.args, causal_lm(self.model), self.train_dataset)
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError("the model has no trainable parameter (a frozen model or adapter?)")
+        check_zero3_saves(self.accelerator)
+        resumed = checkpoints.prepare_output(
+            Path(self.args.output_dir), resume_from_checkpoint, run, self.args
+        )
+        if self.args.world_size > 1:
+            check_agreement({"the checkpoint resumed": str(resumed and Path(resumed).name)})
+        self._run_identity = run
+        self._waiting.clear()
+        self._not_finite.zero_()
+        self._usage.restart()
+        if self.model_wrapped is self.model:
+            # An evaluation before training marks the model as prepared, and accelerate would then
+            # leave it without DistributedDataParallel: each process would train a model of its own.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super().train(resume_from_checkpoint=resumed, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one batch, weighted as its share of the lists of the whole step."""
+        preferences, layout = inputs["preferences"], inputs["layout"]
+        ref_logps = self._reference_logps(model, inputs)
+        result = self._run(model, lambda: batch_loss(self._module(), inputs, self.args, ref_logps))
+        loss = result.loss
+        if num_items_in_batch is not None:
+            lists = preferences.num_counted / num_items_in_batch
+            loss = loss * (lists * self.accelerator.num_processes)
+        if self.model.training and self.args.logging_strategy != "no":
+            self._not_finite |= ~loss.detach().isfinite()
+            if preferences.idle:
+                self._waiting.append(None)
+            else:
+                self._waiting.append((result.logps, result.lengths, preferences, ref_logps))
+                self._usage.count(layout.num_tokens, preferences.num_positions)
+        return (loss, result) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Lists of one optimizer step, over its micro-batches and processes."""
+        lists = sum(batch["preferences"].num_counted for batch in batch_samples)
+        if self.args.world_size == 1:
+            return lists or None
+        return self.accelerator.gather(torch.tensor([lists], device=device)).sum()
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """S and m of a batch, and what they are compared with; the loss is made of them later."""
+        preferences = inputs["preferences"]
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            ref_logps = self._reference_logps(model, inputs)
+            logps, lengths = self._run(
+                model, lambda: sequence_logps(self._module(), inputs, self.args)
+            )
+        made = (logps, lengths) if ref_logps is None else (logps, lengths, ref_logps)
+        return None, made, tuple(x.to(logps.device) for x in label_columns(preferences))
+
+    def score(self, dataset: Any) -> Scores:
+        """S and m of every candidate of ``dataset``, in its order, on the host (of all processes).
+
+        Raises:
+            ValueError: nothing to score.
+        """
+        output = self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring")
+        return predicted_scores(output.predictions, output.label_ids)
+
+    def get_train_dataloader(self) -> Any:
+        """``Trainer``'s; several processes take what one would take, no list twice."""
+        return dealt(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """``Trainer``'s, of files and records too."""
+        if eval_dataset is not None and not (
+            isinstance(eval_dataset, str) and isinstance(self.eval_dataset, Mapping)
+        ):
+            eval_dataset = tokenized(eval_dataset, self.processing_class, self.args)
+            vars(self).get("_eval_dataloaders", {}).clear()  # kept by name, whatever the data
+        return super().get_eval_dataloader(eval_dataset)
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        """Loss and ranking metrics of ``scores``; see ``score_metrics``."""
+        return score_metrics(scores, self.args)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """``Trainer.evaluate``: ``score_metrics`` of the held-out lists, as ``eval_...``."""
+        with self._usage.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _metrics_of_predictions(self, predictions: Any) -> dict[str, float]:
+        scores = predicted_scores(predictions.predictions, predictions.label_ids)
+        if not scores.logps.isfinite().all():
+            raise TrainingError(
+                f"step {self.state.global_step}: log-probabilities of the held-out lists are not "
+                "finite; stopped"
+            )
+        return self.metrics(scores)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError:
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is none of "
+                f"{', '.join(sorted(metrics))}"
+            ) from None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the steps since the last line scored; stop where the loss is not finite."""
+        if "loss" in logs and self._waiting:
+            self._check_finite(logs)
+            parts = [Scores.of_batch(*waiting) for waiting in self._waiting if waiting]
+            self._waiting.clear()
+            metrics = score_metrics(self._of_all_processes(parts), self.args)
+            del metrics["loss"], metrics["prompts"], metrics["pairs"]
+            logs |= metrics | self._usage.take(self.accelerator)
+        super().log(logs, start_time)
+
+    def _check_finite(self, logs: Mapping[str, float]) -> None:
+        norm = logs.get("grad_norm", 0.0)
+        if not math.isfinite(logs["loss"]) or not (self.args.fp16 or math.isfinite(norm)):
+            raise TrainingError(
+                f"steps up to {self.state.global_step}: mean loss {logs['loss']}, last gradient "
+                f"norm {norm}{self._ranks_not_finite()}; stopped. A lower learning_rate, a smaller "
+                "reward_scale or float32 may help"
+            )
+
+    def _ranks_not_finite(self) -> str:
+        """Which ranks' losses were not finite: a sum over ranks does not say."""
+        if self.args.world_size == 1:
+            return ""
+        bad = self.accelerator.gather(self._not_finite[None]).nonzero().flatten().tolist()
+        return f", losses that are not finite on ranks {bad}" if bad else ""
+
+    def _of_all_processes(self, parts: list[Scores]) -> Scores:
+        if self.args.world_size > 1:
+            parts = gather_object(parts)
+        return Scores.cat(parts)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._usage.paused():
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        # FSDP and DeepSpeed give what they gathered; one process alone could not gather it here.
+        named = self.model.named_parameters() if state_dict is None else state_dict.items()
+        bad = [n for n, p in named if not p.isfinite().all()]
+        if bad:
+            raise TrainingError(
+                f"step {self.state.global_step}: {len(bad)} weights are not finite ({bad[0]}, "
+                "...); stopped, and nothing saved"
+            )
+        checkpoints.remove_model(folder)
+        super()._save(str(folder), state_dict)
+        card.write(folder, self)
+        if hasattr(self, "_run_identity"):
+            checkpoints.write_identity(folder, self._run_identity)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card (README.md) into ``output_dir``."""
+        if self.is_world_process_zero():
+            card.write(Path(self.args.output_dir), self)
+
+    def _module(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _run(self, model: nn.Module, function: Any) -> Any:
+        """Call ``function`` inside the model's forward, under its autocast."""
+        with self.accelerator.autocast():
+            return call_through(model, self._module(), function)
+
+    def _reference_logps(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        if self.args.loss_type not in NEEDS_REFERENCE:
+            return None
+        with torch.no_grad(), self.accelerator.autocast():
+            if self.ref_model is not None:
+                return sequence_logps(self.ref_model, inputs, self.args)[0]
+            module = self._module()
+            with module.disable_adapter(), evaluating(module):
+                logps, _ = call_through(
+                    model, module, lambda: sequence_logps(module, inputs, self.args)
+                )
+                return logps
+
+
+def _with_peft(model: nn.Module, peft_config: Any, args: PROConfig) -> nn.Module:
+    """The model with new adapters."""
+    if hasattr(model, "peft_config"):
+        raise ValueError("model is a PEFT model already; give it without peft_config")
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config must be a peft config, got {type(peft_config).__name__}")
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()  # else no gradient enters the checkpointed layers
+    wrapped = get_peft_model(model, peft_config)
+    lm_head(wrapped)
+    return wrapped
