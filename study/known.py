@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 from pro_trainer.prepare.sampling import sample
+from pro_trainer.text.options import ListOptions
 from pro_trainer.text.store import load_dataset
-from pro_trainer.train.config import ListOptions
 from study import task
 from study.training import (
     CROSS_ENTROPY,

@@ -26,8 +26,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.report import DataReport
 from pro_trainer.evaluate.metrics import list_statistics
+from pro_trainer.text.options import ListOptions
 from pro_trainer.text.store import load_dataset
-from pro_trainer.train.config import ListOptions
 from study.training import CROSS_ENTROPY, single_lists, small_llama, study_trainer
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from pro_trainer.data.formats import DataError, RankedList
-from pro_trainer.data.lists import DIFFERENT_CONTEXTS, cap_candidates, read_lists, select
+from pro_trainer.data.lists import DIFFERENT_CONTEXTS, read_lists, select
 from pro_trainer.data.report import DataReport, LengthHistogram
-from pro_trainer.train.config import ListOptions
+from pro_trainer.text.options import ListOptions
 
 GOOD = {"prompt": "p", "completions": ["a", "b"]}
 
@@ -50,7 +50,7 @@ def test_formats_may_be_mixed_in_one_file(write_lines):
         "prompt, chosen, rejected": 1,
         "transcripts": 1,
         "official PRO files": 1,
-        "context and ranked completions": 1,
+        "prompt and completions with a score each": 1,
     }
 
 
@@ -122,7 +122,6 @@ def test_candidate_cap_keeps_best_and_worst_evenly_spaced():
     assert lists[0] == RankedList(("p",), ("a", "b", "c"), (1.0, 5.0, 3.0))
     assert lists[1] == RankedList(("p",), ("a", "c", "e"))
     assert report.candidates == {3: 2}
-    assert cap_candidates(lists[0], 3) is lists[0]
 
 
 def test_the_sft_mark_follows_its_candidate():
@@ -148,7 +147,7 @@ def test_the_sft_mark_follows_its_candidate():
         (b"[" * 100_000, "not JSON"),
         (b'{"prompt": "\xff", "completions": ["a", "b"]}', "not UTF-8"),
         (b"[1]", "must be a JSON object, got a list"),
-        ({"text": "x"}, "got the keys .'text'"),
+        ({"text": "x"}, "the columns .'text'"),
         (b'{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 1e999]}', "must be finite"),
         (b'{"prompt": "p", "completions": ["a", "b"], "rewards": [NaN, 1]}', "must be finite"),
     ],

@@ -22,6 +22,7 @@ from pro_trainer.evaluate.generation import generate_answers
 from pro_trainer.evaluate.metrics import ranking_metrics
 from pro_trainer.evaluate.tables import cell, evaluation_report, markdown_table
 from pro_trainer.prepare.scoring import RewardModel
+from pro_trainer.text.encode import Encoder
 from pro_trainer.train.config import PROConfig
 
 
@@ -226,12 +227,12 @@ def test_bleu_of_the_answers_is_against_the_best_completion(
         return [[f" {text}"] for text in best]
 
     monkeypatch.setattr("pro_trainer.evaluate.generation.sample", answer)
-    found = generate_answers(*tiny, lists, max_new_tokens=4)
+    found = generate_answers(tiny[0], Encoder(tiny[1]), lists, max_new_tokens=4)
     assert asked == ["p0 ", "p1 "]
     assert found["bleu"] == pytest.approx(100)
     assert "reward" not in found and "win_rate" not in found
     with pytest.raises(ValueError, match="no lists to answer"):
-        generate_answers(*tiny, [], max_new_tokens=4)
+        generate_answers(tiny[0], Encoder(tiny[1]), [], max_new_tokens=4)
 
 
 def test_a_loss_with_a_reference_model(

@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pro_trainer.prepare.draws import TokenPicker
-from pro_trainer.prepare.sampling import bleu, prompt_ids, prompt_limit, sample
+from pro_trainer.prepare.sampling import bleu, prompt_limit, sample
+from pro_trainer.text.encode import Encoder
+from pro_trainer.text.options import ListOptions
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -59,7 +61,7 @@ def test_seeds_and_not_the_global_state_decide(model_and_tokenizer):
 def test_greedy_is_the_argmax_of_the_plain_model(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     for prompt in PROMPTS:
-        ids = prompt_ids(tokenizer, prompt)
+        ids, _ = Encoder(tokenizer).prompt(prompt)
         expected = []
         for _ in range(10):
             logits = model.eval()(torch.tensor([ids + expected])).logits
@@ -164,19 +166,21 @@ def test_a_tokenizer_with_neither_pad_nor_eos(model_and_tokenizer, bare_tokenize
     for i, prompt in enumerate(PROMPTS):
         assert draw(model, bare_tokenizer, [prompt], seeds=[i], batch_size=1) == [together[i]]
     assert bare_tokenizer.pad_token is None
-    with pytest.raises(ValueError, match="an empty prompt, and a tokenizer with neither BOS nor"):
+    with pytest.raises(ValueError, match="the prompt is empty, and .* neither a BOS nor an EOS"):
         draw(model, bare_tokenizer, [""])
 
 
 def test_messages_go_through_the_chat_template(model_and_tokenizer):
     model, tokenizer = copy.deepcopy(model_and_tokenizer)
     messages = ({"role": "user", "content": "hi"},)
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="needs a chat template"):
         draw(model, tokenizer, [messages])
     tokenizer.chat_template = TEMPLATE
-    assert draw(model, tokenizer, [messages]) == draw(model, tokenizer, ["<user>hi<assistant>"])
+    as_written = Encoder(tokenizer, ListOptions(chat_template="off"))
+    written = draw(model, tokenizer, ["<user>hi<assistant>"], encoder=as_written)
+    assert draw(model, tokenizer, [messages]) == draw(model, tokenizer, ["hi"]) == written
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="refuses messages of roles.*user.*must alternate"):
+    with pytest.raises(ValueError, match="refuses the conversation: roles must alternate"):
         draw(model, tokenizer, [messages])
 
 
@@ -198,9 +202,13 @@ def test_prompts_are_cut_to_what_the_context_leaves():
 def test_prompt_ids_have_no_end_token_and_are_never_empty(model_and_tokenizer):
     tokenizer = copy.deepcopy(model_and_tokenizer[1])
     assert tokenizer("ab")["input_ids"][-1] == tokenizer.eos_token_id  # ByT5 appends one
-    assert prompt_ids(tokenizer, "ab") == tokenizer("ab", add_special_tokens=False)["input_ids"]
-    assert prompt_ids(tokenizer, "a</s>")[-1] == tokenizer.eos_token_id  # the prompt's own
-    assert prompt_ids(tokenizer, "") == [tokenizer.eos_token_id]
+
+    def prompt_ids(prompt):
+        return Encoder(tokenizer).prompt(prompt)[0]
+
+    assert prompt_ids("ab") == tokenizer("ab", add_special_tokens=False)["input_ids"]
+    assert prompt_ids("a</s>")[-1] == tokenizer.eos_token_id  # the prompt's own
+    assert prompt_ids("") == [tokenizer.eos_token_id]
 
 
 def test_a_peft_model_samples_with_its_adapter(model_and_tokenizer):

@@ -22,9 +22,9 @@ from pro_trainer.data.lists import read_lists
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import tiny_llama
 from pro_trainer.prepare import recipe
-from pro_trainer.prepare.recipe import Pool, choose
+from pro_trainer.prepare.recipe import Pool
 from pro_trainer.prepare.scoring import RewardModel
-from pro_trainer.train.config import ListOptions
+from pro_trainer.text.options import ListOptions
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,7 @@ def arguments(models, write_lines, tmp_path):
             "batch_size": 2,
             "seed": 5,  # one that makes no empty sample
             "device": "cpu",
+            "chat_template": "off",
         }
         return PrepareArguments(**{**values, **changes})
 
@@ -91,7 +92,8 @@ def test_transcripts_become_longer_ranked_lists(arguments, models, tmp_path, cap
     report = prepare(arguments())
     made = records(tmp_path / "out.jsonl")
     assert len(made) == 7 and report.kept == 7
-    reward_model = RewardModel.from_path(str(models / "rm"), batch_size=1)
+    as_written = ListOptions(chat_template="off", append_eos=False)
+    reward_model = RewardModel.from_path(str(models / "rm"), batch_size=1, options=as_written)
     for i, record in enumerate(made):
         n = len(record["completions"])
         assert record["prompt"] == f"\n\nHuman: question {i}?\n\nAssistant:"
@@ -154,18 +156,6 @@ def test_the_ranking_length_keeps_best_worst_and_between(arguments, tmp_path):
         assert report.shorter == (3 if length == 9 else 0)
 
 
-def test_choose():
-    order = [5, 4, 3, 2, 1, 0]
-    assert choose(order, None) == choose(order, 6) == choose(order, 9) == order
-    assert choose(order, 2) == [5, 0]
-    assert choose(order, 3) == [5, 3, 0]
-    assert choose(order, 5) == [5, 4, 3, 1, 0]
-    assert choose(order, 3, keep=4) == [5, 4, 0]  # takes the place of the one between
-    assert choose(order, 3, keep=3) == [5, 3, 0]
-    assert choose(order, 2, keep=1) == [5, 1]  # nothing between: nearest of best and worst
-    assert choose(order, 2, keep=5) == [5, 0]
-
-
 @pytest.mark.parametrize("length", [None, 2, 3])
 def test_sft_on_the_chosen_one_of_the_data(arguments, tmp_path, length):
     prepare(arguments(sft="chosen", ranking_length=length))
@@ -220,7 +210,7 @@ def test_conversations(arguments, write_lines, tmp_path):
         }
         for i in range(3)
     ]
-    prepare(arguments(data=write_lines(*lists)))
+    prepare(arguments(data=write_lines(*lists), chat_template="auto"))
     lists = list(read_lists([str(tmp_path / "out.jsonl")], DataReport(), ListOptions()))
     assert [x.prompts[0][0]["content"] for x in lists] == [f"question {i}" for i in range(3)]
     for ranked in lists:
@@ -236,7 +226,7 @@ def test_rewards_of_the_data_and_order_alone(arguments, write_lines, tmp_path):
     alone = {"generator": [], "reward_model": None, "data": data}
     report = prepare(arguments(**alone, ranking_length=3))
     first, second = records(tmp_path / "out.jsonl")
-    assert first["completions"] == ["a", "c", "d"] and first["rewards"] == [4.0, 2.0, 1.0]
+    assert first["completions"] == ["a", "b", "d"] and first["rewards"] == [4.0, 3.0, 1.0]
     assert first["chosen_index"] == 0 and first["sources"] == ["data"] * 3
     assert second["completions"] == ["first", "second", "third"] and "rewards" not in second
     assert report.chosen_first is None
@@ -367,6 +357,7 @@ def test_a_killed_process_is_resumed(arguments, tmp_path, write_lines):
         "--data", data, "--output", str(tmp_path / "killed.jsonl"), "--generator",
         *whole.generator, "--reward_model", whole.reward_model, "--num_samples", "3",
         "--max_new_tokens", "12", "--batch_size", "2", "--seed", "5", "--device", "cpu",
+        "--chat_template", "off",
     ]  # fmt: skip
     # One thread, as in this process: the sums of a matmul are ordered by it.
     code = (
@@ -466,7 +457,7 @@ def test_an_error_of_a_model_names_the_lists(arguments, models, write_lines, tmp
     model, tokenizer = tiny_llama(0)
     model.save_pretrained(no_template)
     tokenizer.save_pretrained(no_template)
-    with pytest.raises(ValueError, match=r"data.jsonl:3 to .*data.jsonl:3: .*no chat template"):
+    with pytest.raises(ValueError, match=r"data.jsonl:3 to .*data.jsonl:3: .*a chat template"):
         prepare(arguments(data=data, generator=[str(no_template)]))
     # What was finished before is kept for when the cause is gone.
     assert (tmp_path / "out.jsonl.partial").read_bytes().count(b"\n") == 2

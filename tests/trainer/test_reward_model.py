@@ -105,9 +105,10 @@ def test_messages_are_scored_as_the_template_writes_them(saved):
     reward_model = RewardModel.from_path(saved(llama()))
     question = ({"role": "user", "content": "hi"},)
     answer = ({"role": "assistant", "content": "yes"},)
-    with pytest.raises(ValueError, match="/rm' has no chat template"):
+    with pytest.raises(ValueError, match="/rm lacks: set tokenizer.chat_template"):
         reward_model.score([question], [answer])
     reward_model.tokenizer.chat_template = TEMPLATE
+    reward_model = RewardModel(reward_model.model, reward_model.tokenizer)
     text = "<user>hi<assistant>yes"
     ids = reward_model.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert reward_model.encode(question, answer) == (ids, False)

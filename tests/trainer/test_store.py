@@ -19,8 +19,8 @@ from transformers import ByT5Tokenizer
 
 from pro_trainer.data.formats import DataError
 from pro_trainer.text.encode import TokenizedList
+from pro_trainer.text.options import ListOptions
 from pro_trainer.text.store import load_dataset, split_held_out, write_lists
-from pro_trainer.train.config import ListOptions
 
 RECORDS = [
     {"prompt": f"p{i}", "completions": [f"a{i}", "bb", "c"][: 2 + i % 2], "sft_index": 1}
@@ -30,7 +30,7 @@ MEASURE = """
 import json, os, resource, sys, time
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from pro_trainer.train.config import ListOptions
+from pro_trainer.text.options import ListOptions
 from pro_trainer.text.store import load_dataset, split_held_out
 
 words = [f"w{i}" for i in range(1000)]
@@ -97,6 +97,7 @@ def test_rows_are_the_tokenised_lists_with_int32_ids(loaded, tokenizer):
         "completions": [tokenizer(text).input_ids for text in ("a1", "bb", "c")],
         "rewards": None,
         "sft_index": 1,
+        "cut": None,
         "length": 10,  # 2 of the prompt, 3 + 3 + 2 of the completions, EOS included
     }
     ids = pa.large_list(pa.large_list(pa.int32()))
@@ -105,6 +106,7 @@ def test_rows_are_the_tokenised_lists_with_int32_ids(loaded, tokenizer):
         ids,
         pa.large_list(pa.float64()),
         pa.int32(),
+        pa.string(),
         pa.int32(),
     ]
 
@@ -112,7 +114,7 @@ def test_rows_are_the_tokenised_lists_with_int32_ids(loaded, tokenizer):
 def test_files_and_records_make_one_data_set(tokenizer, write_lines):
     path = write_lines(*RECORDS[:2])
     rewarded = [{"prompt": "p", "completions": ["a", "b"], "rewards": [0.1, 1]}]
-    dataset, report = load_dataset([path, rewarded], tokenizer, ListOptions(), append_eos=False)
+    dataset, report = load_dataset([path, rewarded], tokenizer, ListOptions(append_eos=False))
     assert len(dataset) == report.lists == 3 and report.with_rewards == 1
     assert dataset[2]["rewards"] == [0.1, 1.0] and dataset[2]["completions"] == [[100], [101]]
 

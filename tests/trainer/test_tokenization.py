@@ -8,8 +8,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pro_trainer.data.formats import DataError, RankedList
 from pro_trainer.data.report import DataReport
-from pro_trainer.text.encode import MERGED, RENDERED, TokenizedList, tokenize_lists
-from pro_trainer.train.config import ListOptions
+from pro_trainer.text.encode import MERGED, RENDERED, Encoder, TokenizedList
+from pro_trainer.text.options import ListOptions
 
 EOS = 1
 CHAT = (
@@ -55,14 +55,12 @@ def chat(fast):
     fast.chat_template = None
 
 
-def run(
-    tokenizer, *lists: RankedList, append_eos: bool = True, **options
-) -> tuple[list[TokenizedList], DataReport]:
+def run(tokenizer, *lists: RankedList, **options) -> tuple[list[TokenizedList], DataReport]:
     report = DataReport()
     for ranked in lists:
         report.records += 1
         report.count(ranked)
-    stream = tokenize_lists(lists, tokenizer, ListOptions(**options), report, append_eos)
+    stream = Encoder(tokenizer, ListOptions(**options), report).lists(lists)
     return list(stream), report
 
 
@@ -89,7 +87,7 @@ def test_ids_are_joined_and_eos_appended(byte_level):
 def test_the_whole_text_is_tokenised_naturally(fast):
     ranked = RankedList(("the question",), (" is good", " is bad"))
     found, report = run(fast, ranked)
-    assert not report.boundary and found[0].prompts == [fast("the question").input_ids[:-1]]
+    assert not report.notes and found[0].prompts == [fast("the question").input_ids[:-1]]
     for text, completion in zip(ranked.completions, found[0].completions, strict=True):
         assert found[0].prompts[0] + completion == fast("the question" + text).input_ids
 
@@ -99,8 +97,8 @@ def test_a_merge_across_the_boundary_is_tokenised_apart_and_counted(fast):
     found, report = run(
         fast, RankedList(("the ques",), ("tion", " is")), RankedList(("x",), ("a", "b"))
     )
-    assert report.boundary == {MERGED: 1}
-    assert "prompt boundary, tokens merge across it" in report.text()
+    assert report.notes == {MERGED: 1}
+    assert f"{MERGED}: 1" in report.text()
     apart = fast("tion", add_special_tokens=False).input_ids
     assert found[0].completions[0] == [*apart, EOS]
     assert found[0].prompts[0] == [0, *fast("the ques", add_special_tokens=False).input_ids]
@@ -133,13 +131,13 @@ def test_a_conversation_goes_through_the_template_and_gets_nothing_appended(chat
     assert found[0].completions == [
         encode(f"{word}</s>", add_special_tokens=False).ids for word in ("good", "bad")
     ]
-    assert found[0].completions[0][-1] == EOS and not report.boundary
+    assert found[0].completions[0][-1] == EOS and not report.notes
 
 
 def test_a_template_that_renders_replies_differently_ends_the_prompt_where_they_agree(chat):
     chat.chat_template = CHAT.replace("<assistant>{%", "<assistant>think:{%")
     found, report = run(chat, conversation("good", "bad"))
-    assert report.boundary[RENDERED] == 1
+    assert report.notes[RENDERED] == 1
     decoded = [chat.decode(found[0].prompts[0] + ids) for ids in found[0].completions]
     assert decoded == [
         f"<s><user>the question</s><assistant>{word}</s>" for word in ("good", "bad")
@@ -169,18 +167,17 @@ def test_the_prompt_is_cut_at_the_side_asked_for_and_completions_at_the_end(byte
     assert found[0].prompts == [ids("abcd")]
 
 
-def test_bos_stays_when_the_prompt_is_cut(fast, chat):
+def test_bos_stays_when_the_prompt_is_cut(fast):
     ranked = RankedList(("abcdef",), ("x", "y"))
     bare = fast("abcdef", add_special_tokens=False).input_ids
     found, report = run(fast, ranked, max_length=8)
+    assert found[0].prompts == [[0, *bare[-5:]]] and report.prompts_cut == 1
+    found, report = run(fast, ranked, max_length=8, max_prompt_length=4)
     assert found[0].prompts == [[0, *bare[-3:]]] and report.prompts_cut == 1
-    found, _ = run(fast, ranked, max_length=8, truncation_mode="keep_start")
+    found, _ = run(fast, ranked, max_length=8, max_prompt_length=4, truncation_mode="keep_start")
     assert found[0].prompts == [[0, *bare[:3]]]
     found, _ = run(fast, ranked, max_length=8, max_prompt_length=1)
     assert found[0].prompts == [[0]]
-    whole = run(chat, conversation("good", "bad"))[0][0].prompts[0]
-    found, _ = run(chat, conversation("good", "bad"), max_length=20, max_prompt_length=6)
-    assert found[0].prompts == [[0, *whole[-5:]]]
 
 
 def test_an_empty_prompt_begins_with_bos_or_eos(byte_level, fast):
@@ -196,12 +193,12 @@ def test_an_empty_prompt_begins_with_bos_or_eos(byte_level, fast):
 def test_what_the_tokenizer_lacks_is_said_before_any_work(fast):
     bare = PreTrainedTokenizerFast(tokenizer_object=fast.backend_tokenizer)
     with pytest.raises(ValueError, match="has no EOS token.*append_eos=False"):
-        tokenize_lists(iter(()), bare, ListOptions(), DataReport())
-    with pytest.raises(ValueError, match="max_prompt_length=1 has no room for the 2 special"):
+        Encoder(bare, ListOptions())
+    with pytest.raises(ValueError, match="1 tokens, which has no room for the 2 special"):
         two = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 0)])
         old, fast.backend_tokenizer.post_processor = fast.backend_tokenizer.post_processor, two
         try:
-            tokenize_lists(iter(()), fast, ListOptions(max_prompt_length=1), DataReport())
+            Encoder(fast, ListOptions(max_prompt_length=1))
         finally:
             fast.backend_tokenizer.post_processor = old
 

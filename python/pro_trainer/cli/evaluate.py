@@ -30,12 +30,15 @@ from pro_trainer.evaluate.metrics import (
 from pro_trainer.evaluate.plots import draw_evaluation
 from pro_trainer.evaluate.tables import evaluation_report
 from pro_trainer.models import causal_lm, load
+from pro_trainer.options import option
 from pro_trainer.prepare.output import write_atomically, write_json
 from pro_trainer.prepare.sampling import prompt_limit
 from pro_trainer.prepare.scoring import RewardModel
+from pro_trainer.text.encode import Encoder
+from pro_trainer.text.options import ListOptions
 from pro_trainer.text.store import load_dataset
 from pro_trainer.train import faults
-from pro_trainer.train.config import ListOptions, LossOptions, PROConfig, option
+from pro_trainer.train.config import LossOptions, PROConfig
 from pro_trainer.train.inputs import check_lists
 from pro_trainer.train.objective import NEEDS_REFERENCE, Scores, describe_backend
 from pro_trainer.train.trainer import PROTrainer
@@ -115,9 +118,7 @@ def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
     if arguments.generate:
         prompt_limit(causal_lm(model), arguments.max_new_tokens)
     print(f"loss: {describe_backend(config, config.device, model.dtype)}")
-    dataset, report = load_dataset(
-        arguments.data, tokenizer, config, append_eos=config.append_eos_to_completions()
-    )
+    dataset, report = load_dataset(arguments.data, tokenizer, config)
     print(report.text())
     if not len(dataset):
         raise ValueError(f"{', '.join(arguments.data)}: no lists to evaluate")
@@ -142,11 +143,11 @@ def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
         )
         result["generation"] = generate_answers(
             trainer.model,
-            tokenizer,
+            Encoder(tokenizer, config),
             list(lists),
             max_new_tokens=arguments.max_new_tokens,
             batch_size=config.per_device_eval_batch_size,
-            max_prompt_length=config.prompt_limit(),
+            max_prompt_length=config.prompt_room(arguments.max_new_tokens),
             reward_model=reward_model,
         )
     text = evaluation_report(result)

@@ -26,20 +26,23 @@ import torch
 import pro_kernels as pk
 from pro_trainer.data.formats import RankedList
 from pro_trainer.data.lists import read_lists
+from pro_trainer.data.options import DataOptions
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import load
+from pro_trainer.options import check_choices, check_positive, option
 from pro_trainer.prepare.output import PartialFile, check_output, file_identity, write_atomically
 from pro_trainer.prepare.recipe import DATA, Generator, Recipe, SamplingOptions
 from pro_trainer.prepare.report import PrepareReport
 from pro_trainer.prepare.scoring import RewardModel
-from pro_trainer.train.config import ListOptions, check_positive, option
+from pro_trainer.text.encode import Encoder
+from pro_trainer.text.options import ListOptions, TemplateOptions
 
 _LINES_A_MESSAGE = 100  # progress where standard error is no terminal
 _WITHOUT_EFFECT = ("output", "overwrite", "trust_remote_code")  # on the records
 
 
 @dataclass
-class PrepareArguments:
+class PrepareArguments(TemplateOptions):
     """Flags of ``pro-kernels prepare``."""
 
     data: list[str] = option(
@@ -97,6 +100,7 @@ class PrepareArguments:
 
     def check(self) -> None:
         """Raise ValueError for arguments out of range or at odds."""
+        check_choices(self, PrepareArguments)
         if not self.data:
             raise ValueError("data: no file, folder or hub name given")
         if not self.output.endswith((".jsonl", ".jsonl.gz")):
@@ -177,7 +181,7 @@ def _fill(partial: PartialFile, recipe: Recipe, arguments: PrepareArguments, tot
 def _lists(arguments: PrepareArguments, report: DataReport) -> Iterator[RankedList]:
     """The lists of the data, the same ones at every call."""
     rescored = arguments.reward_model is not None
-    options = ListOptions(
+    options = DataOptions(
         on_bad_line=arguments.on_bad_line, all_equal="order" if rescored else "drop"
     )
     return islice(read_lists(arguments.data, report, options), arguments.limit)
@@ -186,6 +190,11 @@ def _lists(arguments: PrepareArguments, report: DataReport) -> Iterator[RankedLi
 def _recipe(arguments: PrepareArguments, device: torch.device) -> Recipe:
     """Load the models."""
     names = _generator_names(arguments.generator)
+    options = ListOptions(
+        chat_template=arguments.chat_template,
+        split_special_tokens=arguments.split_special_tokens,
+        append_eos=False,
+    )
     tokenizers = arguments.generator_tokenizer or [None] * len(names)
     generators = []
     for name, path, tokenizer_path in zip(names, arguments.generator, tokenizers, strict=True):
@@ -195,7 +204,7 @@ def _recipe(arguments: PrepareArguments, device: torch.device) -> Recipe:
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
         )
-        generators.append(Generator(name, model.to(device), tokenizer))
+        generators.append(Generator(name, model.to(device), Encoder(tokenizer, options)))
     reward_model = None
     if arguments.reward_model is not None:
         reward_model = RewardModel.from_path(
@@ -204,6 +213,7 @@ def _recipe(arguments: PrepareArguments, device: torch.device) -> Recipe:
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
             batch_size=arguments.batch_size,
+            options=options,
         )
     sampling = SamplingOptions(
         num_samples=arguments.num_samples,

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
 from pro_trainer.models import load, tiny_llama
+from pro_trainer.options import option
 from pro_trainer.prepare.output import write_json
 from pro_trainer.text.store import load_dataset, split_held_out
 from pro_trainer.train import checkpoints, faults
-from pro_trainer.train.config import PROConfig, option
+from pro_trainer.train.config import PROConfig
 from pro_trainer.train.inputs import check_lists
 from pro_trainer.train.objective import describe_backend
 from pro_trainer.train.trainer import PROTrainer
@@ -130,16 +131,13 @@ def read_data(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Training lists, held-out lists or None, and the report, which is printed."""
     say = print if config.should_log else str  # one process speaks
-    eos = config.append_eos_to_completions()
-    lists, report = load_dataset(
-        arguments.data or [BUNDLED_TRAIN], tokenizer, config, append_eos=eos
-    )
+    lists, report = load_dataset(arguments.data or [BUNDLED_TRAIN], tokenizer, config)
     say(report.text())
     check_lists(report, config)
     eval_files = arguments.eval_data or ([] if arguments.data else [BUNDLED_EVAL])
     held_out = None
     if eval_files:
-        held_out, held_report = load_dataset(eval_files, tokenizer, config, append_eos=eos)
+        held_out, held_report = load_dataset(eval_files, tokenizer, config)
         say(f"held out:\n{held_report.text()}")
         check_lists(held_report, config)
     elif arguments.eval_fraction:

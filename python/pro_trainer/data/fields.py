@@ -1,19 +1,23 @@
-"""The fields of a record: taken out by name, and refused by name where they are unfit.
+"""The fields of a record: read in each form they come in, and refused by name where they are unfit.
 
 All functions raise ``DataError`` that names the field, what was given and what was expected.
-Legend: a text is a string, or a conversation: a tuple of messages {"role": str, "content": str}.
+Legend: a text is a string, or a conversation: a tuple of messages {"role": str, "content": str},
+which may hold further keys (``tool_calls``, ``name``, ...) for the chat template.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Text = str | tuple[Message, ...]
 
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 _LARGEST = 3.4028234663852886e38  # of fp32, which rewards are taken in
 
 
@@ -35,23 +39,6 @@ def required(record: Mapping[str, Any], key: str) -> Any:
     return record[key]
 
 
-def prompt_text(record: Mapping[str, Any], key: str) -> Text:
-    """The prompt under this key, which holds something where it is a conversation."""
-    prompt = as_text(required(record, key), f"'{key}'")
-    if prompt == ():
-        raise DataError(f"'{key}' holds no messages")
-    return prompt
-
-
-def ranked_member(item: Any, key: str, name: str) -> Any:
-    """A member of one of NeMo's ranked completions."""
-    if not isinstance(item, Mapping) or item.get(key) is None:
-        raise DataError(
-            f"{name} must be an object with 'completion' and 'rank' as others of its list are"
-        )
-    return item[key]
-
-
 def as_list(value: Any, name: str) -> list[Any]:
     """A list as it comes from JSON or Arrow."""
     if not isinstance(value, (list, tuple)):
@@ -60,21 +47,59 @@ def as_list(value: Any, name: str) -> list[Any]:
 
 
 def as_text(value: Any, name: str) -> Text:
-    """A string, or a conversation as a tuple of messages with nothing but role and content."""
+    """A string, or a conversation: a list of messages, or one message alone."""
     if isinstance(value, str):
         return as_string(value, name)
+    if isinstance(value, Mapping):
+        return (as_message(value, name),)
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{name} must be a string or a list of messages, got {kind(value)}")
-    messages = []
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping):
-            raise DataError(f"{name}[{i}] must be a message, got {kind(message)}")
-        if message.get("tool_calls"):
-            raise DataError(f"{name}[{i}] has tool calls, which cannot be scored as text")
-        messages.append(
-            {key: as_string(message.get(key), f"{name}[{i}].{key}") for key in ("role", "content")}
-        )
-    return tuple(messages)
+    return tuple(as_message(message, f"{name}[{i}]") for i, message in enumerate(value))
+
+
+def as_message(value: Any, name: str) -> Message:
+    """A message with ``role`` and ``content``, and whatever else it holds that is not null."""
+    if not isinstance(value, Mapping):
+        raise DataError(f"{name} must be a message, got {kind(value)}")
+    message = {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if "role" not in message and "from" in message:  # ShareGPT
+        role = as_string(message.pop("from"), f"{name}.from")
+        message = {"role": _ROLES.get(role, role), "content": message.pop("value", None)} | message
+    role = as_string(message.get("role"), f"{name}.role")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{name}.content[{i}]") for i, part in enumerate(content))
+    elif content is None and message.get("tool_calls"):
+        content = ""
+    return message | {"role": role, "content": as_string(content, f"{name}.content")}
+
+
+def _part(part: Any, name: str) -> str:
+    """The text of one part of a content that is a list."""
+    if isinstance(part, Mapping) and part.get("type", "text") != "text":
+        raise DataError(f"{name} is of type {part['type']!r}; only text can be ranked")
+    return as_string(part.get("text") if isinstance(part, Mapping) else part, f"{name}.text")
+
+
+def as_json(value: Any, kinds: type | tuple[type, ...], name: str) -> Any:
+    """A list or object, which may be written as a JSON string, as tools often are."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise DataError(f"{name} must be JSON where it is a string: {error}") from None
+    if not isinstance(value, kinds):
+        raise DataError(f"{name} must be a list or an object, got {kind(value)}")
+    return without_nulls(value)
+
+
+def without_nulls(value: Any) -> Any:
+    """The same without keys that hold null: Arrow gives every record the keys of all of them."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 def as_string(value: Any, name: str) -> str:
@@ -98,7 +123,10 @@ def as_numbers(values: Any, name: str, n: int) -> tuple[float, ...]:
 
 
 def as_number(value: Any, name: str) -> float:
-    """A finite number."""
+    """A finite number, or a string that writes one."""
+    if isinstance(value, str):  # as CSV has it
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise DataError(f"{name} must be a number, got {kind(value)}")
     try:

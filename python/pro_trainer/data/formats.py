@@ -1,50 +1,61 @@
-"""A record of any known format -> a ranked list, checked but not yet cleaned (``data`` does that).
+"""A record of any known form -> a ranked list, checked but not yet cleaned (``lists`` does that).
 
-Formats are recognised by a record's own keys (a key holding null counts as absent), so one file may
-mix them. Other keys are ignored.
+Forms are recognised by a record's own columns (null counts as absent), so one file may mix them.
+``PROMPT``, ``COMPLETIONS``, ... below are the names that a column may have. Columns that nothing
+uses are named in the report.
 
-    prompt | context, completions     completions: strings, message lists, or NeMo's objects
-                                      {"completion": ..., "rank": number}; beside them at most one
-                                      of rewards | scores (higher is better), ranks (lower is
-                                      better), order (indices, best first); with none of them the
-                                      completions stand best first. sft_index optional.
-    prompt, chosen, rejected          TRL; ``rejected`` may be a list, best first
-    chosen, rejected                  conversations as message lists, the prompt being what they
-                                      share; or HH-RLHF transcripts as strings
-    prefix, suffix, reward, sft_index the official PRO training files
+    prompt, completions     completions: strings, message lists, or objects that hold a text and
+                            perhaps its reward or rank (UltraFeedback, NeMo). Beside them at most
+                            one of rewards, scores (higher is better), ranks (lower is better) or
+                            order (indices, best first). With none of them the completions stand
+                            best first. sft_index optional.
+    prompt, chosen, rejected  ``rejected`` may be a list, best first; score_chosen and
+                            score_rejected are the rewards where they are given
+    chosen, rejected        whole conversations, the prompt being what they share; or HH-RLHF
+                            transcripts as strings
+    prefix, suffix, reward, sft_index  the official PRO training files
 
-A text is a string, or a conversation: a list of messages {"role": str, "content": str}. Where a
-record has both, its strings become one message (the prompt of the user, a completion of the
-assistant). A completion holds no message of the user or system.
+A text is a string or a conversation (``fields``). Where a record has both, its strings become one
+message (the prompt of the user, a completion of the assistant). A completion holds no message of
+the user or system. ``system``, ``tools`` and ``chat_template_kwargs`` go with any prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pro_trainer.data.fields import (
     DataError,
     Message,
     Text,
+    as_json,
     as_list,
     as_number,
     as_numbers,
     as_string,
     as_text,
     kind,
-    prompt_text,
-    ranked_member,
-    required,
 )
 
 ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
+PROMPT = ("prompt", "context", "instruction", "question", "query", "messages", "conversations")
+COMPLETIONS = ("completions", "responses", "answers", "candidates")
+RANKINGS = ("rewards", "scores", "ranks", "order")
+TEXT_OF_OBJECT = ("completion", "response", "text", "output", "answer", "generation", "content")
+REWARD_OF_OBJECT = ("reward", "score", "overall_score", "rating")
+SCORE_OF_PAIR = ("score_{}", "{}_score", "{}-score", "rating_{}", "{}_rating", "{}-rating",
+                 "reward_{}", "{}_reward")  # fmt: skip
 _PROMPT_ROLES = ("user", "system", "developer")
-_FORMATS = (
-    "'prompt' (or 'context') and 'completions'; 'chosen' and 'rejected'; or 'prefix' and 'suffix'"
+_FORMS = (
+    ("prompt", "completions", "rewards"),
+    ("prompt", "chosen", "rejected"),
+    ("chosen", "rejected"),
+    ("prefix", "suffix", "reward"),
 )
+_CONTRADICTS = "'rejected' has the higher score, so it ranks first"
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class RankedList:
         completions: n texts.
         rewards: n finite numbers, higher is better; None: the completions stand best first.
         sft_index: the completion that carries the SFT term; None: the best.
+        template: what the chat template is given beside the messages: ``tools`` and keywords.
         where: file and line it came from, for messages; no part of its value.
     """
 
@@ -63,6 +75,7 @@ class RankedList:
     completions: tuple[Text, ...]
     rewards: tuple[float, ...] | None = None
     sft_index: int | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
 
@@ -71,32 +84,90 @@ class ParsedRecord:
     """What a record says, before empty, repeated and unranked candidates are taken out.
 
     Attributes:
-        format: the name of its format, for the report.
+        format: the name of its form, for the report.
         content: the list, or why a well-formed record ranks nothing.
         by_rank: whether the list's rewards are negated ranks, which do no more than order it.
+        unused: columns that nothing uses.
+        notes: what the report counts.
     """
 
     format: str
     content: RankedList | str
     by_rank: bool = False
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Columns:
+    """The columns of a record that hold something, and which of them were used."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.given = {str(key): value for key, value in record.items() if value is not None}
+        self.unused = dict.fromkeys(self.given)
+        self.notes: list[str] = []
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.given
+
+    def first(self, names: Sequence[str]) -> str | None:
+        """The first of these columns that is there."""
+        return next((name for name in names if name in self.given), None)
+
+    def take(self, name: str) -> Any:
+        """The value of a column, which counts as used.
+
+        Raises:
+            DataError: it is missing.
+        """
+        if name not in self.given:
+            raise DataError(f"'{name}' is missing")
+        self.unused.pop(name, None)
+        return self.given[name]
+
+    def optional(self, name: str) -> Any:
+        """The same, or None."""
+        return self.take(name) if name in self.given else None
+
+    def nearest_form(self) -> str:
+        """What is known, what was seen, and what is missing of the form it is nearest to."""
+        names = {"prompt": PROMPT, "completions": COMPLETIONS, "rewards": RANKINGS}
+
+        def missing(form: Sequence[str]) -> list[str]:
+            return [n for n in form if not self.first(names.get(n, (n,)))]
+
+        seen = f"no known form has the columns {sorted(self.given)[:12]}"
+        form = max(_FORMS, key=lambda form: len(form) - 2 * len(missing(form)))
+        if missing(form) == list(form):
+            return f"{seen}. Known are: {'; '.join(map(', '.join, _FORMS))}"
+        lacks = " and ".join(repr(n) for n in missing(form) if n not in ("rewards", "reward"))
+        return f"{seen}. The nearest is {', '.join(form)}" + (f"; {lacks} is missing" * bool(lacks))
 
 
 def parse_record(record: Any) -> ParsedRecord:
-    """Read a record of any format.
+    """Read a record of any form.
 
     Raises:
-        DataError: the record is malformed or fits no format.
+        DataError: the record is malformed or fits no form.
     """
     if not isinstance(record, Mapping):
         raise DataError(f"a record must be a JSON object, got {kind(record)}")
-    given = {key for key, value in record.items() if value is not None}
-    if "completions" in given:
-        return _parse_list(record)
-    if {"chosen", "rejected"} & given:
-        return _parse_pair(record)
-    if {"prefix", "suffix"} <= given:
-        return _parse_official(record)
-    raise DataError(f"a record needs {_FORMATS}; got the keys {sorted(map(str, given))[:8]}")
+    columns = Columns(record)
+    if columns.first(COMPLETIONS) and not {"chosen", "rejected"} <= columns.given.keys():
+        parsed = _parse_list(columns)
+    elif "chosen" in columns or "rejected" in columns:
+        parsed = _parse_pair(columns)
+    elif "prefix" in columns and "suffix" in columns:
+        parsed = _parse_official(columns)
+    else:
+        raise DataError(columns.nearest_form())
+    if isinstance(parsed.content, RankedList):
+        template = dict(
+            as_json(columns.optional("chat_template_kwargs") or {}, Mapping, "chat_template_kwargs")
+        )
+        if tools := columns.optional("tools"):
+            template["tools"] = as_json(tools, list, "tools")
+        parsed = replace(parsed, content=replace(parsed.content, template=template))
+    return replace(parsed, unused=tuple(columns.unused), notes=tuple(columns.notes))
 
 
 def split_transcript(transcript: str) -> tuple[str, str] | None:
@@ -111,32 +182,60 @@ def split_transcript(transcript: str) -> tuple[str, str] | None:
     return transcript[:at], transcript[at:]
 
 
-def _parse_list(record: Mapping[str, Any]) -> ParsedRecord:
-    key = "context" if record.get("prompt") is None and "context" in record else "prompt"
-    prompt = prompt_text(record, key)
-    completions = as_list(record["completions"], "'completions'")
-    ranked_objects = any(isinstance(completion, Mapping) for completion in completions)
-    names = [f"completions[{i}]" for i in range(len(completions))]
-    if ranked_objects:
-        rewards: tuple[float, ...] | None = tuple(
-            -as_number(ranked_member(item, "rank", name), f"{name}.rank")
-            for item, name in zip(completions, names, strict=True)
-        )
-        completions = [item.get("completion") for item in completions]
-        names = [f"{name}.completion" for name in names]
-        by_rank = True
-    else:
-        rewards, by_rank = _ranking(record, len(completions))
+def _parse_list(columns: Columns) -> ParsedRecord:
+    key = columns.first(COMPLETIONS)
+    prompt = _prompt(columns)
+    completions = as_list(columns.take(key), f"'{key}'")
+    names = [f"{key}[{i}]" for i in range(len(completions))]
+    name, values, by_rank = "prompt and completions", None, False
+    if any(_is_candidate(item) for item in completions):
+        name = "prompt and completions with a score each"
+        completions, names, values, by_rank = _candidate_objects(columns, key, completions, names)
+    rewards, ranked = _ranking(columns, len(completions))
+    if values is not None and rewards is not None:
+        raise DataError(f"a list is ranked by its {key} or by a column beside them, not by both")
+    if values is not None:
+        rewards, ranked = values, by_rank
     texts = [as_text(item, name) for item, name in zip(completions, names, strict=True)]
     prompt, texts = _one_kind(prompt, texts, names)
-    index = _sft_index(record, len(texts))
-    name = "context and ranked completions" if ranked_objects else "prompt and completions"
-    return ParsedRecord(name, RankedList((prompt,), tuple(texts), rewards, index), by_rank)
+    index = _sft_index(columns, len(texts))
+    return ParsedRecord(name, RankedList((prompt,), tuple(texts), rewards, index), ranked)
 
 
-def _parse_pair(record: Mapping[str, Any]) -> ParsedRecord:
-    chosen = as_text(required(record, "chosen"), "'chosen'")
-    rejected = required(record, "rejected")
+def _is_candidate(item: Any) -> bool:
+    """Whether a completion is an object that holds its text, and is no message."""
+    return isinstance(item, Mapping) and "role" not in item and "from" not in item
+
+
+def _candidate_objects(
+    columns: Columns, key: str, items: Sequence[Any], names: Sequence[str]
+) -> tuple[list[Any], list[str], tuple[float, ...] | None, bool]:
+    """Texts and their names, rewards or negated ranks or None, and whether these are ranks."""
+    texts, text_names, values = [], [], []
+    used = ("rank", *REWARD_OF_OBJECT, *TEXT_OF_OBJECT)
+    ranked_by = next((n for n in used[:-len(TEXT_OF_OBJECT)] for item in items
+                      if isinstance(item, Mapping) and item.get(n) is not None), None)  # fmt: skip
+    for item, name in zip(items, names, strict=True):
+        held = Columns(item) if isinstance(item, Mapping) else Columns({})
+        text = held.first(TEXT_OF_OBJECT)
+        if text is None or (ranked_by is not None and ranked_by not in held):
+            raise DataError(
+                f"{name} must be an object with one of {', '.join(TEXT_OF_OBJECT)}"
+                + (f" and with {ranked_by!r}" if ranked_by else "")
+                + f" as others of its list are, got {kind(item)} {list(held.given)[:8]}"
+            )
+        texts.append(held.take(text))
+        text_names.append(f"{name}.{text}")
+        if ranked_by is not None:
+            values.append(as_number(held.take(ranked_by), f"{name}.{ranked_by}"))
+        columns.unused.update(dict.fromkeys(f"{key}[].{other}" for other in held.unused))
+    by_rank = ranked_by == "rank"
+    rewards = tuple(-v if by_rank else v for v in values) if ranked_by is not None else None
+    return texts, text_names, rewards, by_rank
+
+
+def _parse_pair(columns: Columns) -> ParsedRecord:
+    chosen, rejected = as_text(columns.take("chosen"), "'chosen'"), columns.take("rejected")
     names = ["'chosen'", "'rejected'"]
     if isinstance(rejected, (list, tuple)) and not (
         rejected and isinstance(rejected[0], Mapping)
@@ -146,14 +245,22 @@ def _parse_pair(record: Mapping[str, Any]) -> ParsedRecord:
     else:
         others = [as_text(rejected, "'rejected'")]
     replies = [chosen, *others]
+    rewards = _pair_rewards(columns, len(others))
     whole = all(
         not isinstance(reply, str) and reply and reply[0]["role"] in _PROMPT_ROLES
         for reply in replies
     )
-    if record.get("prompt") is not None and not whole:
-        prompt, replies = _one_kind(prompt_text(record, "prompt"), replies, names)
-        return ParsedRecord("prompt, chosen, rejected", RankedList((prompt,), tuple(replies)))
+    if not whole and columns.first(PROMPT):
+        prompt, replies = _one_kind(_prompt(columns), replies, names)
+        ranked = RankedList((prompt,), tuple(replies), rewards)
+        return ParsedRecord("prompt, chosen, rejected", ranked)
     if all(isinstance(reply, str) for reply in replies):
+        if not any(mark in reply for reply in replies for mark in (HUMAN, ASSISTANT)):
+            raise DataError(
+                "'chosen' and 'rejected' are strings without a prompt, and no transcripts "
+                f"({HUMAN.strip()} ... {ASSISTANT.strip()} ...): {columns.nearest_form()}; a "
+                "prompt is looked for in " + ", ".join(PROMPT)
+            )
         name, parts = "transcripts", [split_transcript(reply) for reply in replies]
     elif not any(isinstance(reply, str) for reply in replies):
         name, parts = "conversations", _split_conversations(replies, names)
@@ -162,12 +269,36 @@ def _parse_pair(record: Mapping[str, Any]) -> ParsedRecord:
     if None in parts:
         return ParsedRecord(name, f"a {name[:-1]} does not end with an assistant's turn")
     prompts, completions = zip(*parts, strict=True)
-    return ParsedRecord(name, RankedList(shared(prompts), completions))
+    _same_prompt_said_twice(columns, prompts[0])
+    return ParsedRecord(name, RankedList(shared(prompts), completions, rewards))
 
 
-def _parse_official(record: Mapping[str, Any]) -> ParsedRecord:
-    prefixes = as_list(record["prefix"], "'prefix'")
-    suffixes = as_list(record["suffix"], "'suffix'")
+def _same_prompt_said_twice(columns: Columns, prompt: Text) -> None:
+    """A prompt beside whole conversations is used where it says what they begin with."""
+    name = columns.first(PROMPT)
+    said = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    if name is not None and columns.given[name] in (said, list(prompt)):
+        columns.take(name)
+
+
+def _pair_rewards(columns: Columns, rejected: int) -> tuple[float, ...] | None:
+    """The rewards of a chosen completion and of the rejected ones, where they have scores."""
+    for pattern in SCORE_OF_PAIR:
+        names = [pattern.format(which) for which in ("chosen", "rejected")]
+        if not columns.first(names):
+            continue
+        best, others = (columns.take(name) for name in names)
+        others = others if isinstance(others, (list, tuple)) else [others]
+        rewards = (as_number(best, names[0]), *as_numbers(others, names[1], rejected))
+        if max(rewards) > rewards[0]:
+            columns.notes.append(_CONTRADICTS)
+        return rewards
+    return None
+
+
+def _parse_official(columns: Columns) -> ParsedRecord:
+    prefixes = as_list(columns.take("prefix"), "'prefix'")
+    suffixes = as_list(columns.take("suffix"), "'suffix'")
     if len(prefixes) != len(suffixes):
         raise DataError(f"{len(suffixes)} 'suffix' texts but {len(prefixes)} 'prefix' texts")
     prompts, completions = [], []
@@ -184,9 +315,9 @@ def _parse_official(record: Mapping[str, Any]) -> ParsedRecord:
         prompts.append(prompt)
         completions.append(suffix)
     rewards = None
-    if record.get("reward") is not None:
-        rewards = as_numbers(record["reward"], "reward", len(completions))
-    index = _sft_index(record, len(completions))
+    if "reward" in columns:
+        rewards = as_numbers(columns.take("reward"), "reward", len(completions))
+    index = _sft_index(columns, len(completions))
     ranked = RankedList(shared(prompts), tuple(completions), rewards, index)
     return ParsedRecord("official PRO files", ranked)
 
@@ -194,6 +325,29 @@ def _parse_official(record: Mapping[str, Any]) -> ParsedRecord:
 def shared(prompts: Sequence[Text]) -> tuple[Text, ...]:
     """One prompt where all are equal, else all of them."""
     return tuple(prompts[:1]) if all(prompt == prompts[0] for prompt in prompts) else tuple(prompts)
+
+
+def _prompt(columns: Columns) -> Text:
+    """The prompt, with Alpaca's ``input`` behind an instruction and a ``system`` text before it."""
+    name = columns.first(PROMPT)
+    if name is None:
+        raise DataError(f"'prompt' is missing: {columns.nearest_form()}")
+    prompt = as_text(columns.take(name), f"'{name}'")
+    if prompt == ():
+        raise DataError(f"'{name}' holds no messages")
+    if name == "instruction" and "input" in columns and isinstance(prompt, str):
+        given = as_string(columns.take("input"), "'input'")
+        prompt = f"{prompt}\n{given}" if given else prompt
+    if "system" in columns and (isinstance(prompt, str) or prompt[0]["role"] != "system"):
+        system = as_string(columns.take("system"), "'system'")
+        if system:
+            prompt = prompt if not isinstance(prompt, str) else _message("user", prompt)
+            prompt = (*_message("system", system), *prompt)
+    return prompt
+
+
+def _message(role: str, content: str) -> tuple[Message, ...]:
+    return ({"role": role, "content": content},)
 
 
 def _split_conversations(
@@ -233,11 +387,9 @@ def _one_kind(
     """All strings, or all messages of the roles they may have."""
     if all(isinstance(text, str) for text in (prompt, *completions)):
         return prompt, completions
-    if isinstance(prompt, str):
-        prompt = ({"role": "user", "content": prompt},)
+    prompt = _message("user", prompt) if isinstance(prompt, str) else prompt
     completions = [
-        ({"role": "assistant", "content": text},) if isinstance(text, str) else text
-        for text in completions
+        _message("assistant", text) if isinstance(text, str) else text for text in completions
     ]
     for messages, name in zip(completions, names, strict=True):
         for message in messages:
@@ -248,30 +400,31 @@ def _one_kind(
     return prompt, completions
 
 
-def _ranking(record: Mapping[str, Any], n: int) -> tuple[tuple[float, ...] | None, bool]:
+def _ranking(columns: Columns, n: int) -> tuple[tuple[float, ...] | None, bool]:
     """Rewards (or negated ranks) of n completions, and whether they are ranks."""
-    keys = [key for key in ("rewards", "scores", "ranks", "order") if record.get(key) is not None]
+    keys = [key for key in RANKINGS if key in columns]
     if not keys:
         return None, False
     if len(keys) > 1:
         raise DataError(f"a list is ranked by one of {' and '.join(map(repr, keys))}, not by both")
-    values = as_numbers(record[keys[0]], keys[0], n)
+    given = columns.take(keys[0])
+    values = as_numbers(given, keys[0], n)
     if keys[0] in ("rewards", "scores"):
         return values, False
     if keys[0] == "order":
         if sorted(values) != list(range(n)):
-            raise DataError(
-                f"'order' must hold each index 0 to {n - 1} once, got {record['order']}"
-            )
+            raise DataError(f"'order' must hold each index 0 to {n - 1} once, got {given}")
         places = {int(index): place for place, index in enumerate(values)}
         values = tuple(float(places[i]) for i in range(n))
     return tuple(-value for value in values), True
 
 
-def _sft_index(record: Mapping[str, Any], n: int) -> int | None:
-    index = record.get("sft_index")
+def _sft_index(columns: Columns, n: int) -> int | None:
+    index = columns.optional("sft_index")
     if index is None:
         return None
+    if isinstance(index, str) and index.isdecimal():  # as CSV has it
+        index = int(index)
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n:
         raise DataError(f"'sft_index' must be an index of the {n} completions, got {index!r}")
     return index

@@ -13,23 +13,25 @@ well formed but ranks nothing is left out, and each reason is counted in the ``D
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from pro_trainer.data.choose import choose
 from pro_trainer.data.fields import DataError, Text, kind
 from pro_trainer.data.formats import ParsedRecord, RankedList, parse_record, shared
+from pro_trainer.data.options import DataOptions
 from pro_trainer.data.read import Source, decode_line, rows
 from pro_trainer.data.report import DataReport
-from pro_trainer.train.config import ListOptions
 
 DIFFERENT_CONTEXTS = "candidates answer different dialogues"
 
 
 def read_lists(
-    sources: Sequence[Source], report: DataReport, options: ListOptions
+    sources: Sequence[Source], report: DataReport, options: DataOptions
 ) -> Iterator[RankedList]:
     """Stream the usable lists of all sources, in order, counting into ``report``.
 
@@ -56,15 +58,6 @@ def read_lists(
     return (ranked for source in sources for ranked in _source_lists(source, report, options))
 
 
-def cap_candidates(ranked: RankedList, limit: int | None) -> RankedList:
-    """Keep ``limit`` completions, evenly spaced in rank, the best and the worst among them."""
-    n = len(ranked.completions)
-    if limit is None or n <= limit:
-        return ranked
-    order = _best_first(ranked)
-    return select(ranked, sorted(order[round(i * (n - 1) / (limit - 1))] for i in range(limit)))
-
-
 def select(ranked: RankedList, indices: Sequence[int]) -> RankedList:
     """The list of these candidates in this order; ``sft_index`` follows its own, or is None."""
     prompts = ranked.prompts
@@ -80,7 +73,7 @@ def select(ranked: RankedList, indices: Sequence[int]) -> RankedList:
     )
 
 
-def _source_lists(source: Source, report: DataReport, options: ListOptions) -> Iterator[RankedList]:
+def _source_lists(source: Source, report: DataReport, options: DataOptions) -> Iterator[RankedList]:
     empty = True
     for where, raw in rows(source):
         empty = False
@@ -94,6 +87,8 @@ def _source_lists(source: Source, report: DataReport, options: ListOptions) -> I
             continue
         report.records += 1
         report.formats[parsed.format] += 1
+        report.unused.update(parsed.unused)
+        report.notes.update(parsed.notes)
         if ranked is not None:
             ranked = replace(ranked, where=where)
             report.count(ranked)
@@ -103,7 +98,7 @@ def _source_lists(source: Source, report: DataReport, options: ListOptions) -> I
         raise DataError(f"{name}: holds no records")
 
 
-def _usable(parsed: ParsedRecord, report: DataReport, options: ListOptions) -> RankedList | None:
+def _usable(parsed: ParsedRecord, report: DataReport, options: DataOptions) -> RankedList | None:
     """The cleaned list; None, counted, where nothing is ranked."""
     if isinstance(parsed.content, str):
         report.dropped[parsed.content] += 1
@@ -128,7 +123,9 @@ def _usable(parsed: ParsedRecord, report: DataReport, options: ListOptions) -> R
         ranked = replace(ranked, rewards=None)
     elif parsed.by_rank:
         ranked = _in_order(ranked, report)
-    ranked = cap_candidates(ranked, options.num_candidates)
+    kept = choose(_best_first(ranked), ranked.rewards, options.num_candidates)
+    if len(kept) < len(ranked.completions):
+        ranked = select(ranked, sorted(kept))
     report.sft_marks_dropped += marked and ranked.sft_index is None
     return ranked
 
@@ -169,9 +166,11 @@ def _best_first(ranked: RankedList) -> list[int]:
 
 
 def _contents(text: Text) -> Sequence[str]:
-    return (text,) if isinstance(text, str) else [message["content"] for message in text]
+    if isinstance(text, str):
+        return (text,)
+    return [json.dumps(m["tool_calls"]) if "tool_calls" in m else m["content"] for m in text]
 
 
 def _key(text: Text) -> object:
     """Something equal and hashable for equal texts."""
-    return text if isinstance(text, str) else tuple(tuple(message.items()) for message in text)
+    return text if isinstance(text, str) else json.dumps(text, sort_keys=True)

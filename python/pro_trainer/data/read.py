@@ -4,26 +4,32 @@ A row is ``(where, raw)``: ``where`` names file and line (or row, or record) for
 is the bytes of a line, which ``decode_line`` reads, or the record itself. A line that is not JSON
 is thus its reader's to judge, while a source that cannot be read to its end raises ``DataError``.
 
-    x.jsonl x.json (any other name)  JSON Lines; .gz gzip, .zst zstd      "x.jsonl:17"
-    x.parquet                        by batches of a row group            "x.parquet: row 17"
-    folder                           of ``Dataset.save_to_disk``, or of such files, in name order
-    org/name, org/name:split         a hub data set, streamed             "org/name: row 17"
-    anything iterable                dict records                         "record 17"
+    x.jsonl, x.json, other names   a record a line, or one array of records   "x.jsonl:17"
+    x.csv, x.tsv                   cells are text, or JSON lists and objects  "x.csv: row 17"
+    x.parquet                                                                 "x.parquet: row 17"
+    folder                         of ``Dataset.save_to_disk``, or of such files, in name order
+    org/name, org/name:split       a hub data set, streamed                   "org/name: row 17"
+    anything iterable              dict records                               "record 17"
 
-Nothing is written to the Hugging Face cache but what ``datasets`` keeps of a hub data set's card
-and file list: a hub data set itself is streamed, a saved one memory-mapped where it lies.
+Text files may be compressed: .gz, .bz2, .xz, .zst.
+
+Lines of JSON are read here and not by ``datasets``: it would give all records of a file one schema,
+so that records of different forms (a prompt that is text here and messages there) are refused, copy
+the file into its cache, and name no line in an error. The rest is left to ``pandas``, ``pyarrow``
+and ``datasets``, as streams, so that nothing is copied.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import importlib
-import io
 import json
+import lzma
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -33,11 +39,10 @@ from pro_trainer.data.fields import DataError, kind
 Row = tuple[str, Any]
 Source = str | Path | Iterable[Mapping[str, Any]]
 
-_DATA_FILE = re.compile(r"[^.].*(\.jsonl?(\.gz|\.zst)?|\.parquet)")
+_DATA_FILE = re.compile(r"[^.].*(\.(jsonl?|csv|tsv)(\.(gz|bz2|xz|zst))?|\.parquet)")
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
-_PARQUET_BATCH = 512  # rows
-_ZSTD_CHUNK = 1 << 14  # bytes
-_ZSTD_WINDOW = 1 << 31  # bytes: what `zstd --long=31` writes
+_PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
+_ROWS_AT_ONCE = 512
 
 
 def rows(source: Source) -> Iterator[Row]:
@@ -80,123 +85,122 @@ def _path_rows(source: str | Path) -> Iterator[Row]:
     hub = _HUB_NAME.fullmatch(source) if isinstance(source, str) else None
     if hub and not path.exists() and not _DATA_FILE.fullmatch(path.name):
         return _hub_rows(hub[1], hub[2])
-    return _parquet_rows(path) if path.suffix == ".parquet" else _line_rows(path)
+    if path.suffix == ".parquet":
+        return _numbered(path, "Parquet file", lambda: _parquet_records(path))
+    if {".csv", ".tsv"} & set(path.suffixes[-2:]):
+        return _numbered(path, "table", lambda: _table_records(path))
+    return _line_rows(path)
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
-    """Non-blank lines; every failure to read on is a DataError."""
+    """Non-blank lines, or the records of one array."""
     number = 0
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
+                    if line.lstrip().startswith(b"["):
+                        yield from _array_rows(path, line + file.read())
+                        return
                 if line.strip():
                     yield f"{path}:{number}", line
-    except EOFError:
-        name = "zstd" if path.suffix == ".zst" else "gzip"
-        raise DataError(f"{path}: the {name} stream breaks off after line {number}") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: damaged gzip file, after line {number}: {error}") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except DataError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, "file", "line", number, error) from None
+
+
+def _array_rows(path: Path, text: bytes) -> Iterator[Row]:
+    try:
+        records = decode_line(text)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return ((f"{path}: record {number}", record) for number, record in enumerate(records, 1))
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path)
     if path.suffix == ".zst":
-        return io.BufferedReader(_Chunks(_zstd_chunks(path, required_package("zstandard", path))))
-    return open(path, "rb")
+        # zstandard, fsspec and pandas take a truncated file for one that ends there; this does not.
+        name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+        return required_package(name, path).open(path)
+    return _PACKED.get(path.suffix, open)(path, "rb")
 
 
-def _zstd_chunks(path: Path, zstandard: ModuleType) -> Iterator[bytes]:
-    """Decompressed bytes of all frames; EOFError where one breaks off.
-
-    zstandard's own stream reader takes a truncated file for one that ends there.
-    """
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-    frame = None
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_ZSTD_CHUNK):
-                while chunk:
-                    frame = frame or decompressor.decompressobj()
-                    yield frame.decompress(chunk)
-                    chunk = frame.unused_data if frame.eof else b""
-                    frame = None if frame.eof else frame
-    except zstandard.ZstdError as error:
-        raise DataError(f"{path}: damaged zstd file: {error}") from None
-    if frame is not None:
-        raise EOFError
-
-
-class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a file."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = memoryview(chunk)
-        size = min(len(buffer), len(self._rest))
-        buffer[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    parquet, arrow = required_package("pyarrow.parquet", path), required_package("pyarrow", path)
+def _numbered(
+    name: str | Path, what: str, records: Callable[[], Iterable[Mapping[str, Any]]]
+) -> Iterator[Row]:
+    """Rows of a source that a library reads, each of which raises errors of its own."""
     number = 0
     try:
-        with parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", record
-    except (arrow.ArrowException, OSError) as error:
-        if code := getattr(error, "errno", None):
-            raise DataError(f"{path}: cannot be read: {os.strerror(code)}") from None
-        raise DataError(f"{path}: damaged Parquet file, after row {number}: {error}") from None
+        for number, record in enumerate(records(), 1):
+            yield f"{name}: row {number}", record
+    except DataError:
+        raise
+    except Exception as error:
+        raise _unreadable(name, what, "row", number, error) from error
+
+
+def _unreadable(name: str | Path, what: str, unit: str, number: int, error: Exception) -> DataError:
+    packed = f"{Path(name).suffix[1:]} {what}" if Path(name).suffix in _PACKED else what
+    if isinstance(error, EOFError):
+        return DataError(f"{name}: the {packed} breaks off after {unit} {number}")
+    if code := getattr(error, "errno", None):
+        return DataError(f"{name}: cannot be read: {os.strerror(code)}")
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DataError(f"{name}: damaged {packed}, after {unit} {number}: {text}")
+
+
+def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+    parquet = required_package("pyarrow.parquet", path)
+    with parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _table_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Cells are text, or the JSON list or object that they hold; an empty cell is absent."""
+    pandas = required_package("pandas", path)
+    separator = "\t" if ".tsv" in path.suffixes else ","
+    with _open(path) as file:
+        tables = pandas.read_csv(
+            file, sep=separator, dtype=str, keep_default_na=False, chunksize=_ROWS_AT_ONCE
+        )
+        for table in tables:
+            for record in table.to_dict("records"):
+                yield {key: _cell(value) for key, value in record.items() if value != ""}
+
+
+def _cell(value: str) -> Any:
+    if value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass  # text that begins with a bracket
+    return value
 
 
 def _folder_rows(path: Path) -> Iterator[Row]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _saved_rows(path)
+        what = "folder of Dataset.save_to_disk"
+        return _numbered(path, what, lambda: _saved_records(path))
     files = sorted(
         file for file in path.iterdir() if _DATA_FILE.fullmatch(file.name) and file.is_file()
     )
     if not files:
         raise DataError(
-            f"{path}: this folder holds no data files (.jsonl, .json, either with .gz or .zst, or "
-            ".parquet) and was not written by Dataset.save_to_disk"
+            f"{path}: this folder holds no data files (.jsonl, .json, .csv, .tsv, each also .gz, "
+            ".bz2, .xz or .zst, or .parquet) and was not written by Dataset.save_to_disk"
         )
     return (row for file in files for row in _path_rows(file))
 
 
-def _saved_rows(path: Path) -> Iterator[Row]:
-    datasets, arrow = required_package("datasets", path), required_package("pyarrow", path)
-    number = 0
-    try:
-        if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-            path = path / _split(splits, f"{path}: give one of its folders")
-        for number, record in enumerate(datasets.load_from_disk(path).with_format(None), 1):
-            yield f"{path}: row {number}", record
-    except DataError:
-        raise
-    except (arrow.ArrowException, OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path}: damaged folder of Dataset.save_to_disk, after row {number}: {error}"
-        ) from None
+def _saved_records(path: Path) -> Iterable[Mapping[str, Any]]:
+    datasets = required_package("datasets", path)
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        path = path / _split(splits, f"{path}: give one of its folders")
+    return datasets.load_from_disk(path).with_format(None)
 
 
 def _hub_rows(name: str, split: str | None) -> Iterator[Row]:
@@ -235,7 +239,8 @@ def required_package(name: str, source: str | Path) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
+        package = name if name.startswith("backports") else name.partition(".")[0]
         raise DataError(
-            f"{source}: reading it needs the package {name.partition('.')[0]}, which the extra "
+            f"{source}: reading it needs the package {package}, which the extra "
             "'train' installs: pip install 'pro-kernels[train]'"
         ) from None

@@ -53,6 +53,8 @@ class DataReport:
 
     ``records = lists + all of dropped``; malformed records (``bad_lines``) come on top. Lengths are
     those of the kept lists before they are cut, so that ``max_length`` can be chosen from them.
+    ``notes`` are sentences with a count, ``once`` sentences without, ``unused`` columns that
+    nothing uses.
     """
 
     records: int = 0
@@ -68,13 +70,19 @@ class DataReport:
     bad_line_messages: list[str] = field(default_factory=list)
     prompts_cut: int = 0
     completions_cut: int = 0
-    boundary: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    once: dict[str, None] = field(default_factory=dict)
     prompt_lengths: LengthHistogram = field(default_factory=LengthHistogram)
     completion_lengths: LengthHistogram = field(default_factory=LengthHistogram)
 
     def count(self, ranked: RankedList) -> None:
         """Count a list that is kept."""
         self._add(ranked, 1)
+
+    def say(self, sentence: str) -> None:
+        """Something that holds for all of the data."""
+        self.once[sentence] = None
 
     def uncount(self, ranked: RankedList, why: str) -> None:
         """Move a list that was counted as kept to those dropped, for a later stage's reason."""
@@ -121,7 +129,11 @@ class DataReport:
             lines.append(
                 f"cut to length: {self.prompts_cut} prompts, {self.completions_cut} completions"
             )
-        lines += [f"prompt boundary, {why}: {count}" for why, count in self.boundary.items()]
+        lines += [f"{why}: {count}" for why, count in self.notes.items()]
+        lines += self.once
+        if self.unused:
+            columns = ", ".join(f"{name} ({count})" for name, count in self.unused.items())
+            lines.append(f"columns that nothing uses (records that have them): {columns}")
         if self.bad_lines:
             lines.append(f"malformed records skipped: {self.bad_lines}")
             lines += [f"  {message}" for message in self.bad_line_messages]
@@ -143,7 +155,9 @@ class DataReport:
             "sft_marks_dropped": self.sft_marks_dropped,
             "prompts_cut": self.prompts_cut,
             "completions_cut": self.completions_cut,
-            "boundary": dict(self.boundary),
+            "notes": dict(self.notes),
+            "once": list(self.once),
+            "unused_columns": dict(self.unused),
             "bad_lines": self.bad_lines,
             "bad_line_messages": list(self.bad_line_messages),
         }

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from pro_trainer.prepare.sampling import bleu, sample
+from pro_trainer.text.encode import Encoder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from pro_trainer.data.formats import RankedList
     from pro_trainer.prepare.scoring import RewardModel
 
 
 def generate_answers(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     lists: Sequence[RankedList],
     *,
     max_new_tokens: int,
@@ -35,6 +34,8 @@ def generate_answers(
 
     A reward model is moved to the model's device. Of a list whose candidates have prompts of their
     own, that of the best completion is answered.
+
+    ``encoder`` makes the ids of the prompts, as it does in training.
 
     Returns:
         ``prompts`` (how many), ``bleu`` (of the corpus, 0 to 100, against the best completions),
@@ -53,12 +54,14 @@ def generate_answers(
     completions = [x.completions[i] for x, i in zip(lists, best, strict=True)]
     made = sample(
         model,
-        tokenizer,
+        encoder.tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         batch_size=batch_size,
         max_prompt_length=max_prompt_length,
+        given=[candidates.template for candidates in lists],
+        encoder=encoder,
     )
     answers = [texts[0] for texts in made]
     rows: list[dict[str, Any]] = [
@@ -71,8 +74,9 @@ def generate_answers(
     }
     if reward_model is not None:
         reward_model.model.to(next(model.parameters()).device)
-        rewards = reward_model.score(prompts, answers)
-        of_best = reward_model.score(prompts, completions)
+        given = [candidates.template for candidates in lists]
+        rewards = reward_model.score(prompts, answers, given)
+        of_best = reward_model.score(prompts, completions, given)
         for name, values in (("reward", rewards), ("best_completion_reward", of_best)):
             found[name] = math.fsum(values) / len(values)
             for row, value in zip(rows, values, strict=True):

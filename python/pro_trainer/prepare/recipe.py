@@ -7,20 +7,22 @@ prefers (its ``sft_index``, else the best by its own ranking) is called chosen.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from pro_trainer.data.choose import choose
 from pro_trainer.data.fields import Text
 from pro_trainer.data.formats import RankedList
-from pro_trainer.prepare.sampling import prompt_ids, prompt_limit, sample
+from pro_trainer.prepare.sampling import prompt_limit, sample
+from pro_trainer.text.encode import Encoder
+from pro_trainer.text.template import is_transcript
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from pro_trainer.prepare.scoring import RewardModel
 
 DATA = "data"
@@ -33,7 +35,7 @@ class Generator:
 
     name: str
     model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Pool:
     sources: list[str]
     rewards: list[float] | None
     chosen: int
+    template: Mapping[str, Any] = field(default_factory=dict)
     samples: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     texts_cut: int = 0
 
@@ -70,7 +73,8 @@ class Pool:
         if chosen is None:
             chosen = 0 if rewards is None else rewards.index(max(rewards))
         sources = [DATA] * len(ranked.completions)
-        return cls(ranked.prompts[0], list(ranked.completions), sources, rewards, chosen)
+        completions = list(ranked.completions)
+        return cls(ranked.prompts[0], completions, sources, rewards, chosen, ranked.template)
 
     def extend(self, texts: Sequence[str], source: str) -> None:
         """Add samples that are neither empty nor there already (white space around aside)."""
@@ -128,11 +132,11 @@ class Recipe:
 
     def _extend(self, pools: Sequence[Pool], generator: Generator, first_index: int) -> None:
         options = self.sampling
-        model, tokenizer = generator.model, generator.tokenizer
+        model, encoder = generator.model, generator.encoder
         indices = range(first_index, first_index + len(pools))
         samples = sample(
             model,
-            tokenizer,
+            encoder.tokenizer,
             [pool.prompt for pool in pools],
             num_samples=options.num_samples,
             max_new_tokens=options.max_new_tokens,
@@ -142,18 +146,22 @@ class Recipe:
             batch_size=options.batch_size,
             stop_strings=options.stop_strings,
             max_prompt_length=options.max_prompt_length,
+            given=[pool.template for pool in pools],
+            encoder=encoder,
         )
         limit = prompt_limit(model, options.max_new_tokens, options.max_prompt_length)
         for pool, texts in zip(pools, samples, strict=True):
+            if is_transcript(pool.prompt) and encoder.writer.under_template([pool.prompt]):
+                texts = [f" {text.strip()}" for text in texts]  # as replies of transcripts begin
             pool.extend(texts, generator.name)
-            cut = len(prompt_ids(tokenizer, pool.prompt)) > limit
-            pool.samples[generator.name]["prompts_cut"] += cut
+            _, cut = encoder.prompt(pool.prompt, pool.template, limit)
+            pool.samples[generator.name]["prompts_cut"] += cut is not None
 
     def _score(self, pools: Sequence[Pool], reward_model: RewardModel) -> None:
         texts = []
         for pool in pools:
             for completion in pool.completions:
-                ids, cut = reward_model.encode(pool.prompt, completion)
+                ids, cut = reward_model.encode(pool.prompt, completion, pool.template)
                 texts.append(ids)
                 pool.texts_cut += cut
         scores = iter(reward_model.score_ids(texts))
@@ -162,7 +170,8 @@ class Recipe:
 
     def _line(self, pool: Pool) -> dict[str, Any]:
         order = pool.order()
-        kept = choose(order, self.ranking_length, pool.chosen if self.sft == "chosen" else None)
+        keep = pool.chosen if self.sft == "chosen" else None
+        kept = choose(order, pool.rewards, self.ranking_length, keep)
         rewards = None if pool.rewards is None else [pool.rewards[i] for i in kept]
         nothing_ranked = rewards is not None and len(set(rewards)) == 1
         chosen = kept.index(pool.chosen) if pool.chosen in kept else None
@@ -176,6 +185,11 @@ class Recipe:
         }
         if rewards is None:
             del record["rewards"]
+        template = dict(pool.template)
+        if tools := template.pop("tools", None):
+            record["tools"] = tools
+        if template:
+            record["chat_template_kwargs"] = template
         return {
             "record": None if nothing_ranked else record,
             "dropped": ALL_EQUAL if nothing_ranked else None,
@@ -199,26 +213,10 @@ class Recipe:
         }
 
 
-def choose(order: Sequence[int], length: int | None, keep: int | None = None) -> list[int]:
-    """``length`` of the ordered candidates: the best, the worst and those evenly between.
-
-    Where ``keep`` is not among them it takes the place of the one nearest in rank, and that of the
-    best or the worst only where there is nothing between.
-    """
-    n = len(order)
-    if length is None or n <= length:
-        return list(order)
-    places = [round(i * (n - 1) / (length - 1)) for i in range(length)]
-    if keep is not None and (place := order.index(keep)) not in places:
-        nearest = min(places[1:-1] or places, key=lambda other: abs(other - place))
-        places[places.index(nearest)] = place
-    return [order[place] for place in sorted(places)]
-
-
 def _key(completion: Text) -> object:
     if isinstance(completion, str):
         return completion.strip()
-    return tuple((message.get("role"), message["content"].strip()) for message in completion)
+    return json.dumps([m | {"content": m["content"].strip()} for m in completion], sort_keys=True)
 
 
 def _seed(seed: int, generator: str, index: int) -> int:

@@ -14,7 +14,7 @@ Shapes: S sequences of one batch, V vocabulary, T new tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from pro_trainer.data.fields import Message
 from pro_trainer.models import causal_lm
 from pro_trainer.prepare.draws import StopAtText, TokenPicker, decode, token_uniforms
+from pro_trainer.text.encode import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +46,8 @@ def sample(
     batch_size: int = 16,
     stop_strings: Sequence[str] = (),
     max_prompt_length: int | None = None,
+    given: Sequence[Mapping[str, Any]] | None = None,
+    encoder: Encoder | None = None,
 ) -> list[list[str]]:
     """``num_samples`` continuations of every prompt: the new text only, up to EOS.
 
@@ -53,8 +56,7 @@ def sample(
     Args:
         model: causal LM, PEFT-wrapped or not, on its device.
         tokenizer: its tokenizer; neither a pad nor an EOS token is needed.
-        prompts: strings, taken as they are, or messages, which go through the chat template with
-            a generation prompt after them.
+        prompts: strings or messages, which ``encoder`` makes ids of.
         num_samples: continuations a prompt.
         max_new_tokens: most tokens of one.
         temperature: divides the logits, > 0.
@@ -63,8 +65,10 @@ def sample(
         seeds: one integer a prompt; needed where ``do_sample``.
         batch_size: sequences run together.
         stop_strings: a continuation ends before the first of these.
-        max_prompt_length: tokens; a longer prompt loses its start. Default: what the model's
-            context leaves.
+        max_prompt_length: tokens, to which a longer prompt is cut as in training. Default: what
+            the model's context leaves.
+        given: of each prompt, ``tools`` and other keywords for the chat template.
+        encoder: of the tokenizer. Default: one with the default options.
 
     Raises:
         ValueError: an option out of range, messages without a chat template, a model whose logits
@@ -77,7 +81,11 @@ def sample(
         raise ValueError(f"stop_strings: a list of strings that are not empty, got {stop_strings}")
     lm = causal_lm(model)
     limit = prompt_limit(lm, max_new_tokens, max_prompt_length)
-    encoded = [prompt_ids(tokenizer, prompt)[-limit:] for prompt in prompts]
+    encoder = encoder or Encoder(tokenizer)
+    encoded = [
+        encoder.prompt(prompt, more, limit)[0]
+        for prompt, more in zip(prompts, given or [{}] * len(prompts), strict=True)
+    ]
     uniforms = None
     if do_sample:
         draws = [token_uniforms(seed, num_samples, max_new_tokens) for seed in seeds]
@@ -98,56 +106,6 @@ def sample(
             for (p, k), text in zip(batch, new_texts, strict=True):
                 texts[p][k] = text
     return texts
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
-    """Token ids to continue from: never empty, and without an end token of the tokenizer's own.
-
-    Raises:
-        ValueError: messages and no chat template; an empty prompt and no token to start with.
-    """
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
-        # T5's tokenizers end every text with EOS, after which there is nothing to continue.
-        end = tokenizer.eos_token
-        if ids and end and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(end):
-            ids.pop()
-    else:
-        text = chat_text(tokenizer, prompt, add_generation_prompt=True)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if ids:
-        return ids
-    for first in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if first is not None:
-            return [first]
-    raise ValueError("an empty prompt, and a tokenizer with neither BOS nor EOS to start from")
-
-
-def chat_text(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    """Messages as the tokenizer's chat template writes them.
-
-    Raises:
-        ValueError: there is no chat template, or it refuses these messages.
-    """
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat "
-            "template, which prompts made of messages need"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        roles = [message.get("role") for message in messages]
-        raise ValueError(f"the chat template refuses messages of roles {roles}: {error}") from error
 
 
 def prompt_limit(

@@ -8,14 +8,15 @@ Shapes: S texts of one batch, padded to T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pro_trainer.data.fields import Message
+from pro_trainer.data.fields import Text
 from pro_trainer.models import first_line, load_tokenizer, quiet
-from pro_trainer.prepare.sampling import chat_text
+from pro_trainer.text.encode import Encoder
+from pro_trainer.text.options import ListOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ class RewardModel:
         *,
         batch_size: int = 16,
         max_length: int | None = None,
+        options: ListOptions | None = None,
     ) -> None:
         """Take over a loaded model (it stays in evaluation mode) and its tokenizer.
 
@@ -46,6 +48,7 @@ class RewardModel:
             tokenizer: its tokenizer.
             batch_size: texts run together.
             max_length: tokens of a text. Default: as many as model and tokenizer take.
+            options: how texts are written. Default: as ``ListOptions()`` says.
 
         Raises:
             ValueError: more than one label, an option out of range, a tokenizer that does not fit.
@@ -63,6 +66,7 @@ class RewardModel:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, options)
         self.batch_size = batch_size
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         limits = (max_length, context, tokenizer.model_max_length, _NO_LIMIT)
@@ -78,10 +82,9 @@ class RewardModel:
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
         trust_remote_code: bool = False,
-        batch_size: int = 16,
-        max_length: int | None = None,
+        **how: Any,
     ) -> RewardModel:
-        """Load from a folder (or hub name): safetensors only.
+        """Load from a folder (or hub name): safetensors only. ``how``: as of the constructor.
 
         Raises:
             ValueError: nothing usable there, more than one label, weights the checkpoint lacks.
@@ -110,17 +113,18 @@ class RewardModel:
                 f"{path}: the checkpoint lacks weights of {type(model).__name__} ({missing}); a "
                 "language model without a trained score head is no reward model"
             )
-        return cls(model.to(device), tokenizer, batch_size=batch_size, max_length=max_length)
+        return cls(model.to(device), tokenizer, **how)
 
     def score(
         self,
-        prompts: Sequence[str | Sequence[Message]],
-        completions: Sequence[str | Sequence[Message]],
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        given: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[float]:
         """One score for each prompt with its completion.
 
-        Strings are scored as ``prompt + completion``; messages as the tokenizer's chat template
-        writes them (a completion that is a string is the assistant's message).
+        Strings are scored as ``prompt + completion``, or as turns where the tokenizer has a chat
+        template (``ListOptions.chat_template``); a string after messages is the assistant's.
 
         Raises:
             ValueError: unequal counts, messages without a chat template, a score that is not
@@ -128,29 +132,19 @@ class RewardModel:
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-        pairs = zip(prompts, completions, strict=True)
-        return self.score_ids([self.encode(prompt, completion)[0] for prompt, completion in pairs])
+        texts = zip(prompts, completions, given or [{}] * len(prompts), strict=True)
+        return self.score_ids([self.encode(*text)[0] for text in texts])
 
     def encode(
-        self, prompt: str | Sequence[Message], completion: str | Sequence[Message]
+        self, prompt: Text, completion: Text, given: Mapping[str, Any] | None = None
     ) -> tuple[list[int], bool]:
-        """Token ids of one text, and whether its start was cut off to fit ``max_length``."""
-        if isinstance(prompt, str):
-            if not isinstance(completion, str):
-                raise TypeError("a prompt that is a string needs a completion that is one")
-            # The special tokens are those the model was trained with, an EOS at the end included.
-            ids = list(self.tokenizer(prompt + completion)["input_ids"])
-        else:
-            if isinstance(completion, str):
-                completion = [{"role": "assistant", "content": completion}]
-            text = chat_text(self.tokenizer, [*prompt, *completion])
-            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        cut = len(ids) > self.max_length
-        if cut:
-            self.truncated += 1
-            first = ids[:1] if ids[0] in self.tokenizer.all_special_ids else []  # BOS or CLS stays
-            ids = first + ids[len(ids) - self.max_length + len(first) :]
-        return ids, cut
+        """Token ids of one text, and whether it was cut to fit ``max_length``.
+
+        The beginning of the prompt goes; ``given``: ``tools`` and other keywords for the template.
+        """
+        ids, cut = self.encoder.text(prompt, completion, given, room=self.max_length)
+        self.truncated += cut is not None
+        return ids, cut is not None
 
     @torch.no_grad()
     def score_ids(self, texts: Sequence[Sequence[int]]) -> list[float]:

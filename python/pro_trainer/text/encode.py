@@ -1,37 +1,46 @@
-"""Ranked lists -> token ids, with the end of the prompt found by ids.
+"""Ranked lists, prompts and texts to score -> token ids: the only place where ids are made.
 
-The prompt is tokenised alone, and whole with each completion; where the whole begins with the
-prompt's ids, the completion is the rest: what the model would see as one text. Where tokens merge
-across the boundary the completion is tokenised apart, and counted. Special tokens of the front
-(BOS) stand before the prompt, none after it. A conversation goes through the chat template, with
-its generation prompt, and the template alone ends its turns; a plain completion ends with EOS.
+Where a completion begins is found by ids: the prompt is tokenised alone, and whole with each
+completion; where the whole begins with the prompt's ids, the completion is the rest: what the model
+would see as one text. Where tokens merge across the boundary the completion is tokenised apart, and
+counted.
 
-Length rule: a prompt keeps ``max_prompt_length`` tokens, its last (or first) ones and its BOS, the
-same for all its candidates; a completion keeps the first ``max_length - len(prompt)``. One that is
-cut has no EOS. What a list becomes depends on neither other lists nor other candidates.
+Special tokens: one BOS at the front of the prompt, be it the string, the template or the tokenizer
+that puts it there. One EOS at the end of a completion, appended or its own. A chat template ends
+its turns itself; white space that it writes behind the end token is left out, since a model that
+stops there never writes it.
+
+Length: nothing is cut where prompt and completion fit ``max_length`` together. Else the prompt is
+cut to what the longest completion of its list leaves, but not below half of ``max_length``
+(``max_prompt_length`` sets its length instead), and completions keep their beginning, without EOS.
+A chat loses whole turns, the oldest first, then the system's, and only then text of its last turn,
+so that what remains is a well-formed chat. Other prompts lose their start (or end).
 
 Legend: ``n`` candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from os.path import commonprefix
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pro_trainer.data.fields import DataError, Text
 from pro_trainer.data.formats import RankedList
 from pro_trainer.data.report import DataReport
-from pro_trainer.train.config import ListOptions
+from pro_trainer.text.options import ListOptions
+from pro_trainer.text.template import Writer, shorter_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MERGED = "tokens merge across it, so the completion is tokenised apart"
-RENDERED = "the chat template renders it differently before a reply, so it ends where they agree"
+MERGED = "completions tokenised apart, for tokens merge across the prompt's end"
+RENDERED = "prompts that end where the chat template writes them alike with a reply and without one"
 _LISTS_AT_ONCE = 64  # fast tokenizers take texts in batches, on all cores
+_TAIL = 8  # tokens in which white space behind an end token is looked for
 
 
 @dataclass(frozen=True)
@@ -43,44 +52,19 @@ class TokenizedList:
         completions: n lists of at least one id.
         rewards: n numbers; None: the completions stand best first.
         sft_index: the completion that carries the SFT term; None: the best.
+        cut: what was cut off, as a sentence; None: nothing.
     """
 
     prompts: list[list[int]]
     completions: list[list[int]]
     rewards: list[float] | None
     sft_index: int | None
+    cut: str | None = None
 
     @property
     def length(self) -> int:
         """Ids of all prompts and completions."""
         return sum(map(len, self.prompts)) + sum(map(len, self.completions))
-
-
-def tokenize_lists(
-    lists: Iterable[RankedList],
-    tokenizer: PreTrainedTokenizerBase,
-    options: ListOptions,
-    report: DataReport,
-    append_eos: bool = True,
-) -> Iterator[TokenizedList]:
-    """Tokenise a stream of lists that ``report`` has counted, counting on.
-
-    A list goes, counted, where it does not fit and ``too_long="drop"``, or where completions are
-    equal as ids or have none.
-
-    Args:
-        lists: as ``read_lists`` gives them.
-        tokenizer: of the model; needs a chat template for conversations.
-        options: the length rule, and what happens to a bad record.
-        report: the lists' own.
-        append_eos: end each plain completion with EOS, unless it is cut.
-
-    Raises:
-        ValueError: no EOS token to append, or special tokens that fill ``max_prompt_length``.
-        DataError: a conversation without a chat template, or one that the template refuses (unless
-            ``on_bad_line="skip"``); an empty prompt with neither BOS nor EOS to stand for it.
-    """
-    return _Tokenization(tokenizer, options, report, append_eos).stream(lists)
 
 
 @dataclass(frozen=True)
@@ -91,41 +75,122 @@ class _Pieces:
     prompts: list[str]
     whole: list[str]
     completions: list[str]
-    plain: bool
+    chat: bool  # written by the chat template
 
 
-class _Tokenization:
-    """The tokenizer's special tokens and the options, looked up once."""
+class Encoder:
+    """Makes the ids of one tokenizer.
+
+    Args:
+        tokenizer: of the model.
+        options: the length rule, the template, what happens to a bad record.
+        report: counts what becomes of the texts.
+
+    Raises:
+        ValueError: ``chat_template="on"`` and a tokenizer without one, no EOS token to append, or
+            special tokens that fill the room for the prompt.
+    """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        options: ListOptions,
-        report: DataReport,
-        append_eos: bool,
+        options: ListOptions | None = None,
+        report: DataReport | None = None,
     ) -> None:
+        self.tokenizer = tokenizer
+        self.options = options or ListOptions(append_eos=False)
+        self.report = report or DataReport()
+        self.writer = Writer(tokenizer, self.options, self.report)
         name, eos = type(tokenizer).__name__, tokenizer.eos_token_id
-        if append_eos and eos is None:
+        self.append_eos = self.options.append_eos is not False
+        if self.append_eos and eos is None:
             raise ValueError(
                 f"{name} has no EOS token to end a completion with; set tokenizer.eos_token, or "
                 "append_eos=False"
             )
-        self.tokenizer, self.options, self.report = tokenizer, options, report
-        self.end = [eos] if append_eos else []
         self.front = _front(tokenizer)
-        if len(self.front) > options.prompt_limit():
+        if len(self.front) > (room := self.options.prompt_room(self.options.max_length)):
             raise ValueError(
-                f"max_prompt_length={options.prompt_limit()} has no room for the "
-                f"{len(self.front)} special tokens that {name} puts before a text"
+                f"a prompt may have {room} tokens, which has no room for the {len(self.front)} "
+                f"special tokens that {name} puts before a text; raise max_length or "
+                "max_prompt_length"
             )
 
-    def stream(self, lists: Iterable[RankedList]) -> Iterator[TokenizedList]:
-        """Tokenise in batches of lists."""
+    # ---- single texts
+
+    def prompt(
+        self, prompt: Text, given: Mapping[str, Any] | None = None, room: int | None = None
+    ) -> tuple[list[int], str | None]:
+        """Ids to continue from, at most ``room``, and what was cut off.
+
+        ``given``: ``tools`` and other keywords for the chat template.
+
+        Raises:
+            ValueError: messages without a chat template or that it refuses, an empty prompt and no
+                token to start with, or a template that does not fit ``room``.
+        """
+        ranked = RankedList((prompt,), (), template=given or {}, where="a prompt")
+        chat = self.writer.under_template([prompt], ranked.where)
+        return self._within(
+            room, self._source(prompt, chat), chat, lambda s: self._prompt_ids(s, ranked, chat)
+        )
+
+    def text(
+        self,
+        prompt: Text,
+        completion: Text,
+        given: Mapping[str, Any] | None = None,
+        room: int | None = None,
+    ) -> tuple[list[int], str | None]:
+        """Ids of prompt and completion as a reward model reads them, with its own special tokens.
+
+        Raises:
+            TypeError: a string as prompt and messages as completion.
+            ValueError: as ``prompt``.
+        """
+        if isinstance(prompt, str) and not isinstance(completion, str):
+            raise TypeError("a prompt that is a string needs a completion that is one")
+        ranked = RankedList((prompt,), (completion,), template=given or {}, where="a text")
+        chat = self.writer.under_template([prompt, completion], ranked.where)
+
+        def ids_of(source: Text) -> list[int]:
+            if chat:
+                return self._one_bos(self.writer.ids([self._whole(ranked, source, completion)])[0])
+            return self._one_bos(list(self.tokenizer(source + completion).input_ids))
+
+        return self._within(room, self._source(prompt, chat), chat, ids_of)
+
+    def _within(
+        self, room: int | None, source: Text, chat: bool, ids_of: Callable[[Text], list[int]]
+    ) -> tuple[list[int], str | None]:
+        with _refusals("the prompt"):
+            ids = ids_of(source)
+            if room is None or len(ids) <= room:
+                return ids, None
+            cut = self._shorten(source, ids, room, chat, ids_of)
+        if cut is None:
+            raise ValueError(
+                f"the chat template alone takes more than the {room} tokens that there are"
+            )
+        return cut
+
+    # ---- lists
+
+    def lists(self, lists: Iterable[RankedList]) -> Iterator[TokenizedList]:
+        """Tokenise a stream of lists that the report has counted, counting on.
+
+        A list goes, counted, where it does not fit and ``too_long="drop"``, or where completions
+        are equal as ids or have none.
+
+        Raises:
+            DataError: a conversation without a chat template, or one that the template refuses
+                (unless ``on_bad_line="skip"``); an empty prompt with neither BOS nor EOS to stand
+                for it.
+        """
         lists = iter(lists)
         while batch := list(islice(lists, _LISTS_AT_ONCE)):
             pieces = [found for ranked in batch if (found := self._pieces(ranked)) is not None]
-            ids = self._ids([text for p in pieces for text in (*p.prompts, *p.whole)])
-            split = [self._split(p, ids) for p in pieces]
+            split = self._split(pieces)
             self._tokenize_merged(pieces, split)
             for p, (prompts, completions) in zip(pieces, split, strict=True):
                 tokens = self._fit(p, prompts, completions)
@@ -134,143 +199,240 @@ class _Tokenization:
 
     def _pieces(self, ranked: RankedList) -> _Pieces | None:
         """The texts to tokenise; None, counted, where the chat template refuses them."""
-        prompts = list(ranked.prompts)
-        if isinstance(prompts[0], str):
-            each = prompts * len(ranked.completions) if len(prompts) == 1 else prompts
-            whole = [p + c for p, c in zip(each, ranked.completions, strict=True)]
-            return _Pieces(ranked, prompts, whole, list(ranked.completions), plain=True)
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                f"{ranked.where}: a conversation needs a chat template, which "
-                f"{type(self.tokenizer).__name__} lacks: set tokenizer.chat_template (a jinja "
-                "template), or give prompts and completions as strings"
-            )
-        from jinja2 import TemplateError
-
+        texts = [*ranked.prompts, *ranked.completions]
+        chat = self.writer.under_template(texts, ranked.where)
+        owners = ranked.prompts * (1 if len(ranked.prompts) > 1 else len(ranked.completions))
+        if not chat:
+            whole = [p + c for p, c in zip(owners, ranked.completions, strict=True)]
+            return _Pieces(ranked, list(ranked.prompts), whole, list(ranked.completions), False)
         try:
-            return self._rendered(ranked)
-        except TemplateError as error:
-            message = f"{ranked.where}: the chat template refuses the conversation: {error}"
+            with _refusals(ranked.where):
+                prompts = [
+                    self._prompt_text(self.writer.turns(p), ranked, True) for p in ranked.prompts
+                ]
+                whole = [
+                    self._whole(ranked, prompt, completion)
+                    for prompt, completion in zip(owners, ranked.completions, strict=True)
+                ]
+        except DataError as error:
             if self.options.on_bad_line != "skip":
-                raise DataError(message) from None
-            self.report.uncount_as_bad(ranked, message)
+                raise
+            self.report.uncount_as_bad(ranked, str(error))
             return None
+        n = len(whole)
+        places = [0] * n if len(prompts) == 1 else range(n)
+        for place, text in zip(places, whole, strict=True):
+            if not text.startswith(prompts[place]):
+                prompts[place] = commonprefix([prompts[place], text])
+                self.report.notes[RENDERED] += 1
+        completions = [t[len(prompts[i]) :] for i, t in zip(places, whole, strict=True)]
+        return _Pieces(ranked, prompts, whole, completions, True)
 
-    def _rendered(self, ranked: RankedList) -> _Pieces:
-        prompts = [self._render(p, add_generation_prompt=True) for p in ranked.prompts]
-        n = len(ranked.completions)
-        owners = [0] * n if len(prompts) == 1 else range(n)
-        whole = [
-            self._render((*ranked.prompts[owner], *completion))
-            for owner, completion in zip(owners, ranked.completions, strict=True)
-        ]
-        for owner, text in zip(owners, whole, strict=True):
-            if not text.startswith(prompts[owner]):
-                prompts[owner] = commonprefix([prompts[owner], text])
-                self.report.boundary[RENDERED] += 1
-        completions = [
-            text[len(prompts[owner]) :] for owner, text in zip(owners, whole, strict=True)
-        ]
-        return _Pieces(ranked, prompts, whole, completions, plain=False)
+    def _source(self, prompt: Text, chat: bool) -> Text:
+        """What is written of a prompt: messages under the template, else the string."""
+        return self.writer.turns(prompt) if chat else prompt
 
-    def _render(self, messages: Text, add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+    def _prompt_text(self, source: Text, ranked: RankedList, chat: bool) -> str:
+        """A prompt as written; under the template with the beginning of the reply."""
+        if not chat:
+            return source
+        return self.writer.write(
+            source, ranked.template, generation=True, from_strings=_of_strings(ranked)
         )
 
-    def _ids(self, texts: list[str]) -> Iterator[list[int]]:
-        if not texts:
-            return iter(())
-        return iter(
-            self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            ).input_ids
-        )
+    def _whole(self, ranked: RankedList, prompt: Text, completion: Text) -> str:
+        """Prompt and completion under the template."""
+        turns = (*self.writer.turns(prompt), *self.writer.reply(completion))
+        return self.writer.write(turns, ranked.template, from_strings=_of_strings(ranked))
+
+    def _prompt_ids(self, source: Text, ranked: RankedList, chat: bool) -> list[int]:
+        text = self._prompt_text(source, ranked, chat)
+        return self._with_front(self.writer.ids([text], chat)[0], ranked, chat)
 
     def _split(
-        self, pieces: _Pieces, ids: Iterator[list[int]]
-    ) -> tuple[list[list[int]], list[list[int] | None]]:
+        self, pieces: Sequence[_Pieces]
+    ) -> list[tuple[list[list[int]], list[list[int] | None]]]:
         """Ids of prompts and of completions; None for a completion to be tokenised apart."""
-        prompts = list(islice(ids, len(pieces.prompts)))
-        completions = []
-        for i, whole in enumerate(islice(ids, len(pieces.whole))):
-            prompt = prompts[i if len(prompts) > 1 else 0]
-            begins = whole[: len(prompt)] == prompt
-            completions.append(whole[len(prompt) :] if begins else None)
-        return prompts, completions
+        texts: dict[bool, list[str]] = {True: [], False: []}
+        for p in pieces:
+            texts[p.chat] += [*p.prompts, *p.whole]
+        ids = {chat: iter(self.writer.ids(found, chat)) for chat, found in texts.items()}
+        split = []
+        for p in pieces:
+            own = ids[p.chat]
+            prompts = list(islice(own, len(p.prompts)))
+            completions = []
+            for i, whole in enumerate(islice(own, len(p.whole))):
+                prompt = prompts[i if len(prompts) > 1 else 0]
+                begins = whole[: len(prompt)] == prompt
+                completions.append(whole[len(prompt) :] if begins else None)
+            split.append((prompts, completions))
+        return split
 
     def _tokenize_merged(
         self, pieces: Sequence[_Pieces], split: list[tuple[list, list[list[int] | None]]]
     ) -> None:
-        """Fill in the completions that have to be tokenised apart, all in one call."""
-        missing = [
-            (completions, i, p.completions[i])
-            for p, (_, completions) in zip(pieces, split, strict=True)
-            for i, ids in enumerate(completions)
-            if ids is None
-        ]
-        if missing:
-            self.report.boundary[MERGED] += len(missing)
-        found = self._ids([text for _, _, text in missing])
-        for (completions, i, _), ids in zip(missing, found, strict=True):
-            completions[i] = ids
+        """Fill in the completions that have to be tokenised apart."""
+        for p, (_, completions) in zip(pieces, split, strict=True):
+            missing = [i for i, ids in enumerate(completions) if ids is None]
+            self.report.notes[MERGED] += len(missing)
+            apart = self.writer.ids([p.completions[i] for i in missing], p.chat)
+            for i, ids in zip(missing, apart, strict=True):
+                completions[i] = ids
+        if not self.report.notes[MERGED]:
+            del self.report.notes[MERGED]
+
+    # ---- special tokens
+
+    def _with_front(self, ids: list[int], ranked: RankedList, chat: bool) -> list[int]:
+        """A prompt with what stands before it: never empty, and never two BOS."""
+        if not chat and ids[: len(self.front)] != self.front:
+            ids = self.front + ids
+        if not ids:  # something must predict the first completion token
+            bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            if bos is None and eos is None:
+                raise DataError(
+                    f"{ranked.where}: the prompt is empty, and {type(self.tokenizer).__name__} has "
+                    "neither a BOS nor an EOS token to begin with"
+                )
+            ids = [eos if bos is None else bos]
+        return self._one_bos(ids)
+
+    def _one_bos(self, ids: list[int]) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        return ids
+
+    def _with_end(self, ids: list[int], chat: bool) -> list[int]:
+        """A completion with one EOS at its end."""
+        eos, control = self.tokenizer.eos_token_id, self.writer.control_ids
+        last = next((i for i in range(1, min(_TAIL, len(ids)) + 1) if ids[-i] in control), 1)
+        if last > 1 and not self.tokenizer.decode(ids[1 - last :]).strip():
+            ids = ids[: 1 - last]
+        while eos is not None and ids[-2:] == [eos, eos]:
+            ids = ids[:-1]
+        if self.append_eos and not chat and ids[-1] != eos:
+            return [*ids, eos]
+        return ids
+
+    # ---- length
 
     def _fit(
-        self, pieces: _Pieces, prompts: list[list[int]], completions: list[list[int]]
+        self, p: _Pieces, prompts: list[list[int]], completions: list[list[int]]
     ) -> TokenizedList | None:
         """The list by the length rule; None, counted, where it is dropped."""
-        ranked, options = pieces.ranked, self.options
+        ranked, options = p.ranked, self.options
         if not all(completions):
             return self._drop(ranked, "a completion has no tokens")
-        fitted = [self._fit_prompt(pieces, prompt) for prompt in prompts]
-        ends = [ids + self.end for ids in completions] if pieces.plain else completions
-        rooms = [options.max_length - len(kept) for kept, _ in fitted]
+        ends = [self._with_end(ids, p.chat) for ids in completions]
+        whole_prompts = [self._with_front(ids, ranked, p.chat) for ids in prompts]
+        kept, said = [], []
+        for i, ids in enumerate(whole_prompts):
+            own = ends if len(prompts) == 1 else [ends[i]]
+            room = options.prompt_room(max(map(len, own)))
+            if len(ids) > room:
+                source = self._source(ranked.prompts[i], p.chat)
+
+                def ids_of(source: Text) -> list[int]:
+                    return self._prompt_ids(source, ranked, p.chat)
+
+                with _refusals(ranked.where):
+                    shorter = self._shorten(source, ids, room, p.chat, ids_of)
+                if shorter is None:
+                    return self._drop(ranked, "the chat template alone does not fit max_length")
+                ids, lost = shorter
+                said.append(f"the prompt lost {lost}")
+            kept.append(ids)
+        rooms = [options.max_length - len(ids) for ids in kept]
         rooms = rooms * len(ends) if len(rooms) == 1 else rooms
-        prompts_cut = sum(length > len(kept) for kept, length in fitted)
         cut = sum(len(end) > room for end, room in zip(ends, rooms, strict=True))
-        if (prompts_cut or cut) and options.too_long == "drop":
+        if (said or cut) and options.too_long == "drop":
             return self._drop(ranked, f"longer than max_length={options.max_length}")
-        kept = [kept for kept, _ in fitted]
         kept_ends = [end[:room] for end, room in zip(ends, rooms, strict=True)]
         if not _distinct(kept, kept_ends):
-            if _distinct(kept, ends):
+            if _distinct(whole_prompts, ends):
                 return self._drop(ranked, "completions equal once cut to max_length")
             return self._drop(ranked, "completions equal as token ids")
-        self.report.prompts_cut += prompts_cut
+        self.report.prompts_cut += len(said)
         self.report.completions_cut += cut
-        for _, length in fitted:
-            self.report.prompt_lengths.add(length)
+        for ids in whole_prompts:
+            self.report.prompt_lengths.add(len(ids))
         for end in ends:
             self.report.completion_lengths.add(len(end))
+        if cut:
+            said.append(f"{cut} of {len(ends)} completions lost their end")
         rewards = None if ranked.rewards is None else list(ranked.rewards)
-        return TokenizedList(kept, kept_ends, rewards, ranked.sft_index)
+        sentence = "; ".join(said) or None
+        return TokenizedList(kept, kept_ends, rewards, ranked.sft_index, sentence)
 
-    def _fit_prompt(self, pieces: _Pieces, ids: list[int]) -> tuple[list[int], int]:
-        """What is kept of a prompt, and how long it was."""
-        front, bos = self.front, self.tokenizer.bos_token_id
-        if not pieces.plain:  # a template writes its BOS into the text
-            front = [bos] if bos is not None and ids[:1] == [bos] else []
-            ids = ids[len(front) :]
-        if not ids and not front:  # something must predict the first completion token
-            start = self.tokenizer.eos_token_id if bos is None else bos
-            if start is None:
-                raise DataError(
-                    f"{pieces.ranked.where}: the prompt is empty, and "
-                    f"{type(self.tokenizer).__name__} has neither a BOS nor an EOS token to begin "
-                    "with"
-                )
-            front = [start]
-        room = self.options.prompt_limit() - len(front)
-        keep_end = self.options.truncation_mode == "keep_end"
-        kept = ids[max(0, len(ids) - room) :] if keep_end else ids[:room]
-        return front + kept, len(front) + len(ids)
+    def _shorten(
+        self,
+        source: Text,
+        ids: list[int],
+        room: int,
+        chat: bool,
+        ids_of: Callable[[Text], list[int]],
+    ) -> tuple[list[int], str] | None:
+        """A prompt cut to ``room``, and what it lost; None where the template does not fit.
+
+        ``ids``: of ``source``, of which ``ids_of`` makes them.
+        """
+        lost, keep_end = "", self.options.truncation_mode == "keep_end"
+        for fewer in shorter_prompts(source) if chat or keep_end else ():
+            source, lost = fewer
+            ids = ids_of(source)
+            if len(ids) <= room:
+                return ids, lost
+        lost = f"{lost} and " if lost else ""
+        side = "first" if keep_end else "last"
+        if chat:
+            found = self._cut_last_turn(source, ids, room, ids_of)
+            if found is None:
+                return None
+            return found[0], f"{lost}the {side} {found[1]} tokens of its last turn"
+        front = self.front if ids[: len(self.front)] == self.front else []
+        rest, left = ids[len(front) :], max(0, room - len(front))
+        kept = rest[len(rest) - left :] if keep_end else rest[:left]
+        return front + kept, f"{lost}its {side} {len(rest) - left} tokens of {len(ids)}"
+
+    def _cut_last_turn(
+        self, messages: Text, ids: list[int], room: int, ids_of: Callable[[Text], list[int]]
+    ) -> tuple[list[int], int] | None:
+        """The same chat, the last message of the user cut, and how many tokens it lost."""
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+        content = self.writer.ids([messages[last]["content"]])[0]
+        left = len(content) - (len(ids) - room)
+        while left > 0:
+            keep_end = self.options.truncation_mode == "keep_end"
+            part = content[-left:] if keep_end else content[:left]
+            # A cut may leave half a character.
+            text = self.tokenizer.decode(part, clean_up_tokenization_spaces=False).strip("\ufffd")
+            shorter = [*messages]
+            shorter[last] = messages[last] | {"content": text}
+            ids = ids_of(tuple(shorter))
+            if len(ids) <= room:
+                return ids, len(content) - left
+            left -= len(ids) - room
+        return None
 
     def _drop(self, ranked: RankedList, why: str) -> None:
         self.report.uncount(ranked, why)
+
+
+@contextlib.contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    """What a chat template raises, as a DataError."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"{where}: the chat template refuses the conversation: {error}") from None
+
+
+def _of_strings(ranked: RankedList) -> bool:
+    return isinstance(ranked.prompts[0], str)
 
 
 def _front(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,8 +7,9 @@ goes with the data set, or at exit. Nothing is written to the Hugging Face cache
 the like cache for this data set lies beside its file and goes with it.
 
 Columns: ``prompts`` and ``completions`` lists of lists of int32 with 64-bit offsets (no limit on
-the ids in a column), ``rewards`` a list of float64 or null, ``sft_index`` int32 or null, ``length``
-int32, all ids of the list (what ``Trainer`` groups by under ``group_by_length``).
+the ids in a column), ``rewards`` a list of float64 or null, ``sft_index`` int32 or null, ``cut``
+(what was cut off) a string or null, ``length`` int32, all ids of the list (what ``Trainer`` groups
+by under ``group_by_length``).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from pro_trainer.data.fields import DataError
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.read import Source, required_package
 from pro_trainer.data.report import DataReport
-from pro_trainer.text.encode import TokenizedList, tokenize_lists
-from pro_trainer.train.config import ListOptions
+from pro_trainer.text.encode import Encoder, TokenizedList
+from pro_trainer.text.options import ListOptions
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,7 +45,6 @@ def load_dataset(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
     options: ListOptions,
-    append_eos: bool = True,
 ) -> tuple[Dataset, DataReport]:
     """Read, clean and tokenise all sources into one memory-mapped data set.
 
@@ -52,19 +52,18 @@ def load_dataset(
         sources: as ``read_lists`` takes them.
         tokenizer: of the model.
         options: what becomes of the records; the length rule.
-        append_eos: end plain completions with EOS.
 
     Returns:
         The data set, one row a list with the fields of ``TokenizedList``, and the report on it.
 
     Raises:
-        DataError: as ``read_lists`` and ``tokenize_lists``; or no list is usable.
+        DataError: as ``read_lists`` and ``Encoder.lists``; or no list is usable.
         TypeError, ValueError: as these two.
     """
     datasets = required_package("datasets", "training data")
     report = DataReport()
     lists = read_lists(sources, report, options)
-    tokenized = tokenize_lists(lists, tokenizer, options, report, append_eos)
+    tokenized = Encoder(tokenizer, options, report).lists(lists)
     folder = _Folder()
     file = folder.path / "lists.arrow"
     try:
@@ -154,6 +153,7 @@ def _schema() -> pyarrow.Schema:
             ("completions", ids),
             ("rewards", pa.large_list(pa.float64())),
             ("sft_index", pa.int32()),
+            ("cut", pa.string()),
             ("length", pa.int32()),
         ]
     )

@@ -16,7 +16,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pro_trainer.train.config import ListOptions, LossOptions, PROConfig
+from pro_trainer.text.options import ListOptions
+from pro_trainer.train.config import LossOptions, PROConfig
 
 if TYPE_CHECKING:
     import datasets

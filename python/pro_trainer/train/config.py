@@ -1,21 +1,19 @@
-"""Options: each field is a flag of the commands, a key of their YAML file, its help and default.
-
-``ListOptions`` says what becomes of the data, ``LossOptions`` what is minimised; ``PROConfig`` is
-transformers' ``TrainingArguments`` with both.
-"""
+"""``LossOptions`` says what is minimised; ``PROConfig`` is ``TrainingArguments`` with it."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
 import pro_kernels as pk
+from pro_trainer.options import check_choices, check_positive, option
+from pro_trainer.text.options import ListOptions
 from pro_trainer.train.distributed import set_timeout
 
 # What PROTrainer does not work with otherwise: its collator reads all columns, its metrics are made
@@ -27,72 +25,6 @@ _FIXED = {
     "label_smoothing_factor": 0.0,
 }
 _LOSS_ARGUMENTS = ("logps", "lengths", "rewards", "ref_logps", "mask")
-
-
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with help text; a list default is copied for each instance."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class ListOptions:
-    """From records to token ids."""
-
-    num_candidates: int | None = option(
-        None,
-        "At most this many candidates a list: the best, the worst and those evenly between them. "
-        "Default: all.",
-    )
-    max_length: int = option(
-        512, "Tokens of prompt and completion together. A longer completion loses its end and EOS."
-    )
-    max_prompt_length: int | None = option(
-        None, "Tokens of the prompt. Default: half of max_length."
-    )
-    truncation_mode: Literal["keep_end", "keep_start"] = option(
-        "keep_end", "Which part of a prompt longer than max_prompt_length stays."
-    )
-    too_long: Literal["truncate", "drop"] = option(
-        "truncate", "What happens to a list that does not fit: cut it as above, or drop it."
-    )
-    append_eos: bool | None = option(
-        None,
-        "End each completion with EOS unless it was cut. Chat templates end their turns "
-        "themselves. Default: yes, and no with compat=official.",
-    )
-    on_bad_line: Literal["error", "skip"] = option(
-        "error", "A malformed record stops the run (error), or is counted and reported (skip)."
-    )
-    all_equal: Literal["drop", "error", "order"] = option(
-        "drop",
-        "A list whose rewards are all equal ranks nothing: drop it and count it, stop with an "
-        "error, or take the order of its completions, best first, as the ranking.",
-    )
-    different_contexts: Literal["drop", "keep"] = option(
-        "drop",
-        "A list whose candidates answer different dialogues: drop it and count it, or keep it, "
-        "each candidate after its own prompt (as the authors' code does).",
-    )
-
-    def check_list_options(self) -> None:
-        """Raise ValueError for an option out of range."""
-        check_choices(self, ListOptions)
-        check_integers(self, "max_length", "max_prompt_length", "num_candidates")
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
-        if not 1 <= self.prompt_limit() < self.max_length:
-            raise ValueError(
-                f"max_prompt_length must lie in [1, max_length={self.max_length}), "
-                f"got {self.max_prompt_length}"
-            )
-        if self.num_candidates is not None and self.num_candidates < 2:
-            raise ValueError(f"num_candidates must be at least 2, got {self.num_candidates}")
-
-    def prompt_limit(self) -> int:
-        """Most tokens of a prompt."""
-        return self.max_length // 2 if self.max_prompt_length is None else self.max_prompt_length
 
 
 @dataclass
@@ -227,6 +159,9 @@ class PROConfig(LossOptions, ListOptions, TrainingArguments):
     def __post_init__(self) -> None:
         self.check_list_options()
         self.check_loss_options()
+        if self.compat == "official":  # the authors' code: texts as written, no EOS of its own
+            self.append_eos = bool(self.append_eos)
+            self.chat_template = "off" if self.chat_template == "auto" else self.chat_template
         check_positive(self, "sample_prompts", "sample_tokens", "ddp_timeout")
         if self.prefix_sharing not in ("auto", "on", "off"):
             raise ValueError(
@@ -252,36 +187,3 @@ class PROConfig(LossOptions, ListOptions, TrainingArguments):
         """This process's device; CPUs have no index (accelerate's ``cpu:0`` loads no optimizer)."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
-
-    def append_eos_to_completions(self) -> bool:
-        """Whether completions end with EOS."""
-        return self.compat != "official" if self.append_eos is None else self.append_eos
-
-
-def check_choices(config: object, kind: type) -> None:
-    """Raise ValueError where a field of ``kind`` is none of those its ``Literal`` names."""
-    for name, hint in get_type_hints(kind).items():
-        allowed = get_args(hint)
-        if get_origin(hint) is Literal and getattr(config, name) not in allowed:
-            raise ValueError(
-                f"{name} must be one of {', '.join(map(repr, allowed))}, "
-                f"got {getattr(config, name)!r}"
-            )
-
-
-def check_integers(config: object, *names: str) -> None:
-    """Raise TypeError unless the named fields are None or integers."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-
-
-def check_positive(config: object, *names: str) -> None:
-    """Raise TypeError or ValueError unless the named fields are None, or finite and > 0."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be finite and > 0, got {value}")

@@ -33,9 +33,7 @@ def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase, args: PROConfig) ->
         return {name: tokenized(part, tokenizer, args) for name, part in data.items()}
     is_paths = isinstance(data, Sequence) and all(isinstance(x, (str, Path)) for x in data)
     sources = list(data) if is_paths and not isinstance(data, str) else [data]
-    dataset, report = load_dataset(
-        sources, tokenizer, args, append_eos=args.append_eos_to_completions()
-    )
+    dataset, report = load_dataset(sources, tokenizer, args)
     if args.should_log:
         print(report.text())
     check_lists(report, args)
