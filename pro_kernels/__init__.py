@@ -6,7 +6,7 @@ states and LM-head weight to the listwise ranking loss and its gradients, logits
 
 from pro_kernels import backends, losses, reference
 from pro_kernels._version import __version__
-from pro_kernels.attach import attach, detach
+from pro_kernels.attach import OpenModel, attach, detach
 from pro_kernels.functional import linear_pro_loss, linear_token_logps, pro_loss, token_logps
 from pro_kernels.layout import Layout
 from pro_kernels.output import PROOutput
@@ -15,6 +15,7 @@ __all__ = [
     "__version__",
     "backends",
     "Layout",
+    "OpenModel",
     "PROOutput",
     "attach",
     "detach",

@@ -7,6 +7,7 @@ and what the fused path would not repeat is refused.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from types import MethodType
@@ -104,19 +105,11 @@ def attach(
     group_of("process_group", process_group)
     options |= {"backend": backend, "budget": budget}
     state = Attached(loss, options, own, process_group)
-    inputs = example_inputs(lm) if example is None else dict(example)
-    if "input_ids" not in inputs:
-        raise ValueError(f"example must hold input_ids, got {sorted(inputs)}")
-    inputs.pop("labels", None)
+    inputs = _example(lm, example)
     setattr(lm, STATE, state)
-    # So that a call only exchanges it.
-    lm._loss_function = state.loss_function = getattr(lm, "loss_function", None)
     try:
-        with evaluating(lm):
-            state.transform, tolerance = probe(lm, original_forward(lm, state), inputs)
-            lm.forward = MethodType(fused_forward(class_forward(lm)), lm)
-            _check_loss(lm, state, inputs, tolerance)
-        state.watched, state.tried = watched(lm), True
+        _try_out(lm, state, inputs)
+        lm.forward = MethodType(fused_forward(class_forward(lm)), lm)
         lm.register_forward_pre_hook(before_call, with_kwargs=True)
         lm.register_forward_hook(after_call)
         if loss == "ranking":
@@ -125,6 +118,59 @@ def attach(
         _restore(lm, state)
         raise
     return model
+
+
+class OpenModel:
+    """A causal LM taken apart before its LM head, for a loss of one's own.
+
+    The model's own forward runs, as under ``attach``, and builds no logits; ``loss_of`` gets what
+    the head would multiply. The model itself is left as it is.
+
+        head = pk.OpenModel(model)
+        out = head.run(loss_of, input_ids=ids, attention_mask=mask)
+
+    Args:
+        model: as ``attach`` takes it; it may be attached already.
+        example: as in ``attach``.
+
+    Attributes:
+        model: the model itself, out of PEFT's wrapper.
+
+    Raises:
+        TypeError, ValueError: as ``attach``.
+    """
+
+    def __init__(self, model: nn.Module, *, example: Mapping[str, Any] | None = None) -> None:
+        self.model = _causal_lm(model, attached=None)
+        self._state = Attached("auto", {"backend": "auto", "budget": None}, {})
+        _try_out(self.model, self._state, _example(self.model, example))
+
+    def rebind(self, model: nn.Module) -> OpenModel:
+        """The same of a copy of the model, which is not tried out again."""
+        other = copy.copy(self)
+        other.model = _causal_lm(model, attached=None)
+        other.model._loss_function = self._state.loss_function
+        return other
+
+    def run(
+        self, loss_of: Callable[[HeadInputs], tuple[Tensor, dict[str, Tensor]]], **inputs: Any
+    ) -> Any:
+        """The output of the model's forward on ``inputs``, with ``loss_of``'s loss.
+
+        Args:
+            loss_of: from ``HeadInputs`` (``hidden`` of shape (B, T, H), ``weight`` (V, H), ...)
+                to the loss, a scalar, and further fields of the output, of the names ``attach``
+                adds. Called once, where the head's weight is whole (FSDP2, ZeRO-3).
+            inputs: keyword arguments of the model's forward.
+
+        Returns:
+            The model's output class without logits. What the model adds to its loss (a router's
+            auxiliary loss) is added.
+        """
+        original = original_forward(self.model, self._state)
+        return run_fused(
+            self.model, self._state, original, {**inputs, "return_dict": True}, loss_of
+        )
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -169,8 +215,19 @@ def _restore(lm: Any, state: Attached) -> None:
         del head.forward  # torch.compile left it there (``replaced``)
 
 
-def _causal_lm(model: nn.Module, attached: bool = False) -> Any:
-    """The transformers model with the LM head, out of PEFT's wrapper where there is one."""
+def _example(lm: Any, example: Mapping[str, Any] | None) -> dict[str, Any]:
+    inputs = example_inputs(lm) if example is None else dict(example)
+    if "input_ids" not in inputs:
+        raise ValueError(f"example must hold input_ids, got {sorted(inputs)}")
+    inputs.pop("labels", None)
+    return inputs
+
+
+def _causal_lm(model: nn.Module, attached: bool | None = False) -> Any:
+    """The transformers model with the LM head, out of PEFT's wrapper where there is one.
+
+    ``attached``: whether it must be; None: it may.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     name = type(model).__name__
@@ -186,7 +243,7 @@ def _causal_lm(model: nn.Module, attached: bool = False) -> Any:
         raise ValueError(f"model is wrapped in {name}; attach(model) before it is wrapped")
     if not hasattr(lm, "get_output_embeddings") or not hasattr(lm, "config"):
         raise ValueError(f"model must be a causal LM of transformers, got {name}; else {FALLBACK}")
-    if (STATE in lm.__dict__) != attached:
+    if attached is not None and (STATE in lm.__dict__) != attached:
         is_not = "not attached" if attached else "attached already; detach(model) first"
         raise ValueError(f"{type(lm).__name__} is {is_not}")
     if attached:
@@ -220,6 +277,16 @@ def _causal_lm(model: nn.Module, attached: bool = False) -> Any:
 
 
 # ---- the self-check
+
+
+def _try_out(lm: Any, state: Attached, inputs: dict[str, Any]) -> None:
+    """Find out what the model makes of its head's output, and whether the fused loss is its own."""
+    # So that a call only exchanges it.
+    lm._loss_function = state.loss_function = getattr(lm, "loss_function", None)
+    with evaluating(lm):
+        state.transform, tolerance = probe(lm, original_forward(lm, state), inputs)
+        _check_loss(lm, state, inputs, tolerance)
+    state.watched, state.tried = watched(lm), True
 
 
 def _check_loss(lm: Any, state: Attached, inputs: dict[str, Any], tolerance: float) -> None:

@@ -192,7 +192,9 @@ def run_fused(
                     "its own; leave it to the root (no fully_shard(model.lm_head))"
                 )
             hidden = hidden.full_tensor()
-        return loss_of(resolve(module, hidden))
+        head = resolve(module, hidden)
+        softcap, scale = state.transform.softcap, state.transform.scale
+        return loss_of(head._replace(softcap=softcap, logit_scale=scale))
 
     def loss_function(*_: Any, **__: Any) -> Tensor:
         hidden = only(captured, lm)
@@ -356,10 +358,8 @@ def cross_entropy(
         targets,
         shift=shift,
         ignore_index=ignore_index,
-        bias=head.bias,
-        softcap=state.transform.softcap,
-        logit_scale=state.transform.scale,
         process_group=_splits(state, head),
+        **head.options(),
         **{name: state.options[name] for name in names},
     )
     if items is None or not state.divides_by_items:
@@ -395,10 +395,8 @@ def _pro(
         shift=shift and layout is None,
         ignore_index=ignore_index,
         layout=None if layout is None else layout.to(hidden.device, non_blocking=True),
-        bias=head.bias,
-        softcap=state.transform.softcap,
-        logit_scale=state.transform.scale,
         process_group=_splits(state, head),
+        **head.options(),
         **options,
     )
     return out.loss, {name: getattr(out, name) for name in FIELDS if name != "token_logps"}

@@ -18,11 +18,17 @@ FALLBACK = (
 
 
 class HeadInputs(NamedTuple):
-    """``logits = hidden @ weight.T + bias`` of one call."""
+    """``logits = softcap(logit_scale * (hidden @ weight.T + bias))`` of one call."""
 
     hidden: Tensor  # (..., H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def options(self) -> dict[str, Any]:
+        """All but ``hidden`` and ``weight``, as the fused functions take it."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
 def resolve(module: Any, hidden: Tensor) -> HeadInputs:

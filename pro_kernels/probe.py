@@ -103,6 +103,13 @@ def probe(
                 f"attach(model, example=...) what its forward needs, or {FALLBACK}"
             ) from error
         hidden = captured[0]
+    if not hidden.isfinite().all():
+        kind = str(hidden.dtype).removeprefix("torch.")
+        why = "its activations overflow there: use bfloat16 or float32"
+        raise ValueError(
+            f"{name}: hidden states before its LM head are not finite in {kind}; "
+            + (why if hidden.dtype == torch.float16 else "are its weights?")
+        )
     if hidden.dim() != 3:
         raise ValueError(
             f"the LM head of {name} reads {tuple(hidden.shape)}, expected (B, T, H); {FALLBACK}"
@@ -125,7 +132,7 @@ def probe(
         largest = transform.softcap or 10.0
         chosen = noise * (largest / abs(transform.scale))
         _compare(name, "logits after the head", run(chosen), transform(chosen), 1e-5)
-        h, w, b = resolve(module, hidden)
+        h, w, b, *_ = resolve(module, hidden)
         wide = torch.promote_types(w.dtype, torch.float32)
         ours = torch.cat(  # a block of columns at a time: a wide copy of all may be too large
             [nn.functional.linear(h.to(wide), part.to(wide)) for part in w.split(_COLUMNS)], -1

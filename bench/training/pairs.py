@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import pro_kernels as pk
 from bench.peers import require
 from bench.step import Refused
 from bench.training.steps import TrainingStep
@@ -39,17 +40,18 @@ def ours(work: Workload, form: str) -> TrainingStep:
     from pro_trainer.train.objective import batch_loss
 
     _check_pairs(work)
+    opened = pk.OpenModel(work.model)
     collator = PROCollator(work.pad, form=form)
     batch = work.on_device(collator(work.features))
     bare = {name: value for name, value in batch.items() if name != "segments"}
     options = LossOptions(loss_type="dpo", loss_kwargs={"beta": BETA})
     reference = work.reference_scores
     return TrainingStep(
-        lambda model: batch_loss(model, batch, options, reference).loss,
+        lambda model: batch_loss(opened.rebind(model), batch, options, reference).loss,
         work,
         collate=lambda: collator(work.features),
         detail=NOTE,
-        head_loss=lambda model: batch_loss(model, bare, options, reference).loss,
+        head_loss=lambda model: batch_loss(opened.rebind(model), bare, options, reference).loss,
     )
 
 

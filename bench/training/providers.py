@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pro_kernels as pk
 from bench.training import pairs
 from bench.training.steps import Floor, TrainingStep
 from bench.training.workload import Workload
@@ -110,16 +111,17 @@ def _ours(work: Workload, form: str, checkpointed: bool = False) -> TrainingStep
     from pro_trainer.train.objective import batch_loss
 
     cost = SharingCost.from_model(work.model)
+    opened = pk.OpenModel(work.model)
     collator = PROCollator(work.pad, form=form, cost=cost, official=True)
     options = LossOptions(compat="official")
     batch = work.on_device(collator(work.features))
     bare = {name: value for name, value in batch.items() if name != "segments"}
     chosen = "shared" if "segments" in batch else "padded"
     return TrainingStep(
-        lambda model: batch_loss(model, batch, options).loss,
+        lambda model: batch_loss(opened.rebind(model), batch, options).loss,
         work,
         checkpointed,
         lambda: collator(work.features),
         f"chose {chosen}" if form == "auto" else "",
-        lambda model: batch_loss(model, bare, options).loss,
+        lambda model: batch_loss(opened.rebind(model), bare, options).loss,
     )

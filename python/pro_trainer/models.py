@@ -1,75 +1,106 @@
-"""A causal language model in two parts, the decoder's hidden states and its LM head.
-
-The fused loss takes them apart so that logits are never held. ``check_parts`` shows, on one short
-sequence, that together they give what the whole model gives.
-"""
+"""Models and tokenizers: loaded, made for the demo, checked against each other."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import pro_kernels as pk
+from pro_trainer.options import option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_CHECKED_TOKENS = 64
 # Probabilities that modules pass to functional dropout.
 _DROPOUTS = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout",
              "activation_dropout", "layerdrop")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Head:
-    """The LM head and what the model does to its logits."""
+@dataclass
+class ModelOptions:
+    """Which model, and how it is loaded."""
 
-    weight: Tensor  # (V, H)
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
+    model: str | None = option(
+        None,
+        "Folder (or hub name) of a transformers causal LM with its LM head.",
+        aliases=["--model_name_or_path"],
+    )
+    tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "float32", "Of the weights as loaded; --bf16 is mixed precision."
+    )
+    attn_implementation: str | None = option(
+        None, "eager, sdpa, flex_attention, flash_attention_2, ...; default: the model's."
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
+    load_in_4bit: bool = option(False, "Quantised weights under adapters (needs bitsandbytes).")
+    load_in_8bit: bool = option(False, "The same with 8 bits.")
 
-    def options(self) -> dict[str, Any]:
-        """All but the weight, as keyword options of the ``pro_kernels`` functions."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+    def quantization(self) -> Any:
+        """What transformers takes for it, or None.
+
+        Raises:
+            ValueError: both widths, or bitsandbytes is not installed.
+        """
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        name = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit were both given; choose one")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"{name} needs bitsandbytes: pip install bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=None if self.dtype == "auto" else self.dtype,
+        )
 
 
 def load(
-    path: str,
-    tokenizer_path: str | None = None,
-    *,
-    dtype: str | torch.dtype = "float32",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
+    path: str, options: ModelOptions | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a folder (or hub name).
 
+    A checkpoint of text and images is loaded as a whole, and runs on text.
+
     Args:
         path: folder or hub name of a causal LM with its LM head.
-        tokenizer_path: the tokenizer's; None: the model's.
-        dtype: of the weights, as ``from_pretrained`` takes it ("auto": as saved).
-        attn_implementation: as ``from_pretrained`` takes it; None: its default.
-        trust_remote_code: run code that comes with the checkpoint.
+        options: how it is loaded; its ``model`` is not read.
 
     Raises:
         ValueError: nothing usable there, no LM head, or weights that the checkpoint lacks.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    options = options or ModelOptions()
+    quantization = options.quantization()
+    how = {"trust_remote_code": options.trust_remote_code}
     with quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            kind = AutoModelForCausalLM
+            if not Path(path, "adapter_config.json").exists():
+                config = AutoConfig.from_pretrained(path, **how)
+                both = AutoModelForImageTextToText._model_mapping
+                if type(config) in both and type(config) not in kind._model_mapping:
+                    kind = AutoModelForImageTextToText
+            model, info = kind.from_pretrained(
                 path,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
+                dtype=options.dtype,
+                attn_implementation=options.attn_implementation,
+                quantization_config=quantization,
                 output_loading_info=True,
+                **how,
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise ValueError(f"{path}: not a causal LM: {first_line(error)}") from error
@@ -79,15 +110,33 @@ def load(
                 f"{path}: the checkpoint lacks weights of {type(model).__name__} ({missing}); a "
                 "model saved without its LM head cannot be trained or scored"
             )
-        lm_head(model)
-        tokenizer = load_tokenizer(tokenizer_path or path, trust_remote_code)
+        tokenizer = load_tokenizer(options.tokenizer or path, options.trust_remote_code)
     check_vocabulary(model, tokenizer)
     return model, tokenizer
 
 
+def different_ends(tokenizer: PreTrainedTokenizerBase, *configs: Any) -> str | None:
+    """A sentence where the tokenizer's EOS is none of those the model stops at.
+
+    ``configs``: the model's generation config and its config; the first that names ends counts.
+    """
+    ends = next((c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None),
+                None)  # fmt: skip
+    ends = [ends] if isinstance(ends, int) else ends
+    eos = tokenizer.eos_token_id
+    if not ends or eos is None or eos in ends:
+        return None
+    shown = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends)
+    return (
+        f"the tokenizer's EOS is {tokenizer.eos_token!r} ({eos}), the model's is {shown}: "
+        "completions end with the tokenizer's"
+    )
+
+
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError where the tokenizer has more tokens than the model."""
-    rows = lm_head(model).weight.shape[0]
+    head = causal_lm(model).get_output_embeddings()
+    rows = getattr(getattr(head, "weight", None), "shape", [math.inf])[0]
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the LM head of "
@@ -133,43 +182,17 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model with the LM head, out of PEFT's wrapper where there is one.
 
     Raises:
-        ValueError: a PEFT method that learns a prompt: its wrapper is part of the forward.
+        ValueError: a PEFT method that learns a prompt (its wrapper is part of the forward), or no
+            transformers model with an LM head.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError("PEFT methods that learn a prompt are not supported; use LoRA or the like")
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def lm_head(model: nn.Module) -> Head:
-    """The head of ``model`` and its logit transform, read from the model's config.
-
-    Raises:
-        ValueError: the model has no LM head, or one whose weight is not all there is to it (LoRA
-            on the head, a quantised head).
-    """
-    lm = causal_lm(model)
-    if not hasattr(lm, "get_output_embeddings"):
-        raise ValueError(f"model must be a transformers causal LM, got {type(lm).__name__}")
-    if lm.config.is_encoder_decoder:
-        raise ValueError(f"{type(lm).__name__} is an encoder-decoder; a causal LM is needed")
-    module = lm.get_output_embeddings()
-    weight = getattr(module, "weight", None)
-    if weight is None:
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(lm, "get_output_embeddings") or lm.get_output_embeddings() is None:
         raise ValueError(
-            f"{type(lm).__name__} has no LM head (get_output_embeddings() gives "
-            f"{module and type(module).__name__}); a causal language model is needed"
+            f"model must be a transformers causal LM, got {type(lm).__name__}, which has no LM head"
         )
-    if hasattr(module, "base_layer") or not weight.is_floating_point():
-        raise ValueError(
-            f"the LM head of {type(lm).__name__} is a {type(module).__name__} with "
-            f"{weight.dtype} weight: the fused loss needs a plain floating-point weight (V, H); "
-            "keep LoRA and quantisation off the head (train it whole with modules_to_save)"
-        )
-    config = lm.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
-    return Head(weight, getattr(module, "bias", None), softcap, scale)
+    return lm
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -188,35 +211,6 @@ def disable_dropout(model: nn.Module) -> None:
         for name in _DROPOUTS:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-@torch.no_grad()
-def check_parts(model: nn.Module, input_ids: Tensor) -> None:
-    """Compare decoder + head with the whole model on ``input_ids``, (length,) of one sequence.
-
-    Raises:
-        ValueError: they differ by more than rounding, so a step in between is not known here.
-    """
-    lm = causal_lm(model)
-    ids = input_ids[None, :_CHECKED_TOKENS].to(next(model.parameters()).device)
-    with evaluating(model):
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    head = lm_head(model)
-    targets = ids[0].roll(-1)
-    whole = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    parts = pk.linear_token_logps(
-        hidden.to(head.weight.dtype), head.weight, targets, bias=head.bias, softcap=head.softcap,
-        logit_scale=head.logit_scale, backend="torch",
-    )  # fmt: skip
-    off = (whole - parts).abs().max().item()
-    rounding = torch.finfo(head.weight.dtype).eps * hidden.shape[-1]
-    if not off <= rounding * max(1.0, logits.abs().max().item()):
-        raise ValueError(
-            f"{type(lm).__name__}: decoder and LM head apart give log-probabilities that are "
-            f"{off:.2g} off those of the whole model, so it does something to hidden states or "
-            "logits that pro_trainer does not know; this model cannot be used"
-        )
 
 
 @contextlib.contextmanager

@@ -10,7 +10,14 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import pro_kernels as pk
-from pro_trainer.models import check_parts, disable_dropout, lm_head, load, pad_id
+from pro_trainer.models import (
+    ModelOptions,
+    causal_lm,
+    different_ends,
+    disable_dropout,
+    load,
+    pad_id,
+)
 
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
 SIZES |= {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 259, "head_dim": 8}
@@ -33,9 +40,10 @@ def make(name: str):
     config = getattr(transformers, f"{name}Config")(**own, **SPECIAL)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        lm_head(model).weight.mul_(20)  # logits large enough for scale and softcap to matter
-        if lm_head(model).bias is not None:
-            lm_head(model).bias.normal_()
+        head = model.get_output_embeddings()
+        head.weight.mul_(20)  # logits large enough for scale and softcap to matter
+        if head.bias is not None:
+            head.bias.normal_()
     return model
 
 
@@ -44,38 +52,51 @@ def save(model, tokenizer, folder) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def token_losses(head):
+    """The logits of the rows, by plain PyTorch, as the loss that ``OpenModel`` is given."""
+    z = (head.hidden @ head.weight.t() + (0 if head.bias is None else head.bias)) * head.logit_scale
+    z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    return z.logsumexp(-1).sum(), {"logps": z.log_softmax(-1)}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_parts_give_what_the_whole_model_gives(name):
+def test_an_open_model_gives_what_the_whole_model_gives(name):
     model, ids = make(name), torch.randint(3, 259, (2, 10))
-    check_parts(model, ids[0])
-    head = lm_head(model)
+    opened = pk.OpenModel(model)
+    out = opened.run(token_losses, input_ids=ids)
+    whole = model(input_ids=ids).logits
+    torch.testing.assert_close(out.logps, whole.log_softmax(-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.loss, whole.logsumexp(-1).sum())
+    ours, theirs = (
+        torch.autograd.grad(x, model.get_input_embeddings().weight)[0]
+        for x in (out.loss, whole.logsumexp(-1).sum())
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert out.logits is None and model(input_ids=ids).logits.equal(whole)
+
+
+def test_an_open_model_may_be_attached_copied_and_adapted(tiny):
+    from peft import LoraConfig, get_peft_model
+
+    ids = torch.randint(3, 259, (2, 10))
+    model = pk.attach(copy.deepcopy(tiny[0]))
+    opened = pk.OpenModel(model)
+    other = copy.deepcopy(model)
     with torch.no_grad():
-        whole = model(input_ids=ids).logits.log_softmax(-1)
-        hidden = model.base_model(input_ids=ids).last_hidden_state
-        parts = pk.linear_token_logps(hidden, head.weight, ids, **head.options())
-    expected = whole.gather(2, ids[:, :, None])[:, :, 0]
-    torch.testing.assert_close(parts, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("name", "field"), [("Gemma2", "final_logit_softcapping"),
-                                              ("Cohere", "logit_scale")])  # fmt: skip
-def test_an_unknown_step_between_decoder_and_logits_is_refused(name, field, monkeypatch):
-    model = make(name)
-    original = lm_head
-
-    def without(model):
-        head = original(model)
-        return type(head)(head.weight, head.bias, None, 1.0)
-
-    monkeypatch.setattr("pro_trainer.models.lm_head", without)
-    with pytest.raises(ValueError, match=f"{name}ForCausalLM: decoder and LM head apart.*off"):
-        check_parts(model, torch.randint(3, 259, (10,)))
+        other.lm_head.weight.mul_(2)
+    logps = opened.rebind(other).run(token_losses, input_ids=ids).logps
+    torch.testing.assert_close(logps, other(ids).logits.log_softmax(-1))
+    assert not opened.run(token_losses, input_ids=ids).logps.allclose(logps)
+    lora = LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(tiny[0]), lora)
+    out = pk.OpenModel(adapted).run(token_losses, input_ids=ids)
+    torch.testing.assert_close(out.logps, adapted(ids).logits.log_softmax(-1))
 
 
 def test_model_without_lm_head_is_refused(tmp_path, tiny):
     model, tokenizer = tiny
-    with pytest.raises(ValueError, match="LlamaModel has no LM head"):
-        lm_head(model.model)
+    with pytest.raises(ValueError, match="got LlamaModel, which has no LM head"):
+        causal_lm(model.model)
     save(model.model, tokenizer, str(tmp_path))
     with pytest.raises(ValueError, match=r"lacks weights of LlamaForCausalLM \(lm_head.weight\)"):
         load(str(tmp_path))
@@ -103,19 +124,27 @@ def test_load_gives_weights_tokenizer_and_dtype(tmp_path, tiny):
     model, tokenizer = load(str(tmp_path))
     assert all(a.equal(b) for a, b in zip(model.parameters(), tiny[0].parameters(), strict=True))
     assert tokenizer("é").input_ids == tiny[1]("é").input_ids
-    assert load(str(tmp_path), dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert load(str(tmp_path), ModelOptions(dtype="bfloat16"))[0].dtype == torch.bfloat16
 
 
-def test_a_head_that_is_more_than_its_weight_is_refused(tiny):
-    from peft import LoraConfig, get_peft_model
+def test_ends_that_differ_are_named_with_both():
+    class Tokens:
+        eos_token_id, eos_token = 7, "</s>"
 
-    for target, refused in (("lm_head", True), ("q_proj", False)):
-        model = get_peft_model(copy.deepcopy(tiny[0]), LoraConfig(target_modules=[target]))
-        if refused:
-            with pytest.raises(ValueError, match="keep LoRA and quantisation off the head"):
-                lm_head(model)
-        else:
-            assert lm_head(model).weight.shape == (259, 96)
+        def convert_ids_to_tokens(self, i):
+            return f"<{i}>"
+
+    class Config:
+        eos_token_id = [1, 106]
+
+    assert different_ends(Tokens(), Config()) == (
+        "the tokenizer's EOS is '</s>' (7), the model's is '<1>' (1), '<106>' (106): completions "
+        "end with the tokenizer's"
+    )
+    Config.eos_token_id = 7
+    assert different_ends(Tokens(), None, Config()) is None
+    Config.eos_token_id = None
+    assert different_ends(Tokens(), Config()) is None
 
 
 def test_disable_dropout_reaches_attention():

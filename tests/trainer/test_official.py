@@ -117,7 +117,7 @@ def check_same(model, features: list[dict], form: str, sft_weight: float = 0.05)
     expected = gradients(model, official.loss)
     batch = PROCollator(PAD, form=form, official=True)(features)
     config = LossOptions(compat="official", sft_weight=sft_weight)
-    ours = batch_loss(model, batch, config).loss
+    ours = batch_loss(pk.OpenModel(model), batch, config).loss
     assert ours.item() == pytest.approx(official.loss.item(), rel=1e-5)
     for name, grad in gradients(model, ours).items():
         error = (grad - expected[name]).norm() / expected[name].norm()

@@ -200,6 +200,17 @@ def test_lora_trains_adapters_only_and_saves_them(tmp_path):
     assert again.score(trainer.train_dataset).logps.allclose(
         trainer.score(trainer.train_dataset).logps, atol=1e-4
     )
-    on_head = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"])
-    with pytest.raises(ValueError, match="keep LoRA and quantisation off the head"):
-        trainer_for(tmp_path / "head", peft_config=on_head)
+
+
+def test_lora_on_the_head_is_trained_and_scored_as_the_whole_model_does(tmp_path):
+    from peft import LoraConfig
+
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head", "q_proj"])
+    trainer = trainer_for(tmp_path / "fused", peft_config=lora, max_steps=3)
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, w in weights(trainer).items() if not w.equal(before[name])}
+    assert changed and all("lora_" in n for n in changed) and any("lm_head" in n for n in changed)
+    plain = trainer_for(tmp_path / "plain", peft_config=lora, max_steps=3, loss_impl="reference")
+    plain.train()
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-4)

@@ -13,10 +13,10 @@ Shapes: L lists, n places for candidates.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.report import DataReport
@@ -29,7 +29,7 @@ from pro_trainer.evaluate.metrics import (
 )
 from pro_trainer.evaluate.plots import draw_evaluation
 from pro_trainer.evaluate.tables import evaluation_report
-from pro_trainer.models import causal_lm, load
+from pro_trainer.models import ModelOptions, causal_lm, load
 from pro_trainer.options import option
 from pro_trainer.prepare.output import write_atomically, write_json
 from pro_trainer.prepare.sampling import prompt_limit
@@ -45,17 +45,13 @@ from pro_trainer.train.trainer import PROTrainer
 
 
 @dataclass
-class EvalArguments:
+class EvalArguments(ModelOptions):
     """Which model is evaluated on which data; the rest is ``PROConfig``.
 
     Raises:
         ValueError: something needed is missing, or a number out of range.
     """
 
-    model: str | None = option(
-        None, "Folder (or hub name) of a transformers causal LM with its LM head."
-    )
-    tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's.")
     data: list[str] = option(
         [], "Ranked lists: JSON Lines (plain, .gz, .zst), Parquet, folders, hub names[:split]."
     )
@@ -69,13 +65,6 @@ class EvalArguments:
     reward_model: str | None = option(
         None, "Folder (or hub name) of a sequence classifier with one label, to score the answers."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "float32", "Of the weights as loaded, the reward model's too."
-    )
-    attn_implementation: str | None = option(
-        None, "eager, sdpa, flex_attention, flash_attention_2, ...; default: the model's."
-    )
-    trust_remote_code: bool = option(False, "Run code that comes with the checkpoints.")
 
     def __post_init__(self) -> None:
         if not self.model or not self.data:
@@ -113,8 +102,11 @@ def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
     _check_folder(output)
     _check_reference(arguments, config)
     reward_model = _reward_model(arguments)
-    model, tokenizer = _load(arguments.model, arguments)
-    ref_model = _load(arguments.ref_model, arguments)[0] if arguments.ref_model else None
+    model, tokenizer = load(arguments.model, arguments)
+    ref_model = None
+    if arguments.ref_model:
+        same_tokenizer = replace(arguments, tokenizer=arguments.tokenizer or arguments.model)
+        ref_model = load(arguments.ref_model, same_tokenizer)[0]
     if arguments.generate:
         prompt_limit(causal_lm(model), arguments.max_new_tokens)
     print(f"loss: {describe_backend(config, config.device, model.dtype)}")
@@ -182,16 +174,6 @@ def _check_reference(arguments: EvalArguments, config: PROConfig) -> None:
         raise ValueError(f"loss_type {config.loss_type!r} compares with a model: give --ref_model")
     if arguments.ref_model and not needed:
         raise ValueError(f"loss_type {config.loss_type!r} has no reference model: drop --ref_model")
-
-
-def _load(path: str, arguments: EvalArguments) -> tuple[Any, Any]:
-    return load(
-        path,
-        arguments.tokenizer or arguments.model,
-        dtype=arguments.dtype,
-        attn_implementation=arguments.attn_implementation,
-        trust_remote_code=arguments.trust_remote_code,
-    )
 
 
 def _reward_model(arguments: EvalArguments) -> RewardModel | None:

@@ -28,7 +28,7 @@ from pro_trainer.data.formats import RankedList
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.options import DataOptions
 from pro_trainer.data.report import DataReport
-from pro_trainer.models import load
+from pro_trainer.models import ModelOptions, load
 from pro_trainer.options import check_choices, check_positive, option
 from pro_trainer.prepare.output import PartialFile, check_output, file_identity, write_atomically
 from pro_trainer.prepare.recipe import DATA, Generator, Recipe, SamplingOptions
@@ -198,12 +198,12 @@ def _recipe(arguments: PrepareArguments, device: torch.device) -> Recipe:
     tokenizers = arguments.generator_tokenizer or [None] * len(names)
     generators = []
     for name, path, tokenizer_path in zip(names, arguments.generator, tokenizers, strict=True):
-        model, tokenizer = load(
-            path,
-            tokenizer_path,
+        how = ModelOptions(
+            tokenizer=tokenizer_path,
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
         )
+        model, tokenizer = load(path, how)
         generators.append(Generator(name, model.to(device), Encoder(tokenizer, options)))
     reward_model = None
     if arguments.reward_model is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
-from pro_trainer.models import load, tiny_llama
+from pro_trainer.models import ModelOptions, load, tiny_llama
 from pro_trainer.options import option
 from pro_trainer.prepare.output import write_json
 from pro_trainer.text.store import load_dataset, split_held_out
@@ -19,13 +19,9 @@ from pro_trainer.train.trainer import PROTrainer
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(ModelOptions):
     """Which model is trained on which data; the rest is ``PROConfig``."""
 
-    model: str | None = option(
-        None, "Folder (or hub name) of a transformers causal LM with its LM head."
-    )
-    tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's.")
     data: list[str] = option(
         [], "Ranked lists: JSON Lines (plain, .gz, .zst), Parquet, folders, hub names[:split]."
     )
@@ -40,13 +36,6 @@ class TrainArguments:
         "What is not given is supplied: without --model a tiny byte-level Llama made on the spot, "
         "without --data the bundled ranked lists.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "float32", "Of the weights as loaded; --bf16 is mixed precision."
-    )
-    attn_implementation: str | None = option(
-        None, "eager, sdpa, flex_attention, flash_attention_2, ...; default: the model's."
-    )
-    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
     use_peft: bool = option(False, "Train LoRA adapters (needs peft) instead of all weights.")
     lora_r: int = option(16, "Rank of the adapters.")
     lora_alpha: int = option(32, "Their scale is lora_alpha / lora_r.")
@@ -60,6 +49,11 @@ class TrainArguments:
             raise ValueError(f"eval_fraction must lie in [0, 1), got {self.eval_fraction}")
         if not (self.demo or (self.model and self.data)):
             raise ValueError("train needs --model and --data, or --demo")
+        if self.quantization() is not None and not self.use_peft:
+            raise ValueError(
+                "quantised weights cannot be trained themselves: give --use_peft true with "
+                "load_in_4bit or load_in_8bit"
+            )
 
 
 def train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
@@ -90,13 +84,7 @@ def _train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
             "on with those; use bf16 or fp16, or dtype"
         )
     if arguments.model:
-        model, tokenizer = load(
-            arguments.model,
-            arguments.tokenizer,
-            dtype=arguments.dtype,
-            attn_implementation=arguments.attn_implementation,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        model, tokenizer = load(arguments.model, arguments)
     else:
         model, tokenizer = tiny_llama(config.seed)
     if config.should_log:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from pro_trainer.evaluate.plots import draw_curves
 
 if TYPE_CHECKING:
-    from pro_trainer.train.trainer import PROTrainer
+    from transformers import Trainer
 
 _SHOWN = {  # log key -> how it is printed
     "loss": "loss {:.4f}",
@@ -61,7 +61,7 @@ class CurvesCallback(TrainerCallback):
 class SamplesCallback(TrainerCallback):
     """Greedy answers to the first held-out prompts every ``sample_steps`` steps."""
 
-    def __init__(self, trainer: PROTrainer) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -13,7 +13,7 @@ from pro_trainer.models import causal_lm
 from pro_trainer.train.callbacks import held_out_names
 
 if TYPE_CHECKING:
-    from pro_trainer.train.trainer import PROTrainer
+    from transformers import Trainer
 
 PRO = """@article{song2023pro,
   title={Preference Ranking Optimization for Human Alignment},
@@ -27,7 +27,7 @@ PRO = """@article{song2023pro,
 _HELD_OUT = ("loss", "pairwise_accuracy", "top1_accuracy", "kendall_tau")
 
 
-def write(folder: Path, trainer: PROTrainer) -> None:
+def write(folder: Path, trainer: Trainer) -> None:
     """Write ``README.md`` into ``folder``: what was trained, how, and what to cite."""
     from huggingface_hub import ModelCardData
 

@@ -19,9 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 if TYPE_CHECKING:
     import datasets
     from accelerate import Accelerator
-    from transformers import PreTrainedModel
-
-    from pro_trainer.train.config import PROConfig
+    from transformers import PreTrainedModel, TrainingArguments
 
 # A rank's own: its place, its folders, and what only says how fast or how loud it is.
 _OWN = ("local_rank", "output_dir", "logging_dir", "run_name", "log_level", "log_level_replica",
@@ -58,8 +56,18 @@ def check_zero3_saves(accelerator: Accelerator) -> None:
         )
 
 
+def gathered(model: nn.Module) -> contextlib.AbstractContextManager:
+    """The whole weights of a model that was loaded partitioned (DeepSpeed ZeRO-3)."""
+    parameters = list(model.parameters())
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
 def facts(
-    args: PROConfig, model: PreTrainedModel, *data: datasets.Dataset | Mapping | None
+    args: TrainingArguments, model: PreTrainedModel, *data: datasets.Dataset | Mapping | None
 ) -> dict[str, str]:
     """What all ranks of a run must have the same, by name; reads all of the data."""
     found = {k: repr(v) for k, v in args.to_dict().items() if k not in _OWN}

@@ -10,20 +10,20 @@ Legend: ``B`` prompts of a batch, ``L`` lists, ``n`` candidates, ``N`` scored to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pro_kernels as pk
 from pro_trainer.batch.collate import Preferences
 from pro_trainer.batch.prefix import model_inputs
 from pro_trainer.evaluate.metrics import ranking_metrics
-from pro_trainer.models import Head, causal_lm, lm_head
 from pro_trainer.train.config import LossOptions
 
+Head = Any  # pro_kernels' HeadInputs: hidden (R, H), weight (V, H) and what comes after it
 NEEDS_REFERENCE = ("dpo", "ipo", "dpo_pl", "s_dpo")
 OFFICIAL_EPS = 1e-10  # inside the log of the authors' code
 
@@ -96,32 +96,55 @@ class Scores:
 
 
 def batch_loss(
-    model: nn.Module,
+    model: pk.OpenModel,
     batch: Mapping[str, Any],
     config: LossOptions,
     ref_logps: Tensor | None = None,  # (B, n)
 ) -> BatchLoss:
-    """Decoder, then the fused loss on the scored rows. Under ``no_grad`` nothing is kept."""
-    head = lm_head(model)
-    hidden = _head_input(hidden_states(model, batch), head)
+    """The model's forward up to its head, then the fused loss on the scored rows.
+
+    Under ``no_grad`` nothing is kept.
+    """
+    loss_of = _pro_loss if config.loss_type == "pro" else _loss_on_scores
+    return _run(model, batch, lambda head: loss_of(head, batch, config, ref_logps))
+
+
+def sequence_logps(
+    model: pk.OpenModel, batch: Mapping[str, Any], config: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """S and m of the candidates, (B, n) each; 0 where a candidate is absent."""
+
+    def scores(head: Head) -> BatchLoss:
+        logps, lengths = _sequence_logps(head, batch, config)
+        return BatchLoss(logps.new_zeros(()), logps, lengths)
+
+    return _run(model, batch, scores)[1:]
+
+
+def _run(
+    model: pk.OpenModel, batch: Mapping[str, Any], loss_of: Callable[[Head], BatchLoss]
+) -> BatchLoss:
+    def of_rows(head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = head.hidden.flatten(0, 1)  # (rows * length, H)
+        if not torch.is_autocast_enabled(hidden.device.type):  # there the kernels cast both
+            hidden = hidden.to(head.weight.dtype)
+        found = loss_of(head._replace(hidden=hidden))
+        return found.loss, {"logps": found.logps, "lengths": found.lengths}
+
+    out = model.run(of_rows, **model_inputs(batch, model.model), use_cache=False)
+    return BatchLoss(out.loss, out.logps, out.lengths)
+
+
+def _pro_loss(
+    head: Head, batch: Mapping[str, Any], config: LossOptions, ref_logps: None
+) -> BatchLoss:
     preferences = batch["preferences"]
-    if config.loss_type != "pro":
-        logps, lengths = _sequence_logps(hidden, head, batch, config)
-        loss, _ = pk.losses.get_loss(config.loss_type)(
-            logps,
-            lengths,
-            rewards=None if preferences.by_order else preferences.rewards.to(logps.device),
-            ref_logps=ref_logps,
-            mask=preferences.candidate_mask.to(logps.device),
-            **_loss_kwargs(config),
-        )
-        return BatchLoss(loss, logps.detach(), lengths)
     function, where = pk.linear_pro_loss, _backend(config)
     if config.loss_impl == "reference":
         function, where = pk.reference.linear_pro_loss, {}
     official = config.compat == "official"
     output = function(
-        hidden,
+        head.hidden,
         head.weight,
         None,
         preferences.rewards,
@@ -129,7 +152,7 @@ def batch_loss(
         candidate_mask=preferences.candidate_mask,
         sft_index=preferences.sft_index,
         compat="official" if official else None,
-        final_dtype=hidden.dtype if official else None,
+        final_dtype=head.hidden.dtype if official else None,
         eps=config.eps,
         **_pro_options(config, preferences.by_order),
         **head.options(),
@@ -138,19 +161,20 @@ def batch_loss(
     return BatchLoss(output.loss, output.logps, output.lengths)
 
 
-def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """What the head reads for a collated batch, flattened to (rows * length, H)."""
-    lm = causal_lm(model)
-    output = lm.base_model(**model_inputs(batch, lm), use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
-
-
-def sequence_logps(
-    model: nn.Module, batch: Mapping[str, Any], config: LossOptions
-) -> tuple[Tensor, Tensor]:
-    """S and m of the candidates, (B, n) each, S differentiable; 0 where a candidate is absent."""
-    head = lm_head(model)
-    return _sequence_logps(_head_input(hidden_states(model, batch), head), head, batch, config)
+def _loss_on_scores(
+    head: Head, batch: Mapping[str, Any], config: LossOptions, ref_logps: Tensor | None
+) -> BatchLoss:
+    preferences = batch["preferences"]
+    logps, lengths = _sequence_logps(head, batch, config)
+    loss, _ = pk.losses.get_loss(config.loss_type)(
+        logps,
+        lengths,
+        rewards=None if preferences.by_order else preferences.rewards.to(logps.device),
+        ref_logps=ref_logps,
+        mask=preferences.candidate_mask.to(logps.device),
+        **_loss_kwargs(config),
+    )
+    return BatchLoss(loss, logps.detach(), lengths)
 
 
 def score_metrics(scores: Scores, config: LossOptions) -> dict[str, float]:
@@ -236,21 +260,11 @@ def describe_backend(config: LossOptions, device: torch.device, dtype: torch.dty
     return f"fused, backend {chosen}" + "".join(f"; not {k}: {v}" for k, v in refused.items())
 
 
-def _head_input(hidden: Tensor, head: Head) -> Tensor:
-    """Hidden states in the head's dtype; under autocast the kernels cast both."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        return hidden
-    return hidden.to(head.weight.dtype)
-
-
 def _sequence_logps(
-    hidden: Tensor,  # (R, H)
-    head: Head,
-    batch: Mapping[str, Any],
-    config: LossOptions,
+    head: Head, batch: Mapping[str, Any], config: LossOptions
 ) -> tuple[Tensor, Tensor]:
     layout = batch["layout"]
-    rows = hidden.index_select(0, layout.rows)
+    rows = head.hidden.index_select(0, layout.rows)
     function, where = pk.linear_token_logps, _backend(config)
     if config.loss_impl == "reference":
         function, where = pk.reference.linear_token_logps, {}

@@ -1,8 +1,9 @@
 """``PROTrainer``: transformers' ``Trainer`` with the fused loss on ranked lists.
 
-The path of a step: the collator's batch (``collate``) -> decoder (``model``) -> fused loss
-(``objective``) -> ``Trainer``'s backward, clipping and optimizer. What a step scored stays on the
-device until the next log line; only there anything is waited for.
+The path of a step: the collator's batch (``batch.collate``) -> the model's forward up to its head
+(``pro_kernels.OpenModel``) -> fused loss (``objective``) -> ``Trainer``'s backward, clipping and
+optimizer. What a step scored stays on the device until the next log line; only there anything is
+waited for.
 
 Resuming, accumulation, mixed precision, gradient checkpointing, evaluation strategy, reporting and
 distributed launch are ``Trainer``'s.
@@ -27,23 +28,29 @@ from transformers import (
     TrainerCallback,
 )
 
+import pro_kernels as pk
 from pro_trainer.batch.collate import Preferences
 from pro_trainer.batch.sampler import dealt
 from pro_trainer.errors import TrainingError
 from pro_trainer.models import (
     causal_lm,
-    check_parts,
     check_vocabulary,
+    different_ends,
     disable_dropout,
     evaluating,
-    lm_head,
     load,
     load_tokenizer,
 )
 from pro_trainer.train import card, checkpoints, faults
 from pro_trainer.train.callbacks import CurvesCallback, LogLineCallback, SamplesCallback
 from pro_trainer.train.config import PROConfig
-from pro_trainer.train.distributed import call_through, check_agreement, check_zero3_saves, facts
+from pro_trainer.train.distributed import (
+    call_through,
+    check_agreement,
+    check_zero3_saves,
+    facts,
+    gathered,
+)
 from pro_trainer.train.inputs import check_lengths, first_list, make_collator, tokenized
 from pro_trainer.train.objective import (
     NEEDS_REFERENCE,
@@ -56,6 +63,8 @@ from pro_trainer.train.objective import (
     sequence_logps,
 )
 from pro_trainer.train.usage import Usage
+
+_TRIED_TOKENS = 64  # of the first list, on which the model is tried out
 
 
 class PROTrainer(Trainer):
@@ -100,9 +109,9 @@ class PROTrainer(Trainer):
         if isinstance(model, str):
             model, tokenizer = load(model)
             processing_class = processing_class or tokenizer
-        weight = lm_head(model).weight
+        lm = causal_lm(model)
         if processing_class is None:
-            name = causal_lm(model).config._name_or_path
+            name = lm.config._name_or_path
             if not name:
                 raise ValueError(
                     "processing_class (the tokenizer) is needed: the model has no name"
@@ -115,7 +124,7 @@ class PROTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process: start one process a GPU (torchrun, accelerate "
                 "launch), or show it one (CUDA_VISIBLE_DEVICES)"
             )
-        describe_backend(args, args.device, weight.dtype)
+        describe_backend(args, args.device, lm.dtype)
         if ref_model is not None and not isinstance(ref_model, nn.Module):
             raise TypeError(f"ref_model must be a model, got {type(ref_model).__name__}")
         if isinstance(train_dataset, Mapping):
@@ -126,15 +135,21 @@ class PROTrainer(Trainer):
             tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset)
         )
         example = first_list(train_dataset, eval_dataset)
-        if not (args.deepspeed or args.fsdp):
-            model.to(args.device)  # what follows is tried where it will run
         check_lengths(model, args.max_length, train_dataset, eval_dataset)
-        check_parts(model, torch.tensor(example["prompts"][0] + example["completions"][0]))
-        collator = make_collator(causal_lm(model), processing_class, args, example)
+        if not (args.deepspeed or args.fsdp or getattr(lm, "is_quantized", False)):
+            model.to(args.device)  # what follows is tried where it will run
         if peft_config is not None:
             model = _with_peft(model, peft_config, args)
         elif args.loss_type in NEEDS_REFERENCE and not hasattr(model, "disable_adapter"):
             ref_model = ref_model or copy.deepcopy(model)
+        with gathered(model):
+            ids = torch.tensor([example["prompts"][0] + example["completions"][0]])
+            some = ids[:, :_TRIED_TOKENS].to(lm.device)
+            self._opened = pk.OpenModel(model, example={"input_ids": some})
+            collator = make_collator(lm, processing_class, args, example)
+        said = different_ends(processing_class, lm.generation_config, lm.config)
+        if said and args.should_log:
+            print(said)
         if args.disable_dropout:
             disable_dropout(model)
         super().__init__(
@@ -161,6 +176,7 @@ class PROTrainer(Trainer):
         self.ref_model = None
         if ref_model is not None:
             ref_model.eval().requires_grad_(False)
+            self._opened_ref = pk.OpenModel(ref_model)
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         if args.world_size > 1:
             check_agreement(facts(args, causal_lm(self.model), train_dataset, eval_dataset))
@@ -208,7 +224,7 @@ class PROTrainer(Trainer):
         """The loss of one batch, weighted as its share of the lists of the whole step."""
         preferences, layout = inputs["preferences"], inputs["layout"]
         ref_logps = self._reference_logps(model, inputs)
-        result = self._run(model, lambda: batch_loss(self._module(), inputs, self.args, ref_logps))
+        result = self._run(model, lambda: batch_loss(self._opened, inputs, self.args, ref_logps))
         loss = result.loss
         if num_items_in_batch is not None:
             lists = preferences.num_counted / num_items_in_batch
@@ -242,7 +258,7 @@ class PROTrainer(Trainer):
         with torch.no_grad():
             ref_logps = self._reference_logps(model, inputs)
             logps, lengths = self._run(
-                model, lambda: sequence_logps(self._module(), inputs, self.args)
+                model, lambda: sequence_logps(self._opened, inputs, self.args)
             )
         made = (logps, lengths) if ref_logps is None else (logps, lengths, ref_logps)
         return None, made, tuple(x.to(logps.device) for x in label_columns(preferences))
@@ -366,11 +382,11 @@ class PROTrainer(Trainer):
             return None
         with torch.no_grad(), self.accelerator.autocast():
             if self.ref_model is not None:
-                return sequence_logps(self.ref_model, inputs, self.args)[0]
+                return sequence_logps(self._opened_ref, inputs, self.args)[0]
             module = self._module()
             with module.disable_adapter(), evaluating(module):
                 logps, _ = call_through(
-                    model, module, lambda: sequence_logps(module, inputs, self.args)
+                    model, module, lambda: sequence_logps(self._opened, inputs, self.args)
                 )
                 return logps
 
@@ -379,12 +395,12 @@ def _with_peft(model: nn.Module, peft_config: Any, args: PROConfig) -> nn.Module
     """The model with new adapters."""
     if hasattr(model, "peft_config"):
         raise ValueError("model is a PEFT model already; give it without peft_config")
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a peft config, got {type(peft_config).__name__}")
-    if args.gradient_checkpointing:
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
+    elif args.gradient_checkpointing:
         model.enable_input_require_grads()  # else no gradient enters the checkpointed layers
-    wrapped = get_peft_model(model, peft_config)
-    lm_head(wrapped)
-    return wrapped
+    return get_peft_model(model, peft_config)
