@@ -12,6 +12,7 @@ the model's config and class; ``check_sharing`` runs the model and compares.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,10 @@ def check_sharing(
 ) -> None:
     """Run a short sample in the shared (or packed) form and in the padded one, and compare.
 
-    Token log-probs may differ by rounding, which is measured on the same tokens: by how much those
-    of a padded batch differ from those of each candidate run by itself.
+    The log-probs of tokens may differ by rounding, which is measured: by how much those of the
+    padded batch move when every embedding is off by its last bit, and their own last bit. Other
+    candidates' tokens may not matter at all: in the same row, a candidate whose tokens are replaced
+    moves nobody else's log-probs. That shows a leak which 16 bits' rounding would hide.
 
     Raises:
         ValueError: the model cannot run this form (with the reason), or log-probs differ.
@@ -103,26 +106,33 @@ def check_sharing(
     sample = [_shorten(feature) for feature in features[:_CHECKED_LISTS]]
     if not sample:
         raise ValueError(f"no list to check with whether {name} can {doing}")
-    padded = PROCollator(pad_token_id)
+    padded, collator = PROCollator(pad_token_id), PROCollator(pad_token_id, form=form)
     with evaluating(model), torch.no_grad():
         plain = _token_logps(model, padded(sample))
-        alone = torch.cat([_token_logps(model, padded([one])) for one in _singles(sample)])
+        rounding = math.hypot(
+            max(_moved_by_last_bits(model, padded(sample), plain, seed) for seed in range(2)),
+            torch.finfo(model.dtype).eps * _rms(plain),
+        )
         try:
-            other = _token_logps(model, PROCollator(pad_token_id, form=form)(sample))
+            other = _token_logps(model, collator(sample))
+            seen = max(
+                _rms((_token_logps(model, collator(changed)) - other)[others])
+                for changed, others in _one_candidate_replaced(sample, len(other))
+            )
         except Exception as error:
             raise ValueError(
                 f"{name} cannot {doing}: it fails with {type(error).__name__}: {error}"
             ) from error
-    size = plain.square().mean().sqrt().item()
-    rounding = (alone - plain).square().mean().sqrt().item()
-    allowed = 4 * max(rounding, torch.finfo(model.dtype).eps * size)
-    difference = other - plain
-    off = difference.square().mean().sqrt().item()
-    if not off <= allowed:
+    off = _rms(other - plain)
+    if not off <= rounding:
         raise ValueError(
             f"{name} cannot {doing}: its token log-probs differ from those of the padded batch by "
-            f"{off:.2g} (root mean square; at most {difference.abs().max().item():.2g}), and "
-            f"rounding accounts for {allowed:.2g}"
+            f"{off:.2g} (root mean square), and rounding accounts for {rounding:.2g}"
+        )
+    if not seen <= rounding / 16:  # experts may be summed in another order
+        raise ValueError(
+            f"{name} cannot {doing}: the tokens of one candidate move the log-probs of others by "
+            f"{seen:.2g} (root mean square)"
         )
 
 
@@ -170,9 +180,41 @@ def _shorten(feature: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _singles(sample: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each candidate as a list of one."""
-    for feature in sample:
-        for i, completion in enumerate(feature["completions"]):
-            prompt = feature["prompts"][i if len(feature["prompts"]) > 1 else 0]
-            yield {"prompts": [prompt], "completions": [completion]}
+def _one_candidate_replaced(
+    sample: Sequence[Mapping[str, Any]], tokens: int
+) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
+    """The sample with other tokens in its first, then in its last candidate; whose are the same.
+
+    Which: (N,) bool over the scored tokens.
+    """
+    counts = [len(end) for feature in sample for end in feature["completions"]]
+    for place, start in ((0, 0), (-1, tokens - counts[-1])):
+        changed = [{**feature, "completions": [*feature["completions"]]} for feature in sample]
+        ends = changed[place]["completions"]
+        ends[place] = [token - 1 if token else 1 for token in ends[place]]
+        same = torch.ones(tokens, dtype=torch.bool)
+        same[start : start + counts[place]] = False
+        if same.any():
+            yield changed, same
+
+
+def _moved_by_last_bits(
+    model: PreTrainedModel, batch: Mapping[str, Any], plain: Tensor, seed: int
+) -> float:
+    """By how much log-probs move where embeddings are multiplied by 1 + eps or 1 - eps."""
+
+    def off(module: Any, inputs: Any, embedded: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(2, embedded.shape, generator=generator) * 2.0 - 1
+        eps = torch.finfo(embedded.dtype).eps
+        return embedded * (1 + eps * signs).to(embedded)
+
+    hook = model.get_input_embeddings().register_forward_hook(off)
+    try:
+        return _rms(_token_logps(model, batch) - plain)
+    finally:
+        hook.remove()
+
+
+def _rms(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
