@@ -1,7 +1,7 @@
 """The command ``pro-kernels``, also ``python -m pro_kernels``.
 
-``train``, ``eval`` and ``prepare`` belong to ``pro_trainer``, ``bench`` to that folder of a
-checkout; both are imported only when asked for.
+``train``, ``inspect``, ``eval`` and ``prepare`` belong to ``pro_trainer``, ``bench`` to that folder
+of a checkout; both are imported only when asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 _ELSEWHERE = {
     "train": ("pro_trainer.cli.commands", "train", "pip install 'pro-kernels[train]'"),
+    "inspect": ("pro_trainer.cli.commands", "inspect", "pip install 'pro-kernels[train]'"),
     "eval": ("pro_trainer.cli.commands", "evaluate", "pip install 'pro-kernels[train]'"),
     "prepare": ("pro_trainer.cli.commands", "prepare", "pip install 'pro-kernels[train]'"),
     "bench": ("bench.cli", "command", "run it from a checkout of the repository"),
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--out", type=Path, metavar="FOLDER", help="of --full (./trust-report)")
     commands.add_parser("bench", help="benchmarks (from a checkout)")
     commands.add_parser("train", help="fine-tune a causal LM on ranked lists")
+    commands.add_parser("inspect", help="lists as the model will see them, and what is cut")
     commands.add_parser("eval", help="ranking accuracy of a model on ranked lists")
     commands.add_parser("prepare", help="sample, score and rank candidates: the paper's data")
     return parser

@@ -111,6 +111,53 @@ def test_backends_never_import_each_other():
                     assert other.split(".")[1] not in names - {own}, f"{name} imports {other}"
 
 
+TRAINER = ROOT / "python" / "pro_trainer"
+# The way of a record, after what all of it stands on; imports go to the left.
+JOURNEY = (
+    "errors", "options", "demo_data", "models", "data", "text", "batch", "prepare", "evaluate",
+    "train", "cli", "demo", "__init__",
+)  # fmt: skip
+
+
+def trainer_imports() -> dict[str, set[str]]:
+    """Module of pro_trainer -> those it imports, anywhere in it (type hints too)."""
+    names = {
+        ".".join(p.relative_to(TRAINER).with_suffix("").parts): p for p in TRAINER.rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pro_trainer"):
+                base = node.module.removeprefix("pro_trainer").lstrip(".")
+                for alias in node.names:
+                    inner = f"{base}.{alias.name}".lstrip(".")
+                    found[name].add(inner if inner in names else base)
+    return found
+
+
+def test_the_trainers_folders_follow_the_way_of_a_record():
+    for name, others in trainer_imports().items():
+        place = JOURNEY.index(name.split(".")[0])
+        for other in others:
+            assert JOURNEY.index(other.split(".")[0]) <= place, f"{name} imports {other}"
+
+
+def test_the_trainers_modules_import_in_no_circle():
+    imports = trainer_imports()
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle: {' -> '.join((*path, name))}"
+        if name not in done:
+            for other in imports.get(name, ()):
+                walk(other, (*path, name))
+            done.add(name)
+
+    for name in imports:
+        walk(name, ())
+
+
 def test_the_trainer_uses_the_public_api_only():
     public = {"", "Layout", "PROOutput", "losses", "reference"}
     for path in sorted((ROOT / "python").rglob("*.py")):

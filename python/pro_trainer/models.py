@@ -133,6 +133,22 @@ def different_ends(tokenizer: PreTrainedTokenizerBase, *configs: Any) -> str | N
     )
 
 
+def ends_of_folder(
+    path: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> str | None:
+    """``different_ends`` of a model that is not loaded; None where its folder says nothing."""
+    from transformers import AutoConfig, GenerationConfig
+
+    configs = []
+    for kind, how in (
+        (GenerationConfig, {}),
+        (AutoConfig, {"trust_remote_code": trust_remote_code}),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            configs.append(kind.from_pretrained(path, **how))
+    return different_ends(tokenizer, *configs)
+
+
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError where the tokenizer has more tokens than the model."""
     head = causal_lm(model).get_output_embeddings()

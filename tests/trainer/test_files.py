@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gc
 import gzip
 import io
 import json
+import lzma
 import random
 import sys
 
@@ -183,3 +185,41 @@ def test_reading_streams(tmp_path, suffix):
     next(stream)
     (file,) = (x for x in gc.get_objects() if isinstance(x, io.FileIO) and x.name == str(path))
     assert file.tell() < path.stat().st_size / 4
+
+
+def test_one_array_of_records(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text("\n " + json.dumps(RECORDS, indent=1))
+    assert records(path) == RECORDS
+    assert next(iter(rows(path)))[0] == f"{path}: record 1"
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(json.dumps(RECORDS).encode()))
+    assert records(tmp_path / "d.json.gz") == RECORDS
+    path.write_text('[{"prompt": "p"}, {"prompt"')
+    with pytest.raises(DataError, match=r"d.json: not JSON: .*line 1 column"):
+        list(rows(path))
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.csv.gz", "d.csv.xz", "d.csv.bz2"])
+def test_tables(tmp_path, name):
+    import csv
+    import io as text_io
+
+    text = text_io.StringIO()
+    table = csv.writer(text, delimiter="\t" if "tsv" in name else ",")
+    table.writerow(["prompt", "completions", "scores", "chosen", "id"])
+    table.writerow(["p, 1\nq", '["a", "b"]', "[1, 2.5]", "[not json", "007"])
+    table.writerow(["p2", '["c"]', "", "", "1"])
+    pack = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
+    (tmp_path / name).write_bytes(pack.get(name.split(".")[-1], bytes)(text.getvalue().encode()))
+    first = {"prompt": "p, 1\nq", "completions": ["a", "b"], "scores": [1, 2.5],
+             "chosen": "[not json", "id": "007"}  # fmt: skip
+    assert records(tmp_path / name) == [first, {"prompt": "p2", "completions": ["c"], "id": "1"}]
+    assert [place for place, _ in rows(tmp_path / name)][1] == f"{tmp_path / name}: row 2"
+
+
+def test_a_table_with_a_broken_row_is_named(tmp_path):
+    (tmp_path / "d.csv").write_text("a,b\n1,2\n1,2,3\n")
+    with pytest.raises(DataError, match=r"d.csv: damaged table, after row 0: .*line 3"):
+        list(rows(tmp_path / "d.csv"))
+    with pytest.raises(DataError, match="missing.csv: cannot be read: No such file"):
+        list(rows(tmp_path / "missing.csv"))

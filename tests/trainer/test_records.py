@@ -227,3 +227,100 @@ def test_malformed_records_name_the_field(record, wrong):
     with pytest.raises(DataError, match=wrong) as error:
         parse_record(record)
     assert isinstance(error.value, ValueError)
+
+
+def test_scores_of_a_pair_are_its_rewards():
+    for names in (("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating")):
+        pair = {"prompt": "p", "chosen": "a", "rejected": "b", names[0]: 7, names[1]: "3.5"}
+        assert parse(pair)[0] == RankedList(("p",), ("a", "b"), (7.0, 3.5))
+        parsed = parse_record(pair | {names[0]: 1})
+        assert parsed.content.rewards == (1.0, 3.5)
+        assert parsed.notes == ("'rejected' has the higher score, so it ranks first",)
+    several = {"prompt": "p", "chosen": "a", "rejected": ["b", "c"], "score_chosen": 3}
+    assert parse(several | {"score_rejected": [2, 1]})[0].rewards == (3.0, 2.0, 1.0)
+    with pytest.raises(DataError, match="'score_rejected' is missing"):
+        parse_record(several)
+    with pytest.raises(DataError, match="2 completions but 1 score_rejected"):
+        parse_record(several | {"score_rejected": 2})
+
+
+@pytest.mark.parametrize("name", ["prompt", "instruction", "question", "query", "context"])
+@pytest.mark.parametrize("completions", ["completions", "responses"])
+def test_columns_have_the_names_that_are_in_use(name, completions):
+    record = {name: "p", completions: ["a", "b"], "scores": [1, 2]}
+    assert parse(record)[0] == RankedList(("p",), ("a", "b"), (1.0, 2.0))
+    assert parse({name: "p", "chosen": "a", "rejected": "b"})[0] == RankedList(("p",), ("a", "b"))
+
+
+def test_completions_may_hold_their_score():
+    rated = [{"response": "a", "overall_score": 3.0, "model": "x"},
+             {"response": "b", "overall_score": 8.5, "model": "y"}]  # fmt: skip
+    parsed = parse_record({"instruction": "q", "completions": rated, "source": "s"})
+    assert parsed.content == RankedList(("q",), ("a", "b"), (3.0, 8.5))
+    assert set(parsed.unused) == {"source", "completions[].model"}
+    unrated = [{"text": "a"}, {"text": "b"}]
+    assert parse({"prompt": "q", "completions": unrated})[0] == RankedList(("q",), ("a", "b"))
+    assert parse({"prompt": "q", "completions": unrated, "rewards": [1, 2]})[0].rewards == (1, 2)
+    with pytest.raises(DataError, match="ranked by its completions or by a column beside them"):
+        parse_record({"prompt": "q", "completions": rated, "rewards": [1, 2]})
+
+
+def test_sharegpt_turns_and_one_message_alone():
+    record = {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "q"},
+        ],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    }
+    system = {"role": "system", "content": "s"}
+    ranked = parse(record)[0]
+    assert ranked == RankedList(((system, user("q")),), ((assistant("a"),), (assistant("b"),)))
+    one = {"prompt": [user("q")], "chosen": assistant("a"), "rejected": assistant("b")}
+    assert parse(one)[0] == RankedList(((user("q"),),), ((assistant("a"),), (assistant("b"),)))
+    completions = {"prompt": [user("q")], "completions": [assistant("a"), assistant("b")]}
+    assert parse(completions)[0] == parse(one)[0]
+
+
+def test_a_content_of_parts_is_their_text():
+    parts = [{"type": "text", "text": "what "}, {"type": "text", "text": "now?"}]
+    pair = {"prompt": [user(parts)], "chosen": "a", "rejected": "b"}
+    assert parse(pair)[0].prompts == ((user("what now?"),),)
+
+
+def test_what_messages_hold_beside_role_and_content_stays():
+    call = assistant(None) | {"tool_calls": [{"name": "f", "arguments": None}], "name": None}
+    tool = {"role": "tool", "content": "3", "name": "f"}
+    pair = {"prompt": [user("q")], "chosen": [call, tool, assistant("a")], "rejected": "b",
+            "tools": '[{"name": "f"}]', "chat_template_kwargs": {"mood": "glad"}}  # fmt: skip
+    ranked = parse(pair)[0]
+    assert ranked.completions[0] == (
+        assistant("") | {"tool_calls": [{"name": "f"}]}, tool, assistant("a"),
+    )  # fmt: skip
+    assert ranked.template == {"tools": [{"name": "f"}], "mood": "glad"}
+    for wrong, said in (("tools", "not json"), ("chat_template_kwargs", [1])):
+        with pytest.raises(DataError, match=wrong):
+            parse_record(pair | {wrong: said})
+
+
+def test_alpaca_and_system_columns():
+    record = {"instruction": "add", "input": "1 2", "system": "s", "chosen": "3", "rejected": "4"}
+    system = {"role": "system", "content": "s"}
+    assert parse(record)[0] == RankedList(
+        ((system, user("add\n1 2")),), ((assistant("3"),), (assistant("4"),))
+    )
+    assert parse(record | {"system": "", "input": ""})[0] == RankedList(("add",), ("3", "4"))
+
+
+def test_columns_that_nothing_uses_are_told():
+    record = {**GOOD, "id": 7, "prompt_id": "x", "nothing": None, "instruction": "again"}
+    assert parse_record(record).unused == ("id", "prompt_id", "instruction")
+    whole = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+    assert parse_record(whole | {"prompt": "q", "messages": [user("z")]}).unused == ("messages",)
+    assert parse_record(whole | {"prompt": "something else"}).unused == ("prompt",)
+
+
+def test_strings_without_a_prompt_that_are_no_transcripts_are_named():
+    with pytest.raises(DataError, match=r"no transcripts .*\['chosen', 'rejected', 'topic'\]"):
+        parse_record({"topic": "t", "chosen": "a", "rejected": "b"})

@@ -1,4 +1,4 @@
-"""Entry points of ``pro-kernels train``, ``eval`` and ``prepare``.
+"""Entry points of ``pro-kernels train``, ``inspect``, ``eval`` and ``prepare``.
 
 Every field of a command's dataclasses is a flag; ``--config run.yaml`` gives them from a file, and
 flags win over the file. What the user can put right (options, data, model, folder) is one line
@@ -13,6 +13,8 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -21,12 +23,17 @@ from transformers import HfArgumentParser
 
 from pro_trainer.cli import train as run
 from pro_trainer.cli.evaluate import EvalArguments, evaluate_files
+from pro_trainer.cli.inspect import InspectArguments
+from pro_trainer.cli.inspect import inspect as inspect_lists
 from pro_trainer.cli.prepare import PrepareArguments
 from pro_trainer.cli.prepare import prepare as prepare_lists
 from pro_trainer.cli.train import TrainArguments
 from pro_trainer.errors import TrainingError
+from pro_trainer.text.options import ListOptions
 from pro_trainer.train import distributed
-from pro_trainer.train.config import PROConfig
+from pro_trainer.train.checkpoints import IDENTITY
+from pro_trainer.train.config import LossOptions, PROConfig
+from pro_trainer.train.objective import NEEDS_REFERENCE
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +44,11 @@ def train(argv: Sequence[str] | None = None) -> int:
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """``pro-kernels eval``: ``EvalArguments`` and ``PROConfig``. Returns the exit code."""
     return _run("eval", (EvalArguments, PROConfig), evaluate_files, argv)
+
+
+def inspect(argv: Sequence[str] | None = None) -> int:
+    """``pro-kernels inspect``: ``InspectArguments`` and ``PROConfig``. Returns the exit code."""
+    return _run("inspect", (InspectArguments, PROConfig), inspect_lists, argv)
 
 
 def prepare(argv: Sequence[str] | None = None) -> int:
@@ -109,8 +121,10 @@ def _code(
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it.")
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        known, _ = _config_parser().parse_known_args(argv)
+        known, _ = _first_parser().parse_known_args(argv)
         flags = config_flags(known.config) + argv if known.config else argv
+        if name == "eval":
+            flags = run_flags(flags) + flags
         *options, namespace, rest = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
@@ -135,7 +149,37 @@ def _rank() -> str:
     return f"rank {dist.get_rank()}: " if distributed.several() else ""
 
 
-def _config_parser() -> argparse.ArgumentParser:
+def run_flags(flags: Sequence[str]) -> list[str]:
+    """The options that the run of the model to be evaluated was trained with, as flags.
+
+    Those of data and loss; a loss with a reference model only where one is given. They are printed
+    where ``flags`` do not set them.
+    """
+    known, _ = _first_parser().parse_known_args(flags)
+    file = Path(known.model or "") / IDENTITY
+    if not known.model or not file.is_file():
+        return []
+    run = json.loads(file.read_text())
+    if not isinstance(run, dict):
+        raise ValueError(f"{file} must hold the options of a run, got {run!r:.80}")
+    names = {f.name for kind in (ListOptions, LossOptions) for f in fields(kind)}
+    options = {name: run[name] for name in names & run.keys() if run[name] is not None}
+    if options.get("loss_type") in NEEDS_REFERENCE and "--ref_model" not in flags:
+        print(f"the loss of the run, {options['loss_type']}, needs --ref_model; pro is reported")
+        options = {name: x for name, x in options.items() if not name.startswith("loss_")}
+    defaults = {f.name: f.default for kind in (ListOptions, LossOptions) for f in fields(kind)}
+    taken = [
+        f"{name} {value}" for name, value in sorted(options.items())
+        if value != defaults[name] and f"--{name}" not in flags and value != {}
+    ]  # fmt: skip
+    if taken:
+        print(f"options of the run in {known.model}: {', '.join(taken)}")
+    return [flag for name, x in options.items() for flag in (f"--{name}", _flag_value(x))]
+
+
+def _first_parser() -> argparse.ArgumentParser:
+    """Of what is read before all options are known."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
+    parser.add_argument("--model", "--model_name_or_path")
     return parser

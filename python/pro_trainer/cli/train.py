@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
 from pro_trainer.models import ModelOptions, load, tiny_llama
 from pro_trainer.options import option
 from pro_trainer.prepare.output import write_json
+from pro_trainer.text import show
+from pro_trainer.text.encode import TokenizedList
 from pro_trainer.text.store import load_dataset, split_held_out
 from pro_trainer.train import checkpoints, faults
 from pro_trainer.train.config import PROConfig
@@ -122,6 +125,9 @@ def read_data(
     lists, report = load_dataset(arguments.data or [BUNDLED_TRAIN], tokenizer, config)
     say(report.text())
     check_lists(report, config)
+    first = TokenizedList(**{f.name: lists[0][f.name] for f in fields(TokenizedList)})
+    shown = show.as_text(first, tokenizer, sys.stdout.isatty())
+    say(f"=== the first list (pro-kernels inspect shows more)\n{shown}\n===")
     eval_files = arguments.eval_data or ([] if arguments.data else [BUNDLED_EVAL])
     held_out = None
     if eval_files:

@@ -94,17 +94,18 @@ def _path_rows(source: str | Path) -> Iterator[Row]:
 
 def _line_rows(path: Path) -> Iterator[Row]:
     """Non-blank lines, or the records of one array."""
-    number = 0
+    number, first = 0, True
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                    if line.lstrip().startswith(b"["):
-                        yield from _array_rows(path, line + file.read())
-                        return
-                if line.strip():
-                    yield f"{path}:{number}", line
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if not line.strip():
+                    continue
+                if first and line.lstrip().startswith(b"["):
+                    yield from _array_rows(path, line + file.read())
+                    return
+                first = False
+                yield f"{path}:{number}", line
     except DataError:
         raise
     except Exception as error:

@@ -8,6 +8,7 @@ template writes, and split into ordinary tokens (``split_special_tokens=False`` 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
 _TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_TRIES = 16  # conversations, as templates take some keys in some turns only
 _SPELLED = "\ue000{}\ue001"  # stands for a control token that a text spells out
 _SPELLED_OUT = re.compile("\ue000(\\d+)\ue001")
 
@@ -42,6 +44,7 @@ class Writer:
         known = {*tokenizer.all_special_tokens, *added} - {""}
         self.control = sorted(known, key=len, reverse=True)
         self.control_ids = set(tokenizer.convert_tokens_to_ids(self.control)) - {None}
+        self._tries: Counter[str] = Counter()  # conversations in which a key was looked for
         self._any_control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
 
     def under_template(self, texts: Sequence[Text], where: str = "") -> bool:
@@ -78,7 +81,8 @@ class Writer:
         if not isinstance(prompt, str):
             return prompt
         bos = self.tokenizer.bos_token
-        prompt = prompt.removeprefix(bos) if bos else prompt
+        while bos and prompt.startswith(bos):
+            prompt = prompt.removeprefix(bos)
         if not is_transcript(prompt):
             return ({"role": "user", "content": prompt},)
         parts = _TURN.split(prompt)[1:-2]  # but for the last Assistant:
@@ -123,19 +127,31 @@ class Writer:
         Raises:
             jinja2.TemplateError: the template refuses them.
         """
-        for key in {key for message in messages for key in message} | set(given):
-            if not re.search(rf"\b{re.escape(key)}\b", self._template):
-                self.report.say(f"the chat template takes no {key!r}: what the data has of it is "
-                                "not seen by the model")  # fmt: skip
         literal = self.options.split_special_tokens
         if literal or (literal is None and not from_strings):
             messages = [
                 {key: self._spell(x) if key != "role" else x for key, x in message.items()}
                 for message in messages
             ]
-        return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation, **given
-        )
+
+        def render(messages: Sequence[Message], given: Mapping[str, Any]) -> str:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation, **given
+            )
+
+        text = render(messages, given)
+        for key in {key for message in messages for key in message} | given.keys():
+            if key in ("role", "content") or self._tries[key] >= _TRIES:
+                continue
+            self._tries[key] += 1
+            without = [{k: x for k, x in message.items() if k != key} for message in messages]
+            sentence = f"the chat template takes no {key!r}: the model does not see it"
+            if render(without, {k: x for k, x in given.items() if k != key}) == text:
+                self.report.once[sentence] = None
+            else:
+                self._tries[key] = _TRIES
+                self.report.once.pop(sentence, None)
+        return text
 
     def ids(self, texts: Sequence[str], chat: bool = True) -> list[list[int]]:
         """Token ids of texts, no special token added; ``chat``: the template wrote them."""

@@ -172,7 +172,12 @@ class PROConfig(LossOptions, ListOptions, TrainingArguments):
         for name, only in _FIXED.items():
             if getattr(self, name) != only:
                 raise ValueError(f"{name} must stay {only}, got {getattr(self, name)!r}")
+        on_cpu = (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available()
+        if on_cpu and not self.use_cpu:
+            self.use_cpu = True
         super().__post_init__()
+        if on_cpu and self.should_log:
+            print("bf16 on the CPU: there is no accelerator")
         set_timeout(self.ddp_timeout)
         if self.auto_find_batch_size and self.world_size > 1:
             raise ValueError(
