@@ -1,6 +1,7 @@
 # Everything a fresh clone needs: `make demo` and `make test` set themselves up in .venv.
 #   make demo        train a tiny model on bundled lists, fused against reference; table and plot
 #   make test        all tests (slow ones: make test PYTEST_ARGS="-m slow")
+#   make test-models build two small pretrained models (three minutes, once) and test on them
 #   make zero        the loss under DeepSpeed, which it installs (and needs a C++ compiler);
 #                    make zero-launch: its training recipes
 #   make study       SFT against PRO at n = 2, 3, 5 on a known reward; docs/study.md (20 minutes)
@@ -11,13 +12,14 @@
 #   make lint        ruff, mypy, clang-format
 PYTHON ?= python3
 VENV ?= .venv
+MODELS ?= $(HOME)/.cache/pro_kernels/models
 PRESET ?= cpu-small
 PRO_KERNELS_BENCH_OUT ?= bench/results/gpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test zero zero-launch study bench bench-gpu docs lint env clean
+.PHONY: demo test test-models zero zero-launch study bench bench-gpu docs lint env clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +41,10 @@ $(VENV)/.zero: $(VENV)/.installed
 	$(PIP) --editable '.[zero]'
 	touch $@
 
+$(VENV)/.models: $(VENV)/.installed
+	$(PIP) --editable '.[models]'
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) --editable '.[docs]'
 	touch $@
@@ -48,6 +54,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-models: $(VENV)/.models
+	$(BIN)/python tests/models/build.py '$(MODELS)'
+	PRO_KERNELS_MODELS='$(MODELS)' $(BIN)/python -m pytest -m models $(PYTEST_ARGS)
 
 zero: $(VENV)/.zero
 	$(BIN)/python -m pytest tests/distributed/test_zero.py

@@ -11,6 +11,7 @@ the model's config and class; ``check_sharing`` runs the model and compares.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,9 +92,8 @@ def check_sharing(
     """Run a short sample in the shared (or packed) form and in the padded one, and compare.
 
     The log-probs of tokens may differ by rounding, which is measured: by how much those of the
-    padded batch move when every embedding is off by its last bit, and their own last bit. Other
-    candidates' tokens may not matter at all: in the same row, a candidate whose tokens are replaced
-    moves nobody else's log-probs. That shows a leak which 16 bits' rounding would hide.
+    padded batch move when every embedding is off by its last bit. A model of 16 bits is compared in
+    fp32 where that fits: its own rounding is as large as what one token too many in a mask does.
 
     Raises:
         ValueError: the model cannot run this form (with the reason), or log-probs differ.
@@ -106,33 +106,25 @@ def check_sharing(
     sample = [_shorten(feature) for feature in features[:_CHECKED_LISTS]]
     if not sample:
         raise ValueError(f"no list to check with whether {name} can {doing}")
-    padded, collator = PROCollator(pad_token_id), PROCollator(pad_token_id, form=form)
-    with evaluating(model), torch.no_grad():
-        plain = _token_logps(model, padded(sample))
-        rounding = math.hypot(
-            max(_moved_by_last_bits(model, padded(sample), plain, seed) for seed in range(2)),
-            torch.finfo(model.dtype).eps * _rms(plain),
-        )
+    padded = PROCollator(pad_token_id)(sample)
+    with evaluating(model), torch.no_grad(), _in_float32(model):
+        plain = _token_logps(model, padded)
+        with _last_bits_off(model):
+            rounding = _rms(_token_logps(model, padded) - plain)
         try:
-            other = _token_logps(model, collator(sample))
-            seen = max(
-                _rms((_token_logps(model, collator(changed)) - other)[others])
-                for changed, others in _one_candidate_replaced(sample, len(other))
-            )
+            other = _token_logps(model, PROCollator(pad_token_id, form=form)(sample))
         except Exception as error:
             raise ValueError(
                 f"{name} cannot {doing}: it fails with {type(error).__name__}: {error}"
             ) from error
+        rounding = math.hypot(rounding, torch.finfo(model.dtype).eps * _rms(plain))
+        # Forms were measured at up to 1.1 of this, and the smallest faults at 1e4 of it in fp32.
+        allowed = rounding * (16 if model.dtype.itemsize >= 4 else 2)
     off = _rms(other - plain)
-    if not off <= rounding:
+    if not off <= allowed:
         raise ValueError(
             f"{name} cannot {doing}: its token log-probs differ from those of the padded batch by "
-            f"{off:.2g} (root mean square), and rounding accounts for {rounding:.2g}"
-        )
-    if not seen <= rounding / 16:  # experts may be summed in another order
-        raise ValueError(
-            f"{name} cannot {doing}: the tokens of one candidate move the log-probs of others by "
-            f"{seen:.2g} (root mean square)"
+            f"{off:.2g} (root mean square), and rounding accounts for {allowed:.2g}"
         )
 
 
@@ -180,38 +172,44 @@ def _shorten(feature: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _one_candidate_replaced(
-    sample: Sequence[Mapping[str, Any]], tokens: int
-) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
-    """The sample with other tokens in its first, then in its last candidate; whose are the same.
+@contextlib.contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Weights of 16 bits as fp32, and afterwards as they were, to the last bit.
 
-    Which: (N,) bool over the scored tokens.
+    Left as they are: quantised models, attention that takes 16 bits only, what does not fit.
     """
-    counts = [len(end) for feature in sample for end in feature["completions"]]
-    for place, start in ((0, 0), (-1, tokens - counts[-1])):
-        changed = [{**feature, "completions": [*feature["completions"]]} for feature in sample]
-        ends = changed[place]["completions"]
-        ends[place] = [token - 1 if token else 1 for token in ends[place]]
-        same = torch.ones(tokens, dtype=torch.bool)
-        same[start : start + counts[place]] = False
-        if same.any():
-            yield changed, same
+    narrow = [x for x in (*model.parameters(), *model.buffers())
+              if x.is_floating_point() and x.dtype.itemsize == 2]  # fmt: skip
+    dtypes = [x.dtype for x in narrow]
+    own = model.config.get_text_config()._attn_implementation in IMPLEMENTATIONS
+
+    def put_back() -> None:
+        for x, dtype in zip(narrow, dtypes, strict=True):
+            x.data = x.data.to(dtype)
+
+    try:
+        for x in narrow if own and not getattr(model, "is_quantized", False) else ():
+            x.data = x.data.float()
+    except torch.OutOfMemoryError:
+        put_back()
+    try:
+        yield
+    finally:
+        put_back()
 
 
-def _moved_by_last_bits(
-    model: PreTrainedModel, batch: Mapping[str, Any], plain: Tensor, seed: int
-) -> float:
-    """By how much log-probs move where embeddings are multiplied by 1 + eps or 1 - eps."""
+@contextlib.contextmanager
+def _last_bits_off(model: PreTrainedModel) -> Iterator[None]:
+    """Every embedding of a token multiplied by 1 + eps or 1 - eps."""
 
     def off(module: Any, inputs: Any, embedded: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         signs = torch.randint(2, embedded.shape, generator=generator) * 2.0 - 1
-        eps = torch.finfo(embedded.dtype).eps
-        return embedded * (1 + eps * signs).to(embedded)
+        return embedded * (1 + torch.finfo(embedded.dtype).eps * signs).to(embedded)
 
     hook = model.get_input_embeddings().register_forward_hook(off)
     try:
-        return _rms(_token_logps(model, batch) - plain)
+        yield
     finally:
         hook.remove()
 

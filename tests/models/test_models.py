@@ -1,0 +1,198 @@
+"""Two real pretrained models: what is proven on a random one is not proven."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import fields
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pro_trainer import PROConfig, PROTrainer
+from pro_trainer.batch import masks, prefix
+from pro_trainer.cli import commands
+from pro_trainer.models import ModelOptions, load
+from pro_trainer.text.encode import Encoder, TokenizedList
+from pro_trainer.text.options import ListOptions
+from pro_trainer.text.store import load_dataset
+
+pytestmark = pytest.mark.models
+
+QUESTIONS = {
+    "What is the capital of France?": ("Paris is the capital of France.", "France has none.", "x"),
+    "How many legs has a spider?": ("A spider has eight legs.", "Perhaps six?", "Legs legs legs."),
+    "Name a primary colour.": ("Red is a primary colour.", "Brown, I think.", "Monday."),
+    "What do bees make?": ("Bees make honey.", "They make milk.", "Bees bees."),
+}
+RECORDS = [
+    {"prompt": q, "completions": list(a), "rewards": [1.0, 0.2, -1.0]} for q, a in QUESTIONS.items()
+]
+
+
+def dataset(path: str, source: object = RECORDS, **options: object):
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    found, report = load_dataset([source], tokenizer, ListOptions(**options))
+    return found, report, tokenizer
+
+
+# ---- texts
+
+
+def test_gemma_has_one_bos(gemma):
+    encoder = Encoder(AutoTokenizer.from_pretrained(gemma))
+    for prompt in ("<bos>Hi", "Hi"):
+        ids, _ = encoder.prompt(prompt)
+        assert ids == [2, 10979] and encoder.text(prompt, " there")[0][:2] == ids
+
+
+def test_smollm_has_one_eos_and_a_template_for_strings(smollm):
+    records = [
+        {"prompt": "Hi", "completions": ["Hello<|im_end|>", "Go"]},
+        {"prompt": "Hi", "completions": ["Hello", "Go"]},
+    ]
+    found, report, tokenizer = dataset(smollm, records)
+    for row in found:
+        assert all(ids.count(2) == 1 and ids[-1] == 2 for ids in row["completions"])
+    assert tokenizer.decode(found[0]["prompts"][0]) == "Hi"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False,
+                                         add_generation_prompt=True)  # fmt: skip
+    assert tokenizer.decode(found[1]["prompts"][0]) == chat
+    assert "lists whose strings are written as turns of the chat template: 1" in report.text()
+
+
+def test_dialogues_are_cut_only_where_they_do_not_fit(smollm, shared):
+    source = str(shared / "data" / "hh-harmless-base-dev.jsonl.gz")
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    for mode in ("off", "on"):
+        whole, _ = load_dataset(
+            [source], tokenizer, ListOptions(max_length=8192, chat_template=mode)
+        )
+        found, report = load_dataset([source], tokenizer, ListOptions(chat_template=mode))
+        full = {
+            i: len(row["prompts"][0]) + max(map(len, row["completions"]))
+            for i, row in enumerate(whole)
+        }
+        cut = [i for i, row in enumerate(found) if row["cut"]]
+        assert cut == [i for i, length in full.items() if length > 512]
+        assert report.prompts_cut == {"off": 45, "on": 53}[mode]
+        for i in cut if mode == "on" else ():
+            text = tokenizer.decode(found[i]["prompts"][0])
+            turns = text.split("<|im_start|>")[1:]
+            assert [t.split("\n")[0] for t in turns[:2]] == ["system", "user"]
+            assert all(t.endswith("<|im_end|>\n") for t in turns[:-1])
+            assert turns[-1] == "assistant\n"
+
+
+def test_four_of_many_candidates_have_four_rewards_where_they_can(smollm, shared):
+    source = str(shared / "data" / "alpaca-eval-ranked-dev.jsonl.gz")
+    found, report, _ = dataset(smollm, source, num_candidates=4)
+    assert sum(len(set(rewards)) == 4 for rewards in found["rewards"]) == 174
+    assert report.unused == Counter(models=500)
+
+
+def test_inspect_shows_what_is_trained_on(smollm, tmp_path, capsys):
+    data = tmp_path / "d.jsonl"
+    data.write_text("\n".join(map(json.dumps, RECORDS)))
+    argv = ["--data", str(data), "--model_name_or_path", smollm, "--json", "true", "--num", "4"]
+    assert commands.inspect(argv) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found, _, _ = dataset(smollm)
+    assert [x["prompt_ids"] for x in shown] == [row["prompts"][0] for row in found]
+    assert [x["completion_ids"] for x in shown] == [row["completions"] for row in found]
+
+
+# ---- prefix sharing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharing_is_accepted_and_planted_faults_are_refused(real, dtype, monkeypatch):
+    found, _, _ = dataset(real)
+    model = AutoModelForCausalLM.from_pretrained(real, dtype=dtype)
+    lists = [found[0], found[1]]
+    prefix.check_sharing(model, lists, 0)
+    prefix.check_sharing(model, lists, 0, form="packed")
+
+    inputs, attends = prefix.model_inputs, masks.attends
+
+    def moved(batch, model):
+        if "segments" in batch:
+            own = batch["segments"] > 0
+            batch = {**batch, "position_ids": batch["position_ids"] + own}
+        return inputs(batch, model)
+
+    def leaking(query, query_position, key, key_position, window):
+        """Candidate 2 sees the first token of candidate 1."""
+        first = (key == 1) & (
+            key_position == key_position.masked_fill(key != 1, 9999).amin(-1)[..., None]
+        )
+        return attends(query, query_position, key, key_position, window) | ((query == 2) & first)
+
+    for name, fault in (("prefix.model_inputs", moved), ("masks.attends", leaking)):
+        with monkeypatch.context() as planted:
+            planted.setattr(f"pro_trainer.batch.{name}", fault)
+            with pytest.raises(ValueError, match="rounding accounts for|move the log-probs of"):
+                prefix.check_sharing(model, lists, 0)
+
+
+def test_gemma_in_fp16_is_refused_with_what_to_use(gemma, tmp_path):
+    model, tokenizer = load(gemma, ModelOptions(dtype="float16"))
+    with pytest.raises(ValueError, match="overflow there: use bfloat16 or float32"):
+        PROTrainer(model, PROConfig(output_dir=str(tmp_path)), RECORDS, None, tokenizer)
+
+
+# ---- training
+
+
+def train(path: str, folder, steps: int = 10, **options):
+    model, tokenizer = load(path)
+    peft = options.pop("peft_config", None)
+    config = PROConfig(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=2e-5,
+        lr_scheduler_type="constant", logging_steps=1, report_to="none", disable_tqdm=True,
+        use_cpu=True, save_strategy="no", sft_weight=0.01, **options,
+    )  # fmt: skip
+    trainer = PROTrainer(model, config, RECORDS, RECORDS, tokenizer, peft_config=peft)
+    trainer.train()
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_ten_steps_fall_and_equal_the_plain_reference(real, tmp_path):
+    trainer, fused = train(real, tmp_path / "fused")
+    assert fused[-1] < 0.8 * fused[0]
+    _, plain = train(real, tmp_path / "plain", loss_impl="reference", prefix_sharing="off")
+    assert fused == pytest.approx(plain, rel=2e-3)
+    assert fused[0] == pytest.approx(plain[0], rel=1e-5)
+    # What is saved ranks as what was trained.
+    trainer.save_model()
+    scores = trainer.score(trainer.eval_dataset)
+    model, tokenizer = load(str(tmp_path / "fused"))
+    config = PROConfig(output_dir=str(tmp_path / "again"), use_cpu=True, report_to="none")
+    again = PROTrainer(model, config, None, RECORDS, tokenizer)
+    torch.testing.assert_close(
+        again.score(again.eval_dataset).logps, scores.logps, rtol=1e-5, atol=1e-4
+    )
+
+
+def test_lora_with_the_head_trains_and_loads(smollm, tmp_path):
+    from peft import LoraConfig, PeftModel
+
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "lm_head"])
+    trainer, fused = train(smollm, tmp_path / "fused", 3, peft_config=lora)
+    _, plain = train(smollm, tmp_path / "plain", 3, peft_config=lora, loss_impl="reference")
+    assert fused == pytest.approx(plain, rel=1e-4)
+    trainer.save_model()
+    model, tokenizer = load(smollm)
+    config = PROConfig(output_dir=str(tmp_path / "again"), use_cpu=True, report_to="none")
+    loaded = PeftModel.from_pretrained(model, tmp_path / "fused")
+    again = PROTrainer(loaded, config, None, RECORDS, tokenizer)
+    torch.testing.assert_close(
+        again.score(again.eval_dataset).logps, trainer.score(trainer.eval_dataset).logps,
+        rtol=1e-5, atol=1e-4,
+    )  # fmt: skip
+
+
+def test_rows_of_the_data_set_are_tokenized_lists(smollm):
+    found, _, _ = dataset(smollm)
+    assert {f.name for f in fields(TokenizedList)} < set(found.column_names)
