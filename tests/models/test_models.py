@@ -132,7 +132,7 @@ def test_sharing_is_accepted_and_planted_faults_are_refused(real, dtype, monkeyp
     for name, fault in (("prefix.model_inputs", moved), ("masks.attends", leaking)):
         with monkeypatch.context() as planted:
             planted.setattr(f"pro_trainer.batch.{name}", fault)
-            with pytest.raises(ValueError, match="rounding accounts for|move the log-probs of"):
+            with pytest.raises(ValueError, match="rounding accounts for"):
                 prefix.check_sharing(model, lists, 0)
 
 
@@ -145,8 +145,8 @@ def test_gemma_in_fp16_is_refused_with_what_to_use(gemma, tmp_path):
 # ---- training
 
 
-def train(path: str, folder, steps: int = 10, **options):
-    model, tokenizer = load(path)
+def train(path: str, folder, steps: int = 10, loaded=None, **options):
+    model, tokenizer = loaded or load(path)
     peft = options.pop("peft_config", None)
     config = PROConfig(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=2e-5,
@@ -162,7 +162,7 @@ def test_ten_steps_fall_and_equal_the_plain_reference(real, tmp_path):
     trainer, fused = train(real, tmp_path / "fused")
     assert fused[-1] < 0.8 * fused[0]
     _, plain = train(real, tmp_path / "plain", loss_impl="reference", prefix_sharing="off")
-    assert fused == pytest.approx(plain, rel=2e-3)
+    assert fused == pytest.approx(plain, rel=2e-3, abs=2e-3 * fused[0])
     assert fused[0] == pytest.approx(plain[0], rel=1e-5)
     # What is saved ranks as what was trained.
     trainer.save_model()
@@ -181,7 +181,7 @@ def test_lora_with_the_head_trains_and_loads(smollm, tmp_path):
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "lm_head"])
     trainer, fused = train(smollm, tmp_path / "fused", 3, peft_config=lora)
     _, plain = train(smollm, tmp_path / "plain", 3, peft_config=lora, loss_impl="reference")
-    assert fused == pytest.approx(plain, rel=1e-4)
+    assert fused == pytest.approx(plain, rel=2e-3) and fused[0] == pytest.approx(plain[0], rel=1e-5)
     trainer.save_model()
     model, tokenizer = load(smollm)
     config = PROConfig(output_dir=str(tmp_path / "again"), use_cpu=True, report_to="none")
@@ -196,3 +196,21 @@ def test_lora_with_the_head_trains_and_loads(smollm, tmp_path):
 def test_rows_of_the_data_set_are_tokenized_lists(smollm):
     found, _, _ = dataset(smollm)
     assert {f.name for f in fields(TokenizedList)} < set(found.column_names)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_train_under_adapters(smollm, bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig
+
+    found = []
+    for impl in ("auto", "reference"):
+        options = ModelOptions(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+        trainer, losses = train(
+            smollm, tmp_path / impl, 3, loaded=load(smollm, options), peft_config=lora,
+            loss_impl=impl, prefix_sharing="off",
+        )  # fmt: skip
+        found.append(losses)
+        assert all("lora_" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0][-1] < found[0][0]

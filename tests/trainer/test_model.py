@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from trainer_runs import losses, trainer_for
 from transformers import AutoModelForCausalLM
 
 import pro_kernels as pk
@@ -167,3 +168,50 @@ def test_pad_id_falls_back_to_eos_and_zero(tiny):
     assert pad_id(tiny[1]) == 0 and pad_id(Tokens()) == 7
     Tokens.eos_token_id = None
     assert pad_id(Tokens()) == 0
+
+
+TEXT = {**SIZES, "num_hidden_layers": 2, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+
+def with_images(name: str):
+    """A tiny model of text and images; the last token ids stand for images."""
+    if name == "Gemma3":
+        text = transformers.Gemma3TextConfig(**TEXT, sliding_window=8)
+        more = {
+            "vision_config": transformers.SiglipVisionConfig(**VISION),
+            "image_token_index": 258,
+        }
+        more["mm_tokens_per_image"] = 4
+    elif name == "Llava":
+        text = transformers.LlamaConfig(**TEXT)
+        vision = transformers.CLIPVisionConfig(**VISION, projection_dim=16)
+        more = {"vision_config": vision, "image_token_index": 258}
+    else:
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+        text = TEXT | {"rope_parameters": rope}
+        vision = {"depth": 1, "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 32}
+        vision |= {"num_heads": 2, "patch_size": 14, "fullatt_block_indexes": [0]}
+        more = {"vision_config": vision, "image_token_id": 258, "video_token_id": 257}
+        more["vision_start_token_id"] = 256
+    config = getattr(transformers, f"{name}Config")(text_config=text, **more)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Llava", "Qwen2_5_VL"])
+def test_a_model_of_text_and_images_trains_on_text(name, tmp_path, tiny):
+    torch.manual_seed(0)
+    with_images(name).save_pretrained(tmp_path / "model")
+    tiny[1].save_pretrained(tmp_path / "tokenizer")
+    found = []
+    for impl in ("auto", "reference"):
+        how = ModelOptions(tokenizer=str(tmp_path / "tokenizer"))
+        model, _ = load(str(tmp_path / "model"), how)
+        trainer = trainer_for(
+            tmp_path / impl, model=model, loss_impl=impl, max_steps=2,
+            prefix_sharing="auto" if impl == "auto" else "off",
+        )  # fmt: skip
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0][1] != found[0][0]
