@@ -46,6 +46,7 @@ ALLOWED = {
     "pro._sort_by_rewards": "called for CPU tensors only",
     "attached._check_labels": "of CPU tensors, and once a model of a GPU's",
     "attach._check_loss": "when a model is attached",
+    "probe.probe": "when a model is attached",
     "probe._compare": "when a model is attached",
     "probe.example_inputs": "when a model is attached",
     "planner._meminfo": "text of /proc/meminfo, once a process",

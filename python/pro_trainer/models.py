@@ -30,7 +30,7 @@ class ModelOptions:
     model: str | None = option(
         None,
         "Folder (or hub name) of a transformers causal LM with its LM head.",
-        aliases=["--model_name_or_path"],
+        aliases=["--model_name_or_path", "--model-name-or-path"],
     )
     tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(

@@ -221,8 +221,8 @@ def test_bleu_of_the_answers_is_against_the_best_completion(
     ]
     asked: list[str] = []
 
-    def answer(model: object, tokenizer: object, prompts: list[str], **options: object):
-        asked.extend(prompts)
+    def answer(model: object, tokenizer: object, prompts: list[RankedList], **options: object):
+        asked.extend(ranked.prompts[0] for ranked in prompts)
         assert options["do_sample"] is False
         return [[f" {text}"] for text in best]
 

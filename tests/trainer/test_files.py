@@ -219,7 +219,14 @@ def test_tables(tmp_path, name):
 
 def test_a_table_with_a_broken_row_is_named(tmp_path):
     (tmp_path / "d.csv").write_text("a,b\n1,2\n1,2,3\n")
-    with pytest.raises(DataError, match=r"d.csv: damaged table, after row 0: .*line 3"):
+    with pytest.raises(DataError, match=r"d.csv:3: a row must have .* got \['3'\] beyond"):
         list(rows(tmp_path / "d.csv"))
+    (tmp_path / "d.csv").write_text("a,b\n1,2,\n1\n")  # a cell beyond that is empty is none
+    with pytest.raises(DataError, match=r"d.csv:3: .* got none for 'b'"):
+        list(rows(tmp_path / "d.csv"))
+    (tmp_path / "D.CSV").write_text('a,chosen\n1,"{""a"": 1}"\n')
+    assert records(tmp_path / "D.CSV") == [{"a": "1", "chosen": '{"a": 1}'}]
+    (tmp_path / "x.csv.jsonl").write_bytes(LINES)
+    assert records(tmp_path / "x.csv.jsonl") == RECORDS
     with pytest.raises(DataError, match="missing.csv: cannot be read: No such file"):
         list(rows(tmp_path / "missing.csv"))

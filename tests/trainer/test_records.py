@@ -324,3 +324,47 @@ def test_columns_that_nothing_uses_are_told():
 def test_strings_without_a_prompt_that_are_no_transcripts_are_named():
     with pytest.raises(DataError, match=r"no transcripts .*\['chosen', 'rejected', 'topic'\]"):
         parse_record({"topic": "t", "chosen": "a", "rejected": "b"})
+
+
+def test_a_transcript_is_turns_beside_a_system_text_and_is_not_said_twice():
+    context = "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: bye\n\nAssistant:"
+    system = {"role": "system", "content": "s"}
+    expected = ((system, user("hi"), assistant("yo"), user("bye")),)
+    replies = ((assistant("x"),), (assistant("y"),))
+    pair = {"prompt": context, "chosen": "x", "rejected": "y", "system": "s"}
+    assert parse(pair)[0] == RankedList(expected, replies)
+    whole = {"chosen": context + " x", "rejected": context + " y", "system": "s"}
+    assert parse(whole)[0] == RankedList(expected, replies)
+    twice = {"prompt": context, "chosen": context + " x", "rejected": context + " y"}
+    assert parse(twice)[0] == RankedList((context,), (" x", " y"))
+    chat = {"chosen": [user("q"), assistant("x")], "rejected": [user("q"), assistant("y")]}
+    assert parse(chat | {"system": "s"})[0].prompts == ((system, user("q")),)
+
+
+def test_a_question_is_the_prompt_and_a_context_beside_it_is_named():
+    parsed = parse_record({"question": "q", "context": "c", "completions": ["a", "b"]})
+    assert parsed.content.prompts == ("q",) and parsed.unused == ("context",)
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        ({"tools": {"a": 1}}, "tools must be a list, got an object"),
+        ({"tools": ["x"]}, "tools must be JSON where it is a string"),
+        ({"tools": [["x"]]}, r"tools\[0\] must be an object, got a list"),
+        ({"tools": [{"a": "\ud800"}]}, "tools holds a lone surrogate"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs must be an object, got a list"),
+        ({"chat_template_kwargs": {"tokenize": True}}, r"variables of the template, .*'tokenize'"),
+    ],
+)
+def test_what_is_given_to_the_template_is_checked(more, wrong):
+    with pytest.raises(DataError, match=wrong):
+        parse_record(GOOD | more)
+    tools = GOOD | {"tools": ['{"name": "f"}', {"name": "g"}]}
+    assert parse(tools)[0].template == {"tools": [{"name": "f"}, {"name": "g"}]}
+
+
+def test_arrays_of_numpy_are_lists():
+    record = {"prompt": "p", "completions": np.array(["a", "b"]), "rewards": np.array([1.0, 2.0])}
+    ranked = parse(record | {"sft_index": np.int64(1)})[0]
+    assert ranked == RankedList(("p",), ("a", "b"), (1.0, 2.0), 1)

@@ -83,6 +83,8 @@ def config_flags(path: str) -> list[str]:
         raise ValueError(f"--config {path}: cannot be read: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"--config {path}: must hold 'option: value' lines, got {values!r:.80}")
+    if "config" in values:
+        raise ValueError(f"--config {path}: names a file of its own, {values['config']!r}")
     flags: list[str] = []
     for key, value in values.items():
         if value is None:
@@ -164,13 +166,14 @@ def run_flags(flags: Sequence[str]) -> list[str]:
         raise ValueError(f"{file} must hold the options of a run, got {run!r:.80}")
     names = {f.name for kind in (ListOptions, LossOptions) for f in fields(kind)}
     options = {name: run[name] for name in names & run.keys() if run[name] is not None}
-    if options.get("loss_type") in NEEDS_REFERENCE and "--ref_model" not in flags:
+    if options.get("loss_type") in NEEDS_REFERENCE and not known.ref_model:
         print(f"the loss of the run, {options['loss_type']}, needs --ref_model; pro is reported")
         options = {name: x for name, x in options.items() if not name.startswith("loss_")}
     defaults = {f.name: f.default for kind in (ListOptions, LossOptions) for f in fields(kind)}
+    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
     taken = [
         f"{name} {value}" for name, value in sorted(options.items())
-        if value != defaults[name] and f"--{name}" not in flags and value != {}
+        if value != defaults[name] and name not in given and value != {}
     ]  # fmt: skip
     if taken:
         print(f"options of the run in {known.model}: {', '.join(taken)}")
@@ -181,5 +184,6 @@ def _first_parser() -> argparse.ArgumentParser:
     """Of what is read before all options are known."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
-    parser.add_argument("--model", "--model_name_or_path")
+    parser.add_argument("--model", "--model_name_or_path", "--model-name-or-path")
+    parser.add_argument("--ref_model", "--ref-model")
     return parser

@@ -58,4 +58,11 @@ def inspect(arguments: InspectArguments, config: PROConfig) -> None:
             print(f"=== list {number}\n{show.as_text(tokens, tokenizer, sys.stdout.isatty())}\n")
     if said:
         report.say(said)
-    print(report.text(), file=sys.stderr if arguments.json else sys.stdout)
+    said_to = sys.stderr if arguments.json else sys.stdout
+    print(report.text(), file=said_to)
+    if arguments.eval_data:
+        held_out = DataReport()
+        lists = read_lists(arguments.eval_data, held_out, config)
+        for _ in Encoder(tokenizer, config, held_out).lists(lists):
+            pass
+        print(f"held out:\n{held_out.text()}", file=said_to)

@@ -52,6 +52,8 @@ class TrainArguments(ModelOptions):
             raise ValueError(f"eval_fraction must lie in [0, 1), got {self.eval_fraction}")
         if not (self.demo or (self.model and self.data)):
             raise ValueError("train needs --model and --data, or --demo")
+        if self.tokenizer and not self.model:
+            raise ValueError(f"tokenizer {self.tokenizer} was given without --model")
         if self.quantization() is not None and not self.use_peft:
             raise ValueError(
                 "quantised weights cannot be trained themselves: give --use_peft true with "

@@ -18,6 +18,12 @@ Message = dict[str, Any]
 Text = str | tuple[Message, ...]
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+# Of ``apply_chat_template``; the trainer decides them.
+_TAKEN_OPTIONS = {
+    "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding",
+    "truncation", "max_length", "add_generation_prompt", "continue_final_message",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
 _LARGEST = 3.4028234663852886e38  # of fp32, which rewards are taken in
 
 
@@ -40,7 +46,8 @@ def required(record: Mapping[str, Any], key: str) -> Any:
 
 
 def as_list(value: Any, name: str) -> list[Any]:
-    """A list as it comes from JSON or Arrow."""
+    """A list as it comes from JSON, Arrow or NumPy."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{name} must be a list, got {kind(value)}")
     return list(value)
@@ -71,7 +78,8 @@ def as_message(value: Any, name: str) -> Message:
         content = "".join(_part(part, f"{name}.content[{i}]") for i, part in enumerate(content))
     elif content is None and message.get("tool_calls"):
         content = ""
-    return message | {"role": role, "content": as_string(content, f"{name}.content")}
+    message |= {"role": role, "content": as_string(content, f"{name}.content")}
+    return _encodable(message, name)
 
 
 def _part(part: Any, name: str) -> str:
@@ -81,16 +89,40 @@ def _part(part: Any, name: str) -> str:
     return as_string(part.get("text") if isinstance(part, Mapping) else part, f"{name}.text")
 
 
-def as_json(value: Any, kinds: type | tuple[type, ...], name: str) -> Any:
-    """A list or object, which may be written as a JSON string, as tools often are."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"{name} must be JSON where it is a string: {error}") from None
-    if not isinstance(value, kinds):
-        raise DataError(f"{name} must be a list or an object, got {kind(value)}")
-    return without_nulls(value)
+def as_tools(value: Any, name: str) -> list[Any]:
+    """Tools as TRL has them: a list of objects, or JSON for all or each of them."""
+    tools = [_parsed(tool, name) for tool in as_list(_parsed(value, name), name)]
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise DataError(f"{name}[{i}] must be an object, got {kind(tool)}")
+    return _encodable(without_nulls(tools), name)
+
+
+def as_template_options(value: Any, name: str) -> dict[str, Any]:
+    """Keywords for the chat template: an object, or JSON for one."""
+    value = _parsed(value, name)
+    if not isinstance(value, Mapping):
+        raise DataError(f"{name} must be an object, got {kind(value)}")
+    if taken := sorted(_TAKEN_OPTIONS & value.keys()):
+        raise DataError(f"{name} must hold variables of the template, got {taken}")
+    return _encodable(without_nulls(value), name)
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """A value, or what its JSON says."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DataError(f"{name} must be JSON where it is a string: {error}") from None
+
+
+def _encodable(value: Any, name: str) -> Any:
+    """The value, if UTF-8 can encode all of its strings."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{name} holds a lone surrogate, which is not text") from None
+    return value
 
 
 def without_nulls(value: Any) -> Any:
@@ -115,6 +147,7 @@ def as_string(value: Any, name: str) -> str:
 
 def as_numbers(values: Any, name: str, n: int) -> tuple[float, ...]:
     """As many finite numbers as there are completions, ``n``."""
+    values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, (list, tuple)):
         raise DataError(f"'{name}' must be a list of numbers, got {kind(values)}")
     if len(values) != n:

@@ -22,32 +22,38 @@ the user or system. ``system``, ``tools`` and ``chat_template_kwargs`` go with a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from pro_trainer.data.fields import (
     DataError,
     Message,
     Text,
-    as_json,
     as_list,
     as_number,
     as_numbers,
     as_string,
+    as_template_options,
     as_text,
+    as_tools,
     kind,
 )
 
 ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
-PROMPT = ("prompt", "context", "instruction", "question", "query", "messages", "conversations")
+PROMPT = ("prompt", "instruction", "question", "query", "context", "messages", "conversations")
 COMPLETIONS = ("completions", "responses", "answers", "candidates")
 RANKINGS = ("rewards", "scores", "ranks", "order")
 TEXT_OF_OBJECT = ("completion", "response", "text", "output", "answer", "generation", "content")
 REWARD_OF_OBJECT = ("reward", "score", "overall_score", "rating")
 SCORE_OF_PAIR = ("score_{}", "{}_score", "{}-score", "rating_{}", "{}_rating", "{}-rating",
                  "reward_{}", "{}_reward")  # fmt: skip
+_TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
+_TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PROMPT_ROLES = ("user", "system", "developer")
 _FORMS = (
     ("prompt", "completions", "rewards"),
@@ -161,11 +167,10 @@ def parse_record(record: Any) -> ParsedRecord:
     else:
         raise DataError(columns.nearest_form())
     if isinstance(parsed.content, RankedList):
-        template = dict(
-            as_json(columns.optional("chat_template_kwargs") or {}, Mapping, "chat_template_kwargs")
-        )
+        given = columns.optional("chat_template_kwargs")
+        template = as_template_options(given or {}, "chat_template_kwargs")
         if tools := columns.optional("tools"):
-            template["tools"] = as_json(tools, list, "tools")
+            template["tools"] = as_tools(tools, "tools")
         parsed = replace(parsed, content=replace(parsed.content, template=template))
     return replace(parsed, unused=tuple(columns.unused), notes=tuple(columns.notes))
 
@@ -180,6 +185,29 @@ def split_transcript(transcript: str) -> tuple[str, str] | None:
         return None
     at += len(ASSISTANT)
     return transcript[:at], transcript[at:]
+
+
+def is_transcript(prompt: Text) -> bool:
+    """Whether a prompt is a dialogue as HH-RLHF writes it, up to the assistant's next turn."""
+    return isinstance(prompt, str) and _TRANSCRIPT.fullmatch(prompt) is not None
+
+
+def turns(prompt: str) -> tuple[Message, ...]:
+    """A string as messages: of the speakers of a transcript, else of the user.
+
+    Who speaks twice in a row has one message: chat templates refuse two.
+    """
+    if not is_transcript(prompt):
+        return _message("user", prompt)
+    parts = _TURN.split(prompt)[1:-2]  # but for the last Assistant:
+    messages: list[Message] = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        role, said = _SPEAKERS[speaker], said.strip()
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{said}"
+        else:
+            messages.append({"role": role, "content": said})
+    return tuple(messages)
 
 
 def _parse_list(columns: Columns) -> ParsedRecord:
@@ -270,7 +298,13 @@ def _parse_pair(columns: Columns) -> ParsedRecord:
         return ParsedRecord(name, f"a {name[:-1]} does not end with an assistant's turn")
     prompts, completions = zip(*parts, strict=True)
     _same_prompt_said_twice(columns, prompts[0])
-    return ParsedRecord(name, RankedList(shared(prompts), completions, rewards))
+    prompts = [_with_system(columns, prompt) for prompt in prompts]
+    if not isinstance(prompts[0], str):
+        completions = [
+            _message("assistant", text.strip()) if isinstance(text, str) else text
+            for text in completions
+        ]
+    return ParsedRecord(name, RankedList(shared(prompts), tuple(completions), rewards))
 
 
 def _same_prompt_said_twice(columns: Columns, prompt: Text) -> None:
@@ -338,12 +372,17 @@ def _prompt(columns: Columns) -> Text:
     if name == "instruction" and "input" in columns and isinstance(prompt, str):
         given = as_string(columns.take("input"), "'input'")
         prompt = f"{prompt}\n{given}" if given else prompt
-    if "system" in columns and (isinstance(prompt, str) or prompt[0]["role"] != "system"):
-        system = as_string(columns.take("system"), "'system'")
-        if system:
-            prompt = prompt if not isinstance(prompt, str) else _message("user", prompt)
-            prompt = (*_message("system", system), *prompt)
-    return prompt
+    return _with_system(columns, prompt)
+
+
+def _with_system(columns: Columns, prompt: Text) -> Text:
+    """The prompt after the system's message of a column ``system``, if it has none of its own."""
+    if "system" not in columns or (not isinstance(prompt, str) and prompt[0]["role"] == "system"):
+        return prompt
+    system = as_string(columns.take("system"), "'system'")
+    if not system:
+        return prompt
+    return (*_message("system", system), *(turns(prompt) if isinstance(prompt, str) else prompt))
 
 
 def _message(role: str, content: str) -> tuple[Message, ...]:
@@ -386,8 +425,10 @@ def _one_kind(
 ) -> tuple[Text, list[Text]]:
     """All strings, or all messages of the roles they may have."""
     if all(isinstance(text, str) for text in (prompt, *completions)):
+        if is_transcript(prompt) and all(text.startswith(prompt) for text in completions):
+            completions = [text.removeprefix(prompt) for text in completions]
         return prompt, completions
-    prompt = _message("user", prompt) if isinstance(prompt, str) else prompt
+    prompt = turns(prompt) if isinstance(prompt, str) else prompt
     completions = [
         _message("assistant", text) if isinstance(text, str) else text for text in completions
     ]
@@ -425,6 +466,6 @@ def _sft_index(columns: Columns, n: int) -> int | None:
         return None
     if isinstance(index, str) and index.isdecimal():  # as CSV has it
         index = int(index)
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n:
+    if isinstance(index, bool) or not isinstance(index, Integral) or not 0 <= index < n:
         raise DataError(f"'sft_index' must be an index of the {n} completions, got {index!r}")
-    return index
+    return int(index)

@@ -123,7 +123,7 @@ def _usable(parsed: ParsedRecord, report: DataReport, options: DataOptions) -> R
         ranked = replace(ranked, rewards=None)
     elif parsed.by_rank:
         ranked = _in_order(ranked, report)
-    kept = choose(_best_first(ranked), ranked.rewards, options.num_candidates)
+    kept = choose(best_first(ranked), ranked.rewards, options.num_candidates)
     if len(kept) < len(ranked.completions):
         ranked = select(ranked, sorted(kept))
     report.sft_marks_dropped += marked and ranked.sft_index is None
@@ -134,7 +134,7 @@ def _without_empty_and_repeated(ranked: RankedList, report: DataReport) -> Ranke
     first: dict[object, int] = {}  # what a candidate says -> the best candidate that says it
     n = len(ranked.completions)
     prompts = [0] * n if len(ranked.prompts) == 1 else [_key(p) for p in ranked.prompts]
-    for i in _best_first(ranked):
+    for i in best_first(ranked):
         text = ranked.completions[i]
         key = prompts[i], _key(text)
         if not any(part.strip() for part in _contents(text)):
@@ -151,14 +151,15 @@ def _without_empty_and_repeated(ranked: RankedList, report: DataReport) -> Ranke
 def _in_order(ranked: RankedList, report: DataReport) -> RankedList:
     """Ranks become an order; of equal ranks the first stays."""
     kept: dict[float, int] = {}
-    for i in _best_first(ranked):
+    for i in best_first(ranked):
         kept.setdefault(ranked.rewards[i], i)
     if surplus := len(ranked.completions) - len(kept):
         report.dropped_completions["has the rank of an earlier one"] += surplus
     return replace(select(ranked, list(kept.values())), rewards=None)
 
 
-def _best_first(ranked: RankedList) -> list[int]:
+def best_first(ranked: RankedList) -> list[int]:
+    """Indices of the candidates, best first; of equal rewards the earlier one."""
     order = list(range(len(ranked.completions)))
     if ranked.rewards is not None:
         order.sort(key=lambda i: -ranked.rewards[i])
@@ -168,9 +169,9 @@ def _best_first(ranked: RankedList) -> list[int]:
 def _contents(text: Text) -> Sequence[str]:
     if isinstance(text, str):
         return (text,)
-    return [json.dumps(m["tool_calls"]) if "tool_calls" in m else m["content"] for m in text]
+    return ["calls" if m.get("tool_calls") else m["content"] for m in text]
 
 
 def _key(text: Text) -> object:
     """Something equal and hashable for equal texts."""
-    return text if isinstance(text, str) else json.dumps(text, sort_keys=True)
+    return text if isinstance(text, str) else json.dumps(text, sort_keys=True, default=str)

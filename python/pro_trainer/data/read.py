@@ -15,15 +15,17 @@ Text files may be compressed: .gz, .bz2, .xz, .zst.
 
 Lines of JSON are read here and not by ``datasets``: it would give all records of a file one schema,
 so that records of different forms (a prompt that is text here and messages there) are refused, copy
-the file into its cache, and name no line in an error. The rest is left to ``pandas``, ``pyarrow``
-and ``datasets``, as streams, so that nothing is copied.
+the file into its cache, and name no line in an error. The same holds for its tables, whose cells it
+would take for numbers. The rest is left to ``csv``, ``pyarrow`` and ``datasets``, as streams.
 """
 
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import importlib
+import io
 import json
 import lzma
 import os
@@ -39,9 +41,10 @@ from pro_trainer.data.fields import DataError, kind
 Row = tuple[str, Any]
 Source = str | Path | Iterable[Mapping[str, Any]]
 
-_DATA_FILE = re.compile(r"[^.].*(\.(jsonl?|csv|tsv)(\.(gz|bz2|xz|zst))?|\.parquet)")
+_DATA_FILE = re.compile(r"(?i)[^.].*(\.(jsonl?|csv|tsv)(\.(gz|bz2|xz|zst))?|\.parquet)")
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
 _PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
+_OBJECTS = ("tools", "chat_template_kwargs")  # columns
 _ROWS_AT_ONCE = 512
 
 
@@ -75,7 +78,8 @@ def decode_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 (byte {error.start})") from None
     except (RecursionError, ValueError) as error:
-        raise DataError(f"not JSON: {error}") from None
+        advice = " (a record is a line, or all are one array)" if line.strip() == b"{" else ""
+        raise DataError(f"not JSON: {error}{advice}") from None
 
 
 def _path_rows(source: str | Path) -> Iterator[Row]:
@@ -85,11 +89,18 @@ def _path_rows(source: str | Path) -> Iterator[Row]:
     hub = _HUB_NAME.fullmatch(source) if isinstance(source, str) else None
     if hub and not path.exists() and not _DATA_FILE.fullmatch(path.name):
         return _hub_rows(hub[1], hub[2])
-    if path.suffix == ".parquet":
+    kind_of = _kind_of(path)
+    if kind_of == ".parquet":
         return _numbered(path, "Parquet file", lambda: _parquet_records(path))
-    if {".csv", ".tsv"} & set(path.suffixes[-2:]):
-        return _numbered(path, "table", lambda: _table_records(path))
+    if kind_of in (".csv", ".tsv"):
+        return _numbered(path, "table", lambda: _table_records(path, kind_of))
     return _line_rows(path)
+
+
+def _kind_of(path: Path) -> str:
+    """The suffix that tells what a file holds, whatever packs it."""
+    packed = path.suffix.lower() in _PACKED
+    return (Path(path.stem) if packed else path).suffix.lower()
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
@@ -121,11 +132,11 @@ def _array_rows(path: Path, text: bytes) -> Iterator[Row]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         # zstandard, fsspec and pandas take a truncated file for one that ends there; this does not.
         name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
         return required_package(name, path).open(path)
-    return _PACKED.get(path.suffix, open)(path, "rb")
+    return _PACKED.get(path.suffix.lower(), open)(path, "rb")
 
 
 def _numbered(
@@ -159,26 +170,32 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _table_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Cells are text, or the JSON list or object that they hold; an empty cell is absent."""
-    pandas = required_package("pandas", path)
-    separator = "\t" if ".tsv" in path.suffixes else ","
-    with _open(path) as file:
-        tables = pandas.read_csv(
-            file, sep=separator, dtype=str, keep_default_na=False, chunksize=_ROWS_AT_ONCE
-        )
-        for table in tables:
-            for record in table.to_dict("records"):
-                yield {key: _cell(value) for key, value in record.items() if value != ""}
+def _table_records(path: Path, kind_of: str) -> Iterator[dict[str, Any]]:
+    """Cells are text, or JSON where that is a list, a message or options; empty ones are absent."""
+    csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than some dialogues
+    with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        table = csv.DictReader(text, delimiter="\t" if kind_of == ".tsv" else ",", strict=True)
+        for record in table:
+            surplus = [cell for cell in record.pop(None, None) or () if cell]
+            missing = [name for name, cell in record.items() if cell is None]
+            if surplus or missing:
+                raise DataError(
+                    f"{path}:{table.line_num}: a row must have a cell for each of the "
+                    f"{len(table.fieldnames)} columns, got "
+                    + (f"{surplus!r:.80} beyond them" if surplus else f"none for {missing[0]!r}")
+                )
+            yield {name: _cell(name, cell) for name, cell in record.items() if cell}
 
 
-def _cell(value: str) -> Any:
-    if value.lstrip()[:1] in ("[", "{"):
+def _cell(name: str, cell: str) -> Any:
+    if cell.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            value = json.loads(cell)
         except ValueError:
-            pass  # text that begins with a bracket
-    return value
+            return cell  # text that begins with a bracket
+        if isinstance(value, list) or {"role", "from"} & value.keys() or name in _OBJECTS:
+            return value
+    return cell
 
 
 def _folder_rows(path: Path) -> Iterator[Row]:

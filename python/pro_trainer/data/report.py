@@ -89,6 +89,11 @@ class DataReport:
         self._add(ranked, -1)
         self.dropped[why] += 1
 
+    def recount(self, ranked: RankedList, fewer: RankedList) -> None:
+        """A list that was counted as kept lost some of its candidates."""
+        self._add(ranked, -1)
+        self._add(fewer, 1)
+
     def bad_line(self, message: str) -> None:
         """Count a malformed record; the first few messages are kept to be shown."""
         self.bad_lines += 1

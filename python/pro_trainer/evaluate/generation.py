@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -51,16 +52,16 @@ def generate_answers(
         raise ValueError("no lists to answer the prompts of")
     best = [_best(candidates.rewards) for candidates in lists]
     prompts = [x.prompts[min(i, len(x.prompts) - 1)] for x, i in zip(lists, best, strict=True)]
+    asked = [replace(x, prompts=(prompt,)) for x, prompt in zip(lists, prompts, strict=True)]
     completions = [x.completions[i] for x, i in zip(lists, best, strict=True)]
     made = sample(
         model,
         encoder.tokenizer,
-        prompts,
+        asked,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         batch_size=batch_size,
         max_prompt_length=max_prompt_length,
-        given=[candidates.template for candidates in lists],
         encoder=encoder,
     )
     answers = [texts[0] for texts in made]
@@ -74,9 +75,8 @@ def generate_answers(
     }
     if reward_model is not None:
         reward_model.model.to(next(model.parameters()).device)
-        given = [candidates.template for candidates in lists]
-        rewards = reward_model.score(prompts, answers, given)
-        of_best = reward_model.score(prompts, completions, given)
+        rewards = reward_model.score(asked, answers)
+        of_best = reward_model.score(asked, completions)
         for name, values in (("reward", rewards), ("best_completion_reward", of_best)):
             found[name] = math.fsum(values) / len(values)
             for row, value in zip(rows, values, strict=True):

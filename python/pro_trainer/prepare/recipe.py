@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +17,9 @@ from torch import nn
 
 from pro_trainer.data.choose import choose
 from pro_trainer.data.fields import Text
-from pro_trainer.data.formats import RankedList
+from pro_trainer.data.formats import RankedList, is_transcript
 from pro_trainer.prepare.sampling import prompt_limit, sample
 from pro_trainer.text.encode import Encoder
-from pro_trainer.text.template import is_transcript
 
 if TYPE_CHECKING:
     from pro_trainer.prepare.scoring import RewardModel
@@ -61,7 +60,7 @@ class Pool:
     sources: list[str]
     rewards: list[float] | None
     chosen: int
-    template: Mapping[str, Any] = field(default_factory=dict)
+    ranked: RankedList
     samples: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     texts_cut: int = 0
 
@@ -74,7 +73,7 @@ class Pool:
             chosen = 0 if rewards is None else rewards.index(max(rewards))
         sources = [DATA] * len(ranked.completions)
         completions = list(ranked.completions)
-        return cls(ranked.prompts[0], completions, sources, rewards, chosen, ranked.template)
+        return cls(ranked.prompts[0], completions, sources, rewards, chosen, ranked)
 
     def extend(self, texts: Sequence[str], source: str) -> None:
         """Add samples that are neither empty nor there already (white space around aside)."""
@@ -137,7 +136,7 @@ class Recipe:
         samples = sample(
             model,
             encoder.tokenizer,
-            [pool.prompt for pool in pools],
+            [pool.ranked for pool in pools],
             num_samples=options.num_samples,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
@@ -146,22 +145,21 @@ class Recipe:
             batch_size=options.batch_size,
             stop_strings=options.stop_strings,
             max_prompt_length=options.max_prompt_length,
-            given=[pool.template for pool in pools],
             encoder=encoder,
         )
         limit = prompt_limit(model, options.max_new_tokens, options.max_prompt_length)
         for pool, texts in zip(pools, samples, strict=True):
-            if is_transcript(pool.prompt) and encoder.writer.under_template([pool.prompt]):
+            if is_transcript(pool.prompt) and encoder.writer.under_template(pool.ranked):
                 texts = [f" {text.strip()}" for text in texts]  # as replies of transcripts begin
             pool.extend(texts, generator.name)
-            _, cut = encoder.prompt(pool.prompt, pool.template, limit)
+            _, cut = encoder.prompt(pool.ranked, limit)
             pool.samples[generator.name]["prompts_cut"] += cut is not None
 
     def _score(self, pools: Sequence[Pool], reward_model: RewardModel) -> None:
         texts = []
         for pool in pools:
             for completion in pool.completions:
-                ids, cut = reward_model.encode(pool.prompt, completion, pool.template)
+                ids, cut = reward_model.encode(pool.ranked, completion)
                 texts.append(ids)
                 pool.texts_cut += cut
         scores = iter(reward_model.score_ids(texts))
@@ -185,7 +183,7 @@ class Recipe:
         }
         if rewards is None:
             del record["rewards"]
-        template = dict(pool.template)
+        template = dict(pool.ranked.template)
         if tools := template.pop("tools", None):
             record["tools"] = tools
         if template:

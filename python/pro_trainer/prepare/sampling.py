@@ -14,14 +14,15 @@ Shapes: S sequences of one batch, V vocabulary, T new tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from pro_trainer.data.fields import Message
+from pro_trainer.data.fields import Text
+from pro_trainer.data.formats import RankedList
 from pro_trainer.models import causal_lm
 from pro_trainer.prepare.draws import StopAtText, TokenPicker, decode, token_uniforms
 from pro_trainer.text.encode import Encoder
@@ -35,7 +36,7 @@ _CONTEXT_TOKENS = 16  # of the prompt, decoded with the new tokens so that these
 def sample(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Sequence[Message]],
+    prompts: Sequence[Text | RankedList],
     *,
     num_samples: int = 1,
     max_new_tokens: int = 128,
@@ -46,7 +47,6 @@ def sample(
     batch_size: int = 16,
     stop_strings: Sequence[str] = (),
     max_prompt_length: int | None = None,
-    given: Sequence[Mapping[str, Any]] | None = None,
     encoder: Encoder | None = None,
 ) -> list[list[str]]:
     """``num_samples`` continuations of every prompt: the new text only, up to EOS.
@@ -56,7 +56,8 @@ def sample(
     Args:
         model: causal LM, PEFT-wrapped or not, on its device.
         tokenizer: its tokenizer; neither a pad nor an EOS token is needed.
-        prompts: strings or messages, which ``encoder`` makes ids of.
+        prompts: strings, messages or lists (of which the first prompt), which ``encoder`` makes
+            ids of.
         num_samples: continuations a prompt.
         max_new_tokens: most tokens of one.
         temperature: divides the logits, > 0.
@@ -67,7 +68,6 @@ def sample(
         stop_strings: a continuation ends before the first of these.
         max_prompt_length: tokens, to which a longer prompt is cut as in training. Default: what
             the model's context leaves.
-        given: of each prompt, ``tools`` and other keywords for the chat template.
         encoder: of the tokenizer. Default: one with the default options.
 
     Raises:
@@ -82,10 +82,7 @@ def sample(
     lm = causal_lm(model)
     limit = prompt_limit(lm, max_new_tokens, max_prompt_length)
     encoder = encoder or Encoder(tokenizer)
-    encoded = [
-        encoder.prompt(prompt, more, limit)[0]
-        for prompt, more in zip(prompts, given or [{}] * len(prompts), strict=True)
-    ]
+    encoded = [encoder.prompt(prompt, limit)[0] for prompt in prompts]
     uniforms = None
     if do_sample:
         draws = [token_uniforms(seed, num_samples, max_new_tokens) for seed in seeds]

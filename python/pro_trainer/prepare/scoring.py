@@ -8,12 +8,13 @@ Shapes: S texts of one batch, padded to T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pro_trainer.data.fields import Text
+from pro_trainer.data.formats import RankedList
 from pro_trainer.models import first_line, load_tokenizer, quiet
 from pro_trainer.text.encode import Encoder
 from pro_trainer.text.options import ListOptions
@@ -117,9 +118,8 @@ class RewardModel:
 
     def score(
         self,
-        prompts: Sequence[Text],
+        prompts: Sequence[Text | RankedList],
         completions: Sequence[Text],
-        given: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[float]:
         """One score for each prompt with its completion.
 
@@ -132,17 +132,15 @@ class RewardModel:
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-        texts = zip(prompts, completions, given or [{}] * len(prompts), strict=True)
+        texts = zip(prompts, completions, strict=True)
         return self.score_ids([self.encode(*text)[0] for text in texts])
 
-    def encode(
-        self, prompt: Text, completion: Text, given: Mapping[str, Any] | None = None
-    ) -> tuple[list[int], bool]:
-        """Token ids of one text, and whether it was cut to fit ``max_length``.
+    def encode(self, prompt: Text | RankedList, completion: Text) -> tuple[list[int], bool]:
+        """Token ids of one text, and whether the beginning of its prompt went to fit.
 
-        The beginning of the prompt goes; ``given``: ``tools`` and other keywords for the template.
+        ``prompt``: a text, or the list that the completion is of.
         """
-        ids, cut = self.encoder.text(prompt, completion, given, room=self.max_length)
+        ids, cut = self.encoder.text(prompt, completion, room=self.max_length)
         self.truncated += cut is not None
         return ids, cut is not None
 

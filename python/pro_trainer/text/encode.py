@@ -22,14 +22,16 @@ Legend: ``n`` candidates.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pro_trainer.data.fields import DataError, Text
 from pro_trainer.data.formats import RankedList
+from pro_trainer.data.lists import best_first, select
 from pro_trainer.data.report import DataReport
 from pro_trainer.text.options import ListOptions
 from pro_trainer.text.template import Writer, shorter_prompts
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MERGED = "completions tokenised apart, for tokens merge across the prompt's end"
-RENDERED = "prompts that end where the chat template writes them alike with a reply and without one"
+RENDERED = (
+    "prompts that end before what the chat template writes for generation, which no reply follows"
+)
 _LISTS_AT_ONCE = 64  # fast tokenizers take texts in batches, on all cores
 _TAIL = 8  # tokens in which white space behind an end token is looked for
 
@@ -75,7 +79,12 @@ class _Pieces:
     prompts: list[str]
     whole: list[str]
     completions: list[str]
-    chat: bool  # written by the chat template
+    beyond: list[str] | None  # what the template ends a prompt with that no reply begins with
+
+    @property
+    def chat(self) -> bool:
+        """Whether the chat template wrote them."""
+        return self.beyond is not None
 
 
 class Encoder:
@@ -119,55 +128,54 @@ class Encoder:
     # ---- single texts
 
     def prompt(
-        self, prompt: Text, given: Mapping[str, Any] | None = None, room: int | None = None
+        self, prompt: Text | RankedList, room: int | None = None
     ) -> tuple[list[int], str | None]:
         """Ids to continue from, at most ``room``, and what was cut off.
 
-        ``given``: ``tools`` and other keywords for the chat template.
+        ``prompt``: a text, or the (first) prompt of a list, written as the list would be.
 
         Raises:
             ValueError: messages without a chat template or that it refuses, an empty prompt and no
                 token to start with, or a template that does not fit ``room``.
         """
-        ranked = RankedList((prompt,), (), template=given or {}, where="a prompt")
-        chat = self.writer.under_template([prompt], ranked.where)
-        return self._within(
-            room, self._source(prompt, chat), chat, lambda s: self._prompt_ids(s, ranked, chat)
-        )
+        ranked = _as_list(prompt)
+        chat = self.writer.under_template(ranked)
+        source = self._source(ranked.prompts[0], chat)
+        return self._within(room, source, chat, lambda s: self._prompt_ids(s, ranked, chat))
 
     def text(
-        self,
-        prompt: Text,
-        completion: Text,
-        given: Mapping[str, Any] | None = None,
-        room: int | None = None,
+        self, prompt: Text | RankedList, completion: Text, room: int | None = None
     ) -> tuple[list[int], str | None]:
         """Ids of prompt and completion as a reward model reads them, with its own special tokens.
+
+        ``prompt``: as in ``prompt``; what a list's completions hold decides for all of them.
 
         Raises:
             TypeError: a string as prompt and messages as completion.
             ValueError: as ``prompt``.
         """
-        if isinstance(prompt, str) and not isinstance(completion, str):
+        ranked = _as_list(prompt, completion)
+        source, literal = ranked.prompts[0], self.options.split_special_tokens
+        if isinstance(source, str) and not isinstance(completion, str):
             raise TypeError("a prompt that is a string needs a completion that is one")
-        ranked = RankedList((prompt,), (completion,), template=given or {}, where="a text")
-        chat = self.writer.under_template([prompt, completion], ranked.where)
+        chat = self.writer.under_template(ranked)
 
         def ids_of(source: Text) -> list[int]:
             if chat:
                 return self._one_bos(self.writer.ids([self._whole(ranked, source, completion)])[0])
-            return self._one_bos(list(self.tokenizer(source + completion).input_ids))
+            split = {"split_special_tokens": True} if literal else {}
+            return self._one_bos(list(self.tokenizer(source + completion, **split).input_ids))
 
-        return self._within(room, self._source(prompt, chat), chat, ids_of)
+        return self._within(room, self._source(source, chat), chat, ids_of)
 
     def _within(
         self, room: int | None, source: Text, chat: bool, ids_of: Callable[[Text], list[int]]
     ) -> tuple[list[int], str | None]:
         with _refusals("the prompt"):
             ids = ids_of(source)
-            if room is None or len(ids) <= room:
-                return ids, None
-            cut = self._shorten(source, ids, room, chat, ids_of)
+        if room is None or len(ids) <= room:
+            return ids, None
+        cut = self._shorten(source, ids, room, chat, ids_of)
         if cut is None:
             raise ValueError(
                 f"the chat template alone takes more than the {room} tokens that there are"
@@ -199,12 +207,11 @@ class Encoder:
 
     def _pieces(self, ranked: RankedList) -> _Pieces | None:
         """The texts to tokenise; None, counted, where the chat template refuses them."""
-        texts = [*ranked.prompts, *ranked.completions]
-        chat = self.writer.under_template(texts, ranked.where)
+        chat = self.writer.under_template(ranked)
         owners = ranked.prompts * (1 if len(ranked.prompts) > 1 else len(ranked.completions))
         if not chat:
             whole = [p + c for p, c in zip(owners, ranked.completions, strict=True)]
-            return _Pieces(ranked, list(ranked.prompts), whole, list(ranked.completions), False)
+            return _Pieces(ranked, list(ranked.prompts), whole, list(ranked.completions), None)
         try:
             with _refusals(ranked.where):
                 prompts = [
@@ -221,12 +228,15 @@ class Encoder:
             return None
         n = len(whole)
         places = [0] * n if len(prompts) == 1 else range(n)
+        beyond = [""] * len(prompts)
         for place, text in zip(places, whole, strict=True):
             if not text.startswith(prompts[place]):
-                prompts[place] = commonprefix([prompts[place], text])
+                common = commonprefix([prompts[place], text])
+                beyond[place] = prompts[place][len(common) :] + beyond[place]
+                prompts[place] = common
                 self.report.notes[RENDERED] += 1
         completions = [t[len(prompts[i]) :] for i, t in zip(places, whole, strict=True)]
-        return _Pieces(ranked, prompts, whole, completions, True)
+        return _Pieces(ranked, prompts, whole, completions, beyond)
 
     def _source(self, prompt: Text, chat: bool) -> Text:
         """What is written of a prompt: messages under the template, else the string."""
@@ -245,8 +255,10 @@ class Encoder:
         turns = (*self.writer.turns(prompt), *self.writer.reply(completion))
         return self.writer.write(turns, ranked.template, from_strings=_of_strings(ranked))
 
-    def _prompt_ids(self, source: Text, ranked: RankedList, chat: bool) -> list[int]:
-        text = self._prompt_text(source, ranked, chat)
+    def _prompt_ids(
+        self, source: Text, ranked: RankedList, chat: bool, beyond: str = ""
+    ) -> list[int]:
+        text = self._prompt_text(source, ranked, chat).removesuffix(beyond)
         return self._with_front(self.writer.ids([text], chat)[0], ranked, chat)
 
     def _split(
@@ -326,19 +338,27 @@ class Encoder:
         if not all(completions):
             return self._drop(ranked, "a completion has no tokens")
         ends = [self._with_end(ids, p.chat) for ids in completions]
+        if len(prompts) == 1 and len(kept := _first_of_each(ranked, ends)) < len(ends):
+            if len(kept) < 2:
+                return self._drop(ranked, "completions equal as token ids")
+            self.report.dropped_completions["equals a better one as token ids"] += len(ends) - len(
+                kept
+            )
+            fewer = select(ranked, kept)
+            self.report.recount(ranked, fewer)
+            ranked, ends = fewer, [ends[i] for i in kept]
         whole_prompts = [self._with_front(ids, ranked, p.chat) for ids in prompts]
         kept, said = [], []
         for i, ids in enumerate(whole_prompts):
             own = ends if len(prompts) == 1 else [ends[i]]
             room = options.prompt_room(max(map(len, own)))
             if len(ids) > room:
+                beyond = p.beyond[i] if p.beyond else ""
+                ids_of = functools.partial(
+                    self._prompt_ids, ranked=ranked, chat=p.chat, beyond=beyond
+                )
                 source = self._source(ranked.prompts[i], p.chat)
-
-                def ids_of(source: Text) -> list[int]:
-                    return self._prompt_ids(source, ranked, p.chat)
-
-                with _refusals(ranked.where):
-                    shorter = self._shorten(source, ids, room, p.chat, ids_of)
+                shorter = self._shorten(source, ids, room, p.chat, ids_of)
                 if shorter is None:
                     return self._drop(ranked, "the chat template alone does not fit max_length")
                 ids, lost = shorter
@@ -378,16 +398,23 @@ class Encoder:
 
         ``ids``: of ``source``, of which ``ids_of`` makes them.
         """
+        from jinja2 import TemplateError
+
         lost, keep_end = "", self.options.truncation_mode == "keep_end"
-        for fewer in shorter_prompts(source) if chat or keep_end else ():
-            source, lost = fewer
-            ids = ids_of(source)
+        for fewer, gone in shorter_prompts(source) if chat or keep_end else ():
+            try:
+                shorter = ids_of(fewer)
+            except (TemplateError, TypeError, ValueError):
+                continue  # the template wants what went, the system's turn perhaps
+            if len(shorter) >= len(ids):
+                continue  # the template wrote a system's turn of its own, a longer one
+            source, ids, lost = fewer, shorter, gone
             if len(ids) <= room:
                 return ids, lost
         lost = f"{lost} and " if lost else ""
         side = "first" if keep_end else "last"
         if chat:
-            found = self._cut_last_turn(source, ids, room, ids_of)
+            found = self._cut_texts(source, ids, room, ids_of)
             if found is None:
                 return None
             return found[0], f"{lost}the {side} {found[1]} tokens of its last turn"
@@ -396,24 +423,27 @@ class Encoder:
         kept = rest[len(rest) - left :] if keep_end else rest[:left]
         return front + kept, f"{lost}its {side} {len(rest) - left} tokens of {len(ids)}"
 
-    def _cut_last_turn(
+    def _cut_texts(
         self, messages: Text, ids: list[int], room: int, ids_of: Callable[[Text], list[int]]
     ) -> tuple[list[int], int] | None:
-        """The same chat, the last message of the user cut, and how many tokens it lost."""
-        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
-        content = self.writer.ids([messages[last]["content"]])[0]
-        left = len(content) - (len(ids) - room)
-        while left > 0:
-            keep_end = self.options.truncation_mode == "keep_end"
-            part = content[-left:] if keep_end else content[:left]
-            # A cut may leave half a character.
-            text = self.tokenizer.decode(part, clean_up_tokenization_spaces=False).strip("\ufffd")
-            shorter = [*messages]
-            shorter[last] = messages[last] | {"content": text}
-            ids = ids_of(tuple(shorter))
+        """The same messages with less text in the longest, and how many tokens went."""
+        keep_end = self.options.truncation_mode == "keep_end"
+        messages, gone = [*messages], 0
+        contents = self.writer.tokenize([m["content"] for m in messages], literal=True)
+        places = [i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")]
+        for place in sorted(places, key=lambda i: -len(contents[i])):
+            content = contents[place]
+            left = len(content)
+            while len(ids) > room and left:
+                left = max(0, left - (len(ids) - room))
+                part = content[len(content) - left :] if keep_end else content[:left]
+                text = self.tokenizer.decode(part, clean_up_tokenization_spaces=False)
+                # A cut may leave half a character.
+                messages[place] = messages[place] | {"content": text.strip("\ufffd")}
+                ids = ids_of(tuple(messages))
+            gone += len(content) - left
             if len(ids) <= room:
-                return ids, len(content) - left
-            left -= len(ids) - room
+                return ids, gone
         return None
 
     def _drop(self, ranked: RankedList, why: str) -> None:
@@ -427,8 +457,25 @@ def _refusals(where: str) -> Iterator[None]:
 
     try:
         yield
-    except (TemplateError, TypeError) as error:
+    except DataError:
+        raise
+    except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"{where}: the chat template refuses the conversation: {error}") from None
+
+
+def _as_list(prompt: Text | RankedList, completion: Text | None = None) -> RankedList:
+    """A list of this prompt, and of this completion where it is no list."""
+    if isinstance(prompt, RankedList):
+        return prompt
+    return RankedList((prompt,), () if completion is None else (completion,), where="a prompt")
+
+
+def _first_of_each(ranked: RankedList, ends: Sequence[list[int]]) -> list[int]:
+    """Indices of the best of each group of completions with equal ids."""
+    first: dict[tuple[int, ...], int] = {}
+    for i in best_first(ranked):
+        first.setdefault(tuple(ends[i]), i)
+    return sorted(first.values())
 
 
 def _of_strings(ranked: RankedList) -> bool:

@@ -13,19 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pro_trainer.data.fields import DataError, Message, Text
-from pro_trainer.data.formats import HUMAN
+from pro_trainer.data.formats import HUMAN, RankedList, is_transcript, turns
 from pro_trainer.data.report import DataReport
 from pro_trainer.text.options import ListOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
-_TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
 _TRIES = 16  # conversations, as templates take some keys in some turns only
-_SPELLED = "\ue000{}\ue001"  # stands for a control token that a text spells out
-_SPELLED_OUT = re.compile("\ue000(\\d+)\ue001")
+# Around the number of a control token that a text spells out, or of a mark that it holds itself.
+_MARKS = ("\ue000", "\ue001")
+_SPELLED_OUT = re.compile("{}(\\d+){}".format(*_MARKS))
 
 
 class Writer:
@@ -43,19 +41,20 @@ class Writer:
         added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
         known = {*tokenizer.all_special_tokens, *added} - {""}
         self.control = sorted(known, key=len, reverse=True)
+        self._spelled = [*self.control, *_MARKS]
         self.control_ids = set(tokenizer.convert_tokens_to_ids(self.control)) - {None}
         self._tries: Counter[str] = Counter()  # conversations in which a key was looked for
         self._any_control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
 
-    def under_template(self, texts: Sequence[Text], where: str = "") -> bool:
-        """Whether these texts of one list are written as turns of the chat template.
+    def under_template(self, ranked: RankedList) -> bool:
+        """Whether the texts of a list are written as turns of the chat template.
 
         Raises:
             DataError: messages, and no template or ``chat_template="off"``.
         """
         mode, literal = self.options.chat_template, self.options.split_special_tokens
-        messages = not isinstance(texts[0], str)
-        control = sum(self._holds_control(text) for text in texts)
+        messages = not isinstance(ranked.prompts[0], str)
+        control = sum(self._any_control.search(text) is not None for text in self._inner(ranked))
         if control:
             parsed = literal is False or (literal is None and not messages)
             taken = "control tokens" if parsed else "ordinary text"
@@ -65,9 +64,9 @@ class Writer:
                 "chat_template='off' rules out"
                 if self._template
                 else f"{_name(self.tokenizer)} lacks: set tokenizer.chat_template (a jinja "
-                "template), or give prompts and completions as strings"
+                "template), or give prompts and completions as strings, without a system text"
             )
-            raise DataError(f"{where}: a conversation needs a chat template, which {why}")
+            raise DataError(f"{ranked.where}: a conversation needs a chat template, which {why}")
         if messages or mode == "off" or not self._template:
             return messages
         if mode == "auto" and control and not literal:
@@ -76,36 +75,37 @@ class Writer:
         self.report.notes["lists whose strings are written as turns of the chat template"] += 1
         return True
 
-    def turns(self, prompt: Text) -> tuple[Message, ...]:
-        """A prompt as messages: of the speakers of an HH-RLHF transcript, else of the user."""
-        if not isinstance(prompt, str):
-            return prompt
+    def _inner(self, ranked: RankedList) -> list[str]:
+        """All there is to read of each text, without a BOS before it or an EOS behind it."""
+        texts = [self._without_bos(p) for p in ranked.prompts]
+        texts += [self._without_eos(c) for c in ranked.completions]
+        return [x if isinstance(x, str) else " ".join(_strings(x)) for x in texts]
+
+    def _without_bos(self, prompt: Text) -> Text:
         bos = self.tokenizer.bos_token
-        while bos and prompt.startswith(bos):
+        while bos and isinstance(prompt, str) and prompt.startswith(bos):
             prompt = prompt.removeprefix(bos)
-        if not is_transcript(prompt):
-            return ({"role": "user", "content": prompt},)
-        parts = _TURN.split(prompt)[1:-2]  # but for the last Assistant:
-        messages: list[Message] = []
-        for speaker, said in zip(parts[::2], parts[1::2], strict=True):
-            role, said = _ROLES[speaker], said.strip()
-            if (
-                messages and messages[-1]["role"] == role
-            ):  # some speak twice, which templates refuse
-                messages[-1]["content"] += f"\n\n{said}"
-            else:
-                messages.append({"role": role, "content": said})
-        return tuple(messages)
+        return prompt
+
+    def _without_eos(self, completion: Text) -> Text:
+        eos = self.tokenizer.eos_token
+        if not isinstance(completion, str):
+            *before, last = completion
+            return (*before, last | {"content": self._without_eos(last["content"])})
+        while eos and completion.rstrip().endswith(eos):
+            completion = completion.rstrip().removesuffix(eos)
+        return completion
+
+    def turns(self, prompt: Text) -> tuple[Message, ...]:
+        """A prompt as messages."""
+        return turns(self._without_bos(prompt)) if isinstance(prompt, str) else prompt
 
     def reply(self, completion: Text) -> tuple[Message, ...]:
         """A completion as messages; the template ends the turn, so an EOS at its end goes."""
-        if not isinstance(completion, str):
-            return completion
-        eos = self.tokenizer.eos_token
-        text = completion.strip()
-        while eos and text.endswith(eos):
-            text = text.removesuffix(eos).rstrip()
-        return ({"role": "assistant", "content": text},)
+        completion = self._without_eos(completion)
+        if isinstance(completion, str):
+            return ({"role": "assistant", "content": completion.strip()},)
+        return completion
 
     def write(
         self,
@@ -127,12 +127,15 @@ class Writer:
         Raises:
             jinja2.TemplateError: the template refuses them.
         """
+        from jinja2 import TemplateError
+
         literal = self.options.split_special_tokens
-        if literal or (literal is None and not from_strings):
-            messages = [
-                {key: self._spell(x) if key != "role" else x for key, x in message.items()}
-                for message in messages
-            ]
+        spelled = self._any_control if literal or (literal is None and not from_strings) else None
+        messages = [
+            {key: self._spell(x, spelled) if key != "role" else x for key, x in message.items()}
+            for message in messages
+        ]
+        given = {key: self._spell(x, spelled) for key, x in given.items()}
 
         def render(messages: Sequence[Message], given: Mapping[str, Any]) -> str:
             return self.tokenizer.apply_chat_template(
@@ -146,25 +149,31 @@ class Writer:
             self._tries[key] += 1
             without = [{k: x for k, x in message.items() if k != key} for message in messages]
             sentence = f"the chat template takes no {key!r}: the model does not see it"
-            if render(without, {k: x for k, x in given.items() if k != key}) == text:
-                self.report.once[sentence] = None
-            else:
+            try:
+                used = render(without, {k: x for k, x in given.items() if k != key}) != text
+            except (TemplateError, TypeError, ValueError):
+                used = True  # the template asks for it
+            if used:
                 self._tries[key] = _TRIES
                 self.report.once.pop(sentence, None)
+            else:
+                self.report.once[sentence] = None
         return text
 
     def ids(self, texts: Sequence[str], chat: bool = True) -> list[list[int]]:
-        """Token ids of texts, no special token added; ``chat``: the template wrote them."""
-        literal = bool(self.options.split_special_tokens and not chat)
-        plain = iter(self._tokenize([t for t in texts if "\ue000" not in t], literal))
-        return [self._spelled_ids(text) if "\ue000" in text else next(plain) for text in texts]
+        """Token ids of texts, no special token added; ``chat``: ``write`` made them."""
+        if not chat:
+            return self.tokenize(texts, literal=bool(self.options.split_special_tokens))
+        plain = iter(self.tokenize([t for t in texts if _MARKS[0] not in t]))
+        return [self._spelled_ids(text) if _MARKS[0] in text else next(plain) for text in texts]
 
-    def _tokenize(self, texts: list[str], literal: bool) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str], literal: bool = False) -> list[list[int]]:
+        """Ids of texts; ``literal``: control tokens split into ordinary ones."""
         if not texts:
             return []
         split = {"split_special_tokens": True} if literal else {}
         return self.tokenizer(
-            texts,
+            list(texts),
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -172,34 +181,43 @@ class Writer:
             **split,
         ).input_ids
 
-    def _spell(self, text: Any) -> Any:
-        """Text in which control tokens stand as ``_SPELLED``; what is no text as it is."""
-        if not isinstance(text, str):
-            return text
-        return self._any_control.sub(lambda m: _SPELLED.format(self.control.index(m[0])), text)
+    def _spell(self, value: Any, also: re.Pattern[str] | None) -> Any:
+        """A value whose texts hold marks for the marks, and for what ``also`` matches."""
+        if isinstance(value, str):
+            value = re.sub("|".join(_MARKS), self._mark, value)
+            return also.sub(self._mark, value) if also else value
+        if isinstance(value, Mapping):
+            return {key: self._spell(x, also) for key, x in value.items()}
+        return [self._spell(x, also) for x in value] if isinstance(value, (list, tuple)) else value
+
+    def _mark(self, match: re.Match[str]) -> str:
+        return f"{_MARKS[0]}{self._spelled.index(match[0])}{_MARKS[1]}"
 
     def _spelled_ids(self, text: str) -> list[int]:
-        """Ids of a text of ``_spell``: what lies between two control tokens is ordinary text."""
+        """Ids of a text with marks: what lies between two control tokens is ordinary text."""
         found: list[int] = []
         at = 0
         for match in [*self._any_control.finditer(text), None]:
             between = text[at : match.start() if match else None]
             if between:
-                between = _SPELLED_OUT.sub(lambda m: self.control[int(m[1])], between)
-                found += self._tokenize([between], literal=True)[0]
+                between = _SPELLED_OUT.sub(lambda m: self._spelled[int(m[1])], between)
+                found += self.tokenize([between], literal=True)[0]
             if match:
                 found.append(self.tokenizer.convert_tokens_to_ids(match[0]))
                 at = match.end()
         return found
 
-    def _holds_control(self, text: Text) -> bool:
-        contents = (text,) if isinstance(text, str) else [message["content"] for message in text]
-        return any(self._any_control.search(content) for content in contents)
 
-
-def is_transcript(prompt: Text) -> bool:
-    """Whether a prompt is a dialogue as HH-RLHF writes it, up to the assistant's next turn."""
-    return isinstance(prompt, str) and _TRANSCRIPT.fullmatch(prompt) is not None
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a value but roles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, x in value.items():
+            yield from _strings(x) if key != "role" else ()
+    elif isinstance(value, (list, tuple)):
+        for x in value:
+            yield from _strings(x)
 
 
 def shorter_prompts(prompt: Text) -> Iterator[tuple[Text, str]]:
