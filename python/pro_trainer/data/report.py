@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pro_trainer.data.formats import RankedList
 
 _SHOWN_BAD_LINES = 5
-_EXACT_BITS = 10
 
 
-@dataclass
-class LengthHistogram:
-    """Counts of lengths in tokens: exact below 1024, to 10 leading bits (0.2 %) above."""
-
-    counts: Counter[int] = field(default_factory=Counter)
-    longest: int = 0
-
-    def add(self, length: int) -> None:
-        """Count one length."""
-        shift = max(0, length.bit_length() - _EXACT_BITS)
-        self.counts[length >> shift << shift] += 1
-        self.longest = max(self.longest, length)
+class Lengths(Counter[int]):
+    """Counts of lengths in tokens."""
 
     def summary(self) -> dict[str, int] | None:
         """Least, median, 95th percentile and greatest length; None where nothing was counted."""
-        if not self.counts:
+        if not self:
             return None
+        order = sorted(self)
+        below = list(itertools.accumulate(self[length] for length in order))
+        shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
         return {
-            "min": min(self.counts),
-            "median": self.quantile(0.5),
-            "p95": self.quantile(0.95),
-            "max": self.longest,
+            name: order[bisect.bisect_left(below, max(1, share * below[-1]))]
+            for name, share in shares.items()
         }
-
-    def quantile(self, share: float) -> int:
-        """The least length that at least ``share`` of all lengths do not exceed."""
-        needed = share * self.counts.total()
-        below = 0
-        for length in sorted(self.counts):
-            below += self.counts[length]
-            if below >= needed:
-                return length
-        raise ValueError("a quantile of no lengths")
 
 
 @dataclass
@@ -73,8 +55,8 @@ class DataReport:
     notes: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     once: dict[str, None] = field(default_factory=dict)
-    prompt_lengths: LengthHistogram = field(default_factory=LengthHistogram)
-    completion_lengths: LengthHistogram = field(default_factory=LengthHistogram)
+    prompt_lengths: Lengths = field(default_factory=Lengths)
+    completion_lengths: Lengths = field(default_factory=Lengths)
 
     def count(self, ranked: RankedList) -> None:
         """Count a list that is kept."""
@@ -146,26 +128,11 @@ class DataReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The same for JSON."""
-        return {
-            "records": self.records,
-            "formats": dict(self.formats),
-            "lists": self.lists,
-            "candidates": {str(n): count for n, count in sorted(self.candidates.items())},
-            "with_rewards": self.with_rewards,
-            "order_only": self.lists - self.with_rewards,
-            "tied": self.tied,
-            **self._lengths(),
-            "dropped": dict(self.dropped),
-            "dropped_completions": dict(self.dropped_completions),
-            "sft_marks_dropped": self.sft_marks_dropped,
-            "prompts_cut": self.prompts_cut,
-            "completions_cut": self.completions_cut,
-            "notes": dict(self.notes),
-            "once": list(self.once),
-            "unused_columns": dict(self.unused),
-            "bad_lines": self.bad_lines,
-            "bad_line_messages": list(self.bad_line_messages),
-        }
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        del found["prompt_lengths"], found["completion_lengths"]
+        found["candidates"] = {str(n): count for n, count in sorted(self.candidates.items())}
+        found["order_only"] = self.lists - self.with_rewards
+        return found | {"once": list(self.once)} | self._lengths()
 
     def _lengths(self) -> dict[str, dict[str, int] | None]:
         return {

@@ -376,10 +376,8 @@ class Encoder:
             return self._drop(ranked, "completions equal as token ids")
         self.report.prompts_cut += len(said)
         self.report.completions_cut += cut
-        for ids in whole_prompts:
-            self.report.prompt_lengths.add(len(ids))
-        for end in ends:
-            self.report.completion_lengths.add(len(end))
+        self.report.prompt_lengths.update(map(len, whole_prompts))
+        self.report.completion_lengths.update(map(len, ends))
         if cut:
             said.append(f"{cut} of {len(ends)} completions lost their end")
         rewards = None if ranked.rewards is None else list(ranked.rewards)
