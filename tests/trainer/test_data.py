@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from pro_trainer.data.formats import DataError, RankedList
+from pro_trainer.data.fields import DataError
 from pro_trainer.data.lists import DIFFERENT_CONTEXTS, read_lists, select
+from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport, Lengths
 from pro_trainer.text.options import ListOptions
 

@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="the trainer needs the 'train' extra"
 from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassification
 
 from pro_trainer.cli.evaluate import EvalArguments, evaluate_files
-from pro_trainer.data.formats import RankedList
+from pro_trainer.data.records import RankedList
 from pro_trainer.evaluate.generation import generate_answers
 from pro_trainer.evaluate.metrics import ranking_metrics
 from pro_trainer.evaluate.tables import cell, evaluation_report, markdown_table

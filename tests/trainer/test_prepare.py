@@ -17,8 +17,8 @@ from test_generation import TEMPLATE
 from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassification
 
 from pro_trainer.cli.prepare import PrepareArguments, prepare
-from pro_trainer.data.formats import RankedList
 from pro_trainer.data.lists import read_lists
+from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import tiny_llama
 from pro_trainer.prepare import recipe

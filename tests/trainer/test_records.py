@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pro_trainer.data.formats import DataError, RankedList, parse_record, split_transcript
+from pro_trainer.data.fields import DataError
+from pro_trainer.data.formats import parse_record
+from pro_trainer.data.records import RankedList
+from pro_trainer.data.transcripts import split_transcript
 
 GOOD = {"prompt": "p", "completions": ["a", "b"]}
 

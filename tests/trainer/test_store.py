@@ -17,7 +17,7 @@ import pytest
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 
-from pro_trainer.data.formats import DataError
+from pro_trainer.data.fields import DataError
 from pro_trainer.text.encode import TokenizedList
 from pro_trainer.text.options import ListOptions
 from pro_trainer.text.store import load_dataset, split_held_out, write_lists

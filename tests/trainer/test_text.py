@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pro_trainer.data.fields import DataError
-from pro_trainer.data.formats import RankedList, parse_record
+from pro_trainer.data.formats import parse_record
+from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.text import show
 from pro_trainer.text.encode import Encoder, TokenizedList

@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from pro_trainer.data.formats import DataError, RankedList
+from pro_trainer.data.fields import DataError
+from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.text.encode import MERGED, RENDERED, Encoder, TokenizedList
 from pro_trainer.text.options import ListOptions

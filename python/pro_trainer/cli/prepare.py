@@ -24,9 +24,9 @@ from typing import Any, Literal
 import torch
 
 import pro_kernels as pk
-from pro_trainer.data.formats import RankedList
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.options import DataOptions
+from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import ModelOptions, load
 from pro_trainer.options import check_choices, check_positive, option

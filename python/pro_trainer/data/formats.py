@@ -22,9 +22,8 @@ the user or system. ``system``, ``tools`` and ``chat_template_kwargs`` go with a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -41,9 +40,9 @@ from pro_trainer.data.fields import (
     as_tools,
     kind,
 )
+from pro_trainer.data.records import ParsedRecord, RankedList
+from pro_trainer.data.transcripts import ASSISTANT, HUMAN, is_transcript, split_transcript, turns
 
-ASSISTANT = "\n\nAssistant:"
-HUMAN = "\n\nHuman:"
 PROMPT = ("prompt", "instruction", "question", "query", "context", "messages", "conversations")
 COMPLETIONS = ("completions", "responses", "answers", "candidates")
 RANKINGS = ("rewards", "scores", "ranks", "order")
@@ -51,9 +50,6 @@ TEXT_OF_OBJECT = ("completion", "response", "text", "output", "answer", "generat
 REWARD_OF_OBJECT = ("reward", "score", "overall_score", "rating")
 SCORE_OF_PAIR = ("score_{}", "{}_score", "{}-score", "rating_{}", "{}_rating", "{}-rating",
                  "reward_{}", "{}_reward")  # fmt: skip
-_TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
-_TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PROMPT_ROLES = ("user", "system", "developer")
 _FORMS = (
     ("prompt", "completions", "rewards"),
@@ -62,46 +58,6 @@ _FORMS = (
     ("prefix", "suffix", "reward"),
 )
 _CONTRADICTS = "'rejected' has the higher score, so it ranks first"
-
-
-@dataclass(frozen=True)
-class RankedList:
-    """A prompt and its n ranked completions.
-
-    Attributes:
-        prompts: 1 (shared by all) or n (one a completion, where they answer different dialogues).
-        completions: n texts.
-        rewards: n finite numbers, higher is better; None: the completions stand best first.
-        sft_index: the completion that carries the SFT term; None: the best.
-        template: what the chat template is given beside the messages: ``tools`` and keywords.
-        where: file and line it came from, for messages; no part of its value.
-    """
-
-    prompts: tuple[Text, ...]
-    completions: tuple[Text, ...]
-    rewards: tuple[float, ...] | None = None
-    sft_index: int | None = None
-    template: Mapping[str, Any] = field(default_factory=dict)
-    where: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class ParsedRecord:
-    """What a record says, before empty, repeated and unranked candidates are taken out.
-
-    Attributes:
-        format: the name of its form, for the report.
-        content: the list, or why a well-formed record ranks nothing.
-        by_rank: whether the list's rewards are negated ranks, which do no more than order it.
-        unused: columns that nothing uses.
-        notes: what the report counts.
-    """
-
-    format: str
-    content: RankedList | str
-    by_rank: bool = False
-    unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 class Columns:
@@ -173,41 +129,6 @@ def parse_record(record: Any) -> ParsedRecord:
             template["tools"] = as_tools(tools, "tools")
         parsed = replace(parsed, content=replace(parsed.content, template=template))
     return replace(parsed, unused=tuple(columns.unused), notes=tuple(columns.notes))
-
-
-def split_transcript(transcript: str) -> tuple[str, str] | None:
-    """Context up to and with the last ``Assistant:``, and that reply, all its paragraphs.
-
-    None where the last turn is not the assistant's.
-    """
-    at = transcript.rfind(ASSISTANT)
-    if at < 0 or HUMAN in transcript[at:]:
-        return None
-    at += len(ASSISTANT)
-    return transcript[:at], transcript[at:]
-
-
-def is_transcript(prompt: Text) -> bool:
-    """Whether a prompt is a dialogue as HH-RLHF writes it, up to the assistant's next turn."""
-    return isinstance(prompt, str) and _TRANSCRIPT.fullmatch(prompt) is not None
-
-
-def turns(prompt: str) -> tuple[Message, ...]:
-    """A string as messages: of the speakers of a transcript, else of the user.
-
-    Who speaks twice in a row has one message: chat templates refuse two.
-    """
-    if not is_transcript(prompt):
-        return _message("user", prompt)
-    parts = _TURN.split(prompt)[1:-2]  # but for the last Assistant:
-    messages: list[Message] = []
-    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
-        role, said = _SPEAKERS[speaker], said.strip()
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += f"\n\n{said}"
-        else:
-            messages.append({"role": role, "content": said})
-    return tuple(messages)
 
 
 def _parse_list(columns: Columns) -> ParsedRecord:

@@ -22,9 +22,10 @@ import numpy as np
 
 from pro_trainer.data.choose import choose
 from pro_trainer.data.fields import DataError, Text, kind
-from pro_trainer.data.formats import ParsedRecord, RankedList, parse_record, shared
+from pro_trainer.data.formats import parse_record, shared
 from pro_trainer.data.options import DataOptions
 from pro_trainer.data.read import Source, decode_line, rows
+from pro_trainer.data.records import ParsedRecord, RankedList
 from pro_trainer.data.report import DataReport
 
 DIFFERENT_CONTEXTS = "candidates answer different dialogues"

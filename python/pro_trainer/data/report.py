@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pro_trainer.data.formats import RankedList
+from pro_trainer.data.records import RankedList
 
 _SHOWN_BAD_LINES = 5
 

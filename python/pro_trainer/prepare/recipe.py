@@ -17,7 +17,8 @@ from torch import nn
 
 from pro_trainer.data.choose import choose
 from pro_trainer.data.fields import Text
-from pro_trainer.data.formats import RankedList, is_transcript
+from pro_trainer.data.records import RankedList
+from pro_trainer.data.transcripts import is_transcript
 from pro_trainer.prepare.sampling import prompt_limit, sample
 from pro_trainer.text.encode import Encoder
 

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from pro_trainer.data.fields import Text
-from pro_trainer.data.formats import RankedList
+from pro_trainer.data.records import RankedList
 from pro_trainer.models import causal_lm
 from pro_trainer.prepare.draws import StopAtText, TokenPicker, decode, token_uniforms
 from pro_trainer.text.encode import Encoder

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pro_trainer.data.fields import Text
-from pro_trainer.data.formats import RankedList
+from pro_trainer.data.records import RankedList
 from pro_trainer.models import first_line, load_tokenizer, quiet
 from pro_trainer.text.encode import Encoder
 from pro_trainer.text.options import ListOptions

@@ -10,12 +10,6 @@ that puts it there. One EOS at the end of a completion, appended or its own. A c
 its turns itself; white space that it writes behind the end token is left out, since a model that
 stops there never writes it.
 
-Length: nothing is cut where prompt and completion fit ``max_length`` together. Else the prompt is
-cut to what the longest completion of its list leaves, but not below half of ``max_length``
-(``max_prompt_length`` sets its length instead), and completions keep their beginning, without EOS.
-A chat loses whole turns, the oldest first, then the system's, and only then text of its last turn,
-so that what remains is a well-formed chat. Other prompts lose their start (or end).
-
 Legend: ``n`` candidates.
 """
 
@@ -30,11 +24,12 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from pro_trainer.data.fields import DataError, Text
-from pro_trainer.data.formats import RankedList
 from pro_trainer.data.lists import best_first, select
+from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
+from pro_trainer.text.cut import cut_prompt
 from pro_trainer.text.options import ListOptions
-from pro_trainer.text.template import Writer, shorter_prompts
+from pro_trainer.text.template import Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,7 +170,7 @@ class Encoder:
             ids = ids_of(source)
         if room is None or len(ids) <= room:
             return ids, None
-        cut = self._shorten(source, ids, room, chat, ids_of)
+        cut = cut_prompt(source, ids, room, ids_of, self.writer, chat, self.front)
         if cut is None:
             raise ValueError(
                 f"the chat template alone takes more than the {room} tokens that there are"
@@ -358,7 +353,7 @@ class Encoder:
                     self._prompt_ids, ranked=ranked, chat=p.chat, beyond=beyond
                 )
                 source = self._source(ranked.prompts[i], p.chat)
-                shorter = self._shorten(source, ids, room, p.chat, ids_of)
+                shorter = cut_prompt(source, ids, room, ids_of, self.writer, p.chat, self.front)
                 if shorter is None:
                     return self._drop(ranked, "the chat template alone does not fit max_length")
                 ids, lost = shorter
@@ -383,66 +378,6 @@ class Encoder:
         rewards = None if ranked.rewards is None else list(ranked.rewards)
         sentence = "; ".join(said) or None
         return TokenizedList(kept, kept_ends, rewards, ranked.sft_index, sentence)
-
-    def _shorten(
-        self,
-        source: Text,
-        ids: list[int],
-        room: int,
-        chat: bool,
-        ids_of: Callable[[Text], list[int]],
-    ) -> tuple[list[int], str] | None:
-        """A prompt cut to ``room``, and what it lost; None where the template does not fit.
-
-        ``ids``: of ``source``, of which ``ids_of`` makes them.
-        """
-        from jinja2 import TemplateError
-
-        lost, keep_end = "", self.options.truncation_mode == "keep_end"
-        for fewer, gone in shorter_prompts(source) if chat or keep_end else ():
-            try:
-                shorter = ids_of(fewer)
-            except (TemplateError, TypeError, ValueError):
-                continue  # the template wants what went, the system's turn perhaps
-            if len(shorter) >= len(ids):
-                continue  # the template wrote a system's turn of its own, a longer one
-            source, ids, lost = fewer, shorter, gone
-            if len(ids) <= room:
-                return ids, lost
-        lost = f"{lost} and " if lost else ""
-        side = "first" if keep_end else "last"
-        if chat:
-            found = self._cut_texts(source, ids, room, ids_of)
-            if found is None:
-                return None
-            return found[0], f"{lost}the {side} {found[1]} tokens of its last turn"
-        front = self.front if ids[: len(self.front)] == self.front else []
-        rest, left = ids[len(front) :], max(0, room - len(front))
-        kept = rest[len(rest) - left :] if keep_end else rest[:left]
-        return front + kept, f"{lost}its {side} {len(rest) - left} tokens of {len(ids)}"
-
-    def _cut_texts(
-        self, messages: Text, ids: list[int], room: int, ids_of: Callable[[Text], list[int]]
-    ) -> tuple[list[int], int] | None:
-        """The same messages with less text in the longest, and how many tokens went."""
-        keep_end = self.options.truncation_mode == "keep_end"
-        messages, gone = [*messages], 0
-        contents = self.writer.tokenize([m["content"] for m in messages], literal=True)
-        places = [i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")]
-        for place in sorted(places, key=lambda i: -len(contents[i])):
-            content = contents[place]
-            left = len(content)
-            while len(ids) > room and left:
-                left = max(0, left - (len(ids) - room))
-                part = content[len(content) - left :] if keep_end else content[:left]
-                text = self.tokenizer.decode(part, clean_up_tokenization_spaces=False)
-                # A cut may leave half a character.
-                messages[place] = messages[place] | {"content": text.strip("\ufffd")}
-                ids = ids_of(tuple(messages))
-            gone += len(content) - left
-            if len(ids) <= room:
-                return ids, gone
-        return None
 
     def _drop(self, ranked: RankedList, why: str) -> None:
         self.report.uncount(ranked, why)

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pro_trainer.data.fields import DataError, Message, Text
-from pro_trainer.data.formats import HUMAN, RankedList, is_transcript, turns
+from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
+from pro_trainer.data.transcripts import turns
 from pro_trainer.text.options import ListOptions
 
 if TYPE_CHECKING:
@@ -218,31 +219,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for x in value:
             yield from _strings(x)
-
-
-def shorter_prompts(prompt: Text) -> Iterator[tuple[Text, str]]:
-    """The prompt without its oldest turns, one more at a time, and what is gone.
-
-    A turn is what the user says and what is answered. Of messages the system's go after all turns
-    but the last, which stays.
-    """
-    if isinstance(prompt, str):
-        turns = prompt.split(HUMAN) if is_transcript(prompt) else [prompt]
-        turns = [HUMAN + turn for turn in turns[1:]] if turns[0].strip() == "" else turns
-        for gone in range(1, len(turns)):
-            yield "".join(turns[gone:]), _turns(gone)
-        return
-    start = next((i for i, m in enumerate(prompt) if m["role"] not in ("system", "developer")), 0)
-    users = [i for i in range(start + 1, len(prompt)) if prompt[i]["role"] == "user"]
-    for gone, first in enumerate(users, 1):
-        yield (*prompt[:start], *prompt[first:]), _turns(gone)
-    if start:
-        first, gone = (users[-1], _turns(len(users)) + " and ") if users else (start, "")
-        yield prompt[first:], f"{gone}the system's turn"
-
-
-def _turns(count: int) -> str:
-    return f"its {count} oldest turns" if count > 1 else "its oldest turn"
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

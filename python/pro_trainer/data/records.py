@@ -1,0 +1,49 @@
+"""What is known of a record: the ranked list it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pro_trainer.data.fields import Text
+
+
+@dataclass(frozen=True)
+class RankedList:
+    """A prompt and its n ranked completions.
+
+    Attributes:
+        prompts: 1 (shared by all) or n (one a completion, where they answer different dialogues).
+        completions: n texts.
+        rewards: n finite numbers, higher is better; None: the completions stand best first.
+        sft_index: the completion that carries the SFT term; None: the best.
+        template: what the chat template is given beside the messages: ``tools`` and keywords.
+        where: file and line it came from, for messages; no part of its value.
+    """
+
+    prompts: tuple[Text, ...]
+    completions: tuple[Text, ...]
+    rewards: tuple[float, ...] | None = None
+    sft_index: int | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class ParsedRecord:
+    """What a record says, before empty, repeated and unranked candidates are taken out.
+
+    Attributes:
+        format: the name of its form, for the report.
+        content: the list, or why a well-formed record ranks nothing.
+        by_rank: whether the list's rewards are negated ranks, which do no more than order it.
+        unused: columns that nothing uses.
+        notes: what the report counts.
+    """
+
+    format: str
+    content: RankedList | str
+    by_rank: bool = False
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
