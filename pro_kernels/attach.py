@@ -124,7 +124,8 @@ class OpenModel:
     """A causal LM taken apart before its LM head, for a loss of one's own.
 
     The model's own forward runs, as under ``attach``, and builds no logits; ``loss_of`` gets what
-    the head would multiply. The model itself is left as it is.
+    the head would multiply. The model keeps its forward, and everything else but that its
+    ``loss_function`` is looked up once.
 
         head = pk.OpenModel(model)
         out = head.run(loss_of, input_ids=ids, attention_mask=mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pro_trainer.options import option
 
@@ -89,10 +90,10 @@ def load(
     with quiet():
         try:
             kind = AutoModelForCausalLM
-            if not Path(path, "adapter_config.json").exists():
-                config = AutoConfig.from_pretrained(path, **how)
+            with contextlib.suppress(OSError, ValueError):  # what is wrong, loading says
+                config = type(AutoConfig.from_pretrained(_base(path), **how))
                 both = AutoModelForImageTextToText._model_mapping
-                if type(config) in both and type(config) not in kind._model_mapping:
+                if config in both and config not in kind._model_mapping:
                     kind = AutoModelForImageTextToText
             model, info = kind.from_pretrained(
                 path,
@@ -111,8 +112,34 @@ def load(
                 "model saved without its LM head cannot be trained or scored"
             )
         tokenizer = load_tokenizer(options.tokenizer or path, options.trust_remote_code)
+    for module in model.modules() if options.load_in_4bit else ():
+        # bitsandbytes packs CPU weights at the first call without gradients, and no gradient passes
+        # through packed ones.
+        module.support_avx512bf16_for_cpu = False
     check_vocabulary(model, tokenizer)
     return model, tokenizer
+
+
+def _base(path: str) -> str:
+    """The model that adapters in a folder (or of a hub name) are for; else the path itself."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    file = find_adapter_config_file(path)
+    return path if file is None else json.loads(Path(file).read_text())["base_model_name_or_path"]
+
+
+def check_causal(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Raise ValueError where a later token moves what is predicted before it; ids (1, T)."""
+    other = input_ids.clone()
+    other[:, -1] = (other[:, -1] - 1).abs()
+    with evaluating(model), torch.no_grad():
+        pair = [model(input_ids=ids, use_cache=False).logits for ids in (input_ids, other)]
+    here, there = (logits[:, :-1].float() for logits in pair)
+    if not (here - there).norm() <= 0.01 * here.norm():
+        raise ValueError(
+            f"{type(model).__name__} attends to later tokens, so its log-probs of an answer would "
+            "know the answer; a causal language model is needed"
+        )
 
 
 def different_ends(tokenizer: PreTrainedTokenizerBase, *configs: Any) -> str | None:
@@ -152,7 +179,8 @@ def ends_of_folder(
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError where the tokenizer has more tokens than the model."""
     head = causal_lm(model).get_output_embeddings()
-    rows = getattr(getattr(head, "weight", None), "shape", [math.inf])[0]
+    weight = getattr(head, "weight", None)
+    rows = getattr(weight, "ds_shape", getattr(weight, "shape", [math.inf]))[0]  # ds: ZeRO-3
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the LM head of "

@@ -49,13 +49,13 @@ def test_gemma_has_one_bos(gemma):
 
 def test_smollm_has_one_eos_and_a_template_for_strings(smollm):
     records = [
-        {"prompt": "Hi", "completions": ["Hello<|im_end|>", "Go"]},
+        {"prompt": "Hi<|im_end|>", "completions": ["Hello<|im_end|>", "Go"]},
         {"prompt": "Hi", "completions": ["Hello", "Go"]},
     ]
     found, report, tokenizer = dataset(smollm, records)
     for row in found:
         assert all(ids.count(2) == 1 and ids[-1] == 2 for ids in row["completions"])
-    assert tokenizer.decode(found[0]["prompts"][0]) == "Hi"
+    assert tokenizer.decode(found[0]["prompts"][0]) == "Hi<|im_end|>"
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False,
                                          add_generation_prompt=True)  # fmt: skip
     assert tokenizer.decode(found[1]["prompts"][0]) == chat

@@ -138,3 +138,17 @@ def test_quantised_weights_need_adapters_and_bitsandbytes(model, write_lines, ca
     assert "load_in_4bit and load_in_8bit were both given" in capsys.readouterr().err
     assert commands.train(argv) == 2
     assert "quantised weights cannot be trained themselves" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_named_takes_no_options_of_the_runs_own(
+    model, write_lines, tmp_path, capsys
+):
+    data, out = write_lines(*RECORDS), str(tmp_path / "run")
+    train = ["--model", model, "--data", data, "--loss_type", "simpo", "--loss_kwargs",
+             '{"beta": 1.5}', "--max_steps", "1", "--output_dir", out,
+             "--max_length", "200"]  # fmt: skip
+    assert commands.train(train) == 0
+    argv = ["--model", out, "--data", data, "--output_dir", str(tmp_path / "eval")]
+    assert commands.evaluate([*argv, "--loss-type=pro"]) == 0
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())["options"]
+    assert (found["loss_type"], found["loss_kwargs"], found["max_length"]) == ("pro", {}, 200)

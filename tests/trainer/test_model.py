@@ -188,6 +188,10 @@ def with_images(name: str):
         text = transformers.LlamaConfig(**TEXT)
         vision = transformers.CLIPVisionConfig(**VISION, projection_dim=16)
         more = {"vision_config": vision, "image_token_index": 258}
+    elif name == "PaliGemma":
+        text = {**TEXT, "model_type": "gemma"}
+        more = {"vision_config": {**VISION, "model_type": "siglip_vision_model"}}
+        more |= {"image_token_index": 258, "projection_dim": 16}
     else:
         rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
         text = TEXT | {"rope_parameters": rope}
@@ -215,3 +219,33 @@ def test_a_model_of_text_and_images_trains_on_text(name, tmp_path, tiny):
         trainer.train()
         found.append(losses(trainer))
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0][1] != found[0][0]
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="PaliGemma.* attends to later tokens"):
+        trainer_for(tmp_path, model=with_images("PaliGemma"))
+
+
+def test_packing_is_tried_before_it_is_used(tmp_path):
+    torch.manual_seed(0)
+    model = with_images("Qwen2_5_VL")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8 if weight.dim() == 2 else 1)
+    with pytest.raises(ValueError, match="cannot run packed sequences: its token log-probs differ"):
+        trainer_for(tmp_path, model=model, packing=True, prefix_sharing="off")
+
+
+def test_adapters_of_a_model_of_text_and_images_load_again(tmp_path, tiny):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = with_images("Llava")
+    base.save_pretrained(tmp_path / "base")
+    tiny[1].save_pretrained(tmp_path / "tokenizer")
+    model, _ = load(
+        str(tmp_path / "base"), how := ModelOptions(tokenizer=str(tmp_path / "tokenizer"))
+    )
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    assert type(load(str(tmp_path / "lora"), how)[0]).__name__ == "LlavaForConditionalGeneration"

@@ -373,3 +373,37 @@ def test_peft_models_share_unless_they_learn_a_prompt():
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
     )
     assert "tokens of its own before each row" in sharing_refusal(prompt)
+
+
+def test_the_check_puts_the_very_weights_back_and_falls_back_where_memory_ends(monkeypatch):
+    model = make("llama", dtype=torch.bfloat16)
+    before = {name: (x.data_ptr(), x.dtype) for name, x in model.state_dict().items()}
+    forward, seen = type(model).forward, []
+
+    def small(self, *args, **kwargs):
+        seen.append(self.dtype)
+        if self.dtype == torch.float32:
+            raise torch.OutOfMemoryError("no room for that")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", small)
+    check_sharing(model, lists(), PAD)
+    assert seen[0] == torch.float32 and set(seen[1:]) == {torch.bfloat16}
+    assert before == {name: (x.data_ptr(), x.dtype) for name, x in model.state_dict().items()}
+
+
+def test_the_check_goes_past_a_forward_that_turns_autocast_on():
+    model = make("llama", dtype=torch.float32)
+
+    def rounded(*args, **kwargs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return type(model).forward(model, *args, **kwargs)
+
+    model.forward = rounded  # as accelerate leaves it behind
+    check_sharing(model, lists(), PAD)
+
+
+def test_a_router_whose_loss_takes_another_mask_is_named():
+    model = make("llama", dtype=torch.float32)
+    model.config.output_router_logits = True
+    assert "auxiliary loss" in sharing_refusal(model) and packing_refusal(model) is None

@@ -65,6 +65,8 @@ def sharing_refusal(model: PreTrainedModel) -> str | None:
     reason = _row_refusal(model)
     if reason is not None:
         return reason
+    if getattr(config, "output_router_logits", False):
+        return "its router's auxiliary loss (output_router_logits) takes a mask of two dimensions"
     if getattr(config, "alibi", False):
         return "ALiBi biases go by the index in the row, not by position"
     if "local" in (getattr(config, "attention_layers", None) or ()):
@@ -106,26 +108,46 @@ def check_sharing(
     sample = [_shorten(feature) for feature in features[:_CHECKED_LISTS]]
     if not sample:
         raise ValueError(f"no list to check with whether {name} can {doing}")
-    padded = PROCollator(pad_token_id)(sample)
-    with evaluating(model), torch.no_grad(), _in_float32(model):
-        plain = _token_logps(model, padded)
-        with _last_bits_off(model):
-            rounding = _rms(_token_logps(model, padded) - plain)
-        try:
-            other = _token_logps(model, PROCollator(pad_token_id, form=form)(sample))
-        except Exception as error:
-            raise ValueError(
-                f"{name} cannot {doing}: it fails with {type(error).__name__}: {error}"
-            ) from error
-        rounding = math.hypot(rounding, torch.finfo(model.dtype).eps * _rms(plain))
-        # Forms were measured at up to 1.1 of this, and the smallest faults at 1e4 of it in fp32.
-        allowed = rounding * (16 if model.dtype.itemsize >= 4 else 2)
+    try:
+        plain, other, allowed = _both(model, sample, pad_token_id, form, wide=True)
+    except torch.OutOfMemoryError:
+        plain, other, allowed = _both(model, sample, pad_token_id, form, wide=False)
+    except _Fails as error:
+        raise ValueError(f"{name} cannot {doing}: it fails with {error}") from error
     off = _rms(other - plain)
     if not off <= allowed:
         raise ValueError(
             f"{name} cannot {doing}: its token log-probs differ from those of the padded batch by "
             f"{off:.2g} (root mean square), and rounding accounts for {allowed:.2g}"
         )
+
+
+class _Fails(Exception):
+    """What a model raised in a form that it does not take."""
+
+
+def _both(
+    model: PreTrainedModel,
+    sample: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    form: str,
+    wide: bool,
+) -> tuple[Tensor, Tensor, float]:
+    """Log-probs of a padded batch and of the form, and by how much (rms) they may differ."""
+    padded = PROCollator(pad_token_id)(sample)
+    with evaluating(model), torch.no_grad(), _in_float32(model, wide):
+        plain = _token_logps(model, padded)
+        with _last_bits_off(model):
+            rounding = _rms(_token_logps(model, padded) - plain)
+        try:
+            other = _token_logps(model, PROCollator(pad_token_id, form=form)(sample))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise _Fails(f"{type(error).__name__}: {error}") from error
+        rounding = math.hypot(rounding, torch.finfo(model.dtype).eps * _rms(plain))
+        # In 16 bits the smallest planted faults are near rounding, in fp32 1000 times as large.
+        return plain, other, rounding * (16 if model.dtype.itemsize >= 4 else 2)
 
 
 def _row_refusal(model: PreTrainedModel) -> str | None:
@@ -156,7 +178,10 @@ def _token_logps(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
     device = next(model.parameters()).device
     layout = batch["layout"].to(device)
     tensors = {key: x.to(device) for key, x in batch.items() if isinstance(x, Tensor)}
-    logits = model(**model_inputs(tensors, model), use_cache=False).logits
+    with torch.autocast(device.type, enabled=False):
+        # Past a forward on the instance: accelerate leaves one there that turns autocast on.
+        out = type(model).forward(model, **model_inputs(tensors, model), use_cache=False)
+    logits = out.logits
     logits = logits.reshape(layout.num_rows, -1)[layout.rows]
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return -torch.nn.functional.cross_entropy(wide, layout.targets, reduction="none")
@@ -173,26 +198,28 @@ def _shorten(feature: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Weights of 16 bits as fp32, and afterwards as they were, to the last bit.
+def _in_float32(model: PreTrainedModel, wide: bool) -> Iterator[None]:
+    """Weights of 16 bits as fp32 where ``wide``; afterwards the very tensors that were there.
 
     Left as they are: quantised models, attention that takes 16 bits only, what does not fit.
     """
-    narrow = [x for x in (*model.parameters(), *model.buffers())
-              if x.is_floating_point() and x.dtype.itemsize == 2]  # fmt: skip
-    dtypes = [x.dtype for x in narrow]
-    own = model.config.get_text_config()._attn_implementation in IMPLEMENTATIONS
+    takes = model.config.get_text_config()._attn_implementation in IMPLEMENTATIONS
+    kept: list[tuple[Tensor, Tensor]] = []
 
     def put_back() -> None:
-        for x, dtype in zip(narrow, dtypes, strict=True):
-            x.data = x.data.to(dtype)
+        for x, narrow in kept:
+            x.data = narrow
+        kept.clear()
 
     try:
-        for x in narrow if own and not getattr(model, "is_quantized", False) else ():
-            x.data = x.data.float()
-    except torch.OutOfMemoryError:
-        put_back()
-    try:
+        if wide and takes and not getattr(model, "is_quantized", False):
+            try:
+                for x in (*model.parameters(), *model.buffers()):
+                    if x.is_floating_point() and x.dtype.itemsize == 2:
+                        kept.append((x, x.data))
+                        x.data = x.data.float()
+            except RuntimeError:  # of memory; a CPU's has no class of its own
+                put_back()
         yield
     finally:
         put_back()

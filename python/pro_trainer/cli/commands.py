@@ -166,11 +166,14 @@ def run_flags(flags: Sequence[str]) -> list[str]:
         raise ValueError(f"{file} must hold the options of a run, got {run!r:.80}")
     names = {f.name for kind in (ListOptions, LossOptions) for f in fields(kind)}
     options = {name: run[name] for name in names & run.keys() if run[name] is not None}
-    if options.get("loss_type") in NEEDS_REFERENCE and not known.ref_model:
+    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
+    if "loss_type" in given:  # what belongs to the run's own loss goes with it
+        own = ("loss_type", "loss_kwargs", "compat")
+        options = {name: x for name, x in options.items() if name not in own}
+    elif options.get("loss_type") in NEEDS_REFERENCE and not known.ref_model:
         print(f"the loss of the run, {options['loss_type']}, needs --ref_model; pro is reported")
         options = {name: x for name, x in options.items() if not name.startswith("loss_")}
     defaults = {f.name: f.default for kind in (ListOptions, LossOptions) for f in fields(kind)}
-    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
     taken = [
         f"{name} {value}" for name, value in sorted(options.items())
         if value != defaults[name] and name not in given and value != {}

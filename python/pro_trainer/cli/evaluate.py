@@ -103,6 +103,11 @@ def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
     _check_reference(arguments, config)
     reward_model = _reward_model(arguments)
     model, tokenizer = load(arguments.model, arguments)
+    if getattr(model, "is_quantized", False) and not getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{arguments.model}: load_in_4bit and load_in_8bit are for adapters, as train saves "
+            "them; evaluate a whole model without"
+        )
     ref_model = None
     if arguments.ref_model:
         same_tokenizer = replace(arguments, tokenizer=arguments.tokenizer or arguments.model)

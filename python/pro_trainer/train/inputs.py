@@ -10,7 +10,7 @@ from torch import nn
 
 from pro_trainer.batch.collate import PROCollator
 from pro_trainer.batch.cost import SharingCost
-from pro_trainer.batch.prefix import check_sharing, packing_refusal
+from pro_trainer.batch.prefix import check_sharing
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import causal_lm, pad_id
 from pro_trainer.text.store import load_dataset
@@ -112,11 +112,11 @@ def make_collator(
     """The collator for ``args``; whether the model can share prefixes is tried on ``example``.
 
     Raises:
-        ValueError: ``prefix_sharing="on"`` with a model that cannot.
+        ValueError: ``prefix_sharing="on"`` or ``packing`` with a model that cannot.
     """
     pad = pad_id(tokenizer)
-    if args.packing and (reason := packing_refusal(model)):
-        raise ValueError(f"packing: {reason}")
+    if args.packing:
+        check_sharing(model, [example], pad, form="packed")
     reason = None
     if args.prefix_sharing != "off":
         reason = _why_not_shared(model, example, pad)

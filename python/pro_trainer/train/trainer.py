@@ -34,6 +34,7 @@ from pro_trainer.batch.sampler import dealt
 from pro_trainer.errors import TrainingError
 from pro_trainer.models import (
     causal_lm,
+    check_causal,
     check_vocabulary,
     different_ends,
     disable_dropout,
@@ -146,6 +147,7 @@ class PROTrainer(Trainer):
             ids = torch.tensor([example["prompts"][0] + example["completions"][0]])
             some = ids[:, :_TRIED_TOKENS].to(lm.device)
             self._opened = pk.OpenModel(model, example={"input_ids": some})
+            check_causal(lm, some)
             collator = make_collator(lm, processing_class, args, example)
         said = different_ends(processing_class, lm.generation_config, lm.config)
         if said and args.should_log:
