@@ -109,9 +109,10 @@ def check_sharing(
     if not sample:
         raise ValueError(f"no list to check with whether {name} can {doing}")
     try:
-        plain, other, allowed = _both(model, sample, pad_token_id, form, wide=True)
-    except torch.OutOfMemoryError:
-        plain, other, allowed = _both(model, sample, pad_token_id, form, wide=False)
+        try:
+            plain, other, allowed = _both(model, sample, pad_token_id, form, wide=True)
+        except torch.OutOfMemoryError:
+            plain, other, allowed = _both(model, sample, pad_token_id, form, wide=False)
     except _Fails as error:
         raise ValueError(f"{name} cannot {doing}: it fails with {error}") from error
     off = _rms(other - plain)
