@@ -38,13 +38,6 @@ def kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def required(record: Mapping[str, Any], key: str) -> Any:
-    """The value of a key that must be there and not null."""
-    if record.get(key) is None:
-        raise DataError(f"'{key}' is missing")
-    return record[key]
-
-
 def as_list(value: Any, name: str) -> list[Any]:
     """A list as it comes from JSON, Arrow or NumPy."""
     value = value.tolist() if hasattr(value, "tolist") else value

@@ -154,7 +154,8 @@ def _numbered(
 
 
 def _unreadable(name: str | Path, what: str, unit: str, number: int, error: Exception) -> DataError:
-    packed = f"{Path(name).suffix[1:]} {what}" if Path(name).suffix in _PACKED else what
+    suffix = Path(name).suffix.lower()
+    packed = f"{suffix[1:]} {what}" if suffix in _PACKED else what
     if isinstance(error, EOFError):
         return DataError(f"{name}: the {packed} breaks off after {unit} {number}")
     if code := getattr(error, "errno", None):
