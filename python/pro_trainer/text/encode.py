@@ -150,7 +150,7 @@ class Encoder:
             ValueError: as ``prompt``.
         """
         ranked = _as_list(prompt, completion)
-        source, literal = ranked.prompts[0], self.options.split_special_tokens
+        source, literal = ranked.prompts[0], bool(self.options.split_special_tokens)
         if isinstance(source, str) and not isinstance(completion, str):
             raise TypeError("a prompt that is a string needs a completion that is one")
         chat = self.writer.under_template(ranked)
@@ -158,8 +158,8 @@ class Encoder:
         def ids_of(source: Text) -> list[int]:
             if chat:
                 return self._one_bos(self.writer.ids([self._whole(ranked, source, completion)])[0])
-            split = {"split_special_tokens": True} if literal else {}
-            return self._one_bos(list(self.tokenizer(source + completion, **split).input_ids))
+            whole = [source + completion]
+            return self._one_bos(self.writer.tokenize(whole, literal=literal, special=True)[0])
 
         return self._within(room, self._source(source, chat), chat, ids_of)
 

@@ -168,14 +168,20 @@ class Writer:
         plain = iter(self.tokenize([t for t in texts if _MARKS[0] not in t]))
         return [self._spelled_ids(text) if _MARKS[0] in text else next(plain) for text in texts]
 
-    def tokenize(self, texts: Sequence[str], literal: bool = False) -> list[list[int]]:
-        """Ids of texts; ``literal``: control tokens split into ordinary ones."""
+    def tokenize(
+        self, texts: Sequence[str], literal: bool = False, special: bool = False
+    ) -> list[list[int]]:
+        """Ids of texts.
+
+        ``literal``: control tokens split into ordinary ones; ``special``: with the tokenizer's own
+        special tokens around.
+        """
         if not texts:
             return []
         split = {"split_special_tokens": True} if literal else {}
         return self.tokenizer(
             list(texts),
-            add_special_tokens=False,
+            add_special_tokens=special,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
