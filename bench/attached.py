@@ -21,19 +21,19 @@ from torch import Tensor, nn
 
 import pro_kernels as pk
 from bench.peers import require
-from bench.record import Record, facts, load
+from bench.record import Record, facts
 from bench.step import Refused, Step
-from bench.tables import update_block
 from bench.timing import Timer, paired, quartiles
 from pro_kernels.integrations.trl import accelerate_trl, restore_trl
 
 BLOCK = "attached"
 FOLDER = Path(__file__).resolve().parent / "results" / "attached"
 PROMPTS, CANDIDATES, LENGTH, MASKED = 4, 2, 128, 0.6
+ROUNDS = 7
 HEADS = ((896, 151936), (1024, 32000))
 
 
-def run(path: Path, rounds: int = 7, log: Callable[[str], None] = print) -> dict:
+def run(path: Path, rounds: int = ROUNDS, log: Callable[[str], None] = print) -> dict:
     """Measure into the JSON file ``path``; returns its content."""
     record = Record(path, {**facts(torch.device("cpu"), rounds=rounds), "benchmark": "attached"})
     for width, vocab in HEADS:
@@ -168,24 +168,18 @@ def _row(name: str, sides: dict[str, Step], rounds: int, wanted: str) -> dict:
     }
 
 
-def write(results: Path, page: Path) -> None:
-    """Update a page's block from a results file."""
-    update_block(page, block(load(results)), BLOCK)
-
-
-def block(data: dict) -> str:
+def blocks(data: dict, _: dict[str, str]) -> dict[str, str]:
     """The table, and where it was measured."""
-    return "\n".join(
-        [
-            f"{data['machine']}; torch {data['versions']['torch']}, trl {data['versions']['trl']}; "
-            f"commit {data['commit']}; bf16, {PROMPTS * CANDIDATES} rows of {LENGTH}, "
-            f"{MASKED:.0%} not scored. `python -m bench --attached`.",
-            "",
-            "| forward + backward | without, s | with, s | ratio | target | losses |",
-            "|---|---|---|---|---|---|",
-            *(_cells(row) for row in data["results"]),
-        ]
-    )
+    lines = [
+        f"{data['machine']}; torch {data['versions']['torch']}, trl {data['versions']['trl']}; "
+        f"commit {(data['commit'] or 'unknown')[:12]}; {data['date'][:10]}; bf16, "
+        f"{PROMPTS * CANDIDATES} rows of {LENGTH}, {MASKED:.0%} not scored.",
+        "",
+        "| forward + backward | without, s | with, s | ratio | target | losses |",
+        "|---|---|---|---|---|---|",
+        *(_cells(row) for row in data["results"]),
+    ]
+    return {BLOCK: "\n".join(lines)}
 
 
 def _cells(row: dict) -> str:

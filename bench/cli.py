@@ -41,10 +41,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.gpu:
             seconds = gpu.SECONDS if args.seconds is None else args.seconds
             return gpu.main(args.out, seconds, tuple(args.parts), tuple(args.backends))
-        if args.filter:
-            return _filter(args)
-        if args.attached:
-            return _attached(args)
         if args.compare is not None:
             return _compare(args)
         if args.list:
@@ -60,6 +56,12 @@ def main(argv: list[str] | None = None) -> int:
         for page_ in args.update:
             if not page_.is_file():
                 raise ValueError(f"--update: no file {page_}")
+        if args.filter or args.attached:
+            module = filtering if args.filter else attached
+            results = (args.out or module.FOLDER) / "results.json"
+            module.run(results, args.repeats or module.ROUNDS)
+            _write(results, args.update)
+            return 0
         return _measure(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -144,26 +146,6 @@ def _compare(args: argparse.Namespace) -> int:
     text, worse = compare(*args.compare, threshold=args.threshold)
     print(text)
     return 1 if worse else 0
-
-
-def _filter(args: argparse.Namespace) -> int:
-    folder = args.out or filtering.FOLDER
-    if args.report is None:
-        filtering.run(folder / "results.json", args.repeats or 5)
-    page_ = args.update[0] if args.update else None
-    for path in filtering.write(args.report or folder / "results.json", page_):
-        print(f"wrote {path}")
-    return 0
-
-
-def _attached(args: argparse.Namespace) -> int:
-    folder = args.out or attached.FOLDER
-    if args.report is None:
-        attached.run(folder / "results.json", args.repeats or 7)
-    for page_ in args.update:
-        attached.write(args.report or folder / "results.json", page_)
-        print(f"wrote {page_}")
-    return 0
 
 
 def _model(again: bool) -> int:

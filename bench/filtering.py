@@ -8,7 +8,6 @@ of ``GradFilter.error_bounds`` over the norm that the true gradient has at least
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +18,7 @@ from torch import Tensor
 
 import pro_kernels as pk
 from bench.peaked import Peaked, trained, zipf
-from bench.record import Record, facts, load
-from bench.tables import update_block
+from bench.record import Record, facts
 from pro_kernels import matmul
 
 BLOCK = "filter"
@@ -28,6 +26,7 @@ TAUS = tuple(2.0**-k for k in range(4, 13))
 ERROR = 2.0**-8  # certified error that the table picks the fastest run for
 SIZES = {"zipf": (4, 4, 128, 1024, 32000), "trained": (4, 4, 128, 1024, 32000)}
 FOLDER = Path(__file__).resolve().parent / "results" / "filter"
+ROUNDS = 5
 _STEPS = 60
 _HEAD = (
     "| distribution | mean top-1 | tau | columns kept | of the dense floor | of no filter | "
@@ -35,7 +34,7 @@ _HEAD = (
 )
 
 
-def run(path: Path, rounds: int = 5, log: Callable[[str], None] = print) -> dict:
+def run(path: Path, rounds: int = ROUNDS, log: Callable[[str], None] = print) -> dict:
     """Measure both batches into the JSON file ``path``; returns its content."""
     record = Record(path, {**facts(torch.device("cpu"), rounds=rounds), "benchmark": "filter"})
     for make in (lambda: zipf(*SIZES["zipf"]), lambda: trained(*SIZES["trained"], steps=_STEPS)):
@@ -86,27 +85,10 @@ def measure(batch: Peaked, taus: tuple[float, ...], rounds: int) -> list[dict]:
     return rows
 
 
-def write(results: Path, readme: Path | None = None) -> list[Path]:
-    """Write ``report.md`` and the plot beside a results file; update README's block if given."""
-    data, folder = load(results), results.parent
-    try:
-        images = draw(data, folder)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        images = []
-    page = folder / "report.md"
-    page.write_text(report(data, images))
-    if readme is not None:
-        link = os.path.relpath(folder, readme.resolve().parent).replace(os.sep, "/")
-        update_block(readme, block(data, link), BLOCK)
-    return [page, *(folder / name for name in images)]
-
-
-def block(data: dict, link: str) -> str:
-    """What README shows: for each batch the fastest run within ``ERROR``."""
-    table = "\n".join([_HEAD, *(_cells(row) for row in best(data["results"]))])
-    return f"{table}\n\nAll points: [{link}/report.md]({link}/report.md)"
+def blocks(data: dict, _: dict[str, str]) -> dict[str, str]:
+    """What a page shows: for each batch the fastest run within ``ERROR``."""
+    where = f"{data['machine']}; torch {data['versions']['torch']}; {data['date'][:10]}."
+    return {BLOCK: "\n".join([where, "", _HEAD, *(_cells(row) for row in best(data["results"]))])}
 
 
 def best(rows: list[dict]) -> list[dict]:
@@ -118,7 +100,7 @@ def best(rows: list[dict]) -> list[dict]:
     return found
 
 
-def report(data: dict, images: list[str]) -> str:
+def full_report(data: dict, images: list[str]) -> str:
     """The whole table."""
     lines = [
         "# grad_filter: time against tau and error",

@@ -1,4 +1,4 @@
-"""From a results file, of either benchmark, to ``report.md`` and its plots, and into README.md.
+"""From a results file of any benchmark to its report, its plots and its blocks in a page.
 
 The same file always gives the same report.
 """
@@ -8,77 +8,70 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
-from bench import tables
+from bench import attached, filtering, tables
 from bench.gpu import tables as gpu_tables
 from bench.record import load
-from bench.targets import outcomes
 from bench.training import tables as training_tables
 
-GPU_RESULTS = Path(__file__).resolve().parent / "results" / "gpu" / "results.json"
+_BENCHMARKS = {
+    "attached": attached, "filter": filtering, "gpu": gpu_tables, "training": training_tables,
+}  # fmt: skip
 
 
 def write_report(results: Path, pages: Sequence[Path] = ()) -> list[Path]:
-    """Write ``report.md`` and PNGs beside a results file, and its blocks in these pages.
+    """Write the report and PNGs beside a results file, and its blocks in these pages.
 
-    Without matplotlib the report has no plots and says so. What a page gets is decided by the marks
-    it has: "bench" (targets and main table), "training", "measured" (ceilings and plots), "gpu". Of
-    ``gpu.json``, ``gpu.md`` is written, and the block "gpu-measured".
+    Without matplotlib the report has no plots and says so. A page gets the blocks that it has marks
+    for.
 
     Raises:
         ValueError: a page without a mark of this benchmark.
     """
-    data = load(results)
-    folder = results.parent
-    if data.get("benchmark") == "gpu":
-        report = folder / "gpu.md"
-        report.write_text(gpu_tables.report(data))
-        for page in pages:
-            tables.update_block(page, gpu_tables.summary(data), gpu_tables.BLOCK)
-        return [report]
-    training = data.get("benchmark") == "training"
-    images = _draw(data, folder, training)
-    text = (training_tables if training else tables).full_report(data, images or [])
-    if images is None:
-        text += "\nNo plots: matplotlib is not installed.\n"
-    report = folder / "report.md"
-    report.write_text(text)
+    data, folder = load(results), results.parent
+    images = _draw(data, folder)
+    written = [folder / name for name in images or []]
+    if (report := _report(data)) is not None:
+        text = _tables(data).full_report(data, images or [])
+        if images is None:
+            text += "\nNo plots: matplotlib is not installed.\n"
+        (folder / report).write_text(text)
+        written.insert(0, folder / report)
     for page in pages:
-        _update(page, data, folder, images or [], training)
-    return [report, *(folder / name for name in images or [])]
+        found = blocks(results, page)
+        present = [name for name in found if tables.marks(name)[0] in page.read_text()]
+        if not present:
+            raise ValueError(f"{page} must hold the marks of one of the blocks {list(found)}")
+        for name in present:
+            tables.update_block(page, found[name], name)
+    return written
 
 
-def _update(page: Path, data: dict, folder: Path, images: list[str], training: bool) -> None:
-    link = os.path.relpath(folder, page.resolve().parent).replace(os.sep, "/")
-    links = {name: f"{link}/{name}" for name in images}
-    more = f"\n\nAll numbers: [{link}/report.md]({link}/report.md)"
-    if training:
-        blocks = {training_tables.BLOCK: training_tables.summary(data, links.get("time.png"))}
-    else:
-        blocks = {
-            tables.BLOCK: tables.summary(data, links.get("time.png")),
-            tables.MEASURED: tables.details(data, links),
-        }
-    text = page.read_text()
-    present = {name: block for name, block in blocks.items() if tables.marks(name)[0] in text}
-    if not present:
-        raise ValueError(f"{page} must hold the marks of one of the blocks {list(blocks)}")
-    for name, block in present.items():
-        tables.update_block(page, block + more, name)
-    if tables.marks(tables.GPU)[0] in text:
-        tables.update_block(page, _gpu_block(), tables.GPU)
+def blocks(results: Path, page: Path) -> dict[str, str]:
+    """What stands between the marks of ``page``, by name; with the plots that are there."""
+    data, folder = load(results), results.parent
+    link = os.path.relpath(folder.resolve(), page.resolve().parent).replace(os.sep, "/")
+    found = _tables(data).blocks(data, {p.name: f"{link}/{p.name}" for p in folder.glob("*.png")})
+    report = _report(data)
+    more = "" if report is None else f"\n\n[All numbers]({link}/{report})"
+    return {name: text + more for name, text in found.items()}
 
 
-def _gpu_block() -> str:
-    """The targets on a GPU: from its results file where there is one."""
-    if not GPU_RESULTS.exists():
-        return tables.outcome_table(outcomes([], on_gpu=True))
-    data = load(GPU_RESULTS)
-    return tables.summary(data, None)
+def _tables(data: dict) -> ModuleType:
+    return _BENCHMARKS.get(data.get("benchmark"), tables)
 
 
-def _draw(data: dict, folder: Path, training: bool) -> list[str] | None:
+def _report(data: dict) -> str | None:
+    """The name of the report's file, None where the blocks say all."""
+    return {"attached": None, "gpu": "gpu.md"}.get(data.get("benchmark"), "report.md")
+
+
+def _draw(data: dict, folder: Path) -> list[str] | None:
     """File names of the plots, None without matplotlib."""
+    kind = data.get("benchmark")
+    if kind in ("attached", "gpu"):
+        return []
     try:
         from bench import curves, plots
         from bench.training import plots as training_plots
@@ -86,6 +79,8 @@ def _draw(data: dict, folder: Path, training: bool) -> list[str] | None:
         if error.name != "matplotlib":
             raise
         return None
-    if training:
+    if kind == "filter":
+        return filtering.draw(data, folder)
+    if kind == "training":
         return training_plots.draw_all(data, folder)
     return [*plots.draw_all(data, folder), *curves.draw_all(data, folder)]

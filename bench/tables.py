@@ -71,8 +71,16 @@ def full_report(data: dict, images: list[str]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
+def blocks(data: dict, links: dict[str, str]) -> dict[str, str]:
+    """What a page shows, by the names of its marks; ``links`` are plots and where they are."""
+    text = summary(data, links.get("time.png"))
+    if data["device"].startswith("cuda"):
+        return {GPU: text}
+    return {BLOCK: text, MEASURED: details(data, links)}
+
+
 def summary(data: dict, image: str | None) -> str:
-    """What goes between the marks of README.md: machine, targets, main table, plot."""
+    """Machine, targets, main table, plot."""
     parts = [header(data), f"Measured by `{command(data)}`.", "### Targets", targets_table(data)]
     parts += _upcast_note(data)
     main = [rows for rows in _cases(data["results"], "head").values() if is_main(rows[0])]
@@ -84,7 +92,7 @@ def summary(data: dict, image: str | None) -> str:
 
 
 def details(data: dict, links: dict[str, str]) -> str:
-    """What goes between the marks of docs/performance.md: ceilings, plots, the logits table."""
+    """Ceilings and plots."""
     parts = [header(data), f"Measured by `{command(data)}`.", ceilings_line(data)]
     for name in ("roofline.png", "memory-by-n.png", "errors.png", "entrances.png", "growth.png"):
         if name in links:
@@ -93,22 +101,22 @@ def details(data: dict, links: dict[str, str]) -> str:
 
 
 def marks(block: str) -> tuple[str, str]:
-    """What stands before and after a block of README.md."""
+    """What stands before and after a block of a page."""
     return f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
 
 
-def update_block(readme: Path, text: str, block: str = BLOCK) -> None:
+def update_block(page: Path, text: str, block: str) -> None:
     """Replace what stands between the two marks of a block.
 
     Raises:
         ValueError: the file does not hold each mark once, in order.
     """
     begin, end = marks(block)
-    old = readme.read_text()
+    old = page.read_text()
     if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
-        raise ValueError(f"{readme} must hold {begin} and, after it, {end}, once each")
+        raise ValueError(f"{page} must hold {begin} and, after it, {end}, once each")
     before, rest = old.split(begin)
-    readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def targets_table(data: dict) -> str:

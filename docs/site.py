@@ -1,4 +1,4 @@
-"""mkdocs hooks: formulas become MathML, so that readers download nothing; plots are added."""
+"""mkdocs hooks: formulas become MathML (readers download nothing), files outside are added."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).resolve().parent.parent
-_RESULTS = ("bench/results/cpu", "bench/results/gpu", "bench/results/scaling")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Add the committed reports and their plots, which lie outside ``docs``."""
-    for folder in _RESULTS:
-        for path in sorted((_ROOT / folder).iterdir()):
-            if path.suffix in (".md", ".png"):
-                name = path.relative_to(_ROOT).as_posix()
-                files.append(File.generated(config, name, abs_src_path=str(path)))
+    """Add what lies outside ``docs``: README.md as the first page, reports and their plots."""
+    home = (_ROOT / "README.md").read_text().replace("](docs/", "](")
+    files.append(File.generated(config, "index.md", content=home))
+    for pattern in ("CHANGELOG.md", "LICENSE", "bench/results/**/*.md", "bench/results/**/*.png"):
+        for path in sorted(_ROOT.glob(pattern)):
+            name = path.relative_to(_ROOT).as_posix()
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links to the reports, as they are within the site."""
-    for folder in _RESULTS:
-        markdown = markdown.replace(f"(../{folder}/", f"({folder}/")
-    return markdown
+    return markdown.replace("](../bench/results/", "](bench/results/")
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -40,6 +41,7 @@ from bench.providers import all_providers, ours_name, select  # noqa: E402
 from bench.step import Refused, backward_step  # noqa: E402
 
 pytest.importorskip("matplotlib")
+ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = tables.marks("bench")
 CPU = torch.device("cpu")
 PEERS = ("trl", "liger", "liger-ce", "cce", "quack", "quack-mean", "verl")
@@ -77,10 +79,10 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def test_tiny_preset_through_the_command_without_peers(tmp_path, no_peers, no_compile, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nstale text\n{END}\nafter\n")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nstale text\n{END}\nafter\n")
     out = tmp_path / "out"
-    arguments = ["--preset", "tiny", "--no-memory", "--out", str(out), "--update", str(readme)]
+    arguments = ["--preset", "tiny", "--no-memory", "--out", str(out), "--update", str(page)]
     assert main(arguments) == 0
 
     data = json.loads((out / "results.json").read_text())
@@ -113,7 +115,7 @@ def test_tiny_preset_through_the_command_without_peers(tmp_path, no_peers, no_co
     for image in ("time.png", "growth.png", "errors.png"):
         assert (out / image).read_bytes().startswith(b"\x89PNG")
         assert f"({image})" in text
-    new = readme.read_text()
+    new = page.read_text()
     assert new.startswith("before\n") and new.endswith("after\n") and "stale text" not in new
     assert data["machine"] in new and "(out/time.png)" in new
     assert "wrote" in capsys.readouterr().out
@@ -413,8 +415,8 @@ def test_peak_memory_is_that_of_the_step_and_freed_memory_is_not_hidden():
             print(memory.peak_extra_bytes(Step(run), torch.device("cpu"))[0] / size)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    root, env = Path(__file__).resolve().parent.parent, {**os.environ, **memory.CHILD_ENV}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True)
+    env = {**os.environ, **memory.CHILD_ENV}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     ratios = [float(x) for x in done.stdout.split()]
     assert len(ratios) == 2
     assert all(0.95 < x < 1.2 for x in ratios), ratios  # the kernel's count lags by some pages
@@ -473,10 +475,10 @@ def test_files_that_are_not_results_or_lack_the_marks(tmp_path, capsys):
     (tmp_path / "results.json").write_text("[]")
     assert main(["--report", str(tmp_path / "results.json")]) == 2
     assert "not a results file" in capsys.readouterr().err
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{END} {BEGIN}")
+    page = tmp_path / "page.md"
+    page.write_text(f"{END} {BEGIN}")
     with pytest.raises(ValueError, match="must hold"):
-        tables.update_block(readme, "text")
+        tables.update_block(page, "text", tables.BLOCK)
 
 
 @pytest.mark.parametrize("preset", NAMES)
@@ -518,13 +520,12 @@ def test_comparing_two_runs(tmp_path, capsys):
 
 def test_pytest_benchmark_saves_ratios_that_compare(tmp_path):
     saved = tmp_path / "saved.json"
-    root = Path(__file__).resolve().parent.parent
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-q", "-k",
                "fp32 and (ours or floor)", f"--benchmark-json={saved}", "-p", "no:cacheprovider",
                "-p", "no:xdist"]  # fmt: skip
     # Under xdist pytest-benchmark would switch itself off.
     alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(command, cwd=root, env=alone, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     ratios = compare.ratios_of(saved)
     assert ratios and all(value > 0 for value in ratios.values())
@@ -540,9 +541,25 @@ def test_a_page_without_the_marks_is_an_error(tmp_path, capsys):
     page.write_text("nothing")
     assert main(["--report", str(results), "--update", str(page)]) == 2
     assert "must hold the marks" in capsys.readouterr().err
-    begin, end = tables.marks("gpu")
-    bench_begin, bench_end = tables.marks("measured")
-    page.write_text(f"{bench_begin}{bench_end}{begin}{end}")
+    page.write_text("".join(tables.marks("measured")))
     assert main(["--report", str(results), "--update", str(page)]) == 0
-    if not report.GPU_RESULTS.exists():
-        assert page.read_text().count("not measured") == len(targets.outcomes([], on_gpu=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["attached/results", "cpu/results", "filter/results", "gpu/gpu", "gpu/results",
+             "training-cpu/results"],
+)  # fmt: skip
+def test_committed_pages_are_what_the_results_give(name):
+    docs = ROOT / "docs"
+    pages = [(docs / page).read_text() for page in ("benchmarks.md", "performance.md")]
+    found = report.blocks(ROOT / f"bench/results/{name}.json", docs / "benchmarks.md")
+    for block, text in found.items():
+        begin, end = tables.marks(block)
+        assert any(f"{begin}\n{text}\n{end}" in page for page in pages), "run: --report, --update"
+
+
+def test_the_numbers_of_the_readme_are_measured():
+    text = (ROOT / "README.md").read_text()
+    numbers = re.findall(r"\d+\.\d+", text.split("## What was measured")[1].split("\n## ")[0])
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert numbers and all(number in page for number in numbers)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench import filtering
 from bench.peaked import trained, zipf
-
-ROOT = Path(__file__).resolve().parent.parent
+from bench.report import write_report
 
 
 def test_zipf_is_peaked_and_its_targets_follow_it():
@@ -42,7 +40,7 @@ def test_rows_hold_the_curve(tmp_path, monkeypatch):
     for row in (wide, narrow):
         assert row["error_hidden"] <= row["certified_hidden"] + 2**-8
         assert row["error_weight"] <= row["certified_weight"] + 2**-8
-    written = filtering.write(tmp_path / "results.json")
+    written = write_report(tmp_path / "results.json")
     assert written[0].read_text().count("\n| zipf") == 3
 
 
@@ -53,9 +51,7 @@ def test_committed_numbers_reach_the_target():
     assert [row["batch"] for row in found] == ["zipf", "trained"]
     assert all(row["top1"] >= 0.5 for row in found)
     report = (filtering.FOLDER / "report.md").read_text()
-    assert report == filtering.report(data, ["filter.png"])
-    block = filtering.block(data, "bench/results/filter")
-    assert block in (ROOT / "README.md").read_text()
+    assert report == filtering.full_report(data, ["filter.png"])
 
 
 def test_best_asks_for_both_gradients():

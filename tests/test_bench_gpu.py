@@ -78,7 +78,7 @@ def test_rows_hold_what_the_targets_need(measured):
 
 
 def test_report_sets_targets_and_predictions_beside_the_times(measured):
-    text = tables.report(measured)
+    text = tables.full_report(measured)
     for wanted in (
         "head trained, times the three matmuls",
         "share of the copy bandwidth",
@@ -102,7 +102,7 @@ def test_pages_are_made_again_from_a_results_file(measured, tmp_path, capsys):
     data = {**measured, "benchmark": "gpu", "schema": SCHEMA}
     path.write_text(json.dumps(data))
     assert main(["--report", str(path), "--update", str(page)]) == 0
-    assert (tmp_path / "gpu.md").read_text() == tables.report(data)
+    assert (tmp_path / "gpu.md").read_text() == tables.full_report(data)
     text = page.read_text()
     assert "old" not in text and text.startswith("before") and text.endswith("after\n")
     ours = [r for p in measured["parts"] for r in p["rows"] if r.get("name") == "ours"]
@@ -119,7 +119,7 @@ def test_ranking_rows_of_the_tuning_have_a_prediction_too():
 def test_report_of_a_run_without_floors_makes_no_predictions(measured):
     partial = {**measured, "parts": [p for p in measured["parts"] if p["part"] != "floors"]}
     assert tables.measured_card(partial) is None
-    assert "head trained" in tables.report(partial)
+    assert "head trained" in tables.full_report(partial)
 
 
 def test_a_fused_score_and_tuning_run_where_the_backend_has_them(monkeypatch):

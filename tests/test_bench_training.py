@@ -51,12 +51,12 @@ def rows_of(folder: Path) -> dict[str, dict]:
 
 
 def test_tiny_preset_through_the_command(tmp_path):
-    readme = tmp_path / "README.md"
+    page = tmp_path / "page.md"
     begin, end = tables.marks("training")
-    readme.write_text(f"before\n{begin}\nstale text\n{end}\nafter\n")
+    page.write_text(f"before\n{begin}\nstale text\n{end}\nafter\n")
     out = tmp_path / "out"
     arguments = ["--training", "--preset", "tiny", "--no-memory", "--out", str(out)]
-    assert main([*arguments, "--update", str(readme)]) == 0
+    assert main([*arguments, "--update", str(page)]) == 0
 
     data = json.loads((out / "results.json").read_text())
     assert data["complete"] and data["benchmark"] == "training"
@@ -89,15 +89,15 @@ def test_tiny_preset_through_the_command(tmp_path):
     assert all(f"| {row['label']} |" in text for row in data["results"])
     assert (out / "time.png").read_bytes().startswith(b"\x89PNG") and "(time.png)" in text
     assert (out / "head.png").is_file() and "(head.png)" in text and "tokens/s" in text
-    new = readme.read_text()
+    new = page.read_text()
     assert new.startswith("before\n") and new.endswith("after\n") and "stale text" not in new
     assert data["machine"] in new and "(out/time.png)" in new
     assert "ours DPO, prefix shared, tokens/s (head)" in new
 
     first = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert main(["--report", str(out / "results.json"), "--update", str(readme)]) == 0
+    assert main(["--report", str(out / "results.json"), "--update", str(page)]) == 0
     assert {p.name: p.read_bytes() for p in out.iterdir()} == first
-    assert readme.read_text() == new
+    assert page.read_text() == new
 
 
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def code_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/attach.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "docs/attach.md"])
 def test_code_of_the_pages_runs(page, example):
     """Against the small model of the examples; those with ``...`` are lists of what there is."""
     tiny = example("tiny")
@@ -156,7 +156,13 @@ def test_code_of_the_pages_runs(page, example):
         "hidden": hidden.detach().view(*shape, -1).requires_grad_(),
         "weight": model.lm_head.weight.detach(),
         "targets": batch["labels"].view(shape),
+        "ranking_loss": lambda logits, labels, rewards: (
+            pk.reference.pro_loss(
+                logits.view(*shape, -1), labels.view(shape), rewards, shift=True
+            ).loss
+        ),
     }
+    losses = []
     blocks = [code for code in code_blocks(page) if "pro_trainer" not in code]
     assert blocks
     for code in blocks:
@@ -167,11 +173,13 @@ def test_code_of_the_pages_runs(page, example):
         if "attach(" in code or "model" not in names:
             names["model"] = tiny.model()
         exec(code, names)
-    assert torch.isfinite(names["loss"] if "loss" in names else names["out"].loss)
+        losses += [names["loss"]] if "loss =" in code else []
+    assert torch.isfinite(names["loss"] if losses else names["out"].loss)
+    if page == "README.md":  # before and after
+        torch.testing.assert_close(losses[0], losses[1])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/trainer.md"])
-def test_code_of_the_trainer_runs(page, tmp_path, monkeypatch):
+def test_code_of_the_trainer_runs(tmp_path, monkeypatch):
     tiny_llama = pytest.importorskip("pro_trainer.models").tiny_llama
     monkeypatch.chdir(tmp_path)
     model, tokenizer = tiny_llama(0)
@@ -184,7 +192,7 @@ def test_code_of_the_trainer_runs(page, tmp_path, monkeypatch):
     for name in ("lists", "held-out"):
         with gzip.open(f"{name}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(item) + "\n" for item in items)
-    (code,) = [code for code in code_blocks(page) if "pro_trainer" in code]
+    (code,) = [code for code in code_blocks("docs/trainer.md") if "pro_trainer" in code]
     names: dict = {}
     exec(code, names)
     assert names["trainer"].state.global_step >= 1

@@ -44,6 +44,6 @@ def main(
         )
         return NO_GPU
     data = jobs.run(chosen, out / "gpu.json", seconds)
-    (out / "gpu.md").write_text(tables.report(data))
+    (out / "gpu.md").write_text(tables.full_report(data))
     print(f"wrote {out / 'gpu.json'}\nwrote {out / 'gpu.md'}")
     return 0 if all(part["status"] in ("ok", "refused") for part in data["parts"]) else 1

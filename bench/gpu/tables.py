@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 
 from bench.model import costs
 from bench.model.cards import CARDS, Card
@@ -24,7 +25,7 @@ _TITLES = {
 _BESIDE = {"linear": "floor", "logits": None, "ranking": None, "small": "plain"}
 
 
-def report(data: dict) -> str:
+def full_report(data: dict, _: Sequence[str] = ()) -> str:
     """The whole page."""
     gpu = data["gpu"] or {"name": "no GPU", "capability": "", "cuda": ""}
     parts = [
@@ -57,8 +58,8 @@ def report(data: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def summary(data: dict) -> str:
-    """What goes between the marks of docs/performance.md: each time beside its prediction."""
+def blocks(data: dict, _: dict[str, str]) -> dict[str, str]:
+    """What a page shows: each time beside its prediction."""
     card, found = measured_card(data), {}
     for row in (row for part in data["parts"] for row in part["rows"] if "seconds" in row):
         kernel = row["part"] == "rows" and row["name"] != "copy"
@@ -78,7 +79,8 @@ def summary(data: dict) -> str:
             cells.append(f"{over:.2f} of {beside}" if over else "")
         lines.append(cells)
     head = ["", "case", "predicted, ms", "CUDA, ms", "", "Triton, ms", ""]
-    return f"{header({**data, 'settings': {'preset': 'gpu'}})}\n\n{table(head, lines)}"
+    where = header({**data, "settings": {"preset": "gpu"}})
+    return {BLOCK: f"{where}\n\n{table(head, lines)}"}
 
 
 def measured_card(data: dict) -> Card | None:

@@ -63,14 +63,14 @@ def full_report(data: dict, images: list[str]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def summary(data: dict, image: str | None) -> str:
-    """What goes between the marks of README.md: machine, targets, main table, plot."""
+def blocks(data: dict, links: dict[str, str]) -> dict[str, str]:
+    """What a page shows: machine, targets, main table, plot."""
     rows = data["results"]
     parts = [_header(data), outcome_table(outcomes(rows)), _main_table(_cases(rows))]
     parts += [*_rates(_cases(rows)), *not_measured(data)]
-    if image:
-        parts.append(f"![time of a training step]({image})")
-    return "\n\n".join(part.strip("\n") for part in parts)
+    if "time.png" in links:
+        parts.append(f"![time of a training step]({links['time.png']})")
+    return {BLOCK: "\n\n".join(part.strip("\n") for part in parts)}
 
 
 def case_table(rows: list[dict]) -> str:
