@@ -103,24 +103,3 @@ def check_finite(name: str, value: Tensor, mask: Tensor | None) -> None:
     elif not good.all():
         b, i = (~good).nonzero()[0].tolist()
         raise ValueError(f"{name} must be finite, got {value[b, i]} for prompt {b} candidate {i}")
-
-
-def check_gaps(rewards: Tensor, valid: Tensor, equal_allowed: bool) -> None:
-    """Rewards (B, n) are finite, their gaps too and, of two candidates or more, not all 0 (CPU)."""
-    low = torch.where(valid, rewards, torch.inf).amin(1)
-    high = torch.where(valid, rewards, -torch.inf).amax(1)
-    gap = high - low
-    if ((gap > 0) & (gap < torch.inf)).all():  # what nearly every batch is; NaN is not
-        return
-    check_finite("rewards", rewards, valid)
-    several = valid.sum(1) > 1
-    wide = several & ~(high - low).isfinite()
-    if wide.any():
-        b = int(wide.nonzero()[0])
-        raise ValueError(f"rewards of prompt {b} are too far apart: {low[b]} to {high[b]}")
-    equal = several & (low == high)
-    if equal.any() and not equal_allowed:
-        raise ValueError(
-            f"rewards are all equal in prompts {equal.nonzero()[:, 0].tolist()}: their order says "
-            "nothing; drop them, or rank them by column with rewards=None or temperature=1.0"
-        )

@@ -15,6 +15,20 @@ import torch
 
 IGNORE_INDEX = -100
 OFFICIAL_EPS = 1e-10
+# The largest gap of a prompt's rewards, scaled: times a log-prob it stays well within fp32.
+REWARD_GAPS = 1e-30, 1e30
+
+
+def gap_fault(gap: float, reward_scale: float = 1.0) -> str | None:
+    """Why PRO cannot take rewards whose largest gap is this; None of one that it can, or of 0."""
+    smallest, largest = REWARD_GAPS
+    if gap == 0 or smallest <= gap * reward_scale <= largest:
+        return None
+    how = "close together" if gap > 0 and gap * reward_scale < smallest else "far apart"
+    return (
+        f"too {how}: the largest gap is {gap:g}, which times reward_scale={reward_scale:g} must "
+        f"lie in [{smallest:g}, {largest:g}]"
+    )
 
 
 Function = TypeVar("Function", bound=Callable)

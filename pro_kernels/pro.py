@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pro_kernels import checks
 from pro_kernels.layout import Layout, check_targets
-from pro_kernels.options import PROOptions, RankingOptions
+from pro_kernels.options import REWARD_GAPS, PROOptions, RankingOptions, gap_fault
 from pro_kernels.output import PROOutput
 
 # So many candidates, of all prompts, Python ranks faster than some thirty small operations do.
@@ -59,24 +59,25 @@ def rank_candidates(
     if candidate_mask is not None:
         exists = exists & candidate_mask.to(device, non_blocking=True)
     valid = exists & (layout.lengths[layout.sequences.clamp_min(0)] > 0)
-    scaled = None if rewards is None else _scaled(rewards, options, dtype)
+    scaled = None
+    if rewards is not None:
+        here = rewards.to(device, non_blocking=True)
+        scaled = _scaled(here, valid, options, dtype)
     if not torch.compiler.is_compiling():
-        _check_values(layout, scaled, valid, candidate_mask, prompt_weights, sft_index, options)
+        given = scaled if rewards is not None and rewards.device.type != "cpu" else rewards
+        _check_values(layout, given, valid, candidate_mask, prompt_weights, sft_index, options)
 
     if options.official:
         rank_of = torch.arange(shape[1], device=device).expand(shape)
     elif rewards is None:
         rank_of = (~valid).to(torch.int8).argsort(dim=1, stable=True)
-    else:  # by the rewards as given: rounding must not make ties
-        key = rewards if rewards.is_floating_point() else rewards.double()
-        key = key.to(device, non_blocking=True).masked_fill(~valid, -torch.inf)
-        rank_of = key.argsort(dim=1, descending=True, stable=True)
+    else:
+        rank_of = _last_where_not(valid, here).argsort(dim=1, descending=True, stable=True)
     sequences = layout.sequences.masked_fill(~valid, -1)
     order = sequences.gather(1, rank_of)
     at_rank = None
     if scaled is not None and isinstance(options.temperature, str):
-        scaled = scaled.to(device, non_blocking=True).masked_fill(~valid, 0)
-        at_rank = scaled.gather(1, rank_of).contiguous()
+        at_rank = scaled.masked_fill(~valid, 0).gather(1, rank_of).contiguous()
     return RankedCandidates(
         order.contiguous(),
         at_rank,
@@ -98,11 +99,12 @@ def _rank_full_prompts(
     (B, _), device = layout.shape, layout.device
     order, at_rank = layout.sequences, None
     if rewards is not None:
-        scaled = _scaled(rewards, options, dtype)
+        scaled = _scaled(rewards, None, options, dtype)
         if rewards.device.type == "cpu" and isinstance(options.temperature, str):
-            checks.check_gaps(scaled, torch.ones(layout.shape, dtype=torch.bool), False)
+            _check_gaps(rewards, torch.ones(layout.shape, dtype=torch.bool), options)
         else:
-            checks.check_finite("rewards", scaled, None)
+            on_cpu = rewards.device.type == "cpu"
+            checks.check_finite("rewards", rewards if on_cpu else scaled, None)
         key = rewards.to(device, non_blocking=True)
         rank_of = key.argsort(dim=1, descending=True, stable=True)
         order = order.gather(1, rank_of)
@@ -132,14 +134,13 @@ def _rank_on_host(
     columns = [[i for i, scored in enumerate(x) if scored] for x in tokens]
     at_rank = None
     if rewards is not None:
-        scaled = _scaled(rewards, options, dtype)
-        by_gaps = isinstance(options.temperature, str)
-        ranked = _sort_by_rewards(columns, rewards, scaled, by_gaps)
+        ranked = _sort_by_rewards(columns, rewards, options)
         if ranked is None:
             return None
-        if by_gaps:
+        if isinstance(options.temperature, str):
             values = [x for row in ranked for x in [*row, *[0.0] * (n - len(row))]]
-            at_rank = _from_host(values, scaled.dtype, layout).view(-1, n)
+            dtype_of = torch.float32 if _as_given(rewards, options) else dtype
+            at_rank = _from_host(values, dtype_of, layout).view(-1, n)
     order: list[int] = []
     first = 0
     for row, x in zip(columns, tokens, strict=True):
@@ -158,23 +159,24 @@ def _rank_on_host(
 
 
 def _sort_by_rewards(
-    columns: list[list[int]], rewards: Tensor, scaled: Tensor, by_gaps: bool
+    columns: list[list[int]], rewards: Tensor, options: PROOptions
 ) -> list[list[float]] | None:
-    """Sort each prompt's columns in place, best first; the scaled rewards in that order.
+    """Sort each prompt's columns in place, best first; what ``_scaled`` makes of their rewards.
 
     None unless they are what nearly every batch has: finite, apart, and nowhere near inf.
     """
-    key = rewards.tolist()
-    values = key if scaled is rewards else scaled.tolist()
+    by_gaps, as_given = isinstance(options.temperature, str), _as_given(rewards, options)
+    (smallest, largest), scale = REWARD_GAPS, options.reward_scale
     ranked = []
-    for row, of_column, by in zip(columns, values, key, strict=True):
-        row.sort(key=by.__getitem__, reverse=True)  # stable; by rewards that were not rounded
+    for row, of_column in zip(columns, rewards.tolist(), strict=True):
+        row.sort(key=of_column.__getitem__, reverse=True)  # stable
         best_first = [of_column[i] for i in row]
         if not math.isfinite(sum(best_first)):  # NaN and inf stay in a sum
             return None
-        if by_gaps and len(row) > 1 and not 0 < best_first[0] - best_first[-1] < 1e38:
-            return None
-        ranked.append(best_first)
+        if by_gaps and len(row) > 1:
+            if not smallest <= (best_first[0] - best_first[-1]) * scale <= largest:
+                return None
+        ranked.append(best_first if as_given else [(x - best_first[0]) * scale for x in best_first])
     return ranked
 
 
@@ -229,11 +231,57 @@ def _mean_weights(counts: Tensor, prompt_weights: Tensor | None, dtype: torch.dt
     return torch.where(total > 0, weights / total.clamp_min(torch.finfo(dtype).tiny), 0.0)
 
 
-def _scaled(rewards: Tensor, options: PROOptions, dtype: torch.dtype) -> Tensor:
-    """Rewards in the dtype their gaps are taken in: their own if it is fp32, else ``dtype``."""
-    if rewards.dtype not in (torch.float32, dtype):
-        rewards = rewards.to(dtype)
-    return rewards if options.reward_scale == 1 else rewards * options.reward_scale
+def _as_given(rewards: Tensor, options: PROOptions) -> bool:
+    """Whether the kernels may take the gaps of these rewards themselves."""
+    return rewards.dtype == torch.float32 and options.reward_scale == 1
+
+
+def _scaled(
+    rewards: Tensor, valid: Tensor | None, options: PROOptions, dtype: torch.dtype
+) -> Tensor:
+    """Rewards of which the kernels take gaps: less their prompt's largest, before they are rounded.
+
+    ``valid``: which of them count; None: all.
+    """
+    if _as_given(rewards, options):
+        return rewards
+    exact = _exact(rewards)
+    best = exact if valid is None else _last_where_not(valid, exact)
+    return ((exact - best.amax(1, keepdim=True)).double() * options.reward_scale).to(dtype)
+
+
+def _exact(rewards: Tensor) -> Tensor:
+    """In a dtype that holds them and their gaps."""
+    return rewards.double() if rewards.is_floating_point() else rewards.long()
+
+
+def _last_where_not(valid: Tensor, rewards: Tensor) -> Tensor:
+    """``_exact`` rewards, the lowest there is where they do not count."""
+    exact = _exact(rewards)
+    lowest = -torch.inf if exact.is_floating_point() else torch.iinfo(exact.dtype).min
+    return exact.masked_fill(~valid, lowest)
+
+
+def _check_gaps(rewards: Tensor, valid: Tensor, options: PROOptions) -> None:
+    """Rewards (B, n) are finite, and the largest gap of two or more is one to rank by (CPU)."""
+    exact = _exact(rewards)
+    low, high = -_last_where_not(valid, -exact).amax(1), _last_where_not(valid, exact).amax(1)
+    gap = (high - low).double()
+    smallest, largest = REWARD_GAPS
+    scaled = gap * options.reward_scale
+    if ((scaled >= smallest) & (scaled <= largest)).all():  # what nearly every batch is
+        return
+    checks.check_finite("rewards", rewards, valid)
+    several = valid.sum(1) > 1
+    for b in several.nonzero()[:, 0].tolist():
+        if fault := gap_fault(gap[b].item(), options.reward_scale):
+            raise ValueError(f"rewards of prompt {b} are {fault}")
+    equal = several & (gap == 0)
+    if equal.any() and not options.official:
+        raise ValueError(
+            f"rewards are all equal in prompts {equal.nonzero()[:, 0].tolist()}: their order says "
+            "nothing; drop them, or rank them by column with rewards=None or temperature=1.0"
+        )
 
 
 def check_arguments(
@@ -279,7 +327,7 @@ def _check_values(
         known = _valid_on_host(layout, valid, candidate_mask)
         on_cpu = rewards.device.type == "cpu"
         if on_cpu and known is not None and isinstance(options.temperature, str):
-            checks.check_gaps(rewards, known, equal_allowed=options.official)
+            _check_gaps(rewards, known, options)
         else:
             checks.check_finite("rewards", rewards, known if on_cpu else valid)
     if prompt_weights is not None:

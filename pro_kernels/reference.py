@@ -162,7 +162,7 @@ def pro_loss(
             scores[p],
             sums[p],
             lengths[p],
-            None if rewards is None else _at_least_fp32(rewards[p]) * opts.reward_scale,
+            None if rewards is None else rewards[p],
             valid[p],
             None if sft_index is None else int(sft_index[p]),
             opts,
@@ -228,11 +228,16 @@ def _prompt_loss(
     """Rank terms and weighted SFT term of one prompt, candidates in column order."""
     columns = [i for i in range(len(scores)) if valid[i]]
     if rewards is not None and not opts.official:
-        columns.sort(key=lambda i: -float(rewards[i]))  # stable: ties keep their columns' order
+        columns.sort(key=lambda i: -rewards[i].item())  # stable: ties keep their columns' order
     if not columns:
         return [], scores.new_zeros(())
     kernel = opts.ranking()
-    at_rank = rewards[columns] if rewards is not None and opts.temperature == "reward" else None
+    at_rank = None
+    if rewards is not None and opts.temperature == "reward":
+        at_rank = rewards[columns]
+        if at_rank.dtype != torch.float32 or opts.reward_scale != 1:
+            at_rank = at_rank.double() if at_rank.is_floating_point() else at_rank.long()
+            at_rank = (at_rank - at_rank.max()).double() * opts.reward_scale
     terms = rank_terms(
         scores[columns],
         at_rank,
@@ -269,10 +274,6 @@ def _prompt_weights(valid: Tensor, prompt_weights: Tensor | None, dtype: torch.d
 
 def _one_hot(size: int, index: int, value: Tensor) -> Tensor:
     return torch.stack([value if i == index else value.new_zeros(()) for i in range(size)])
-
-
-def _at_least_fp32(rewards: Tensor) -> Tensor:
-    return rewards if rewards.dtype in (torch.float32, torch.float64) else rewards.float()
 
 
 def _wide(x: Tensor) -> Tensor:

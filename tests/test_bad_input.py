@@ -92,16 +92,17 @@ BAD = [
     ),
     ("far apart", {"rewards": torch.tensor([[3e38, -3e38, 0.0]] * 2)}, ValueError, "too far apart"),
     (
-        "equal in fp32",
-        {"rewards": torch.tensor([[1.0, 1.0 + 1e-9, 1.0]] * 2, dtype=torch.float64)},
+        "too close",
+        {"rewards": torch.tensor([[1.0, 0, 1e-31]] * 2), "reward_scale": 1e-31},
         ValueError,
-        "all equal in prompts [0, 1]",
+        "too close together: the largest gap is 1, which times reward_scale=1e-31 must lie in "
+        "[1e-30, 1e+30]",
     ),
     (
         "no fp32",
-        {"rewards": torch.full((2, 3), 1e39, dtype=torch.double)},
+        {"rewards": torch.tensor([[1e39, 0, 1]] * 2, dtype=torch.double)},
         ValueError,
-        "must be finite",
+        "too far apart: the largest gap is 1e+39",
     ),
     (
         "no candidate",
@@ -196,11 +197,24 @@ def test_a_stray_minus_100_is_found_where_another_index_is_ignored():
             call()
 
 
-def test_rewards_order_candidates_before_they_are_rounded():
-    args = batch(rewards=torch.tensor([[2**24, 2**24 + 1, 0]] * 2))
-    expected = pk.linear_pro_loss(**{**args, "rewards": torch.tensor([[1.0, 2.0, 0.0]] * 2)},
-                                  temperature=1.0)  # fmt: skip
-    torch.testing.assert_close(pk.linear_pro_loss(**args, temperature=1.0).loss, expected.loss)
+@pytest.mark.parametrize("by", [{}, {"temperature": 1.0}, {"reward_scale": 0.3}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["all there", "masked"])
+def test_rewards_order_and_lie_apart_before_they_are_rounded(by, dtype, masked):
+    gaps, far = torch.tensor([[1, 2, 0], [5, 0, 7]]), 2**40
+    args = batch(rewards=gaps.float()) | by
+    if masked:
+        args["candidate_mask"] = torch.tensor([[True] * 3, [True, True, False]])
+    logits = args["hidden"] @ args["weight"].T
+    from_logits = {k: v for k, v in args.items() if k not in ("hidden", "weight")}
+    expected = pk.linear_pro_loss(**args).loss
+    moved = {"rewards": (far + gaps).to(dtype)}
+    for found in (
+        pk.linear_pro_loss(**args | moved),
+        pk.reference.linear_pro_loss(**args | moved),
+        pk.pro_loss(logits, **from_logits | moved),
+    ):
+        torch.testing.assert_close(found.loss, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -35,6 +35,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from pro_kernels.options import gap_fault
+
 from .cpo import cpo
 from .dpo import dpo
 from .dpo_pl import dpo_pl
@@ -67,7 +69,7 @@ LOSSES: dict[str, LossFn] = {
     "lipo_lambda": lipo_lambda,
 }
 
-__all__ = ["LOSSES", "LossFn", "get_loss"]
+__all__ = ["LOSSES", "LossFn", "gap_fault", "get_loss"]
 
 
 def get_loss(name: str) -> LossFn:

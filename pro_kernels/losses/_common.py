@@ -2,8 +2,9 @@
 
 Shapes: ``B`` prompts, ``n`` candidates a prompt. After :func:`rank_candidates` column 0 is the
 best candidate and the absent ones come last; "absent" is mask False or no scored token.
-Arithmetic is fp32, or fp64 where the log-probs are fp64. Rewards and reference log-probs are
-constants. The checks that read values run for CPU tensors only, so a GPU is never waited for.
+Arithmetic is fp32, or fp64 where the log-probs are fp64; rewards are compared and subtracted before
+they are rounded to that. Rewards and reference log-probs are constants. The checks that read values
+run for CPU tensors only, so a GPU is never waited for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Ranked:
     lengths: Tensor  # (B, n) m_i, 1 where absent
     valid: Tensor  # (B, n) bool
     order: Tensor  # (B, n) original column of each place
-    rewards: Tensor | None  # (B, n) 0 where absent
+    rewards: Tensor | None  # (B, n) as exact as given, fp32, fp64 or int64; 0 where absent
     ref_logps: Tensor | None  # (B, n) 0 where absent
 
     @property
@@ -109,26 +110,31 @@ def rank_candidates(
     if rewards is None:
         order = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
     else:
-        rewards = torch.where(valid, rewards.detach().to(dtype), 0.0)
+        exact = torch.int64
+        if rewards.is_floating_point():
+            exact = torch.promote_types(rewards.dtype, torch.float32)
+        rewards = torch.where(valid, rewards.detach().to(exact), 0)
         if readable(rewards):
             rows = _rows(~torch.isfinite(rewards).all(1))
             if rows:
                 raise ValueError(f"rewards must be finite, got NaN or infinity in rows {rows}")
-        keys = rewards.masked_fill(~valid, -math.inf)
+        keys = rewards.masked_fill(
+            ~valid, -math.inf if rewards.is_floating_point() else torch.iinfo(exact).min
+        )
         order = torch.argsort(keys, dim=1, descending=True, stable=True)
 
     valid = valid.gather(1, order)
 
     def ranked(values: Tensor, absent: float = 0.0) -> Tensor:
-        return torch.where(valid, values.to(dtype).gather(1, order), absent)
+        return torch.where(valid, values.gather(1, order), absent)
 
     return Ranked(
-        logps=ranked(logps),
-        lengths=ranked(lengths.detach(), 1.0),
+        logps=ranked(logps.to(dtype)),
+        lengths=ranked(lengths.detach().to(dtype), 1.0),
         valid=valid,
         order=order,
-        rewards=None if rewards is None else ranked(rewards),
-        ref_logps=None if ref_logps is None else ranked(ref_logps.detach()),
+        rewards=None if rewards is None else ranked(rewards, 0),
+        ref_logps=None if ref_logps is None else ranked(ref_logps.detach().to(dtype)),
     )
 
 

@@ -48,7 +48,7 @@ def lipo_lambda(
         logps, lengths, rewards=rewards, ref_logps=ref_logps, mask=mask, loss="lipo_lambda"
     )
     implicit = beta * ranked.log_ratios()
-    gains = differences(_gains(ranked, gain)).abs()
+    gains = differences(_gains(ranked, gain)).abs().to(implicit.dtype)
     discounts = differences(1 / torch.log1p(_ranks(implicit.detach(), ranked.valid))).abs()
     losses = gains * discounts * softplus(-differences(implicit))
     loss = ranked.mean(torch.where(ranked.better(), losses, 0.0).sum((1, 2)))
@@ -70,7 +70,7 @@ def _gains(ranked: Ranked, gain: str) -> Tensor:  # (B, n)
             f'rewards must be <= {MAX_EXPONENT} with gain="exp2", got {labels.max().item()}: '
             'scale them to [0, 1] or pass gain="linear"'
         )
-    return torch.exp2(labels.clamp(max=MAX_EXPONENT)) - 1
+    return torch.exp2(labels.double().clamp(max=MAX_EXPONENT)) - 1
 
 
 def _ranks(scores: Tensor, valid: Tensor) -> Tensor:  # (B, n) from 1

@@ -43,7 +43,8 @@ def listnet(
     scores = ranked.scores(length_normalize)
     # An empty prompt keeps its first place, so that no softmax is over nothing.
     absent = ~ranked.valid & (torch.arange(scores.shape[1], device=scores.device) > 0)
-    targets = (ranked.rewards / reward_temperature).masked_fill(absent, -math.inf).softmax(1)
+    gaps = (ranked.rewards - ranked.rewards[:, :1]).to(scores.dtype)
+    targets = (gaps / reward_temperature).masked_fill(absent, -math.inf).softmax(1)
     predicted = scores.masked_fill(absent, -math.inf).log_softmax(1).masked_fill(absent, 0.0)
     loss = ranked.mean(-(targets * predicted).sum(1))
     return loss, preference_metrics(ranked, scores)

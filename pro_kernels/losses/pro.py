@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from pro_kernels.options import gap_fault
+
 from ._common import (
     Ranked,
     check_choice,
@@ -100,11 +102,16 @@ def _temperatures(
     if temperature != "reward" or ranked.rewards is None:
         constant = 1.0 if temperature == "reward" else 1.0 / float(temperature)
         return ranked.logps.new_full((1, count, count), constant)
-    tau = reward_scale * differences(ranked.rewards)
+    gaps = differences(ranked.rewards).double()
+    tau = (reward_scale * gaps).to(ranked.logps.dtype)
     diagonal = torch.where(ranked.valid[:, None, :], tau, 0.0).triu(1).amax(2)  # (B, n)
-    if equal_rewards == "error" and readable(diagonal):
-        rows = ((diagonal[:, 0] == 0) & (ranked.counts > 1)).nonzero()[:, 0].tolist()
-        if rows:
+    if readable(diagonal):
+        largest = torch.where(ranked.valid, gaps[:, 0], 0.0).amax(1)
+        for row, gap in enumerate(largest.tolist()):
+            if fault := gap_fault(gap, reward_scale):
+                raise ValueError(f"rewards of prompt row {row} are {fault}")
+        rows = ((largest == 0) & (ranked.counts > 1)).nonzero()[:, 0].tolist()
+        if rows and equal_rewards == "error":
             raise ValueError(
                 f"rewards must differ within a prompt, got all equal in prompt rows {rows}: PRO "
                 "has nothing to rank there. Drop these prompts, pass temperature=1.0 to rank by "

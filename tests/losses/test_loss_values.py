@@ -45,6 +45,20 @@ def rewards_of(name, rewards):
     return rewards
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_rewards_are_compared_before_they_are_rounded(name, dtype):
+    logps = torch.tensor([[-1.0, -2.5, -0.5], [-3.0, -1.0, -2.0]])
+    gaps = torch.tensor([[1, 2, 0], [1, 0, 0]])
+    options = {"gain": "linear"} if name == "lipo_lambda" else {}
+    options["ref_logps"] = logps / 2 if name in NEEDS_REF else None
+
+    def value(rewards):
+        return LOSSES[name](logps, torch.ones(2, 3), rewards=rewards, **options)[0].item()
+
+    assert value((2**40 + gaps).to(dtype)) == pytest.approx(value(gaps.float()), rel=1e-6)
+
+
 @pytest.mark.parametrize("rewards", ["distinct", "tied", None])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 def test_matches_oracle(name, options, rewards):

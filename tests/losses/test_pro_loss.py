@@ -135,6 +135,11 @@ BAD_OPTIONS = [
     ({"top_k": 0}, ValueError, "top_k must be >= 1, got 0"),
     ({"top_k": 1.0}, TypeError, "top_k must be an integer or None, got float 1.0"),
     ({"reward_scale": 0}, ValueError, "reward_scale must be finite and > 0, got 0"),
+    (
+        {"rewards": torch.tensor([[0.0, 1, 2], [3e38, -3e38, 0]])},
+        ValueError,
+        "rewards of prompt row 1 are too far apart",
+    ),
     ({"equal_rewards": "x"}, ValueError, "equal_rewards must be one of 'error', 'keep', got 'x'"),
     ({"sft_index": [0, 0]}, TypeError, "sft_index must be a torch.Tensor, got list"),
     ({"sft_index": torch.zeros(3).long()}, ValueError, "sft_index must have shape (2,), got (3,)"),

@@ -11,6 +11,7 @@ from pro_trainer.data.lists import DIFFERENT_CONTEXTS, read_lists, select
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport, Lengths
 from pro_trainer.text.options import ListOptions
+from pro_trainer.train.config import PROConfig
 
 GOOD = {"prompt": "p", "completions": ["a", "b"]}
 
@@ -115,6 +116,26 @@ def test_all_rewards_equal_is_dropped_refused_or_order():
         read([equal, tied], all_equal="error")
     lists, _ = read([equal, tied], all_equal="order")
     assert lists[0] == RankedList(("p",), ("a", "b", "c"))
+
+
+def test_reward_gaps_are_what_counts_and_must_suit_the_loss(write_lines, tmp_path):
+    far = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [1e9, 1e9 + 1, 1e9 + 1]}
+    lists, report = read([far], num_candidates=2)
+    assert lists[0].rewards == (1e9, 1e9 + 1) and not report.dropped
+
+    def read_for(rewards, **options):
+        config = PROConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+        path = write_lines(GOOD | {"rewards": [1, 0]}, GOOD | {"rewards": rewards})
+        return list(read_lists([path], DataReport(), config))
+
+    for rewards, scale, wrong in (
+        ([3e38, -3e38], 1.0, "far apart.*=1 must"),
+        ([1, 1 + 1e-10], 1e-25, "close together.*=1e-25 must"),
+        ([1e20, 0], 1e20, r"far apart.*=1e\+20 must"),
+    ):
+        with pytest.raises(DataError, match=f":2: rewards .* too {wrong} lie in"):
+            read_for(rewards, reward_scale=scale)
+        assert read_for(rewards, reward_scale=scale, temperature="1")  # the order alone
 
 
 def test_candidate_cap_keeps_best_and_worst_evenly_spaced():

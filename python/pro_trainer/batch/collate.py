@@ -28,7 +28,7 @@ class Preferences:
     """What the loss needs to know about a batch beside its tokens; it stays on the host.
 
     Attributes:
-        rewards: (B, n) float32, 0 where a candidate is absent; n - 1, ..., 0 without rewards.
+        rewards: (B, n) float64, 0 where a candidate is absent; n - 1, ..., 0 without rewards.
         candidate_mask: (B, n) bool, whether the candidate is there.
         sft_index: (B,) int64, the candidate that carries the SFT term.
         by_order: whether the lists have no rewards, only their order.
@@ -191,7 +191,7 @@ class PROCollator:
 def _rewards(
     features: Sequence[Mapping[str, Any]], ranks_only: bool
 ) -> tuple[Tensor, Tensor, bool]:
-    """Rewards (B, n) float32, candidate mask (B, n) bool, and whether there is only an order."""
+    """Rewards (B, n) float64, candidate mask (B, n) bool, and whether there is only an order."""
     kinds = {feature.get("rewards") is None for feature in features}
     if len(kinds) != 1 and not (kinds and ranks_only):
         raise ValueError(
@@ -200,14 +200,14 @@ def _rewards(
         )
     by_order = kinds == {True} and not ranks_only
     counts = [len(feature["completions"]) for feature in features]
-    rewards = torch.zeros(len(counts), max(counts))
+    rewards = torch.zeros(len(counts), max(counts), dtype=torch.float64)
     mask = torch.zeros(rewards.shape, dtype=torch.bool)
     for row, (feature, n) in enumerate(zip(features, counts, strict=True)):
         values = feature.get("rewards")
         values = range(n - 1, -1, -1) if values is None else values
         if len(values) != n:
             raise ValueError(f"list {row} of the batch: {n} completions and {len(values)} rewards")
-        rewards[row, :n] = torch.as_tensor(list(values), dtype=torch.float32)
+        rewards[row, :n] = torch.as_tensor(list(values), dtype=torch.float64)
         mask[row, :n] = True
     return rewards, mask, by_order
 

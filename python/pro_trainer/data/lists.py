@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from pro_kernels.losses import gap_fault
 from pro_trainer.data.choose import choose
 from pro_trainer.data.fields import DataError, Text, kind
 from pro_trainer.data.formats import parse_record, shared
@@ -112,7 +111,7 @@ def _usable(parsed: ParsedRecord, report: DataReport, options: DataOptions) -> R
     if len(ranked.prompts) > 1 and options.different_contexts == "drop":
         report.dropped[DIFFERENT_CONTEXTS] += 1
         return None
-    if ranked.rewards is not None and len(set(np.float32(ranked.rewards))) == 1:
+    if ranked.rewards is not None and len(set(ranked.rewards)) == 1:
         if options.all_equal == "error":
             value, name = ranked.rewards[0], "rewards"
             if parsed.by_rank:
@@ -124,11 +123,27 @@ def _usable(parsed: ParsedRecord, report: DataReport, options: DataOptions) -> R
         ranked = replace(ranked, rewards=None)
     elif parsed.by_rank:
         ranked = _in_order(ranked, report)
-    kept = choose(best_first(ranked), ranked.rewards, options.num_candidates)
+    gaps = _gaps(ranked.rewards, options)
+    kept = choose(best_first(ranked), gaps, options.num_candidates)
     if len(kept) < len(ranked.completions):
         ranked = select(ranked, sorted(kept))
     report.sft_marks_dropped += marked and ranked.sft_index is None
     return ranked
+
+
+def _gaps(rewards: tuple[float, ...] | None, options: DataOptions) -> list[float] | None:
+    """How far each reward lies below the best one of its list: what losses tell apart.
+
+    Raises:
+        DataError: they do not suit the loss, where the options name one that reads gaps.
+    """
+    if rewards is None:
+        return None
+    gaps = [reward - max(rewards) for reward in rewards]
+    if hasattr(options, "ranks_only") and not options.ranks_only():  # as ``PROConfig`` has it
+        if fault := gap_fault(-min(gaps), options.reward_scale or 1.0):
+            raise DataError(f"rewards {min(rewards):g} to {max(rewards):g} are {fault}")
+    return gaps
 
 
 def _without_empty_and_repeated(ranked: RankedList, report: DataReport) -> RankedList:
