@@ -6,22 +6,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 IGNORE_INDEX = -100
 OFFICIAL_EPS = 1e-10
-# The largest gap of a prompt's rewards, scaled: times a log-prob it stays well within fp32.
-REWARD_GAPS = 1e-30, 1e30
+# Of options, and of a prompt's largest reward gap, scaled: fp32 holds them and their products.
+SIZES = 1e-30, 1e30
+# A row of logits may reach 1e9; beyond that AVX-512 loses its sum.
+LARGEST_SCALE = 1e6
 
 
 def gap_fault(gap: float, reward_scale: float = 1.0) -> str | None:
     """Why PRO cannot take rewards whose largest gap is this; None of one that it can, or of 0."""
-    smallest, largest = REWARD_GAPS
+    smallest, largest = SIZES
     if gap == 0 or smallest <= gap * reward_scale <= largest:
         return None
     how = "close together" if gap > 0 and gap * reward_scale < smallest else "far apart"
@@ -50,6 +52,7 @@ class LogitOptions:
 
     ``z = softcap * tanh(logit_scale * raw / softcap)``; without a softcap ``z = logit_scale * raw``
     (Gemma 2 report, arXiv 2408.00118, section 2, for the cap; Cohere and Granite for the scale).
+    The cap lies in [1e-30, 1e30], the scale's size in [1e-30, 1e6].
     """
 
     softcap: float | None = None
@@ -58,7 +61,7 @@ class LogitOptions:
     def __post_init__(self) -> None:
         if self.softcap is not None:
             _positive("softcap", self.softcap)
-        _finite("logit_scale", self.logit_scale)
+        _finite("logit_scale", self.logit_scale, LARGEST_SCALE)
         if self.logit_scale == 0:
             raise ValueError("logit_scale must not be 0")
 
@@ -161,8 +164,28 @@ def _positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be > 0, got {value!r}")
 
 
-def _finite(name: str, value: object) -> None:
+def _finite(name: str, value: object, largest: float = SIZES[1]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
+    if wrong := size_fault(value, largest):
+        raise ValueError(f"{name} must {wrong}, got {value!r}")
+
+
+def size_fault(value: float, largest: float = SIZES[1]) -> str | None:
+    """What an option of this value must be and is not; None of one that is right, or 0.
+
+    By comparisons alone, which ``torch.compile`` knows of numbers that change between calls.
+    """
+    if value == 0 or SIZES[0] <= abs(value) <= largest:
+        return None
+    return f"be of a size in [{SIZES[0]:g}, {largest:g}]"
+
+
+def check_total(given: Tensor, cast: Tensor) -> None:
+    """Raise ValueError where prompt weights lose their sum in ``cast``, what is computed with."""
+    limits, total = torch.finfo(cast.dtype), cast.sum()
+    if given.any() and not limits.tiny <= total <= limits.max:
+        raise ValueError(
+            f"prompt_weights must be 0 or add up to a number in [{limits.tiny:.2g}, "
+            f"{limits.max:.2g}], what {cast.dtype} holds, got {given.tolist()}"
+        )

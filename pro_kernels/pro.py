@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pro_kernels import checks
 from pro_kernels.layout import Layout, check_targets
-from pro_kernels.options import REWARD_GAPS, PROOptions, RankingOptions, gap_fault
+from pro_kernels.options import SIZES, PROOptions, RankingOptions, check_total, gap_fault
 from pro_kernels.output import PROOutput
 
 # So many candidates, of all prompts, Python ranks faster than some thirty small operations do.
@@ -65,7 +65,9 @@ def rank_candidates(
         scaled = _scaled(here, valid, options, dtype)
     if not torch.compiler.is_compiling():
         given = scaled if rewards is not None and rewards.device.type != "cpu" else rewards
-        _check_values(layout, given, valid, candidate_mask, prompt_weights, sft_index, options)
+        _check_values(
+            layout, given, valid, candidate_mask, prompt_weights, sft_index, options, dtype
+        )
 
     if options.official:
         rank_of = torch.arange(shape[1], device=device).expand(shape)
@@ -166,7 +168,7 @@ def _sort_by_rewards(
     None unless they are what nearly every batch has: finite, apart, and nowhere near inf.
     """
     by_gaps, as_given = isinstance(options.temperature, str), _as_given(rewards, options)
-    (smallest, largest), scale = REWARD_GAPS, options.reward_scale
+    (smallest, largest), scale = SIZES, options.reward_scale
     ranked = []
     for row, of_column in zip(columns, rewards.tolist(), strict=True):
         row.sort(key=of_column.__getitem__, reverse=True)  # stable
@@ -267,7 +269,7 @@ def _check_gaps(rewards: Tensor, valid: Tensor, options: PROOptions) -> None:
     exact = _exact(rewards)
     low, high = -_last_where_not(valid, -exact).amax(1), _last_where_not(valid, exact).amax(1)
     gap = (high - low).double()
-    smallest, largest = REWARD_GAPS
+    smallest, largest = SIZES
     scaled = gap * options.reward_scale
     if ((scaled >= smallest) & (scaled <= largest)).all():  # what nearly every batch is
         return
@@ -321,10 +323,11 @@ def _check_values(
     prompt_weights: Tensor | None,
     sft_index: Tensor | None,
     options: PROOptions,
+    dtype: torch.dtype,
 ) -> None:
     """Values: looked at on the CPU, queued as asynchronous assertions on a GPU."""
+    known = _valid_on_host(layout, valid, candidate_mask)
     if rewards is not None:
-        known = _valid_on_host(layout, valid, candidate_mask)
         on_cpu = rewards.device.type == "cpu"
         if on_cpu and known is not None and isinstance(options.temperature, str):
             _check_gaps(rewards, known, options)
@@ -333,6 +336,9 @@ def _check_values(
     if prompt_weights is not None:
         good = prompt_weights.isfinite() & (prompt_weights >= 0)
         checks.check_all("prompt_weights must be finite and >= 0", good, prompt_weights)
+        if known is not None and prompt_weights.device.type == "cpu":
+            given = prompt_weights * known.any(1)
+            check_total(given, given.to(dtype))
     if sft_index is not None:
         n = layout.shape[1]
         checks.check_all(

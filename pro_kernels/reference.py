@@ -265,11 +265,10 @@ def _layout_sums(logps: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def _prompt_weights(valid: Tensor, prompt_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-    weights = valid.any(1).to(dtype)
+    weights = valid.any(1).double()
     if prompt_weights is not None:
         weights = weights * prompt_weights.to(weights)
-    total = weights.sum()
-    return weights / total if total > 0 else torch.zeros_like(weights)
+    return (weights / weights.sum()).to(dtype) if weights.any() else weights.to(dtype)
 
 
 def _one_hot(size: int, index: int, value: Tensor) -> Tensor:

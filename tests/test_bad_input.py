@@ -93,9 +93,9 @@ BAD = [
     ("far apart", {"rewards": torch.tensor([[3e38, -3e38, 0.0]] * 2)}, ValueError, "too far apart"),
     (
         "too close",
-        {"rewards": torch.tensor([[1.0, 0, 1e-31]] * 2), "reward_scale": 1e-31},
+        {"rewards": torch.tensor([[1e-6, 0, 0]] * 2), "reward_scale": 1e-25},
         ValueError,
-        "too close together: the largest gap is 1, which times reward_scale=1e-31 must lie in "
+        "too close together: the largest gap is 1e-06, which times reward_scale=1e-25 must lie in "
         "[1e-30, 1e+30]",
     ),
     (
@@ -177,12 +177,49 @@ BAD = [
 ]
 
 
+SIZES = {  # of numbers that fp32 does not hold, or not with what it multiplies
+    "softcap": (1e38, 1e300, 1e-50),
+    "logit_scale": (1e9, -1e-50),
+    "temperature": (1e39, 1e-39),
+    "reward_scale": (1e39, 1e-39),
+    "eps": (1e300,),
+    "sft_weight": (1e39, torch.nan),
+}
+BAD += [
+    (f"{name} {value}", {name: value}, ValueError, f"{name} must be of a size in [1e-30, 1e")
+    for name, values in SIZES.items()
+    for value in values
+]
+BAD += [
+    (
+        f"weights {value}",
+        {"prompt_weights": torch.full((2,), value, dtype=torch.double)},
+        ValueError,
+        "prompt_weights must be 0 or add up to a number in [1.2e-38, 3.4e+38]",
+    )
+    for value in (3e38, 1e300, 1e-39, 1e-300)
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD]
 )
 def test_linear_pro_loss(changes, error, message):
     with pytest.raises(error, match=re.escape(message)):
         pk.linear_pro_loss(**batch(**changes))
+
+
+@pytest.mark.parametrize("backend", usable_backends())
+def test_sizes_that_are_taken_are_computed_with(backend):
+    x, t = torch.randn(3, 40), torch.tensor([0, 39, 5])
+    expected = pk.token_logps(x, t, backend=backend)
+    for name, value, factor in (
+        ("softcap", 1e30, 1),
+        ("logit_scale", 1e6, 1e-6),
+        ("logit_scale", 1e-30, 1e30),
+    ):
+        found = pk.token_logps(x * factor, t, backend=backend, **{name: value})
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_stray_minus_100_is_found_where_another_index_is_ignored():

@@ -163,6 +163,29 @@ def test_compiles_in_one_graph_on_first_call(function):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_options_and_sizes_may_change_between_compiled_calls(dynamic):
+    torch._dynamo.reset()
+    h, w, _, t, r = Case("compile", masked=0.3).tensors()
+
+    def losses(h, t, r, scale, softcap):
+        first = pk.linear_pro_loss(h, w, t, r, reward_scale=scale, softcap=softcap)
+        lengths = (t >= 0).sum(-1)
+        return (
+            first.loss
+            + pk.losses.get_loss("pro")(
+                first.logps, lengths, rewards=r, mask=lengths > 0, reward_scale=scale
+            )[0]
+        )
+
+    compiled = torch.compile(losses, fullgraph=True, backend="eager", dynamic=dynamic)
+    for scale, softcap in ((1.0, 30.0), (0.5, 20.0), (0.3, 5.0)):
+        torch.testing.assert_close(
+            compiled(h, t, r, scale, softcap), losses(h, t, r, scale, softcap), rtol=1e-6, atol=0
+        )
+        h, t = h[:, :, 1:], t[:, :, 1:]
+
+
 def test_compiles_with_inductor():
     torch._dynamo.reset()
     h, w, _, t, r = Case("inductor").tensors()

@@ -23,6 +23,7 @@ from types import ModuleType
 # Not ``import torch``: the backend of that name takes its place once it is loaded.
 from torch import device as Device
 from torch import dtype as DType
+from torch.compiler import is_compiling
 from torch.cuda import get_device_capability, is_available
 from torch.version import hip
 
@@ -30,6 +31,8 @@ from pro_kernels.options import constant_while_compiling
 
 # Fastest first; on a GPU "cpu" refuses.
 ORDER = ("cpu", "cuda", "triton", "torch")
+# All of them take lists of this length.
+_CANDIDATES = 1024
 
 
 @functools.cache
@@ -86,13 +89,19 @@ def _unverified_allowed() -> bool:
     return choice == "1"
 
 
-@constant_while_compiling
 def resolve(choice: str, device: Device, dtype: DType, candidates: int | None = None) -> str:
     """Name of the backend that serves the request.
 
     Raises:
         ValueError: an unknown name, or an explicit choice that cannot serve (with its reason).
     """
+    if is_compiling() and candidates is not None and candidates <= _CANDIDATES:
+        candidates = None  # it may be symbolic, which no constant function takes
+    return _resolve(choice, device, dtype, candidates)
+
+
+@constant_while_compiling
+def _resolve(choice: str, device: Device, dtype: DType, candidates: int | None) -> str:
     if choice == "auto":
         reasons = {}
         for name in ORDER:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pro_kernels.options import check_total, size_fault
+
 SFT_REDUCTIONS = ("sum", "mean", "tokens")
 PAIRS = ("all", "best")
 
@@ -60,7 +62,10 @@ class Ranked:
         """Each prompt's share of the batch mean; 0 where it has no candidate: (B,)."""
         weights = self.valid.any(1).to(self.logps.dtype)
         if prompt_weights is not None:
-            weights = torch.where(weights > 0, prompt_weights.detach().to(weights.dtype), 0.0)
+            given = torch.where(weights > 0, prompt_weights.detach(), 0)
+            weights = given.to(weights.dtype)
+            if readable(weights):
+                check_total(given, weights)
         total = weights.sum()
         return weights / torch.where(total > 0, total, 1.0)
 
@@ -196,8 +201,10 @@ def check_number(
     )
     expected = [f"{sign}{limit}" for sign, limit, _ in limits if limit is not None]
     in_range = all(holds(limit) for _, limit, holds in limits if limit is not None)
-    if not math.isfinite(value) or not in_range:
+    if not abs(value) < math.inf or not in_range:
         raise ValueError(f"{name} must be {' and '.join(['finite', *expected])}, got {value!r}")
+    if wrong := size_fault(value):
+        raise ValueError(f"{name} must {wrong}, got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:

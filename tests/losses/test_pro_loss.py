@@ -155,6 +155,9 @@ BAD_OPTIONS = [
         ValueError,
         "prompt_weights must be finite and >= 0, got [1.0, -1.0]",
     ),
+    ({"prompt_weights": torch.tensor([1e39, 1], dtype=torch.double)}, ValueError, "add up to"),
+    ({"prompt_weights": torch.tensor([1e-39, 0], dtype=torch.double)}, ValueError, "add up to"),
+    ({"reward_scale": 1e39}, ValueError, "reward_scale must be of a size in [1e-30, 1e+30]"),
     (
         {"prompt_weights": torch.ones(2, 1)},
         ValueError,
