@@ -22,7 +22,16 @@ _ELSEWHERE = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code (2 for a wrong call)."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        if not str(error).startswith("PRO_KERNELS_"):  # what the environment may not say
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
     if argv and argv[0] in _ELSEWHERE:
         module, function, remedy = _ELSEWHERE[argv[0]]
         if argv[0] == "bench":

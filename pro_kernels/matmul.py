@@ -17,14 +17,13 @@ Legend: ``R`` rows, ``H`` hidden, ``V`` vocabulary.
 from __future__ import annotations
 
 import functools
-import os
 import platform
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pro_kernels.options import constant_while_compiling
+from pro_kernels.options import constant_while_compiling, setting
 
 # Bytes of fp32 workspace a blocked matmul may use.
 WORKSPACE = 16 << 20
@@ -48,9 +47,7 @@ def upcasts(dtype: torch.dtype, device_type: str) -> bool:
 def _upcasts(dtype: torch.dtype, device_type: str) -> bool:
     if dtype not in _LOW or device_type != "cpu":
         return False
-    choice = os.environ.get("PRO_KERNELS_MATMUL", "auto")
-    if choice not in ("auto", "native", "fp32"):
-        raise ValueError(f"PRO_KERNELS_MATMUL must be auto, native or fp32, got {choice!r}")
+    choice = setting("PRO_KERNELS_MATMUL", ("auto", "native", "fp32"), "auto")
     if choice != "auto":
         return choice == "fp32"
     if platform.machine().lower() not in ("x86_64", "amd64"):

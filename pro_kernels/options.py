@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -31,6 +32,14 @@ def gap_fault(gap: float, reward_scale: float = 1.0) -> str | None:
         f"too {how}: the largest gap is {gap:g}, which times reward_scale={reward_scale:g} must "
         f"lie in [{smallest:g}, {largest:g}]"
     )
+
+
+def setting(name: str, choices: Sequence[str], default: str) -> str:
+    """The environment variable ``name``, one of ``choices``; unset or empty: ``default``."""
+    choice = os.environ.get(name) or default
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+    return choice
 
 
 Function = TypeVar("Function", bound=Callable)

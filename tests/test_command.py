@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -22,6 +24,24 @@ def test_env_names_every_backend_and_reason(capsys):
     assert command.main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["devices"]["cpu"]["backends"]) == set(backends.ORDER)
+
+
+@pytest.mark.parametrize("command", ["env", "check"])
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("CPU_ISA", r"one of .*generic, got 'x'"), ("MATMUL", "one of auto, .*"), ("BUDGET", "a .*")],
+)
+def test_a_wrong_setting_is_one_line(command, name, wrong):
+    if name == "CPU_ISA" and backends.get("cpu").unusable(torch.device("cpu")):
+        pytest.skip("the native library is not built")
+    done = subprocess.run(
+        [sys.executable, "-m", "pro_kernels", command],
+        env={**os.environ, f"PRO_KERNELS_{name}": "x"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(f"error: PRO_KERNELS_{name} must be {wrong}\n", done.stderr)
 
 
 def test_check_passes_and_writes_json(tmp_path, capsys):

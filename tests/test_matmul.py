@@ -95,7 +95,7 @@ def test_choice(monkeypatch):
         assert matmul.upcasts(torch.bfloat16, "cpu") is expected
     matmul._upcasts.cache_clear()
     monkeypatch.setenv("PRO_KERNELS_MATMUL", "fast")
-    with pytest.raises(ValueError, match="PRO_KERNELS_MATMUL must be auto, native or fp32"):
+    with pytest.raises(ValueError, match="PRO_KERNELS_MATMUL must be one of auto, native, fp32"):
         matmul.upcasts(torch.bfloat16, "cpu")
     monkeypatch.undo()
     matmul._upcasts.cache_clear()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from types import ModuleType
 
 # Not ``import torch``: the backend of that name takes its place once it is loaded.
@@ -27,7 +26,7 @@ from torch.compiler import is_compiling
 from torch.cuda import get_device_capability, is_available
 from torch.version import hip
 
-from pro_kernels.options import constant_while_compiling
+from pro_kernels.options import constant_while_compiling, setting
 
 # Fastest first; on a GPU "cpu" refuses.
 ORDER = ("cpu", "cuda", "triton", "torch")
@@ -83,10 +82,7 @@ def _arch(device: Device) -> str | None:
 
 
 def _unverified_allowed() -> bool:
-    choice = os.environ.get("PRO_KERNELS_UNVERIFIED", "0")
-    if choice not in ("0", "1"):
-        raise ValueError(f"PRO_KERNELS_UNVERIFIED must be 0 or 1, got {choice!r}")
-    return choice == "1"
+    return setting("PRO_KERNELS_UNVERIFIED", ("0", "1"), "0") == "1"
 
 
 def resolve(choice: str, device: Device, dtype: DType, candidates: int | None = None) -> str:

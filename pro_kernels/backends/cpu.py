@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import pro_kernels.backends.native as native
-from pro_kernels.options import LogitOptions, RankingOptions
+from pro_kernels.options import LogitOptions, RankingOptions, setting
 
 NAME = "cpu"
 DTYPES = native.DTYPES
@@ -217,9 +217,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library, reason = native.open_library(path, _SIGNATURES, "pk_cpu_abi", _ABI)
     if library is None:
         return None, reason
-    forced = os.environ.get("PRO_KERNELS_CPU_ISA")
-    if forced and library.pk_cpu_set_isa(forced.encode()):
-        return None, f"PRO_KERNELS_CPU_ISA={forced}: not in this build or not on this processor"
+    if os.environ.get("PRO_KERNELS_CPU_ISA"):
+        here = [x for x in build_info()["isas"] if not library.pk_cpu_set_isa(x.encode())]
+        library.pk_cpu_set_isa(setting("PRO_KERNELS_CPU_ISA", here, "").encode())
     return library, None
 
 

@@ -231,7 +231,7 @@ def test_auto_passes_over_kernels_that_never_ran_on_a_gpu(monkeypatch):
     monkeypatch.setenv("PRO_KERNELS_UNVERIFIED", "1")
     assert backends.resolve("auto", GPU, torch.bfloat16) == "cuda"
     monkeypatch.setenv("PRO_KERNELS_UNVERIFIED", "yes")
-    with pytest.raises(ValueError, match="PRO_KERNELS_UNVERIFIED must be 0 or 1, got 'yes'"):
+    with pytest.raises(ValueError, match="PRO_KERNELS_UNVERIFIED must be one of 0, 1, got 'yes'"):
         backends.resolve("auto", GPU, torch.bfloat16)
 
 

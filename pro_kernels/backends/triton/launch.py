@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pro_kernels.backends.triton import configs, elementwise, prompts, rows, scoring, sides
-from pro_kernels.options import LogitOptions, RankingOptions
+from pro_kernels.options import LogitOptions, RankingOptions, setting
 
 
 def logp(
@@ -261,9 +260,7 @@ def scores_fused(
     Raises:
         ValueError: another value of ``PRO_KERNELS_SCORE``.
     """
-    choice = os.environ.get("PRO_KERNELS_SCORE", "auto")
-    if choice not in ("fused", "matmul", "auto"):
-        raise ValueError(f"PRO_KERNELS_SCORE must be fused, matmul or auto, got {choice!r}")
+    choice = setting("PRO_KERNELS_SCORE", ("fused", "matmul", "auto"), "auto")
     if choice != "auto":
         return choice == "fused"
     with _on_device(device):
