@@ -114,8 +114,8 @@ def test_backends_never_import_each_other():
 TRAINER = ROOT / "python" / "pro_trainer"
 # The way of a record, after what all of it stands on; imports go to the left.
 JOURNEY = (
-    "errors", "options", "demo_data", "models", "data", "text", "batch", "prepare", "evaluate",
-    "train", "cli", "demo", "__init__",
+    "errors", "options", "files", "demo_data", "models", "data", "text", "batch", "prepare",
+    "evaluate", "train", "cli", "demo", "__init__",
 )  # fmt: skip
 
 

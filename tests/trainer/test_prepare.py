@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -14,14 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from test_generation import TEMPLATE
+from trainer_runs import held
 from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassification
 
+from pro_trainer.cli import commands as cli
 from pro_trainer.cli.prepare import PrepareArguments, prepare
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import tiny_llama
-from pro_trainer.prepare import recipe
+from pro_trainer.prepare import output, recipe
 from pro_trainer.prepare.recipe import Pool
 from pro_trainer.prepare.scoring import RewardModel
 from pro_trainer.text.options import ListOptions
@@ -430,10 +433,15 @@ def test_a_damaged_partial_file(arguments, monkeypatch, tmp_path):
     interrupted(arguments(), monkeypatch, 3)
     partial, settings = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl.partial.json"
     lines = partial.read_bytes().splitlines(keepends=True)
-    partial.write_bytes(b"".join([*lines[:2], b"garbage\n", *lines[3:]]))
-    with pytest.raises(ValueError, match=r"out.jsonl.partial:3: damaged, .*--overwrite"):
-        prepare(arguments())
+    for foreign in (b"garbage\n", b"[]\n", b'{"prompt": "p"}\n'):
+        for behind in (lines[3:], []):
+            partial.write_bytes(b"".join([*lines[:2], foreign, *behind]))
+            with pytest.raises(ValueError, match=r"out.jsonl.partial:3: damaged, .*--overwrite"):
+                prepare(arguments())
     partial.write_bytes(b"".join(lines))
+    settings.write_text("[]")
+    with pytest.raises(ValueError, match="not what it was begun with .*: not a JSON object"):
+        prepare(arguments())
     settings.unlink()
     with pytest.raises(ValueError, match="is there, but not what it was begun with"):
         prepare(arguments())
@@ -499,10 +507,95 @@ def test_bad_arguments(arguments, changes, message, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_the_output_is_not_one_of_the_inputs(arguments, write_lines):
+def test_the_output_is_not_one_of_the_inputs(arguments, write_lines, models, tmp_path):
     data = write_lines(transcript(0))
-    with pytest.raises(ValueError, match="is one of the data files"):
-        prepare(arguments(data=data, output=data, overwrite=True))
+    link = tmp_path / "link"
+    link.symlink_to(models / "rm")
+    for path in (data, str(models / "small" / "out.jsonl"), str(link / "sub" / "out.jsonl")):
+        with pytest.raises(ValueError, match="output .*: writing there would change .* give anoth"):
+            prepare(arguments(data=data, output=path, overwrite=True))
+    report = write_lines(transcript(0), name="x.jsonl.report.json")
+    with pytest.raises(ValueError, match="would change .*x.jsonl.report.json, which this run read"):
+        prepare(arguments(data=report, output=str(tmp_path / "x.jsonl")))
+    assert {p.name for p in (models / "rm").iterdir()} >= {"config.json"}
+    assert not list(models.rglob("*.lock")) and not (models / "rm" / "sub").exists()
+
+
+def test_a_second_run_is_refused_while_one_writes_the_output(arguments, tmp_path):
+    lock = tmp_path / "out.jsonl.lock"
+    with held(lock) as holder:
+        with pytest.raises(ValueError, match=f"written by another run .process {holder.pid} on "):
+            prepare(arguments())
+        assert not (tmp_path / "out.jsonl.partial").exists()
+    assert lock.exists()  # its holder was killed
+    prepare(arguments(limit=2))
+    assert not lock.exists()
+
+
+def test_a_link_to_nothing_and_a_folder_without_permission(arguments, monkeypatch, tmp_path):
+    (tmp_path / "out.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="out.jsonl is a link to .*gone, which is not there: remo"):
+        prepare(arguments())
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pro_trainer.files.os.open", refuse)
+    with pytest.raises(ValueError, match=r"cannot be written .Permission denied.: give another ou"):
+        prepare(arguments(output=str(tmp_path / "a" / "b" / "out.jsonl")))
+
+
+def run(arguments):
+    """``pro-kernels prepare`` in this process."""
+    given = {name: x for name, x in vars(arguments).items() if x not in (None, [], False)}
+    flags = [[f"--{name}", *map(str, x if isinstance(x, list) else [x])]
+             for name, x in given.items() if name != "stop"]  # fmt: skip
+    return cli.prepare([flag for part in flags for flag in part])
+
+
+def test_an_interrupted_command_says_how_to_go_on(arguments, monkeypatch, tmp_path, capsys):
+    plain = recipe.Recipe.lines
+
+    def lines(self, lists, first_index):
+        if first_index == 4:
+            raise KeyboardInterrupt
+        return plain(self, lists, first_index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe.Recipe, "lines", lines)
+        assert run(arguments()) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "interrupted after 4 of 7 lists; the same command goes on from there"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "out.jsonl.partial", "out.jsonl.partial.json", "transcripts.jsonl",
+    ]  # fmt: skip
+    assert run(arguments()) == 0
+
+
+@pytest.mark.parametrize("at", ["the settings", "a line", "the output"])
+def test_a_full_disk_is_one_line_and_what_is_whole_stays(
+    arguments, monkeypatch, tmp_path, capsys, at
+):
+    whole = {"the settings": 0, "a line": 0, "the output": 2}[at]  # calls of fsync that succeed
+
+    def full(*_):
+        nonlocal whole
+        whole -= 1
+        if whole < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if at == "a line":
+            patch.setattr(output.PartialFile, "append", full)
+        else:
+            patch.setattr(output.os, "fsync", full)
+        assert run(arguments()) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: no space is left ([Errno 28] No space left on device); stopped")
+    kept = ["out.jsonl.partial", "out.jsonl.partial.json"] if at == "the output" else []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*kept, "transcripts.jsonl"]
+    assert ("after 7 of 7 lists" in error) == bool(kept)
+    assert run(arguments()) == 0
 
 
 def test_the_flags(tmp_path):

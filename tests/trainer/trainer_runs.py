@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -56,3 +60,20 @@ def losses(trainer: PROTrainer) -> list[float]:
 
 def weights(trainer: PROTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@contextlib.contextmanager
+def held(lock: Path) -> Iterator[subprocess.Popen]:
+    """Another process holds ``lock``, until it is killed."""
+    code = (
+        "import sys; from pathlib import Path; from pro_trainer.files import alone\n"
+        "with alone('output', Path('x'), Path(sys.argv[1])): print(flush=True), sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", code, str(lock)]
+    holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    try:
+        yield holder
+    finally:
+        holder.kill()
+        holder.communicate()

@@ -13,6 +13,7 @@ and ends with the same bytes (see ``partial``).
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -24,14 +25,22 @@ from typing import Any, Literal
 import torch
 
 import pro_kernels as pk
+from pro_trainer import files
+from pro_trainer.cli.stop import advising
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.options import DataOptions
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import ModelOptions, load
 from pro_trainer.options import check_choices, check_positive, option
-from pro_trainer.prepare.output import PartialFile, check_output, file_identity, write_atomically
-from pro_trainer.prepare.recipe import DATA, Generator, Recipe, SamplingOptions
+from pro_trainer.prepare.output import (
+    REPORT,
+    PartialFile,
+    check_output,
+    file_identity,
+    write_atomically,
+)
+from pro_trainer.prepare.recipe import DATA, LINE_KEYS, Generator, Recipe, SamplingOptions
 from pro_trainer.prepare.report import PrepareReport
 from pro_trainer.prepare.scoring import RewardModel
 from pro_trainer.text.encode import Encoder
@@ -98,6 +107,11 @@ class PrepareArguments(TemplateOptions):
         "float32", "Of the models' weights; auto: as saved."
     )
 
+    def sources(self) -> list[str]:
+        """The paths (or hub names) of all that is read."""
+        reward_model = [] if self.reward_model is None else [self.reward_model]
+        return [*self.data, *self.generator, *self.generator_tokenizer, *reward_model]
+
     def check(self) -> None:
         """Raise ValueError for arguments out of range or at odds."""
         check_choices(self, PrepareArguments)
@@ -105,8 +119,6 @@ class PrepareArguments(TemplateOptions):
             raise ValueError("data: no file, folder or hub name given")
         if not self.output.endswith((".jsonl", ".jsonl.gz")):
             raise ValueError(f"output must end in .jsonl or .jsonl.gz, got {self.output!r}")
-        if Path(self.output).resolve() in [Path(source).resolve() for source in self.data]:
-            raise ValueError(f"output {self.output} is one of the data files")
         if self.generator and self.reward_model is None:
             raise ValueError(
                 "samples have no reward of their own: a generator needs a reward_model that "
@@ -136,7 +148,12 @@ def prepare(arguments: PrepareArguments) -> PrepareReport:
     """
     arguments.check()
     output = Path(arguments.output)
-    check_output(output, arguments.overwrite)
+    with files.alone("output", output, output.with_name(output.name + ".lock")):
+        return _prepare(arguments, output)
+
+
+def _prepare(arguments: PrepareArguments, output: Path) -> PrepareReport:
+    check_output(output, arguments.overwrite, arguments.sources())
     device = _device(arguments.device)
     data_report = DataReport()
     # All of it before any work: a malformed line shows now and not after hours.
@@ -147,18 +164,23 @@ def prepare(arguments: PrepareArguments) -> PrepareReport:
         output,
         _settings(arguments, device),
         group_size=arguments.batch_size,
+        keys=LINE_KEYS,
         overwrite=arguments.overwrite,
     )
-    try:
+    how = "after {} of {} lists; the same command goes on from there"
+    report_file = output.with_name(output.name + REPORT)
+    with contextlib.closing(partial), advising(lambda: how.format(partial.done, total)):
         if partial.done < total:
             _fill(partial, _recipe(arguments, device), arguments, total)
         report = PrepareReport.of(partial.lines(), data_report, arguments.ranking_length)
         if not report.kept:
             raise ValueError(f"every list was dropped: {dict(report.dropped)}; nothing to write")
-        write_atomically(output.with_name(output.name + ".report.json"), [report.json_bytes()])
-        partial.finish(line["record"] for line in partial.lines() if line["record"] is not None)
-    finally:
-        partial.close()
+        write_atomically(report_file, [report.json_bytes()])
+        try:
+            partial.finish(line["record"] for line in partial.lines() if line["record"] is not None)
+        except BaseException:
+            report_file.unlink()
+            raise
     print(report.text())
     return report
 
@@ -240,10 +262,7 @@ def _settings(arguments: PrepareArguments, device: torch.device) -> dict[str, An
         name: value for name, value in asdict(arguments).items() if name not in _WITHOUT_EFFECT
     }
     settings |= {"device": device.type, "pro_kernels": pk.__version__}
-    paths = [*arguments.data, *arguments.generator, *arguments.generator_tokenizer]
-    if arguments.reward_model is not None:
-        paths.append(arguments.reward_model)
-    return settings | {f"the files of {path}": file_identity(path) for path in paths}
+    return settings | {f"the files of {path}": file_identity(path) for path in arguments.sources()}
 
 
 def _device(name: str | None) -> torch.device:

@@ -11,15 +11,19 @@ again, in the same composition, so that the outcome is the same to the last bit.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pro_trainer.files import destroyed, lies_in
+
+REPORT = ".report.json"  # behind the name of the output
 _HASHED_BYTES = 1 << 20
 
 
@@ -27,11 +31,17 @@ class PartialFile:
     """The unfinished form of an output file of JSON lines.
 
     Attributes:
-        done: finished lines found at the start.
+        done: finished lines.
     """
 
     def __init__(
-        self, output: Path, settings: dict[str, Any], *, group_size: int, overwrite: bool = False
+        self,
+        output: Path,
+        settings: dict[str, Any],
+        *,
+        group_size: int,
+        keys: Collection[str],
+        overwrite: bool = False,
     ) -> None:
         """Go on with what is there, or begin.
 
@@ -39,21 +49,20 @@ class PartialFile:
             output: the file to be; its folder is made.
             settings: what the lines depend on; JSON values only.
             group_size: lines computed together.
+            keys: of a line.
             overwrite: replace an existing output at the end, and drop what was begun with other
                 settings.
 
         Raises:
-            ValueError: the output is there, or was begun with other settings; a damaged file.
+            ValueError: it was begun with other settings; a damaged file.
         """
-        check_output(output, overwrite)
-        output.parent.mkdir(parents=True, exist_ok=True)
         self.output = output
         self.path = output.with_name(output.name + ".partial")
         self.settings_path = output.with_name(output.name + ".partial.json")
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they are read back
         self.done = 0
         if self._begun_with(settings, overwrite):
-            self.done = _keep_whole_groups(self.path, group_size)
+            self.done = _keep_whole_groups(self.path, group_size, keys)
         else:
             self.path.unlink(missing_ok=True)  # first: it belongs to the settings replaced next
             write_atomically(self.settings_path, [_json_line(settings)])
@@ -64,6 +73,7 @@ class PartialFile:
         for line in lines:
             self._file.write(_json_line(line))
             self._file.flush()
+            self.done += 1
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """All lines so far, read back."""
@@ -77,12 +87,18 @@ class PartialFile:
             self.output, map(_json_line, records), compress=self.output.suffix == ".gz"
         )
         self.close()
-        self.path.unlink()
-        self.settings_path.unlink()
+        self._remove()
 
     def close(self) -> None:
-        """Stop writing; a later run goes on."""
-        self._file.close()
+        """Stop writing; a later run goes on, if there is something to go on from."""
+        with contextlib.suppress(OSError):  # the disk is full: a line that was cut is made again
+            self._file.close()
+        if not self.done:
+            self._remove()
+
+    def _remove(self) -> None:
+        for path in (self.path, self.settings_path):
+            path.unlink(missing_ok=True)
 
     def _begun_with(self, settings: dict[str, Any], overwrite: bool) -> bool:
         """Whether there is something to go on with."""
@@ -90,6 +106,8 @@ class PartialFile:
             return False
         try:
             before = json.loads(self.settings_path.read_bytes())
+            if not isinstance(before, dict):
+                raise ValueError("not a JSON object")
         except (OSError, ValueError) as error:
             if overwrite:
                 return False
@@ -112,8 +130,12 @@ class PartialFile:
         return not names
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise ValueError where the output may not be written."""
+def check_output(output: Path, overwrite: bool, read: Iterable[str]) -> None:
+    """Raise ValueError where the output may not be written, or lies in one of those ``read``."""
+    for end in ("", ".partial", ".partial.json", REPORT):
+        for source in read:
+            if lies_in(output.with_name(output.name + end), source):
+                raise destroyed("output", output, source)
     if output.is_dir():
         raise ValueError(f"output {output} is a folder, a file name was expected")
     if output.exists() and not overwrite:
@@ -123,15 +145,19 @@ def check_output(output: Path, overwrite: bool) -> None:
 def write_atomically(path: Path, pieces: Iterable[bytes], *, compress: bool = False) -> None:
     """Write a file that appears whole or not at all; gzip has no time stamp and no name in it."""
     temporary = path.with_name(path.name + ".writing")
-    with open(temporary, "wb") as raw:
-        if compress:
-            with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
-                file.writelines(pieces)
-        else:
-            raw.writelines(pieces)
-        raw.flush()
-        os.fsync(raw.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as raw:
+            if compress:
+                with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
+                    file.writelines(pieces)
+            else:
+                raw.writelines(pieces)
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -169,40 +195,42 @@ def file_identity(source: str) -> dict[str, Any]:
     return identity
 
 
-def _keep_whole_groups(path: Path, group_size: int) -> int:
+def _keep_whole_groups(path: Path, group_size: int, keys: Collection[str]) -> int:
     """Cut the file behind its last whole group of whole lines; how many lines are left.
 
     Raises:
-        ValueError: a line before the last one is damaged.
+        ValueError: a whole line is none that was written here.
     """
     with open(path, "r+b") as file:
-        end, kept = _whole_groups(path, file, group_size)
+        end, kept = _whole_groups(path, file, group_size, keys)
         file.truncate(end)
         os.fsync(file.fileno())
     return kept
 
 
-def _whole_groups(path: Path, file: BinaryIO, group_size: int) -> tuple[int, int]:
-    position = end = kept = damaged = 0
+def _whole_groups(
+    path: Path, file: BinaryIO, group_size: int, keys: Collection[str]
+) -> tuple[int, int]:
+    position = end = kept = 0
     for number, line in enumerate(file, 1):
-        if damaged:
+        if not line.endswith(b"\n"):
+            break  # the last one, cut off
+        if not _has_keys(line, keys):
             raise ValueError(
-                f"{path}:{damaged}: damaged, and not the last line; start over with --overwrite"
+                f"{path}:{number}: damaged, or not of this program; start over with --overwrite"
             )
         position += len(line)
-        if not line.endswith(b"\n") or not _is_json(line):
-            damaged = number
-        elif number % group_size == 0:
+        if number % group_size == 0:
             end, kept = position, number
     return end, kept
 
 
-def _is_json(line: bytes) -> bool:
+def _has_keys(line: bytes, keys: Collection[str]) -> bool:
     try:
-        json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return False
-    return True
+    return isinstance(value, dict) and value.keys() == set(keys)
 
 
 def _json_line(value: dict[str, Any]) -> bytes:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DATA = "data"
 ALL_EQUAL = "all rewards equal"
+LINE_KEYS = ("record", "dropped", "samples", "texts_cut", "reward_sums", "chosen_first",
+             "chosen_first_of_data")  # fmt: skip
 
 
 @dataclass(frozen=True)
