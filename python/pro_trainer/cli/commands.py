@@ -11,16 +11,15 @@ import argparse
 import json
 import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 
+from pro_trainer.cli import stop
 from pro_trainer.cli import train as run
 from pro_trainer.cli.evaluate import EvalArguments, evaluate_files
 from pro_trainer.cli.inspect import InspectArguments
@@ -28,7 +27,6 @@ from pro_trainer.cli.inspect import inspect as inspect_lists
 from pro_trainer.cli.prepare import PrepareArguments
 from pro_trainer.cli.prepare import prepare as prepare_lists
 from pro_trainer.cli.train import TrainArguments
-from pro_trainer.errors import TrainingError
 from pro_trainer.text.options import ListOptions
 from pro_trainer.train import distributed
 from pro_trainer.train.checkpoints import IDENTITY
@@ -122,33 +120,21 @@ def _code(
     parser = HfArgumentParser(kinds, prog=f"pro-kernels {name}", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it.")
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        known, _ = _first_parser().parse_known_args(argv)
-        flags = config_flags(known.config) + argv if known.config else argv
-        if name == "eval":
-            flags = run_flags(flags) + flags
-        *options, namespace, rest = parser.parse_args_into_dataclasses(
-            flags, return_remaining_strings=True, look_for_args_file=False
-        )
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        action(*options)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {_rank()}{error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"error: {_rank()}{error}", file=sys.stderr)
-        return 1
-    except Exception:
-        if not distributed.several():
-            raise
-        traceback.print_exc()
-        return 1
+    with stop.signals() as caught:
+        try:
+            known, _ = _first_parser().parse_known_args(argv)
+            flags = config_flags(known.config) + argv if known.config else argv
+            if name == "eval":
+                flags = run_flags(flags) + flags
+            *options, namespace, rest = parser.parse_args_into_dataclasses(
+                flags, return_remaining_strings=True, look_for_args_file=False
+            )
+            if rest:
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            action(*options)
+        except (Exception, KeyboardInterrupt) as error:
+            return stop.code(error, caught)
     return 0
-
-
-def _rank() -> str:
-    return f"rank {dist.get_rank()}: " if distributed.several() else ""
 
 
 def run_flags(flags: Sequence[str]) -> list[str]:

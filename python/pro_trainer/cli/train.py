@@ -7,6 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from pro_trainer.cli.stop import advising
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
 from pro_trainer.models import ModelOptions, load, tiny_llama
 from pro_trainer.options import option
@@ -72,17 +76,19 @@ def train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
             every rank, ranks that disagree on any of them.
         TrainingError: a loss, gradient or weight that is not finite, or another rank failed.
     """
-    with faults.shared(config.ddp_timeout):
+    with faults.shared(config.ddp_timeout), checkpoints.alone(config):
         return _train(arguments, config)
 
 
 def _train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
     output = Path(config.output_dir)
+    sources = [arguments.model, arguments.tokenizer, *arguments.data, *arguments.eval_data]
+    checkpoints.check_apart(output, *sources)
     resume = _resume(config, output)
     if resume is None:
         checkpoints.check_free(output, config.overwrite)
-    else:
-        checkpoints.find(output, resume)
+    _check_reporting(config)
+    lora = _lora(arguments) if arguments.use_peft else None
     if config.bf16_full_eval or config.fp16_full_eval:
         raise ValueError(
             "bf16_full_eval and fp16_full_eval cast the weights themselves, and training would go "
@@ -95,28 +101,30 @@ def _train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
     if config.should_log:
         print(f"loss: {describe_backend(config, config.device, model.dtype)}")
     lists, held_out, report = read_data(arguments, config, tokenizer)
-    trainer = PROTrainer(
-        model,
-        config,
-        lists,
-        held_out,
-        tokenizer,
-        peft_config=_lora(arguments) if arguments.use_peft else None,
-    )
-    before = trainer.evaluate() if held_out is not None else None
-    trainer.train(resume_from_checkpoint=resume)
-    after = trainer.evaluate() if held_out is not None else None
-    trainer.save_model()
-    result = {
-        "data": report,
-        "before": before,
-        "after": after,
-        "log_history": trainer.state.log_history,
-    }
-    if trainer.is_world_process_zero():
-        write_json(output / "metrics.json", result)
-        print(f"saved {output}: model, README.md, metrics.json, curves.png")
+    trainer = PROTrainer(model, config, lists, held_out, tokenizer, peft_config=lora)
+    with advising(lambda: _how_to_go_on(trainer, output)):
+        before = trainer.evaluate() if held_out is not None else None
+        trainer.train(resume_from_checkpoint=resume)
+        after = trainer.evaluate() if held_out is not None else None
+        trainer.save_model()
+        result = {
+            "data": report,
+            "before": before,
+            "after": after,
+            "log_history": trainer.state.log_history,
+        }
+        if trainer.is_world_process_zero():
+            write_json(output / "metrics.json", result)
+            print(f"saved {output}: model, README.md, metrics.json, curves.png")
     return result
+
+
+def _how_to_go_on(trainer: PROTrainer, output: Path) -> str:
+    whole = [c.name for c in checkpoints.checkpoints(output) if checkpoints.sealed(c)]
+    at = f"at step {trainer.state.global_step}"
+    if not whole or trainer.args.save_only_model:
+        return f"{at}; nothing was saved to go on from"
+    return f"{at}; --resume_from_checkpoint auto goes on from {whole[-1]}"
 
 
 def read_data(
@@ -142,11 +150,24 @@ def read_data(
     return lists, held_out, report.as_dict()
 
 
-def _resume(config: PROConfig, output: Path) -> str | bool | None:
+def _resume(config: PROConfig, output: Path) -> str | None:
+    """The checkpoint to go on from, or None for a fresh run."""
     given = config.resume_from_checkpoint
+    say = print if config.should_log else str
     if given == "auto":
-        return True if checkpoints.last_whole(output) else None
-    return {"true": True, "last": True, "false": None}.get(str(given).lower(), given)
+        found = checkpoints.last_whole(output, say)
+        return str(found) if found else None
+    resume = {"true": True, "last": True, "false": None}.get(str(given).lower(), given)
+    return str(checkpoints.find(output, resume, say)) if resume else None
+
+
+def _check_reporting(config: PROConfig) -> None:
+    """Raise ValueError where ``report_to`` names what cannot report; ``Trainer`` tells late."""
+    for name in set(config.report_to) - set(get_available_reporting_integrations()):
+        try:
+            get_reporting_integration_callbacks([name])[0]()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ValueError(f"report_to {name}: {error}") from None
 
 
 def _lora(arguments: TrainArguments) -> Any:

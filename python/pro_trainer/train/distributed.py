@@ -76,16 +76,17 @@ def facts(
         parts = dataset if isinstance(dataset, Mapping) else {"": dataset}
         for name, part in parts.items():
             if part is not None:
-                found[f"{kind} {name}".strip()] = f"{len(part)} lists, sha256 {_digest(part)}"
+                found[f"{kind} {name}".strip()] = describe_lists(part)
     return found
 
 
-def _digest(dataset: datasets.Dataset) -> str:
+def describe_lists(dataset: datasets.Dataset) -> str:
+    """How many lists, and a hash of all of them."""
     digest = hashlib.sha256()
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         for batch in table.combine_chunks().to_batches():
             digest.update(batch.serialize())
-    return digest.hexdigest()[:16]
+    return f"{len(dataset)} lists, sha256 {digest.hexdigest()[:16]}"
 
 
 def check_agreement(mine: Mapping[str, str]) -> None:

@@ -60,7 +60,7 @@ def shared(timeout: float) -> Iterator[None]:
     _active.append(watch)
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         watch.close()
         if not of_a_collective(error):
             watch.tell(error)
@@ -71,7 +71,7 @@ def shared(timeout: float) -> Iterator[None]:
         _active.remove(watch)
 
 
-def of_a_collective(error: Exception) -> bool:
+def of_a_collective(error: BaseException) -> bool:
     """Whether ``error`` is that of a collective."""
     if isinstance(error, TrainingError):
         return False
@@ -100,14 +100,16 @@ class _Watch:
         self._over.set()
         self._listener.join()
 
-    def tell(self, error: Exception) -> None:
+    def tell(self, error: BaseException) -> None:
         """Give the others this rank's error, and time to read it."""
-        text = (str(error).strip() or "no message").splitlines()[0]
+        text = f"failed with {type(error).__name__}: {_first_line(error)}"
+        if isinstance(error, KeyboardInterrupt):
+            text = "was interrupted"
         with contextlib.suppress(dist.DistError):  # the store went first: nobody is there to read
-            self._say(f"rank {self._rank} failed with {type(error).__name__}: {text}")
+            self._say(f"rank {self._rank} {text}")
             self._wait_for_readers(self._world)
 
-    def cause(self, error: Exception) -> str:
+    def cause(self, error: BaseException) -> str:
         """Why a collective of this rank failed."""
         if self._known:
             return self._known
@@ -124,7 +126,7 @@ class _Watch:
                 f"or torchrun's agent there ({_first_line(error)})"
             )
 
-    def _roll_call(self, error: Exception) -> str:
+    def _roll_call(self, error: BaseException) -> str:
         for name in ("roll call", f"awake {self._rank}", f"came {self._rank}"):
             self._store.set(name, "")
         end = time.monotonic() + _GRACE
@@ -182,5 +184,5 @@ class _Watch:
                 return
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]

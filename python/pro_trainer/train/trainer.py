@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import math
+import multiprocessing.util
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ import pro_kernels as pk
 from pro_trainer.batch.collate import Preferences
 from pro_trainer.batch.sampler import dealt
 from pro_trainer.errors import TrainingError
+from pro_trainer.files import appearing
 from pro_trainer.models import (
     causal_lm,
     check_causal,
@@ -154,6 +157,8 @@ class PROTrainer(Trainer):
             print(said)
         if args.disable_dropout:
             disable_dropout(model)
+        if args.dataloader_num_workers:  # else those that are killed leave folders behind
+            multiprocessing.util.get_temp_dir()
         super().__init__(
             model=model,
             args=args,
@@ -193,7 +198,7 @@ class PROTrainer(Trainer):
             TrainingError: loss, gradient or weights that are not finite; nothing is saved then. Or
                 another rank failed (``faults.RankError``).
         """
-        with faults.shared(self.args.ddp_timeout):
+        with faults.shared(self.args.ddp_timeout), checkpoints.alone(self.args):
             return self._train(resume_from_checkpoint, **kwargs)
 
     def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> Any:
@@ -201,9 +206,9 @@ class PROTrainer(Trainer):
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("the model has no trainable parameter (a frozen model or adapter?)")
         check_zero3_saves(self.accelerator)
-        resumed = checkpoints.prepare_output(
-            Path(self.args.output_dir), resume_from_checkpoint, run, self.args
-        )
+        folder = Path(self.args.output_dir)
+        checkpoints.check_apart(folder, causal_lm(self.model).config._name_or_path)
+        resumed = checkpoints.prepare_output(folder, resume_from_checkpoint, run, self.args)
         if self.args.world_size > 1:
             check_agreement({"the checkpoint resumed": str(resumed and Path(resumed).name)})
         self._run_identity = run
@@ -347,8 +352,23 @@ class PROTrainer(Trainer):
         return Scores.cat(parts)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # see rotate
         with self._usage.paused():
-            super()._save_checkpoint(model, trial)
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    checkpoints.seal(folder, self.args.save_only_model)
+            except BaseException:
+                if self.args.should_save:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+            finally:
+                self.args.save_total_limit = limit
+            if self.args.should_save:
+                checkpoints.rotate(run, limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -360,11 +380,12 @@ class PROTrainer(Trainer):
                 f"step {self.state.global_step}: {len(bad)} weights are not finite ({bad[0]}, "
                 "...); stopped, and nothing saved"
             )
-        checkpoints.remove_model(folder)
-        super()._save(str(folder), state_dict)
-        card.write(folder, self)
-        if hasattr(self, "_run_identity"):
-            checkpoints.write_identity(folder, self._run_identity)
+        with appearing(folder) as writing:
+            super()._save(str(writing), state_dict)
+            card.write(writing, self)
+            if hasattr(self, "_run_identity"):
+                checkpoints.write_identity(writing, self._run_identity)
+            checkpoints.remove_model(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card (README.md) into ``output_dir``."""

@@ -1,0 +1,284 @@
+"""Runs that are broken on purpose: what is left, what is said, and how it goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trainer_runs import held, records, trainer_for
+
+from pro_trainer.cli import commands as cli
+from pro_trainer.cli import inspect as inspecting
+from pro_trainer.cli import train as training
+from pro_trainer.models import tiny_llama
+from pro_trainer.train import checkpoints
+from pro_trainer.train.checkpoints import find, last_whole, run_identity
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["--report_to", "none", "--use_cpu", "true", "--max_steps", "2", "--eval_fraction", "0"]
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+def train(data: str, output: Path, *more: str) -> int:
+    return cli.train(["--demo", "--data", data, "--output_dir", str(output), *QUICK, *more])
+
+
+def last_line(capsys) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """The demo's model in a folder."""
+    model, tokenizer = tiny_llama(0)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_second_run_is_refused_while_one_writes_the_folder(data_file, tmp_path, capsys):
+    output = tmp_path / "out"
+    with held(output / ".lock") as holder:
+        assert train(data_file, output) == 2
+        assert last_line(capsys) == (
+            f"error: output_dir {output} is being written by another run (process {holder.pid} on "
+            f"{os.uname().nodename}): wait for its end, or give another output_dir"
+        )
+        assert [p.name for p in output.iterdir()] == [".lock"]
+    assert train(data_file, output) == 0  # its holder was killed
+    assert not (output / ".lock").exists()
+
+
+def test_what_a_run_reads_is_never_written_over(saved, data_file, tmp_path, capsys):
+    before = bytes_of(saved)
+    link = tmp_path / "link"
+    link.symlink_to(saved)
+    model, tokenizer = ["--model", str(saved)], ["--tokenizer", str(saved)]
+    for output, more in ((saved, model), (link, model), (link, ["--model", "x", *tokenizer])):
+        assert train(data_file, output, "--overwrite", *more) == 2
+        message = f"error: output_dir {output}: writing there would change {saved}, which this run"
+        assert last_line(capsys).startswith(message)
+    shutil.copytree(saved, tmp_path / "out" / "checkpoint-5")
+    of_the_run = ["--model", str(tmp_path / "out" / "checkpoint-5"), "--overwrite"]
+    assert train(data_file, tmp_path / "out", *of_the_run) == 2
+    assert "would change" in last_line(capsys)
+    with pytest.raises(ValueError, match="would change .*base, which this run reads"):
+        trainer_for(link, model=str(saved)).train()
+    assert bytes_of(saved) == before == {
+        name.replace("out/checkpoint-5", "base"): x
+        for name, x in bytes_of(tmp_path / "out").items()
+    }  # fmt: skip
+
+
+def test_every_list_and_what_orders_them_make_two_runs_the_same(tmp_path):
+    def identity(data, **options):
+        trainer = trainer_for(tmp_path, data=data, **options)
+        return run_identity(trainer.args, trainer.model, trainer.train_dataset)
+
+    data = records(130)
+    first = identity(data)
+    assert identity(data, learning_rate=0.5) == first
+    data[1] = data[1] | {"completions": ["another", *data[1]["completions"][1:]]}
+    other = identity(data, dataloader_drop_last=True)
+    assert {n for n in first if first[n] != other[n]} == {"train_dataset", "dataloader_drop_last"}
+
+
+@pytest.fixture(scope="module")
+def run_of_two_checkpoints(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    trainer_for(folder, **SAVING).train()
+    return folder
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+
+
+DAMAGES = {  # file of checkpoint-4: (what becomes of it, what is said)
+    "scheduler.pt": (Path.unlink, "scheduler.pt is missing"),
+    "rng_state.pth": (Path.unlink, "rng_state.pth is missing"),
+    "optimizer.pt": (cut, r"optimizer.pt has \d+ bytes, \d+ were written"),
+    "model.safetensors": (flip, "model.safetensors is not what was written"),
+    "pro_run.json": (lambda p: p.write_text("[]"), r"pro_run.json has 2 bytes, \d+ were written"),
+    "manifest.json": (Path.unlink, "it has no manifest.json, so it was cut off while"),
+    " manifest.json": (lambda p: p.write_text("[]"), "its manifest.json cannot be read"),
+    "": (shutil.rmtree, "there is no such checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_checkpoint_is_whole_or_none(name, run_of_two_checkpoints, tmp_path):
+    damage, why = DAMAGES[name]
+    shutil.copytree(run_of_two_checkpoints, tmp_path, dirs_exist_ok=True)
+    last = tmp_path / "checkpoint-4"
+    assert last_whole(tmp_path) == last
+    damage(last / name.strip())
+    said: list[str] = []
+    whole = tmp_path / "checkpoint-2"
+    assert last_whole(tmp_path, said.append) == whole
+    assert bool(name) == len(said) and all(line.startswith(f"{last} is passed") for line in said)
+    message = rf"resume_from_checkpoint {last}: {why}.*; resume from {whole}$"
+    with pytest.raises(ValueError, match=message):
+        find(tmp_path, last)
+    if name == "scheduler.pt":  # what used to start the schedule again
+        trainer = trainer_for(tmp_path)
+        assert trainer.train(True).global_step == 4
+        rates = [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
+        assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    shutil.rmtree(whole)
+    with pytest.raises(ValueError, match="none in .* is whole$"):
+        find(tmp_path, last)
+
+
+def test_a_foreign_file_in_place_of_the_options_of_a_run(run_of_two_checkpoints, tmp_path):
+    shutil.copytree(run_of_two_checkpoints, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-4" / "pro_run.json").write_text("[]")
+    checkpoints.seal(tmp_path / "checkpoint-4", False)
+    with pytest.raises(ValueError, match="pro_run.json must be a JSON object with the options"):
+        trainer_for(tmp_path).train(True)
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_resumed(tmp_path):
+    trainer_for(tmp_path, save_only_model=True, **SAVING).train()
+    with pytest.raises(ValueError, match="checkpoint-2: it was saved with save_only_model"):
+        find(tmp_path, tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="no whole checkpoint in"):
+        find(tmp_path, True)
+
+
+def test_the_older_checkpoint_goes_once_the_newer_is_whole(tmp_path, monkeypatch):
+    seal, seen = checkpoints.seal, []
+
+    def watched(folder, only_model):
+        seen.append([c.name for c in checkpoints.checkpoints(tmp_path) if checkpoints.sealed(c)])
+        if len(seen) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        seal(folder, only_model)
+
+    monkeypatch.setattr(checkpoints, "seal", watched)
+    trainer = trainer_for(tmp_path, save_total_limit=1, max_steps=6, **SAVING)
+    with pytest.raises(OSError, match="No space"):
+        trainer.train()
+    assert seen == [[], ["checkpoint-2"], ["checkpoint-4"]]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert trainer.args.save_total_limit == 1
+
+
+@pytest.mark.parametrize(("sizes", "strategy"), [(0.5, "steps"), (1.5, "steps"), (0.5, "no")])
+def test_a_full_disk_is_one_line_and_leaves_what_is_whole(
+    data_file, tmp_path, monkeypatch, capsys, sizes, strategy
+):
+    """Under a largest file size: weights fit (1.5) or not, the optimizer (2) does not."""
+    size = 4 * sum(p.numel() for p in tiny_llama(0)[0].parameters())
+    monkeypatch.setattr("pro_trainer.train.callbacks.draw_curves", lambda *_: None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sizes * size), before[1]))
+    try:
+        code = train(data_file, tmp_path / "out", "--save_strategy", strategy, "--save_steps", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    step = 1 if strategy == "steps" else 2
+    error = last_line(capsys)
+    assert code == 1 and error.startswith("error: no space is left (")
+    assert error.endswith(f"; stopped at step {step}; nothing was saved to go on from")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+RUN = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from pro_kernels.__main__ import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "workers"), [(signal.SIGINT, 130, "1"), (signal.SIGTERM, 143, "1")]
+)
+def test_a_signal_ends_a_run_with_one_line_and_nothing_left(number, code, workers, tmp_path):
+    """The signal reaches the data loader's processes too, as Ctrl-C and a scheduler's do."""
+    (tmp_path / "tmp").mkdir()
+    argv = ["train", "--demo", "--output_dir", str(tmp_path / "out"), *QUICK, "--logging_steps"]
+    argv += ["1", "--save_strategy", "steps", "--save_steps", "2", "--disable_tqdm", "true"]
+    argv += ["--max_steps", "100000", "--save_total_limit", "1"]
+    argv += ["--dataloader_num_workers", workers]
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
+    )
+    try:
+        while not process.stdout.readline().startswith("step 3/"):
+            assert process.poll() is None
+        os.killpg(process.pid, number)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, error
+    assert "Traceback" not in error
+    said = error.splitlines()[-1]
+    (kept,) = (tmp_path / "out").iterdir()
+    assert said.startswith("interrupted at step ")
+    assert said.endswith(f"; --resume_from_checkpoint auto goes on from {kept.name}")
+    assert last_whole(tmp_path / "out") == kept
+    assert {p.name.partition("_")[0] for p in (tmp_path / "tmp").iterdir()} <= {"torchinductor"}
+
+
+def test_ctrl_c_elsewhere_is_one_line_too(data_file, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(inspecting, "read_lists", interrupted)
+    assert cli.inspect(["--demo", "--data", data_file]) == 130
+    assert last_line(capsys) == "interrupted before anything was written; start it again"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(
+    data_file, tmp_path, monkeypatch, capsys
+):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    assert train(data_file, link) == 2
+    assert f"output_dir {link} is a link to {tmp_path / 'gone'}, which is not" in last_line(capsys)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pro_trainer.files.os.open", refuse)
+    assert train(data_file, tmp_path / "a" / "b") == 2
+    assert "a/b cannot be written (Permission denied): give another out" in last_line(capsys)
+    assert not (tmp_path / "a").exists() and not (tmp_path / "gone").exists()
+
+
+def test_a_package_to_report_with_is_missed_before_the_model_is_loaded(
+    data_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training, "tiny_llama", None)
+    integrations = "transformers.integrations.integration_utils"
+    monkeypatch.setattr(f"{integrations}.is_wandb_available", lambda: False)
+    assert train(data_file, tmp_path / "out", "--report_to", "wandb") == 2
+    error = last_line(capsys)
+    assert error.startswith("error: report_to wandb: ") and "pip install wandb" in error
+    assert train(data_file, tmp_path / "out", "--report_to", "wandbb") == 2
+    assert "report_to wandbb: wandbb is not supported, only" in last_line(capsys)
+    assert not (tmp_path / "out").exists()
