@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +204,7 @@ def _shared_facts(
     if by_candidate is None:
         return facts
     shape = checked.layout.shape
-    check_arguments(shape, **by_candidate, options=checked.loss)
+    check_arguments(shape, **by_score(by_candidate), options=checked.loss)
     facts |= {name: shards.described(x) for name, x in by_candidate.items()}
     return {**facts, "loss": repr(checked.loss), "(B, n)": shape}
 
@@ -249,9 +251,14 @@ def pro_across_ranks(
         resolve(backend, logps.device, logps.dtype),
     )
     whole = Layout.of_sums(lengths.view(layout.shape))
-    ranked = rank_candidates(whole, **by_candidate, options=options, dtype=logps.dtype)
+    ranked = rank_candidates(whole, **by_score(by_candidate), options=options, dtype=logps.dtype)
     loss, per_rank, sums, weights = rank(sums, whole, ranked, backend, options.final_dtype)
     return make_output(loss, per_rank, sums, whole, options), weights
+
+
+def by_score(by_candidate: dict[str, Any]) -> dict[str, Any]:
+    """What the loss of scores takes: all but the mask, of which the layout knows."""
+    return {name: x for name, x in by_candidate.items() if name != "candidate_mask"}
 
 
 def layout_of(targets: Tensor, ignore_index: int, vocab: int | None) -> Layout:
@@ -268,8 +275,9 @@ def pro_layout(
     ignore_index: int,
     shift: bool,
     vocab: int | None,
+    candidate_mask: Tensor | None,
 ) -> Layout:
-    """The layout given, or one made from targets; both checked against ``hidden``."""
+    """The layout given, or one made from targets, both checked, less what the mask leaves out."""
     if layout is not None:
         if not isinstance(layout, Layout):
             raise TypeError(f"layout must be a Layout or None, got {type(layout).__name__}")
@@ -283,7 +291,7 @@ def pro_layout(
                 f"hidden must have {layout.num_rows} rows as the layout says, got {rows} in shape "
                 f"{tuple(hidden.shape)}"
             )
-        return layout
+        return _without_absent(layout, candidate_mask)
     if targets is None:
         raise TypeError("targets must be an integer tensor when no layout is given, got None")
     check_targets(targets)
@@ -295,4 +303,67 @@ def pro_layout(
     checks.check_device("targets", targets, "hidden", hidden)
     if shift:
         targets = shift_targets(targets, ignore_index)
-    return layout_of(targets, ignore_index, vocab)
+    return layout_of(of_present(targets, candidate_mask, ignore_index), ignore_index, vocab)
+
+
+def of_present(targets: Tensor, candidate_mask: Tensor | None, ignore_index: int) -> Tensor:
+    """Targets (B, n, T), nothing scored of candidates outside the mask."""
+    if candidate_mask is None:
+        return targets
+    _check_mask(candidate_mask, tuple(targets.shape[:2]))
+    there = candidate_mask.to(targets.device, non_blocking=True)[..., None]
+    return torch.where(there, targets, ignore_index)
+
+
+def _without_absent(layout: Layout, candidate_mask: Tensor | None) -> Layout:
+    """Less the tokens of candidates outside the mask.
+
+    Where the host does not know which these are, they stay as tokens of no candidate, and
+    ``rows_of_present`` blanks their hidden states.
+    """
+    if candidate_mask is None:
+        return layout
+    _check_mask(candidate_mask, layout.shape)
+    tokens = layout.candidate_tokens
+    if tokens is None or candidate_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        absent = ~candidate_mask.to(layout.device, non_blocking=True)
+        sequences = layout.sequences.masked_fill(absent, -1)
+        return dataclasses.replace(layout, sequences=sequences, candidate_tokens=None)
+    mask = zip(tokens, candidate_mask.tolist(), strict=True)
+    there = [x for prompt, row in mask for x in row[: len(prompt)]]
+    before = list(itertools.chain(*tokens))
+    lengths = [m * x for m, x in zip(before, there, strict=True)]
+    if lengths == before:
+        return layout
+    ends = [0, *itertools.accumulate(lengths)]
+    made = [torch.tensor(x, device="cpu") for x in (there, before, ends, lengths)]
+    made[1] = torch.repeat_interleave(made[0], made[1]).nonzero()[:, 0]
+    kept, offsets, counts = (x.to(layout.device, non_blocking=True) for x in made[1:])
+    firsts = [0, *itertools.accumulate(map(len, tokens))]
+    per_prompt = tuple(tuple(lengths[a:b]) for a, b in itertools.pairwise(firsts))
+    return dataclasses.replace(
+        layout,
+        rows=kept if layout.rows is None else layout.rows[kept],
+        targets=layout.targets[kept],
+        offsets=offsets,
+        lengths=counts,
+        prompt_tokens=tuple(map(sum, per_prompt)),
+        candidate_tokens=per_prompt,
+    )
+
+
+def rows_of_present(hidden: Tensor, layout: Layout) -> Tensor:
+    """Hidden states (R, H), 0 where no candidate has a token, which NaN times 0 would not be."""
+    there = hidden.new_ones(layout.sequences.numel())
+    there = autograd.by_token(there, layout.offsets, layout.sequences, layout.num_tokens)
+    if layout.rows is not None:
+        read = there.new_zeros(layout.num_rows)
+        there = read.scatter_reduce(0, layout.rows, there, "amax")
+    return torch.where(there[:, None] > 0, hidden, 0)
+
+
+def _check_mask(candidate_mask: Tensor, shape: tuple[int, ...]) -> None:
+    checks.check_tensor("candidate_mask", candidate_mask)
+    if candidate_mask.dtype != torch.bool:
+        raise TypeError(f"candidate_mask must be a bool tensor, got {candidate_mask.dtype}")
+    checks.check_same_shape("candidate_mask", candidate_mask, shape, "(B, n)")

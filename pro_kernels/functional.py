@@ -17,12 +17,15 @@ from pro_kernels.backends import resolve
 from pro_kernels.calls import (
     Checked,
     agreed,
+    by_score,
     head_call,
     head_here,
     layout_of,
+    of_present,
     pro_across_ranks,
     pro_layout,
     rank,
+    rows_of_present,
 )
 from pro_kernels.column_filter import check_grad_filter
 from pro_kernels.head import acc_dtype
@@ -340,8 +343,8 @@ def linear_pro_loss(
         rewards: (B, n), higher is better; candidates are stable-sorted by them. Best kept on the
             CPU, where they are checked without waiting for a device. None: columns are the order.
         bias: (V,) or None, possibly a DTensor.
-        candidate_mask: (B, n) bool, candidates that exist. One without a scored token leaves the
-            ranking too: n shrinks.
+        candidate_mask: (B, n) bool, candidates that exist: what stands in place of others is not
+            read. One without a scored token leaves the ranking too: n shrinks.
         prompt_weights: (B,), >= 0; the mean over prompts is weighted by them.
         sft_index: (B,) column of the candidate that carries the SFT term; None: the best one.
         sft_weight: w; the SFT term's factor is ``w (n-1)^2``, or w for a single candidate.
@@ -415,7 +418,7 @@ def linear_pro_loss(
         wide = checks.check_logits_dtype(logits_dtype, compute)
         check_grad_filter(grad_filter)
         vocab = weight.shape[0] if process_group is None else None
-        found = pro_layout(hidden, targets, layout, ignore_index, shift, vocab)
+        found = pro_layout(hidden, targets, layout, ignore_index, shift, vocab, candidate_mask)
         return Checked(compute, wide, found, options)
 
     by_candidate = {
@@ -433,7 +436,7 @@ def linear_pro_loss(
     scored = checked.layout
     if sequence_group is None:
         ranked = rank_candidates(
-            scored, **by_candidate, options=checked.loss, dtype=acc_dtype(checked.compute)
+            scored, **by_score(by_candidate), options=checked.loss, dtype=acc_dtype(checked.compute)
         )
     call = head_call(
         hidden,
@@ -450,6 +453,8 @@ def linear_pro_loss(
         shard=shard,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
+    if layout is not None and candidate_mask is not None and scored.candidate_tokens is None:
+        rows = rows_of_present(rows, scored)
     if sequence_group is None:
         loss, per_rank, sums, row_weights, dropped = autograd.LinearPRO.apply(
             rows,
@@ -538,7 +543,7 @@ def pro_loss(
         checks.check_same_shape("targets", targets, tuple(logits.shape[:-1]), "(B, n, T)")
         checks.check_device("targets", targets, "logits", logits)
         scored = shift_targets(targets, ignore_index) if shift else targets
-        dense = Layout.dense(scored, ignore_index)
+        dense = Layout.dense(of_present(scored, candidate_mask, ignore_index), ignore_index)
         return Checked(logits.dtype, logits.dtype, dense, options)
 
     by_candidate = {
@@ -555,14 +560,12 @@ def pro_loss(
     layout = checked.layout
     if sequence_group is None:
         ranked = rank_candidates(
-            layout, **by_candidate, options=checked.loss, dtype=acc_dtype(logits.dtype)
+            layout, **by_score(by_candidate), options=checked.loss, dtype=acc_dtype(logits.dtype)
         )
         resolve(backend, logits.device, logits.dtype, layout.shape[1])
     logps: Any = token_logps(
         logits,
-        targets,
-        ignore_index=ignore_index,
-        shift=shift,
+        layout.targets.view(targets.shape),
         softcap=softcap,
         logit_scale=logit_scale,
         inplace_backward=inplace_backward,

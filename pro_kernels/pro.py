@@ -40,34 +40,28 @@ def rank_candidates(
     layout: Layout,
     rewards: Tensor | None,  # (B, n), on the layout's device or on the CPU
     options: PROOptions,
-    candidate_mask: Tensor | None,  # (B, n) bool
     prompt_weights: Tensor | None,  # (B,)
     sft_index: Tensor | None,  # (B,)
     dtype: torch.dtype,
 ) -> RankedCandidates:
     """Check the per-candidate inputs and put the candidates of each prompt in rank order."""
     shape, device = layout.shape, layout.device
-    check_arguments(shape, rewards, candidate_mask, prompt_weights, sft_index, options)
-    plain = candidate_mask is None and prompt_weights is None and sft_index is None
+    check_arguments(shape, rewards, prompt_weights, sft_index, options)
+    plain = prompt_weights is None and sft_index is None
     if plain and _known_on_host(layout, rewards, options):
         ranked = _rank_on_host(layout, rewards, options, dtype)
         if ranked is not None:
             return ranked
     if plain and _all_scored(layout) and not options.official:
         return _rank_full_prompts(layout, rewards, options, dtype)
-    exists = layout.sequences >= 0
-    if candidate_mask is not None:
-        exists = exists & candidate_mask.to(device, non_blocking=True)
-    valid = exists & (layout.lengths[layout.sequences.clamp_min(0)] > 0)
+    valid = (layout.sequences >= 0) & (layout.lengths[layout.sequences.clamp_min(0)] > 0)
     scaled = None
     if rewards is not None:
         here = rewards.to(device, non_blocking=True)
         scaled = _scaled(here, valid, options, dtype)
     if not torch.compiler.is_compiling():
         given = scaled if rewards is not None and rewards.device.type != "cpu" else rewards
-        _check_values(
-            layout, given, valid, candidate_mask, prompt_weights, sft_index, options, dtype
-        )
+        _check_values(layout, given, valid, prompt_weights, sft_index, options, dtype)
 
     if options.official:
         rank_of = torch.arange(shape[1], device=device).expand(shape)
@@ -289,7 +283,6 @@ def _check_gaps(rewards: Tensor, valid: Tensor, options: PROOptions) -> None:
 def check_arguments(
     shape: tuple[int, int],
     rewards: Tensor | None,
-    candidate_mask: Tensor | None,
     prompt_weights: Tensor | None,
     sft_index: Tensor | None,
     options: PROOptions,
@@ -302,11 +295,6 @@ def check_arguments(
         checks.check_same_shape("rewards", rewards, shape, "(B, n)")
     elif options.official:
         raise ValueError('rewards must be given with compat="official", got None')
-    if candidate_mask is not None:
-        checks.check_tensor("candidate_mask", candidate_mask)
-        if candidate_mask.dtype != torch.bool:
-            raise TypeError(f"candidate_mask must be a bool tensor, got {candidate_mask.dtype}")
-        checks.check_same_shape("candidate_mask", candidate_mask, shape, "(B, n)")
     if prompt_weights is not None:
         checks.check_float("prompt_weights", prompt_weights)
         checks.check_same_shape("prompt_weights", prompt_weights, shape[:1], "(B,)")
@@ -319,14 +307,13 @@ def _check_values(
     layout: Layout,
     rewards: Tensor | None,
     valid: Tensor,
-    candidate_mask: Tensor | None,
     prompt_weights: Tensor | None,
     sft_index: Tensor | None,
     options: PROOptions,
     dtype: torch.dtype,
 ) -> None:
     """Values: looked at on the CPU, queued as asynchronous assertions on a GPU."""
-    known = _valid_on_host(layout, valid, candidate_mask)
+    known = _valid_on_host(layout, valid)
     if rewards is not None:
         on_cpu = rewards.device.type == "cpu"
         if on_cpu and known is not None and isinstance(options.temperature, str):
@@ -348,17 +335,16 @@ def _check_values(
         _check_official(valid)
 
 
-def _valid_on_host(layout: Layout, valid: Tensor, candidate_mask: Tensor | None) -> Tensor | None:
+def _valid_on_host(layout: Layout, valid: Tensor) -> Tensor | None:
     """Which candidates take part, if that can be told without waiting for a device."""
     if valid.device.type == "cpu":
         return valid
-    mask_known = candidate_mask is None or candidate_mask.device.type == "cpu"
-    if layout.candidate_tokens is None or not mask_known:
+    if layout.candidate_tokens is None:
         return None
     known = torch.zeros(layout.shape, dtype=torch.bool, device="cpu")
     for prompt, tokens in enumerate(layout.candidate_tokens):
         known[prompt, : len(tokens)] = torch.tensor(tokens, device="cpu") > 0
-    return known if candidate_mask is None else known & candidate_mask
+    return known
 
 
 def _check_official(valid: Tensor) -> None:

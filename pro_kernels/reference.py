@@ -18,6 +18,7 @@ Legend: ``B`` prompts, ``n`` candidates, ``T`` positions, ``H`` hidden, ``V`` vo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -43,12 +44,11 @@ def token_logps(
 
     Arguments as in ``pro_kernels.token_logps``.
     """
-    if shift:
-        targets = shift_targets(targets, ignore_index)
+    logits, targets = _tokens(logits, targets, ignore_index, shift)
+    scored = targets != IGNORE_INDEX
     z = _wide(logits) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    scored = targets != ignore_index
     index = torch.where(scored, targets, 0).long().unsqueeze(-1)
     log_p = torch.log_softmax(z, dim=-1)
     logps = torch.where(scored, log_p.gather(-1, index).squeeze(-1), 0.0)
@@ -65,9 +65,12 @@ def linear_token_logps(
     targets: Tensor,  # (...)
     *,
     bias: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``token_logps`` of ``hidden weight^T + bias``; options as there."""
+    hidden, targets = _tokens(hidden, targets, ignore_index, shift)
     return token_logps(torch.nn.functional.linear(hidden, weight, bias), targets, **options)
 
 
@@ -135,23 +138,16 @@ def pro_loss(
 ) -> PROOutput:
     """The PRO loss from logits; arguments and result as ``pro_kernels.linear_pro_loss``."""
     opts = PROOptions(**options)
-    logps: Any
+    logits, targets = _tokens(logits, targets, ignore_index, shift, candidate_mask, layout)
+    logps: Any = token_logps(logits, targets, softcap=softcap, logit_scale=logit_scale)
     if layout is None:
-        assert targets is not None
-        if shift:
-            targets = shift_targets(targets, ignore_index)
-        logps = token_logps(
-            logits, targets, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale
-        )
-        _, sums, lengths = sequence_scores(logps, targets.ne(ignore_index))
+        _, sums, lengths = sequence_scores(logps, targets.ne(IGNORE_INDEX))
     else:
-        rows = logits.flatten(0, -2) if layout.rows is None else logits.flatten(0, -2)[layout.rows]
-        logps = token_logps(rows, layout.targets, softcap=softcap, logit_scale=logit_scale)
         sums, lengths = _layout_sums(logps, layout)
+        if candidate_mask is not None:
+            lengths = torch.where(candidate_mask.to(lengths.device), lengths, 0)
     b, n = lengths.shape
     valid = lengths > 0
-    if candidate_mask is not None:
-        valid = valid & candidate_mask.to(valid.device)
     scores = sums / lengths.clamp_min(1) if opts.length_normalize else sums
 
     rank_losses = scores.new_zeros(n - 1)
@@ -190,11 +186,19 @@ def linear_pro_loss(
     rewards: Tensor | None,
     *,
     bias: Tensor | None = None,
+    candidate_mask: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    layout: Layout | None = None,
     **options,
 ) -> PROOutput:
     """``pro_loss`` of ``hidden weight^T + bias``; all logits are built."""
+    hidden, targets = _tokens(hidden, targets, ignore_index, shift, candidate_mask, layout)
+    if layout is not None:
+        layout = dataclasses.replace(layout, rows=None, targets=targets)
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return pro_loss(logits, targets, rewards, **options)
+    masked: Any = {"candidate_mask": candidate_mask, "layout": layout}
+    return pro_loss(logits, targets, rewards, **masked, **options)
 
 
 def official_targets(
@@ -214,6 +218,35 @@ def official_targets(
     scored = (attention_mask != 0) & (prefix_mask == 0)
     targets[..., :-1] = torch.where(scored[..., :-1], input_ids[..., 1:], IGNORE_INDEX)
     return targets
+
+
+def _tokens(
+    x: Tensor,  # (..., D), or (R, D) with a layout
+    targets: Tensor | None,  # (...)
+    ignore_index: int,
+    shift: bool,
+    candidate_mask: Tensor | None = None,
+    layout: Layout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``x`` at each token and its target, 0 and IGNORE_INDEX where no candidate is scored.
+
+    By ``where``, in the gradient too: 0 * NaN is NaN.
+    """
+    if layout is None:
+        assert targets is not None
+        if shift:
+            targets = shift_targets(targets, ignore_index)
+        live = targets != ignore_index
+        if candidate_mask is not None:
+            live = live & candidate_mask.to(live.device)[..., None]
+    else:
+        x = x.flatten(0, -2) if layout.rows is None else x.flatten(0, -2)[layout.rows]
+        targets, live = layout.targets, layout.targets >= 0
+        absent = [] if candidate_mask is None else layout.sequences[~candidate_mask].tolist()
+        for s in absent:
+            if s >= 0:
+                live[layout.offsets[s] : layout.offsets[s + 1]] = False
+    return torch.where(live.unsqueeze(-1), x, 0.0), torch.where(live, targets, IGNORE_INDEX)
 
 
 def _prompt_loss(

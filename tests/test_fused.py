@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 
@@ -328,17 +331,68 @@ def test_candidates_are_equivariant_and_unsorted_rewards_are_sorted():
     torch.testing.assert_close(out.scores, base.scores[:, p])
 
 
-def test_a_masked_candidate_is_as_if_it_were_not_there():
-    hidden, weight, _, targets, rewards = Case("absent", n=4, masked=0.0).tensors()
-    keep = torch.tensor([0, 1, 3])
+FORMS = ["padded", "logits", "compact", "unknown", "dense"]
+
+
+@pytest.mark.parametrize(
+    ("form", "backend"),
+    [*itertools.product(FORMS, [*usable_backends(), "reference"]), ("compiled", "torch")],
+)
+def test_a_candidate_outside_the_mask_is_never_read(form, backend):
+    """Its tokens never reach the head; NaN there changes nothing and gets the gradient 0."""
+    hidden, weight, _, targets, rewards = Case("absent", n=4, masked=0.2).tensors()
     mask = torch.ones(2, 4, dtype=torch.bool)
-    mask[:, 2] = False
-    expected = pk.linear_pro_loss(hidden[:, keep], weight, targets[:, keep], rewards[:, keep])
-    by_mask = pk.linear_pro_loss(hidden, weight, targets, rewards, candidate_mask=mask)
-    targets[:, 2] = -100
-    by_tokens = pk.linear_pro_loss(hidden, weight, targets, rewards)
-    for out in (by_mask, by_tokens):
-        torch.testing.assert_close(out.loss, expected.loss)
+    mask[0, 2] = mask[1, 0] = False
+    hidden[~mask] = float("nan")
+    if form == "logits":
+        hidden = hidden @ weight.T
+    hidden, weight = hidden.float(), weight.float()
+
+    def run(**changes):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        args = {"targets": targets, "rewards": rewards, **changes}
+        api, more = (pk, {"backend": backend}) if backend != "reference" else (pk.reference, {})
+        if form == "logits":
+            out = api.pro_loss(x, **args, **more)
+            return out, *torch.autograd.grad(out.loss, x)
+        rows = x.flatten(0, 2) if "layout" in args else x
+        out = api.linear_pro_loss(rows, w, **args, **more)
+        return out, *torch.autograd.grad(out.loss, (x, w))
+
+    gone = targets.masked_fill(~mask[..., None], -100)
+    expected = run(targets=gone)
+    changes = {"candidate_mask": mask, "rewards": rewards.masked_fill(~mask, float("nan"))}
+    if form in ("compact", "unknown"):
+        changes |= {"targets": None, "layout": pk.Layout.from_padded(targets)}
+    if form == "dense":
+        changes |= {"targets": None, "layout": pk.Layout.dense(targets)}
+    if form == "unknown":  # as of a mask on a GPU
+        changes["layout"] = dataclasses.replace(changes["layout"], candidate_tokens=None)
+    if form == "compiled":
+        torch._dynamo.reset()
+        run = torch.compile(run, backend="eager")
+    found = run(**changes)
+    torch.testing.assert_close(found[0][:-1], expected[0][:-1])
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, b)
+    assert (found[1][~mask] == 0).all() and (found[0].lengths[~mask] == 0).all()
+
+
+def test_rows_that_a_present_candidate_shares_with_an_absent_one_are_read():
+    weight, rewards, mask = torch.randn(9, 8), torch.rand(1, 3), torch.tensor([[True, False, True]])
+    rows, targets = torch.tensor([0, 1, 0, 2, 0, 3]), torch.arange(6)
+    layout = pk.Layout.from_rows(rows, targets, torch.tensor([0, 2, 4, 6]), 3, num_rows=4)
+    unknown = dataclasses.replace(layout, candidate_tokens=None)
+    keep = [0, 1, 4, 5]
+    two = pk.Layout.from_rows(rows[keep], targets[keep], torch.tensor([0, 2, 4]), 2, num_rows=4)
+    grads = []
+    for of, given, there in ((two, rewards[mask][None], None), (layout, rewards, mask),
+                             (unknown, rewards, mask)):  # fmt: skip
+        hidden = torch.ones(4, 8).cumsum(0).requires_grad_()
+        out = pk.linear_pro_loss(hidden, weight, None, given, layout=of, candidate_mask=there)
+        grads.append(torch.autograd.grad(out.loss, hidden)[0])
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
 
 
 def test_prompt_weights_and_empty_prompts():

@@ -41,7 +41,9 @@ ALLOWED = {
     "ops.check_range": "only of CPU tensors",
     "checks.check_all": "only of CPU tensors",
     "checks.check_finite": "only of CPU tensors",
-    "checks.check_gaps": "called for CPU tensors only",
+    "calls._without_absent": "of a mask on the CPU",
+    "options.check_total": "called for CPU tensors only",
+    "pro._check_gaps": "called for CPU tensors only",
     "pro._check_official": "only of CPU tensors",
     "pro._sort_by_rewards": "called for CPU tensors only",
     "attached._check_labels": "of CPU tensors, and once a model of a GPU's",
@@ -305,7 +307,7 @@ def test_linear_pro_loss(tier, dtype, shared, host, monkeypatch):
     fp32_sums(monkeypatch)
     monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, case.B))
     per_candidate = {
-        "candidate_mask": torch.ones(case.B, case.n, dtype=torch.bool),
+        "candidate_mask": torch.arange(case.B * case.n).view(case.B, case.n) > 0,
         "prompt_weights": torch.rand(case.B),
         "sft_index": torch.zeros(case.B, dtype=torch.int64),
         "rewards": rewards,

@@ -35,7 +35,7 @@ OPTIONS = [{}, {"temperature": 2.0}, {"reward_scale": 0.3}]
 def ranked(limit: int, layout, rewards, options, dtype, monkeypatch) -> list[torch.Tensor | None]:
     monkeypatch.setattr(pro, "_HOST_CANDIDATES", limit)
     given = None if rewards is None else rewards[: layout.shape[0]]
-    found = pro.rank_candidates(layout, given, PROOptions(**options), None, None, None, dtype)
+    found = pro.rank_candidates(layout, given, PROOptions(**options), None, None, dtype)
     return list(found.tensors)
 
 
