@@ -146,6 +146,18 @@ def test_a_checkpoint_is_whole_or_none(name, run_of_two_checkpoints, tmp_path):
         find(tmp_path, last)
 
 
+def test_a_run_cut_off_in_its_first_save_starts_afresh(run_of_two_checkpoints, tmp_path):
+    first = tmp_path / "checkpoint-2"
+    shutil.copytree(run_of_two_checkpoints / first.name, first)
+    with pytest.raises(ValueError, match="holds another run .checkpoint-2."):
+        checkpoints.check_free(tmp_path, False)
+    (first / "manifest.json").unlink()
+    checkpoints.check_free(tmp_path, False)
+    (first / "pro_run.json").unlink()  # of another program then
+    with pytest.raises(ValueError, match="holds another run .checkpoint-2."):
+        checkpoints.check_free(tmp_path, False)
+
+
 def test_a_foreign_file_in_place_of_the_options_of_a_run(run_of_two_checkpoints, tmp_path):
     shutil.copytree(run_of_two_checkpoints, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-4" / "pro_run.json").write_text("[]")

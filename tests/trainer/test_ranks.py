@@ -121,6 +121,7 @@ FAULTS = {  # kind: (ranks, the one that fails, what the others say, in a regula
     "killed with the store": (2, 0, r"store is gone, and with it the process that kept it: rank 0"),
     "out of memory": (2, 1, "rank 1 failed with OutOfMemoryError: out of memory. Tried to"),
     "out of host memory": (2, 0, "rank 0 failed with MemoryError: no 1.00 GiB left"),
+    "interrupted": (2, 1, "rank 1 was interrupted"),
     "stuck": (2, 1, f"rank 1 is stuck or slow: .* given up after ddp_timeout={TIMEOUT} s"),
     "nan": (2, 1, r"losses that are not finite on ranks \[1\]; stopped"),
 }
@@ -142,7 +143,7 @@ def test_a_fault_of_one_rank_ends_all_and_the_last_checkpoint_goes_on(kind, whol
     world, failing, cause = FAULTS[kind]
     cut = work / kind
     run = launch(world, work / f"{kind} logs", argv(work, cut, 8 // world), fault=(failing, kind))
-    own = -signal.SIGKILL if kind.startswith("killed") else 1
+    own = 143 if kind == "interrupted" else -signal.SIGKILL if kind.startswith("killed") else 1
     codes = [own if rank == failing else 1 for rank in range(world)]
     assert run.codes == codes, "\n".join(run.printed)  # a rank that hangs is killed: another code
     for rank, text in enumerate(run.printed):
