@@ -28,6 +28,7 @@ from pro_kernels.attached import (
     cross_entropy,
     fused_forward,
     original_forward,
+    own_of_head,
     run_fused,
     watched,
 )
@@ -287,6 +288,7 @@ def _try_out(lm: Any, state: Attached, inputs: dict[str, Any]) -> None:
     with evaluating(lm):
         state.transform, tolerance = probe(lm, original_forward(lm, state), inputs)
         _check_loss(lm, state, inputs, tolerance)
+    state.head_own = frozenset(own_of_head(lm.get_output_embeddings()))
     state.watched, state.tried = watched(lm), True
 
 

@@ -59,6 +59,7 @@ class Attached:
     divides_by_items: bool = True  # the model's own loss knows num_items_in_batch
     loss_function: Any = None  # the model's own
     watched: list[tuple[Any, str, Any]] = field(default_factory=list)  # config, name, value
+    head_own: frozenset[Any] = frozenset()  # keys of ``own_of_head`` that the try-out ran with
     tried: bool = False  # ``attach`` is over, which ran a head that was still whole
     labels_checked: bool = False
     running: bool = False
@@ -169,6 +170,8 @@ def run_fused(
 ) -> Any:
     """The original forward around the fused loss: its output with ``loss`` and ``FIELDS``."""
     module = lm.get_output_embeddings()
+    if state.tried and not state.running and not torch.compiler.is_compiling():
+        _check_head(lm, module, state)
     as_tuple = not _wants_dict(lm, kwargs)
     if as_tuple:
         kwargs["return_dict"] = True
@@ -458,6 +461,43 @@ def watched(lm: Any) -> list[tuple[Any, str, Any]]:
         for name, value in config.to_dict().items()
         if _SCALES.search(name) and (value is None or isinstance(value, (int, float)))
     ]
+
+
+def own_of_head(head: nn.Module) -> dict[Any, str]:
+    """What would change the output of the head beside its class, which the fused path leaves out.
+
+    Hooks of FSDP, tensor parallel and DeepSpeed move weights and outputs about, and are not meant.
+    """
+    found: dict[Any, str] = {}
+    for name, module in head.named_modules():
+        hooks = dict(module._forward_hooks)
+        if name:  # a part, which the loss reads and does not call
+            hooks |= module._forward_pre_hooks
+        for key, hook in hooks.items():
+            if not _origin(hook).startswith(("torch.distributed.", "deepspeed.")):
+                found[key] = f"a forward hook ({getattr(hook, '__qualname__', hook)})"
+        forward = module.__dict__.get("forward")
+        forward = getattr(forward, "__func__", forward)
+        if forward is not None and forward is not type(module).forward:
+            found[forward] = f"another forward ({getattr(forward, '__qualname__', forward)})"
+    return found
+
+
+def _origin(hook: Any) -> str:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return getattr(getattr(hook, "__func__", hook), "__module__", type(hook).__module__)
+
+
+def _check_head(lm: Any, head: nn.Module, state: Attached) -> None:
+    """Raise ValueError where the head got what the model was not tried out with."""
+    since = [what for key, what in own_of_head(head).items() if key not in state.head_own]
+    if since:
+        raise ValueError(
+            f"the LM head of {type(lm).__name__} got {' and '.join(since)} after attach(model) or "
+            "OpenModel(model), which the fused loss would leave out: remove it, or detach(model) "
+            "and attach again (make the OpenModel again), which tries it out"
+        )
 
 
 def _check_unchanged(lm: Any, state: Attached) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 from types import MethodType
@@ -471,6 +472,43 @@ def test_what_changes_after_attaching_is_noticed():
     model.loss_function = lambda *args, **kwargs: 0
     with pytest.raises(ValueError, match="loss_function is another"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["attached", "OpenModel"])
+def test_what_the_head_gets_after_attaching_is_noticed(opened):
+    model, inputs, seen = make("Llama"), batch(), []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(1))  # tried out, and harmless
+    run = model
+    if opened:
+        run = functools.partial(
+            pk.OpenModel(model).run, lambda head: (head.hidden.sum(), {"scores": head.hidden})
+        )
+    else:
+        pk.attach(model)
+        assert copy.deepcopy(model)(**inputs).loss.isfinite()
+    head = model.lm_head
+    double = head.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match="LM head of LlamaForCausalLM got a forward hook .*remove"):
+        run(**inputs)
+    double.remove()
+    head.forward = lambda x: 2 * nn.Linear.forward(head, x)
+    with pytest.raises(ValueError, match="got another forward .*after attach"):
+        run(**inputs)
+    del head.forward
+    plain = run(**inputs).loss
+    head.register_forward_pre_hook(lambda module, args: (2 * args[0],))  # what it returns is read
+    assert (run(**inputs).loss - plain).abs() > 1e-3
+
+
+def test_a_hook_on_a_part_of_an_adapted_head_is_noticed():
+    model, inputs = make("Llama"), batch()
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], r=2))
+    pk.attach(adapted)
+    assert adapted(**inputs).loss.isfinite()
+    adapted.get_base_model().lm_head.base_layer.register_forward_hook(lambda m, a, out: 2 * out)
+    with pytest.raises(ValueError, match="got a forward hook"):
+        adapted(**inputs)
 
 
 def test_a_forward_put_over_the_attached_one_is_noticed():
