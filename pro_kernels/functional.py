@@ -307,7 +307,7 @@ def linear_pro_loss(
     prompt_weights: Tensor | None = None,
     sft_index: Tensor | None = None,
     sft_weight: float = 0.05,
-    sft_reduction: str = "sum",
+    sft_reduction: str | None = None,
     length_normalize: bool = True,
     temperature: str | float = "reward",
     reward_scale: float = 1.0,
@@ -331,7 +331,7 @@ def linear_pro_loss(
     """PRO loss (arXiv 2306.17492) from hidden states and LM-head weight, logits never all held.
 
     ``L = mean over prompts of sum_k [ logsumexp_{i>=k}(s_i tau_ki) - s_k tau_kk ] - w (n-1)^2
-    S_best`` with ``s_i = S_i / m_i``, ``tau_ki = r_k - r_i``, ``tau_kk = max_i tau_ki``; without
+    s_best`` with ``s_i = S_i / m_i``, ``tau_ki = r_k - r_i``, ``tau_kk = max_i tau_ki``; without
     rewards every tau is 1 (Plackett-Luce over the columns, best first).
 
     Args:
@@ -348,7 +348,9 @@ def linear_pro_loss(
         prompt_weights: (B,), >= 0; the mean over prompts is weighted by them.
         sft_index: (B,) column of the candidate that carries the SFT term; None: the best one.
         sft_weight: w; the SFT term's factor is ``w (n-1)^2``, or w for a single candidate.
-        sft_reduction: "sum" (the paper) or "mean" (per token) of the SFT log-probs.
+        sft_reduction: "mean" (per token) or "sum" (the paper) of the SFT log-probs. None: "mean",
+            and "sum" under ``compat="official"``. As a sum the term is most of the loss of long
+            completions, and the ranking hardly counts (docs/loss.md).
         length_normalize: rank by ``S / m`` (the paper) or by ``S``.
         temperature: "reward", or a number T: every ``tau = 1 / T``, rewards only order.
         reward_scale: factor on the rewards.
@@ -499,7 +501,7 @@ def pro_loss(
     prompt_weights: Tensor | None = None,
     sft_index: Tensor | None = None,
     sft_weight: float = 0.05,
-    sft_reduction: str = "sum",
+    sft_reduction: str | None = None,
     length_normalize: bool = True,
     temperature: str | float = "reward",
     reward_scale: float = 1.0,

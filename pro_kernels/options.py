@@ -114,7 +114,7 @@ class PROOptions:
     """The loss as its caller describes it; ``functional.linear_pro_loss`` documents each field."""
 
     sft_weight: float = 0.05
-    sft_reduction: str = "sum"
+    sft_reduction: str | None = None
     length_normalize: bool = True
     temperature: str | float = "reward"
     reward_scale: float = 1.0
@@ -126,6 +126,8 @@ class PROOptions:
     _ranking: RankingOptions = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.sft_reduction is None:
+            object.__setattr__(self, "sft_reduction", "sum" if self.official else "mean")
         _choice("sft_reduction", self.sft_reduction, ("sum", "mean"))
         _choice("ties", self.ties, ("zero", "skip"))
         _choice("compat", self.compat, (None, "official"))

@@ -86,7 +86,7 @@ def test_paper_formula_against_python_floats():
             sums.append(total)
             scores.append(total / count)
         expected.append(paper_loss(scores, sums, rewards[b].tolist(), 0.05))
-    out = pk.reference.pro_loss(logits, targets, rewards)
+    out = pk.reference.pro_loss(logits, targets, rewards, sft_reduction="sum")
     assert out.loss.item() == pytest.approx(sum(expected) / 3, rel=1e-12)
 
 

@@ -5,9 +5,10 @@ worst, s_i = S_i / m_i, rewards r_1 ≥ … ≥ r_n:
 
     τ_ki = r_k − r_i  (i > k),   τ_kk = max_{i>k} τ_ki
     L_rank = Σ_{k<n} [ log( Σ_{i≥k} exp(s_i τ_ki) + eps ) − s_k τ_kk ]
-    L = L_rank + w (n−1)² · (−S_sft)
+    L = L_rank + w (n−1)² · (−s_sft)
 
-The temperatures are constants of the gradient. eps = 1e-10 is what the official code uses.
+The temperatures are constants of the gradient. The paper has −S_sft in the last term, which is
+sft_reduction="sum"; eps = 1e-10 is what the official code uses.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def pro(
     ref_logps: Tensor | None = None,
     mask: Tensor | None = None,  # (B, n)
     sft_weight: float = 0.05,
-    sft_reduction: str = "sum",
+    sft_reduction: str = "mean",
     length_normalize: bool = True,
     temperature: str | float = "reward",
     ties: str = "zero",
@@ -54,8 +55,8 @@ def pro(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PRO loss; see the module's formula and `pro_kernels.losses` for the shared arguments.
 
-    sft_weight: w. With one valid candidate (n−1)² is replaced by 1: the loss is w · (−S).
-    sft_reduction: "sum" is −S of the SFT candidate, "mean" is −S/m.
+    sft_weight: w. With one valid candidate (n−1)² is replaced by 1: the loss is the SFT term.
+    sft_reduction: "mean" is −S/m of the SFT candidate, "sum" is −S (the paper).
     length_normalize: rank by S/m; False ranks by S.
     temperature: "reward" takes τ from the rewards (τ = 1 without rewards); a number T makes every
         τ = 1/T.

@@ -125,7 +125,7 @@ def oracle_pro(
     prompt,
     *,
     sft_weight=0.05,
-    sft_reduction="sum",
+    sft_reduction="mean",
     length_normalize=True,
     temperature="reward",
     ties="zero",

@@ -174,7 +174,7 @@ def test_one_candidate_none_and_empty_batch(name):
     kwargs = {"ref_logps": torch.zeros(1, 1), "rewards": torch.ones(1, 1)}
     logps = torch.tensor([[-6.0]], requires_grad=True)
     loss, _ = LOSSES[name](logps, torch.tensor([[3]]), **kwargs)
-    sft = {"pro": 0.05 * 6, "cpo": 2, "orpo": 2, "rrhf": 6, "slic": 3}.get(name, 0.0)
+    sft = {"pro": 0.05 * 2, "cpo": 2, "orpo": 2, "rrhf": 6, "slic": 3}.get(name, 0.0)
     assert loss.item() == pytest.approx(sft)
     loss.backward()
     assert torch.isfinite(logps.grad).all()
