@@ -40,6 +40,11 @@ def signals() -> Iterator[list[int]]:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise KeyboardInterrupt
 
+    def uncaught(*error: Any) -> None:
+        if os.getpid() == owner:  # a worker hands its errors on, but for: its parent went away
+            hook(*error)
+
+    hook, sys.excepthook = sys.excepthook, uncaught
     before = {}
     for name in _SIGNALS:
         number = getattr(signal, name, None)
@@ -48,6 +53,7 @@ def signals() -> Iterator[list[int]]:
                 before[number] = signal.signal(number, stop)
     yield caught
     if not caught:
+        sys.excepthook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
