@@ -158,7 +158,7 @@ class PROOptions:
         )
         if not isinstance(self.temperature, str):
             _positive("temperature", self.temperature)
-            options = replace(options, tau=1.0 / self.temperature)
+            options = replace(options, tau=max(SIZES[0], 1.0 / self.temperature))
         if self.official:
             options = replace(options, eps=OFFICIAL_EPS, single_sft=False)
         return options

@@ -9,6 +9,7 @@ import torch
 
 import pro_kernels as pk
 from cases import usable_backends
+from pro_kernels.options import PROOptions
 
 
 def batch(**changes):
@@ -211,6 +212,7 @@ def test_linear_pro_loss(changes, error, message):
 
 @pytest.mark.parametrize("backend", usable_backends())
 def test_sizes_that_are_taken_are_computed_with(backend):
+    assert all(PROOptions(temperature=x).ranking().tau > 0 for x in (1e-30, 1e30))
     x, t = torch.randn(3, 40), torch.tensor([0, 39, 5])
     expected = pk.token_logps(x, t, backend=backend)
     for name, value, factor in (
