@@ -1,23 +1,14 @@
 """The command ``pro-kernels``, also ``python -m pro_kernels``.
 
-``train``, ``inspect``, ``eval`` and ``prepare`` belong to ``pro_trainer``, ``bench`` to that folder
-of a checkout; both are imported only when asked for.
+``env`` and ``check`` are here, ``bench`` in that folder of a checkout, all others in
+``pro_trainer.cli.main``; each is imported only when asked for.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
-
-_ELSEWHERE = {
-    "train": ("pro_trainer.cli.commands", "train", "pip install 'pro-kernels[train]'"),
-    "inspect": ("pro_trainer.cli.commands", "inspect", "pip install 'pro-kernels[train]'"),
-    "eval": ("pro_trainer.cli.commands", "evaluate", "pip install 'pro-kernels[train]'"),
-    "prepare": ("pro_trainer.cli.commands", "prepare", "pip install 'pro-kernels[train]'"),
-    "bench": ("bench.cli", "command", "run it from a checkout of the repository"),
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,16 +23,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    if argv and argv[0] in _ELSEWHERE:
-        module, function, remedy = _ELSEWHERE[argv[0]]
-        if argv[0] == "bench":
-            sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    if argv and argv[0] == "bench":
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
         try:
-            run = getattr(importlib.import_module(module), function)
+            from bench.cli import command
         except ModuleNotFoundError as error:
-            print(f"error: {argv[0]} needs {error.name}: {remedy}", file=sys.stderr)
+            print(f"error: bench needs {error.name}: run it from a checkout", file=sys.stderr)
             return 2
-        return run(argv[1:])
+        return command(argv[1:])
+    if not argv or argv[0] not in ("env", "check"):
+        from pro_trainer.cli.main import main as others
+
+        return others(argv)
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command == "env":
@@ -74,11 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
     check.add_argument("--full", action="store_true", help="the trust report: every path and peer")
     check.add_argument("--out", type=Path, metavar="FOLDER", help="of --full (./trust-report)")
-    commands.add_parser("bench", help="benchmarks (from a checkout)")
-    commands.add_parser("train", help="fine-tune a causal LM on ranked lists")
-    commands.add_parser("inspect", help="lists as the model will see them, and what is cut")
-    commands.add_parser("eval", help="ranking accuracy of a model on ranked lists")
-    commands.add_parser("prepare", help="sample, score and rank candidates: the paper's data")
     return parser
 
 

@@ -1,6 +1,6 @@
-"""``python -m study``: is PRO better than SFT on the best, and do longer lists help?
+"""Preference losses on a real model and real ranked lists, side by side.
 
-``task`` is a made-up task with a known reward, ``known`` the methods compared on it, ``real`` PRO
-on real ranked lists, ``training`` what both train with, ``run`` all of it in worker processes, and
-``report`` and ``plots`` make a page of the results.
+Every method starts from the same model, sees the same lists in the same number of optimizer steps,
+and is measured on the same held-out lists. ``run`` trains and scores, ``report`` makes page and
+plot of what was found. Only numbers leave the study: no text of the data is kept.
 """

@@ -1,284 +1,308 @@
-"""Results of the study -> ``study.md``, ``study.json`` and the plots; nothing is measured here.
+"""What the runs found -> ``study.md``, ``study.json`` and ``study.png``; nothing is measured here.
 
 What the page claims is put into words by comparing numbers, so it holds whatever they are.
 """
 
 from __future__ import annotations
 
-import json
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import torch
+
+from pro_trainer.evaluate.compare import Difference, compare, intervals
+from pro_trainer.evaluate.metrics import ListStatistics, list_statistics
+from pro_trainer.evaluate.plots import draw_intervals
 from pro_trainer.evaluate.tables import markdown_table
-from study.plots import LABELS, METHODS, STYLES, draw_known, draw_real, replace_file
+from pro_trainer.prepare.output import write_atomically, write_json
+from pro_trainer.train.objective import list_losses
+from pro_trainer.train.options import LossOptions
+from study.run import METHODS, scores_from
 
-Results = dict[str, Any]
-REAL_COMMAND = "python -m study --out docs --real-data LISTS.jsonl.gz"
-_MEASURES = ("greedy_reward", "sampled_reward", "pairwise_accuracy", "kendall_tau")
-_RANKING = ("pairwise_accuracy", "kendall_tau", "top1_accuracy")
+_PACKAGES = ("torch", "transformers", "pro-kernels")
+NAMES = {
+    "base": "base model",
+    "sft": "SFT on the best",
+    "dpo": "DPO, best and worst",
+    "dpo_own": "DPO, ranked by its own score",
+    "pro_2": "PRO, n = 2",
+    "pro_4": "PRO, n = 4",
+    "pro_8": "PRO, n = 8",
+    "pro_4_sum": "PRO, n = 4, SFT term summed",
+}
+MEASURES = {
+    "pairwise_accuracy": "pairwise accuracy",
+    "kendall_tau": "Kendall's tau-b",
+    "ndcg": "NDCG",
+    "loss": "PRO loss",
+}
 
 
-def write(results: Results, out: Path) -> None:
-    """Write the page, the numbers and the plots into the folder ``out``."""
+def write(results: Mapping[str, Any], out: Path) -> None:
+    """Write the page, the numbers and the plot into the folder ``out``."""
     out.mkdir(parents=True, exist_ok=True)
-    draw_known(out / "study.png", results["known"])
-    if results["real"]:
-        draw_real(out / "study-real.png", results["real"])
-    numbers, text = json.dumps(results, indent=1) + "\n", page(results)
-    replace_file(out / "study.json", lambda part: part.write_text(numbers, encoding="utf-8"))
-    replace_file(out / "study.md", lambda part: part.write_text(text, encoding="utf-8"))
+    write_json(out / "study.json", results)
+    found = measured(results["runs"])
+    draw_intervals(
+        out / "study.png",
+        {
+            label: {NAMES[m]: value[name] for m, value in found.items() if name in value}
+            for name, label in list(MEASURES.items())[:2]
+        },
+        {MEASURES["pairwise_accuracy"]: ("longer is better", by_length(results["runs"]))},
+    )
+    write_atomically(out / "study.md", [page(results).encode()])
 
 
-def page(results: Results) -> str:
+def measured(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Measure -> value and interval, of each method that ran; seeds are averaged list by list."""
+    found = {}
+    own = _by_method(runs)
+    for method, of_method in own.items():
+        found[method] = intervals(_mean([_statistics(run) for run in of_method]))
+        found[method]["loss"] = _loss(of_method)
+        if method == "dpo":
+            ratios = [_statistics(run, own["base"][0]) for run in of_method]
+            found["dpo_own"] = intervals(_mean(ratios))
+    return found
+
+
+def differences(
+    runs: Sequence[Mapping[str, Any]], base: str, methods: Sequence[str]
+) -> dict[str, dict[str, Difference]]:
+    """What each method measures beside ``base``."""
+    own = _by_method(runs)
+    known = {name: _mean([_statistics(run) for run in found]) for name, found in own.items()}
+    losses = {
+        name: torch.stack([_losses(run) for run in found]).mean(0) for name, found in own.items()
+    }
+    return {
+        method: compare(known[base], known[method], (losses[base], losses[method]))
+        for method in methods
+        if method in known and base in known
+    }
+
+
+def by_length(runs: Sequence[Mapping[str, Any]]) -> float:
+    """Pairwise accuracy of no model: the completion with more tokens is better."""
+    (base,) = _by_method(runs)["base"]
+    scores = scores_from(base)
+    lengths = torch.zeros_like(scores.logps)
+    for row, values in zip(lengths, base["whole_lengths"], strict=True):
+        row[: len(values)] = torch.tensor(values, dtype=row.dtype)
+    return list_statistics(lengths, scores.rewards, scores.mask).metrics()["pairwise_accuracy"]
+
+
+def page(results: Mapping[str, Any]) -> str:
     """The whole page, Markdown."""
-    known, real = results["known"], results["real"]
+    settings, runs, facts = results["settings"], results["runs"], results["facts"]
+    found = measured(runs)
+    seeds = {method: len(own) for method, own in _by_method(runs).items()}
+    held_out = len(_by_method(runs)["base"][0]["rewards"])
+    steps = settings["lists"] // settings["batch"]
+    trained = [method for method in METHODS if method in found]
+    rows = [
+        [
+            NAMES[m],
+            seeds.get(m, "") if m != "base" else "",
+            *(_interval(values[x]) if x in values else "" for x in MEASURES),
+        ]
+        for m, values in found.items()
+    ]
+    against = {
+        base: differences(runs, base, [m for m in trained if m != base])
+        for base in ("base", "sft", "dpo")
+    }
     parts = [
-        "# Study: PRO against SFT on the best, and longer lists",
+        "# Study: preference losses on a real model",
         _text(
-            "Written by `python -m study`; every number comes from that run and is "
-            "also in [study.json](study.json)."
+            "Written by `make study`. Every number comes from its runs, and is also in "
+            "[study.json](study.json)."
         ),
-        "## Under a known reward",
-        *_known_set_up(known),
-        _summary_table(known),
-        "Minus SFT on the best of as many, seed by seed:",
-        _advantage_table(known),
-        findings(known),
-        "![Reward and ranking accuracy by n](study.png)",
-        "Every learning rate tried: greedy reward, mean over the seeds of the choice.",
-        _rates_table(known),
-        "## On real ranked lists",
-        *(_real_parts(real) if real else ["Not part of this run."]),
+        "## What was done",
         _text(
-            f"`{REAL_COMMAND}` runs both parts, this one on any file of ranked lists with rewards."
+            f"The model is {results['model'][0]}, the data {results['data'][0]}: real prompts, "
+            f"each with answers of many models and a reward for each answer. {held_out} lists of "
+            f"{settings['candidates']} answers are held out. No method sees their prompts."
         ),
+        _text(
+            f"Each method trains all weights for {steps} steps of {settings['batch']} lists, "
+            f"{settings['lists']} different lists in all. With one seed all methods see the same "
+            f"lists. Sequences are cut to {settings['max_length']} tokens. The learning rate is "
+            f"{settings['learning_rate']:g} for every method, with warm-up and cosine decay. It "
+            "was not tuned for any of them, so a method that needs another rate looks worse here "
+            "than it is."
+        ),
+        "- **SFT on the best**: cross-entropy on the best answer of each list.\n"
+        "- **DPO, best and worst**: beta 0.1, the base model as reference. Its own score is the\n"
+        "  log-ratio to the base model, by which it is ranked too.\n"
+        "- **PRO, n**: the best, the worst and answers between them. Rewards set the "
+        "temperatures.\n"
+        "- **SFT term summed**: PRO with the term as the paper has it, a sum over tokens. The "
+        "default is a mean.",
+        _text(
+            "At equal steps the methods do not read equally much: SFT reads one answer of a list, "
+            "DPO two, PRO n."
+        ),
+        "## What was found",
+        _text(
+            "Held-out lists, ranked by the mean log-probability of a token. In brackets stands the "
+            "95 % interval, from a bootstrap over lists. Where there are several seeds, the "
+            "numbers of each list are averaged over them first."
+        ),
+        markdown_table(["", "seeds", *MEASURES.values()], rows),
+        "![Held-out ranking by method](study.png)",
+        "\n".join(findings(against, found, by_length(runs))),
+        *(
+            part
+            for base, title in (("base", "the base model"), ("sft", "SFT"), ("dpo", "DPO"))
+            if against[base]
+            for part in (f"Minus {title}, on the same lists:", _difference_table(against[base]))
+        ),
+        "Each seed by itself, pairwise accuracy:",
+        markdown_table(["", "seed", "pairwise accuracy", "minutes"], _by_seed(runs)),
         "## How it was run",
-        *_provenance(results),
+        f"    {facts['command']}",
+        _text(
+            f"{facts['machine']}; {facts['precision']}; {facts['processes']} processes of one "
+            "thread. "
+            + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+            + f", Python {facts['python']}; commit {facts['commit'] or 'unknown'}"
+            + (" with uncommitted changes" if facts["modified"] else "")
+            + f"; {facts['date']}."
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def findings(known: Results) -> str:
-    """The two claims, PRO ahead and longer lists better, as the numbers have them."""
+def findings(
+    against: Mapping[str, Mapping[str, Mapping[str, Difference]]],
+    found: Mapping[str, Mapping[str, tuple[float, ...]]],
+    length: float,
+) -> list[str]:
+    """What the intervals say of pairwise accuracy, and what they do not."""
     lines = []
-    for name in ("greedy_reward", "sampled_reward"):
-        sizes: dict[str, list[int]] = {}
-        for row in known["advantages"]:
-            if row["method"] == "pro":
-                sizes.setdefault(_verdict(*row[name]), []).append(row["candidates"])
-        words = "; ".join(f"{word} at n = {_listed(ns)}" for word, ns in sizes.items())
-        lines.append(f"- {LABELS[name].capitalize()}: PRO is {words}.")
-    for method in STYLES:
-        rows = [row for row in known["summary"] if row["method"] == method]
-        ns = " → ".join(str(row["candidates"]) for row in rows)
-        for name in ("greedy_reward", "sampled_reward") if rows else ():
-            means = " → ".join(f"{row[name][0]:.2f}" for row in rows)
-            lines.append(f"- {METHODS[method]}, {LABELS[name]}, n = {ns}: {means}.")
-    return "\n".join(lines)
+    for base, title in (("base", "the base model"), ("sft", "SFT"), ("dpo", "DPO")):
+        by_verdict: dict[str, list[str]] = {}
+        for method, measures in against[base].items():
+            verdict = _verdict(measures["pairwise_accuracy"])
+            by_verdict.setdefault(verdict, []).append(NAMES[method])
+        for verdict, names in by_verdict.items():
+            lines.append(f"- {verdict} {title} in pairwise accuracy: {'; '.join(names)}.")
+    best = max(found, key=lambda m: found[m]["pairwise_accuracy"][0])
+    value = found[best]["pairwise_accuracy"][0]
+    word = "more" if value > length else "less"
+    lines.append(
+        f"- The highest accuracy is that of {NAMES[best]}, {value:.3f}. To call the longer answer "
+        f"better is right for {length:.3f} of the pairs, so the model tells {word} than length."
+    )
+    return lines
 
 
-def plus_minus(value: Sequence[float], sign: bool = False) -> str:
-    """Mean ± standard error; the mean alone where there is no error."""
-    mean, error = value
-    text = f"{mean:+.3f}" if sign else f"{mean:.3f}"
-    return text if error != error else f"{text} ± {error:.3f}"
-
-
-def _known_set_up(known: Results) -> list[str]:
-    settings, clones = known["settings"], known["clones"]
-    best = {
-        n: fmean(clone["best_of_n_reward"][str(n)] for clone in clones)
-        for n in settings["candidates"]
+def facts(processes: int, command: str) -> dict[str, Any]:
+    """On what the study runs."""
+    root = Path(__file__).resolve().parent.parent
+    bf16 = torch.cpu._is_avx512_bf16_supported()
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": f"{_processor()}, {os.cpu_count()} threads",
+        "precision": "bf16 autocast (AVX-512)" if bf16 else "fp32",
+        "processes": processes,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": _git(root, "rev-parse", "--short=12", "HEAD"),
+        "modified": bool(_git(root, "status", "--porcelain")),
     }
-    samples = ", ".join(f"{mean:.2f} (best of {n})" for n, mean in best.items())
-    behaviour = fmean(clone["behaviour_reward"] for clone in clones)
-    rates = _listed([f"{rate:g}" for rate in settings["learning_rates"]])
+
+
+def _by_method(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for name in ("base", *METHODS):
+        if own := [run for run in runs if run["method"] == name]:
+            found[name] = own
+    return found
+
+
+def _statistics(run: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> ListStatistics:
+    """By mean log-probability, or by the log-ratio to ``base``, which is what DPO trains."""
+    scores = scores_from(run)
+    known = scores.ranked_by(True) if base is None else scores.logps - scores_from(base).logps
+    return list_statistics(known, scores.rewards, scores.mask)
+
+
+def _mean(statistics: Sequence[ListStatistics]) -> ListStatistics:
+    columns = zip(*statistics, strict=True)
+    return ListStatistics(*(torch.stack([x.double() for x in c]).mean(0) for c in columns))
+
+
+def _losses(run: Mapping[str, Any]) -> torch.Tensor:
+    return list_losses(scores_from(run), LossOptions())
+
+
+def _loss(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    losses = torch.stack([_losses(run) for run in runs]).mean(0)
+    statistics = _statistics(runs[0])
+    found = compare(statistics, statistics, (torch.zeros_like(losses), losses))["loss"]
+    return found.tuned, found.low, found.high
+
+
+def _interval(value: Sequence[float]) -> str:
+    digits = 3 if abs(value[0]) < 10 else 1
+    return f"{value[0]:.{digits}f} [{value[1]:.{digits}f}, {value[2]:.{digits}f}]"
+
+
+def _difference_table(found: Mapping[str, Mapping[str, Difference]]) -> str:
+    rows = [
+        [NAMES[m], *(_interval((x[n].change, x[n].low, x[n].high)) for n in MEASURES)]
+        for m, x in found.items()
+    ]
+    return markdown_table(["", *MEASURES.values()], rows)
+
+
+def _by_seed(runs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     return [
-        _text(
-            "A prompt is five letters, the right answer moves each three places round a ring of "
-            "twelve, and the reward (0 to 5) adds up how near each letter comes. The behaviour "
-            "policy writes answers of mixed quality: some letters it mostly gets wrong, some "
-            "answers are written with less care, and what it does instead is mostly to copy the "
-            "letter, for which there is no reward (`python/pro_trainer/study/task.py`). Mean "
-            f"reward of its answers: {behaviour:.2f}; of those trained on: {samples}. An answer "
-            "whose reward its list has already is drawn again, so there are no ties."
-        ),
-        _text(
-            f"A byte-level Llama of {clones[0]['parameters']:,} parameters is trained on "
-            f"{settings['behaviour_prompts']:,} answers of the policy (the clone). From there, on "
-            f"{settings['train_prompts']:,} other prompts with n = "
-            f"{_listed(settings['candidates'])} answers each (a longer list holds the shorter):"
-        ),
-        "- **SFT**: cross-entropy, mean over tokens, on the best of the n;\n- **PRO**: "
-        f'`loss_type="pro"`, `temperature="reward"`, `sft_weight` {settings["sft_weight"]}, on all '
-        "n, as in the paper;\n- **PRO, constant SFT term**: with `sft_weight` "
-        f"{settings['sft_weight']} / (n - 1)². The loss multiplies the term by (n - 1)²,\n  so "
-        "longer lists otherwise also mean more SFT (at n = 2 this is PRO);\n- **PRO, constant SFT "
-        'term, temperature 1**: with `temperature="1"` too. Temperatures from reward gaps\n  make '
-        "the entries of the denominator exp(s · gap), s < 0 the mean log-probability: the larger "
-        "the gap, the\n  smaller the entry, so that a longer list is mostly about candidates of "
-        "nearly the same reward.",
-        "The last two were added when trial runs on another seed had PRO fall with n.",
-        _text(
-            "All are runs of `PROTrainer` (SFT on lists of one candidate, which leaves the SFT "
-            f"term) with the same prompts in the same order, {settings['steps']} steps of "
-            f"{settings['batch']} prompts, AdamW, warm-up and cosine decay. At equal steps PRO "
-            "reads n answers a prompt and SFT one. The learning rate is chosen for each method "
-            f"and n, always from {rates}, by the greedy reward on "
-            f"{len(settings['choice_seeds'])} further seeds, which are not reported."
-        ),
-        _text(
-            f"Measured on {settings['held_out_prompts']} held-out prompts: the true reward of "
-            "greedy answers and of samples at temperature 1, and how log-probabilities rank "
-            f"{max(settings['candidates'])} answers of the policy. Mean ± standard error over "
-            f"{len(settings['seeds'])} seeds, each with its own model, data and held-out prompts:"
-        ),
-    ]
-
-
-def _summary_table(known: Results) -> str:
-    rows = [
         [
-            METHODS[row["method"]],
-            row["candidates"] or "",
-            "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
-            *(plus_minus(row[name]) for name in _MEASURES),
+            NAMES[run["method"]],
+            run["seed"],
+            f"{_statistics(run).metrics()['pairwise_accuracy']:.3f}",
+            f"{run['seconds'] / 60:.1f}",
         ]
-        for row in known["summary"]
-    ]
-    return markdown_table(["", "n", "learning rate", *(LABELS[x] for x in _MEASURES)], rows)
-
-
-def _advantage_table(known: Results) -> str:
-    rows = [
-        [
-            METHODS[row["method"]],
-            row["candidates"],
-            *(plus_minus(row[name], sign=True) for name in _MEASURES),
-        ]
-        for row in known["advantages"]
-    ]
-    return markdown_table(["", "n", *(LABELS[name] for name in _MEASURES)], rows)
-
-
-def _rates_table(known: Results) -> str:
-    settings = known["settings"]
-    rewards: dict[tuple[str, int], dict[float, list[float]]] = {}
-    for run in known["choices"]:
-        by_rate = rewards.setdefault((run["method"], run["candidates"]), {})
-        by_rate.setdefault(run["learning_rate"], []).append(run["greedy_reward"])
-    rates = settings["learning_rates"]
-    rows = [
-        [METHODS[method], n, *(f"{fmean(rewards[method, n][rate]):.2f}" for rate in rates)]
-        for method in STYLES
-        for n in settings["candidates"]
-        if (method, n) in rewards
-    ]
-    return markdown_table(["", "n", *(f"{rate:g}" for rate in rates)], rows)
-
-
-def _real_parts(real: Results) -> list[str]:
-    settings, start, runs = real["settings"], real["pretrain"], real["runs"]
-    nats = " to ".join(f"{value:.2f}" for value in start["nats_a_token"])
-    rows = [
-        ["longer is better (no model)", *_ranks(start["by_length"])],
-        ["before PRO", *_ranks(runs[0]["summary"]["all"]["before"])],
-        *([_name(run), *_ranks(run["summary"]["all"]["after"])] for run in runs),
-    ]
-    changes = [[_name(run), *_ranks(run["summary"]["all"]["change"], sign=True)] for run in runs]
-    cut = [
-        [
-            run["candidates"],
-            *(
-                plus_minus(run["summary"]["cut"][when][name])
-                for name in _RANKING[:2]
-                for when in ("before", "after")
-            ),
-        ]
-        for run in runs
-    ]
-    cut_header = [f"{LABELS[name]}, {w}" for name in _RANKING[:2] for w in ("before", "after")]
-    tried = [
-        [f"{run['learning_rate']:g}", run["sft_reduction"], *_ranks(run["summary"]["all"]["after"])]
-        for run in real["choices"]
-    ]
-    header = [LABELS[name] for name in _RANKING]
-    return [
-        _text(
-            f"{start['training_lists']} lists to train on, {start['held_out_lists']} held out, no "
-            f"prompt on both sides. A byte-pair tokenizer of {settings['vocabulary']:,} tokens and "
-            f"a Llama of {start['parameters']:,} parameters are trained on all "
-            f"{start['completions']:,} completions of the training lists by cross-entropy "
-            f"({start['steps']:,} steps, from {nats} nats a token); sequences are cut to "
-            f"{settings['max_length']} tokens. From there PRO takes {runs[0]['steps']} steps of "
-            f"{settings['batch']} lists with n = {_listed(settings['candidates'])} candidates (the "
-            "best, the worst and those evenly between), "
-            f"`sft_weight` {settings['sft_weight']}, temperatures from reward gaps. A model so "
-            "small, trained for minutes, knows little of language: this shows what PRO does to the "
-            "ranking of lists it has not seen, not how good a model can become."
-        ),
-        "Held-out lists with all their candidates, mean ± standard error over the lists:",
-        markdown_table(["", *header], rows),
-        _text(
-            "Candidates of equal reward are not compared, and tau-b counts them against the order: "
-            f"at best its mean is {start['tau_at_most']:.3f}. After minus before, list by list:"
-        ),
-        markdown_table(["", *header], changes),
-        "Held-out lists cut to the n trained on:",
-        markdown_table(["n", *cut_header], cut),
-        "![Held-out ranking over the steps](study-real.png)",
-        _text(
-            f"Learning rate {runs[0]['learning_rate']:g} and an SFT term that is the "
-            f"{runs[0]['sft_reduction']} of the best candidate's log-probabilities gave the "
-            f"highest accuracy at n = {settings['choice_candidates']} on "
-            f"{settings['choice_share']:.0%} of the training lists, which these runs did not rank. "
-            "When the study was made, on 500 lists of AlpacaEval, a first full run chose among "
-            "sums and the two lower rates only, and left held-out accuracy below one half at every "
-            "n; the mean and the highest rate were added after that was seen. It also tried "
-            '`ties="skip"` at n = 4, which gave bitwise the same as `"zero"`.'
-        ),
-        markdown_table(["learning rate", "SFT term", *header], tried),
+        for own in _by_method(runs).values()
+        for run in own
+        if run["method"] != "base"
     ]
 
 
-def _provenance(results: Results) -> list[str]:
-    facts, known, real = results["facts"], results["known"]["settings"], results["real"]
-    versions = _listed([f"{name} {version}" for name, version in facts["versions"].items()])
-    changed = " with uncommitted changes" if facts["modified"] else ""
-    seeds = f"{_listed(known['seeds'])}; to choose learning rates {_listed(known['choice_seeds'])}"
-    if real:
-        seeds += f"; real lists {real['settings']['seed']}"
-    return [
-        f"    {facts['command']}",
-        _text(
-            f"{facts['machine']}; {facts['processes']} processes of one thread, "
-            f"{results['seconds'] / 60:.1f} minutes ({facts['processor_seconds'] / 60:.1f} minutes "
-            f"of processor time in all). {versions}, Python {facts['python']}; commit "
-            f"{facts['commit'] or 'unknown'}{changed}; {facts['date']}. Seeds: {seeds}."
-        ),
-    ]
+def _verdict(difference: Difference) -> str:
+    if difference.low > 0:
+        return "Better than"
+    return "Worse than" if difference.high < 0 else "Not told apart from"
 
 
-def _verdict(mean: float, error: float) -> str:
-    """A difference counts from two standard errors on; without an error none does."""
-    if not abs(mean) > 2 * error:
-        return "within two standard errors of SFT"
-    return "ahead of SFT" if mean > 0 else "behind SFT"
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
-def _ranks(row: Results, sign: bool = False) -> list[str]:
-    return [plus_minus(row[name], sign) for name in _RANKING]
-
-
-def _name(run: Results) -> str:
-    return f"PRO, n = {run['candidates']}"
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _text(paragraph: str) -> str:

@@ -1,175 +1,229 @@
-"""Both parts of the study as rounds of jobs in worker processes, and what they ran on.
+"""The runs of the study: each in a process of its own, its scores in a file of its own.
 
-A part is a generator that yields jobs which do not depend on each other, and is sent their results.
+A study that was cut short goes on with the runs whose files are missing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import importlib.metadata
 import io
+import json
 import multiprocessing
-import os
-import platform
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from study import known, real
-from study.report import Results
+from pro_trainer.models import load
+from pro_trainer.options import ModelOptions
+from pro_trainer.prepare.output import file_identity, write_json
+from pro_trainer.text.store import load_dataset, split_held_out
+from pro_trainer.train.config import PROConfig
+from pro_trainer.train.objective import Scores
+from pro_trainer.train.trainer import PROTrainer
 
-PROCESSES = 2
-_PACKAGES = ("torch", "transformers", "pro-kernels")
-Job = tuple[Callable[..., Any], tuple[Any, ...]]
-Round = Callable[[Sequence[Job]], list[Any]]  # runs independent jobs, results in their order
-Part = Generator[list[Job], list[Any], dict[str, Any]]  # yields rounds, is sent their results
+SFT = {"sft_weight": 1.0, "sft_reduction": "mean"}  # of lists of one candidate: cross-entropy
+PRO = {"loss_type": "pro", "sft_reduction": "mean"}
+# What each method is told; "candidates" of a list are the best, the worst and others between them.
+METHODS: dict[str, dict[str, Any]] = {
+    "sft": {"candidates": 1, **SFT},
+    "dpo": {"candidates": 2, "loss_type": "dpo"},
+    "pro_2": {"candidates": 2, **PRO},
+    "pro_4": {"candidates": 4, **PRO},
+    "pro_8": {"candidates": 8, **PRO},
+    "pro_4_sum": {"candidates": 4, **PRO, "sft_reduction": "sum"},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the study; each method takes ``lists / batch`` optimizer steps."""
+
+    seeds: tuple[int, ...] = (1, 2)
+    one_seed: tuple[str, ...] = ("pro_2", "pro_8", "pro_4_sum")  # with the first seed only
+    lists: int = 128
+    batch: int = 4
+    held_out_share: float = 0.16
+    candidates: int = 8  # of the held-out lists
+    max_length: int = 192
+    max_prompt_length: int = 96  # given, so that every method sees the same prompts
+    learning_rate: float = 5e-5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed; ``base`` is the model as it comes, with its scores only."""
+
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.method}-{self.seed}"
+
+
+def runs(settings: Settings) -> list[Run]:
+    """All of them: the first seed of every method before any second one, long runs first."""
+    found = [Run("base", 0)]
+    for i, seed in enumerate(settings.seeds):
+        of_seed = [m for m in METHODS if i == 0 or m not in settings.one_seed]
+        found += [Run(m, seed) for m in sorted(of_seed, key=lambda m: -METHODS[m]["candidates"])]
+    return found
 
 
 def study(
-    real_data: str | None = None,
-    processes: int = PROCESSES,
-    known_settings: known.KnownSettings | None = None,
-    real_settings: real.RealSettings | None = None,
-) -> Results:
-    """Run both parts, the second with ``real_data`` only, side by side.
+    model: str, data: str, folder: Path, settings: Settings | None = None, processes: int = 2
+) -> dict[str, Any]:
+    """Run what ``folder`` does not hold yet; returns all of it, and what it was run on.
 
     Raises:
-        DataError, ValueError: real data that cannot be used.
+        ValueError: a model or data that cannot be used.
     """
-    started, busy, facts = time.monotonic(), sum(os.times()[:4]), _facts(processes)
-    known_settings = known_settings or known.KnownSettings()
-    real_settings = real_settings or real.RealSettings()
-    if real_data:
-        real.read(real_settings, real_data)  # bad data shows before any work
-    with tempfile.TemporaryDirectory(prefix="pro_study_") as name, _workers(processes) as run:
-        parts = {"known": known_part(known_settings, Path(name))}
-        if real_data:  # first, since its jobs are the long ones
-            parts = {"real": real_part(real_settings, real_data, Path(name)), **parts}
-        results = _side_by_side(parts, run)
-    seconds = time.monotonic() - started
-    facts["processor_seconds"] = sum(os.times()[:4]) - busy  # of the workers too: they have ended
-    return {"facts": facts, "seconds": seconds, "real": None, **results}
-
-
-def known_part(settings: known.KnownSettings, folder: Path) -> Part:
-    """Clones; the choice of learning rates; the runs that are reported."""
-    seeds = (*settings.choice_seeds, *settings.seeds)
-    clones = yield [(known.clone, (settings, seed, folder)) for seed in seeds]
-    clones = clones[len(settings.choice_seeds) :]
-    tried = yield [(known.fit, (settings, run, folder)) for run in known.choices(settings)]
-    runs = known.final_fits(settings, known.best_rates(tried))
-    fits = yield [(known.fit, (settings, run, folder)) for run in runs]
-    return {
+    settings = settings or Settings()
+    same = {
         "settings": asdict(settings),
-        "summary": known.summary(settings, clones, fits),
-        "advantages": known.advantages(settings, fits),
-        "clones": clones,
-        "choices": tried,
-        "fits": fits,
+        "model": [Path(model).name, file_identity(model)],
+        "data": [Path(data).name, file_identity(data)],
+    }
+    same = json.loads(json.dumps(same))
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [run for run in runs(settings) if _read(folder, run, same) is None]
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _one_thread) as pool:
+        futures = [pool.submit(_job, model, data, settings, run, folder, same) for run in missing]
+        for future in as_completed(futures):
+            print(f"{future.result()}: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
+    done = [_read(folder, run, same) for run in runs(settings)]
+    return {**same, "runs": done}
+
+
+def _read(folder: Path, run: Run, same: dict[str, Any]) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / f"{run.name}.json").read_text())
+        if all(found[key] == value for key, value in same.items()):
+            return {key: value for key, value in found.items() if key not in same}
+    return None
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # two runs side by side do more than one with two threads
+
+
+def _job(
+    path: str, data: str, settings: Settings, run: Run, folder: Path, same: dict[str, Any]
+) -> str:
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = measure(path, data, settings, run)
+    write_json(folder / f"{run.name}.json", {**same, **found})
+    return run.name
+
+
+def measure(path: str, data: str, settings: Settings, run: Run) -> dict[str, Any]:
+    """Train by one method, and score the held-out lists."""
+    model, tokenizer = load(path, ModelOptions(dtype="float32"))
+    _, held_out = lists_of(data, tokenizer, settings, settings.candidates)
+    result: dict[str, Any] = {"method": run.method, "seed": run.seed, "seconds": 0.0, "log": []}
+    if run.method == "base":
+        result["whole_lengths"] = whole_lengths(data, tokenizer, settings)
+        with _trainer(model, tokenizer, settings, held_out=held_out) as trainer:
+            return {**result, **numbers(trainer.score(held_out))}
+    options = dict(METHODS[run.method])
+    candidates = options.pop("candidates")
+    lists, _ = lists_of(data, tokenizer, settings, max(2, candidates))
+    lists = lists.shuffle(seed=run.seed).select(range(settings.lists))
+    if candidates == 1:
+        lists = lists.map(best_alone)
+    options |= {"seed": run.seed, "max_steps": settings.lists // settings.batch}
+    with _trainer(model, tokenizer, settings, lists, held_out, **options) as trainer:
+        result["seconds"] = trainer.train().metrics["train_runtime"]
+        names = ("step", "loss", "sft_loss", "pairwise_accuracy", "scored_tokens_per_second")
+        result["log"] = [
+            {name: entry[name] for name in names if name in entry}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+        return {**result, **numbers(trainer.score(held_out))}
+
+
+def lists_of(data: str, tokenizer: Any, settings: Settings, candidates: int) -> tuple[Any, Any]:
+    """Training lists and held-out ones; the split is by prompt, and the same for all methods."""
+    options = _config("unused", settings, num_candidates=candidates)
+    lists, _ = load_dataset([data], tokenizer, options)
+    training, held_out = split_held_out(lists, settings.held_out_share, 0)
+    if len(training) < settings.lists:
+        raise ValueError(f"{data}: {len(training)} lists to train on, {settings.lists} are needed")
+    return training, held_out
+
+
+def best_alone(row: dict[str, Any]) -> dict[str, Any]:
+    """The best candidate of a tokenised list, as a list of one: all of its loss is SFT."""
+    best = max(range(len(row["rewards"])), key=row["rewards"].__getitem__)
+    prompts = row["prompts"] if len(row["prompts"]) == 1 else [row["prompts"][best]]
+    return {"prompts": prompts, "completions": [row["completions"][best]], "rewards": [0.0]}
+
+
+def whole_lengths(data: str, tokenizer: Any, settings: Settings) -> list[list[int]]:
+    """Tokens of the held-out completions before any is cut."""
+    uncut = Settings(**{**asdict(settings), "max_length": 1 << 20})
+    _, held_out = lists_of(data, tokenizer, uncut, settings.candidates)
+    return [[len(ids) for ids in row["completions"]] for row in held_out]
+
+
+def numbers(scores: Scores) -> dict[str, Any]:
+    """``Scores`` as lists for JSON; ``scores_from`` turns them back."""
+    return {
+        name: getattr(scores, name).tolist() for name in ("logps", "lengths", "rewards", "mask")
     }
 
 
-def real_part(settings: real.RealSettings, path: str, folder: Path) -> Part:
-    """The pretrained model; the choice of settings; the runs that are reported."""
-    (pretrained,) = yield [(real.pretrain, (settings, path, folder))]
-    tried = yield [(real.rank, (settings, path, run, folder)) for run in real.choices(settings)]
-    runs = real.final_runs(settings, tried)
-    ranked = yield [(real.rank, (settings, path, run, folder)) for run in runs]
-    return {
-        "settings": asdict(settings),
-        "pretrain": pretrained,
-        "choices": tried,
-        "runs": sorted(ranked, key=lambda run: run["candidates"]),
-    }
+def scores_from(run: dict[str, Any]) -> Scores:
+    """What ``numbers`` wrote; the SFT candidate is the best."""
+    rewards = torch.tensor(run["rewards"])
+    return Scores(
+        torch.tensor(run["logps"]),
+        torch.tensor(run["lengths"]),
+        rewards,
+        torch.tensor(run["mask"]),
+        rewards.argmax(1),
+    )
 
 
-def _side_by_side(parts: dict[str, Part], run: Round) -> dict[str, Any]:
-    """Run the parts' rounds together, the first of all, then the second ...; results by name."""
-    waiting = {name: next(part) for name, part in parts.items()}
-    results: dict[str, Any] = {}
-    while waiting:
-        owners = [name for name, jobs in waiting.items() for _ in jobs]
-        done = run([job for jobs in waiting.values() for job in jobs])
-        for name in list(waiting):
-            own = [x for owner, x in zip(owners, done, strict=True) if owner == name]
-            try:
-                waiting[name] = parts[name].send(own)
-            except StopIteration as end:
-                results[name] = end.value
-                del waiting[name]
-    return results
+def _config(folder: str, settings: Settings, **options: Any) -> PROConfig:
+    return PROConfig(
+        output_dir=folder,
+        max_length=settings.max_length,
+        max_prompt_length=settings.max_prompt_length,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings.lists // settings.batch // 10),
+        logging_steps=max(1, settings.lists // settings.batch // 12),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=torch.cpu._is_avx512_bf16_supported(),
+        **options,
+    )
 
 
 @contextlib.contextmanager
-def _workers(processes: int) -> Iterator[Round]:
-    """A function that runs a round of jobs and returns their results in order."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_one_quiet_thread) as pool:
-
-        def run(jobs: Sequence[Job]) -> list[Any]:
-            started = time.monotonic()
-            futures = [pool.submit(_quietly, function, arguments) for function, arguments in jobs]
-            results = []
-            try:
-                for done, future in enumerate(futures, 1):
-                    results.append(future.result())
-                    minutes = (time.monotonic() - started) / 60
-                    print(f"job {done} of {len(jobs)}, {minutes:.1f} minutes", flush=True)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            return results
-
-        yield run
-
-
-def _one_quiet_thread() -> None:
-    import datasets
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)  # as fast for so small a model; two runs go side by side
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def _quietly(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    with contextlib.redirect_stdout(io.StringIO()):
-        return function(*arguments)
-
-
-def _facts(processes: int) -> dict[str, Any]:
-    root = Path(__file__).resolve().parents[3]
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} threads",
-        "processes": processes,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "commit": _git(root, "rev-parse", "--short=12", "HEAD"),
-        "modified": bool(_git(root, "status", "--porcelain")),
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+def _trainer(
+    model: Any,
+    tokenizer: Any,
+    settings: Settings,
+    lists: Any = None,
+    held_out: Any = None,
+    **options: Any,
+) -> Iterator[PROTrainer]:
+    with tempfile.TemporaryDirectory(prefix="pro_study_") as folder:
+        args = _config(folder, settings, **options)
+        yield PROTrainer(model, args, lists, held_out, tokenizer)

@@ -36,7 +36,7 @@ def plain_loss(model: nn.Module, work: Workload) -> Tensor:
 def ours(work: Workload, form: str) -> TrainingStep:
     """pro_trainer's step with ``loss_type="dpo"``, given the reference log-probs."""
     from pro_trainer.batch.collate import PROCollator
-    from pro_trainer.train.config import LossOptions
+    from pro_trainer.train.options import LossOptions
     from pro_trainer.train.objective import batch_loss
 
     _check_pairs(work)
@@ -44,7 +44,7 @@ def ours(work: Workload, form: str) -> TrainingStep:
     collator = PROCollator(work.pad, form=form)
     batch = work.on_device(collator(work.features))
     bare = {name: value for name, value in batch.items() if name != "segments"}
-    options = LossOptions(loss_type="dpo", loss_kwargs={"beta": BETA})
+    options = LossOptions(loss_type="dpo", beta=BETA)
     reference = work.reference_scores
     return TrainingStep(
         lambda model: batch_loss(opened.rebind(model), batch, options, reference).loss,

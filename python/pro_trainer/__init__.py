@@ -4,20 +4,42 @@ The folders follow the way of a record: ``data`` (read, recognised, cleaned) -> 
 -> ``batch`` (rows and their ``Layout``) -> ``train`` (the model up to its head, the fused loss,
 steps). ``evaluate`` and ``prepare`` stand beside it, ``cli`` has one file a command.
 Everything here uses the public names of ``pro_kernels`` only.
+
+Names are imported when they are first used, so that a command can say its options at once.
 """
 
 from __future__ import annotations
 
-from pro_trainer.batch.collate import PROCollator
-from pro_trainer.data.fields import DataError
-from pro_trainer.data.lists import read_lists
-from pro_trainer.data.records import RankedList
-from pro_trainer.data.report import DataReport
-from pro_trainer.errors import TrainingError
-from pro_trainer.text.store import load_dataset, split_held_out
-from pro_trainer.train.config import PROConfig
-from pro_trainer.train.objective import Scores, batch_loss, score_metrics
-from pro_trainer.train.trainer import PROTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pro_trainer.batch.collate import PROCollator
+    from pro_trainer.data.fields import DataError
+    from pro_trainer.data.lists import read_lists
+    from pro_trainer.data.records import RankedList
+    from pro_trainer.data.report import DataReport
+    from pro_trainer.errors import TrainingError
+    from pro_trainer.text.store import load_dataset, split_held_out
+    from pro_trainer.train.config import PROConfig
+    from pro_trainer.train.objective import Scores, batch_loss, score_metrics
+    from pro_trainer.train.trainer import PROTrainer
+
+_AT = {
+    "PROCollator": "batch.collate",
+    "DataError": "data.fields",
+    "read_lists": "data.lists",
+    "RankedList": "data.records",
+    "DataReport": "data.report",
+    "TrainingError": "errors",
+    "load_dataset": "text.store",
+    "split_held_out": "text.store",
+    "PROConfig": "train.config",
+    "Scores": "train.objective",
+    "batch_loss": "train.objective",
+    "score_metrics": "train.objective",
+    "PROTrainer": "train.trainer",
+}
 
 __all__ = [
     "DataError",
@@ -34,3 +56,9 @@ __all__ = [
     "score_metrics",
     "split_held_out",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _AT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_AT[name]}"), name)

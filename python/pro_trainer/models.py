@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pro_trainer.options import option
+from pro_trainer.options import ModelOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,49 +20,6 @@ if TYPE_CHECKING:
 # Probabilities that modules pass to functional dropout.
 _DROPOUTS = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout",
              "activation_dropout", "layerdrop")  # fmt: skip
-
-
-@dataclass
-class ModelOptions:
-    """Which model, and how it is loaded."""
-
-    model: str | None = option(
-        None,
-        "Folder (or hub name) of a transformers causal LM with its LM head.",
-        aliases=["--model_name_or_path", "--model-name-or-path"],
-    )
-    tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "float32", "Of the weights as loaded; --bf16 is mixed precision."
-    )
-    attn_implementation: str | None = option(
-        None, "eager, sdpa, flex_attention, flash_attention_2, ...; default: the model's."
-    )
-    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
-    load_in_4bit: bool = option(False, "Quantised weights under adapters (needs bitsandbytes).")
-    load_in_8bit: bool = option(False, "The same with 8 bits.")
-
-    def quantization(self) -> Any:
-        """What transformers takes for it, or None.
-
-        Raises:
-            ValueError: both widths, or bitsandbytes is not installed.
-        """
-        if not (self.load_in_4bit or self.load_in_8bit):
-            return None
-        name = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit were both given; choose one")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError(f"{name} needs bitsandbytes: pip install bitsandbytes")
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(
-            load_in_4bit=self.load_in_4bit,
-            load_in_8bit=self.load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=None if self.dtype == "auto" else self.dtype,
-        )
 
 
 def load(
@@ -126,6 +81,12 @@ def _base(path: str) -> str:
 
     file = find_adapter_config_file(path)
     return path if file is None else json.loads(Path(file).read_text())["base_model_name_or_path"]
+
+
+def base_of(path: str, recorded: str | None) -> str | None:
+    """The model that the one at ``path`` was trained from, where that is known."""
+    base = _base(path)
+    return recorded or None if base == path else base
 
 
 def check_causal(model: PreTrainedModel, input_ids: Tensor) -> None:

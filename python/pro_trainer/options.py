@@ -4,9 +4,10 @@ and its default.
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from dataclasses import field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
@@ -20,8 +21,12 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
 def check_choices(config: object, kind: type) -> None:
     """Raise ValueError where a field of ``kind`` is none of those its ``Literal`` names."""
     for name, hint in get_type_hints(kind).items():
-        allowed = get_args(hint)
-        if get_origin(hint) is Literal and getattr(config, name) not in allowed:
+        optional = type(None) in get_args(hint)
+        if optional and getattr(config, name) is None:
+            continue
+        literal = get_args(hint)[0] if optional else hint
+        allowed = get_args(literal)
+        if get_origin(literal) is Literal and getattr(config, name) not in allowed:
             raise ValueError(
                 f"{name} must be one of {', '.join(map(repr, allowed))}, "
                 f"got {getattr(config, name)!r}"
@@ -44,3 +49,47 @@ def check_positive(config: object, *names: str) -> None:
             raise TypeError(f"{name} must be a number, got {value!r}")
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and > 0, got {value}")
+
+
+@dataclass
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    group: ClassVar[str] = "model"
+
+    model: str | None = option(
+        None,
+        "Folder (or hub name) of a transformers causal LM with its LM head.",
+    )
+    tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "float32", "Of the weights as loaded; --bf16 is mixed precision."
+    )
+    attn_implementation: str | None = option(
+        None, "eager, sdpa, flex_attention, flash_attention_2, ...; default: the model's."
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
+    load_in_4bit: bool = option(False, "Quantised weights under adapters (needs bitsandbytes).")
+    load_in_8bit: bool = option(False, "The same with 8 bits.")
+
+    def quantization(self) -> Any:
+        """What transformers takes for it, or None.
+
+        Raises:
+            ValueError: both widths, or bitsandbytes is not installed.
+        """
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        name = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit were both given; choose one")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"{name} needs bitsandbytes: pip install bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=None if self.dtype == "auto" else self.dtype,
+        )

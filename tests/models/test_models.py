@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pro_trainer import PROConfig, PROTrainer
 from pro_trainer.batch import masks, prefix
 from pro_trainer.cli import commands
-from pro_trainer.models import ModelOptions, load
+from pro_trainer.models import load
+from pro_trainer.options import ModelOptions
 from pro_trainer.text.encode import Encoder, TokenizedList
 from pro_trainer.text.options import ListOptions
 from pro_trainer.text.store import load_dataset

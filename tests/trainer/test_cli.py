@@ -1,14 +1,20 @@
-"""The three commands as a user runs them."""
+"""The commands as a user runs them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pro_trainer.cli import commands as cli
+from pro_trainer.cli import flags
+from pro_trainer.cli import help as texts
+from pro_trainer.cli.main import main
+from pro_trainer.train.config import PROConfig
 
 QUICK = ["--report_to", "none", "--use_cpu", "true", "--max_steps", "2", "--logging_steps", "1"]
 
@@ -31,11 +37,13 @@ def test_train_resume_and_eval(data_file, tmp_path, capsys):
     assert cli.train(argv) == 0
     printed = capsys.readouterr().out
     for part in ("loss: fused, backend", "lists kept: 8 (8 of 3 candidates)", "step 2/2  loss",
-                 "eval: loss", "saved"):  # fmt: skip
+                 "eval: loss", "| held-out lists", "saved"):  # fmt: skip
         assert part in printed, part
     saved = json.loads((output / "metrics.json").read_text())
     assert saved["before"]["eval_prompts"] + 6 == 8 and saved["data"]["lists"] == 8
-    rate = saved["log_history"][0]["learning_rate"]
+    steps = [entry["step"] for entry in saved["log_history"] if "eval_loss" in entry]
+    assert steps == [0, 2]  # no weights are evaluated twice
+    rate = saved["log_history"][1]["learning_rate"]
     assert rate == pytest.approx(1e-3)  # the flag wins over the file
     identity = json.loads((output / "checkpoint-2" / "pro_run.json").read_text())
     assert identity["sft_weight"] == 0.1 and identity["temperature"] == "2.0"
@@ -103,11 +111,34 @@ def test_a_run_that_diverges_has_exit_code_1(data_file, tmp_path, capsys):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("argv", [["--loss_impl", "fast"], ["--unknown"], ["--max_steps", "x"]])
-def test_unknown_flags_and_values_exit_with_2(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.train(["--demo", *argv])
-    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "wrong"),
+    [
+        (["--loss_impl", "fast"], "--loss_impl: invalid choice: 'fast'"),
+        (["--max_steps", "x"], "--max_steps: invalid int value: 'x'"),
+        (
+            ["--learning_rte", "1"],
+            "--learning_rte is no option of train; did you mean learning_rate?",
+        ),
+        (["--nothing_like_it"], "--nothing_like_it is no option of train"),
+        (["--padding_free"], "an option of TRL that has none here: give --packing true"),
+        (
+            ["--dataset_test_split", "test", "--data", __file__],
+            "give the held-out lists as --eval_data",
+        ),
+        (["--loss_type", "sigmoid_norm"], "unknown loss 'sigmoid_norm'"),
+    ],
+)
+def test_a_flag_or_value_that_cannot_be_is_one_line(argv, wrong, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.train(["--demo", *argv]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and wrong in line
+
+
+def test_a_value_before_any_option_is_refused(capsys):
+    assert cli.train(["lists.jsonl", "--demo"]) == 2
+    assert "unexpected argument 'lists.jsonl'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -122,7 +153,7 @@ def test_yaml_is_checked_and_loaded_safely(text, wrong, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=wrong):
-        cli.config_flags(str(path))
+        flags.config_flags(str(path))
 
 
 def test_yaml_values_become_flags(tmp_path):
@@ -130,35 +161,113 @@ def test_yaml_values_become_flags(tmp_path):
     path.write_text(
         "prefix_sharing: on\neval_strategy: no\nbf16: true\ndata: []\nseed: 3\nmodel:\n"
     )
-    assert cli.config_flags(str(path)) == [
+    found, where = flags.config_flags(str(path))
+    assert flags.words(found) == [
         "--prefix_sharing", "on", "--eval_strategy", "no", "--bf16", "true", "--seed", "3",
     ]  # fmt: skip
+    assert where["seed"] == f"{path}:5"
     path.write_text("")
-    assert cli.config_flags(str(path)) == []
-
-
-def test_an_unknown_key_of_the_file_is_refused(tmp_path, capsys):
-    path = tmp_path / "c.yaml"
-    path.write_text("learning_rte: 1\n")
-    with pytest.raises(SystemExit):
-        cli.train(["--demo", "--config", str(path)])
-    assert "unrecognized arguments: --learning_rte 1" in capsys.readouterr().err
+    assert flags.config_flags(str(path)) == ([], {})
 
 
 @pytest.mark.parametrize(
-    ("command", "flags"),
+    ("line", "wrong"),
     [
-        (
-            "train",
-            ("--sft_weight", "--loss_impl", "--prefix_sharing", "--learning_rate", "--config"),
-        ),
-        ("evaluate", ("--reward_model", "--data", "--max_length")),
-        ("prepare", ("--reward_model", "--ranking_length", "--seed")),
+        ("learning_rte: 1", "--learning_rte is no option of train; did you mean learning_rate?"),
+        ("learning_rate: fast", "--learning_rate: invalid float value: 'fast'"),
+        ("max_length: 1", "max_length must be at least 2, got 1"),
+        ("data: missing.jsonl", "missing.jsonl"),
     ],
 )
-def test_help_shows_the_options(command, flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        getattr(cli, command)(["--help"])
-    shown = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert all(flag in shown for flag in flags)
+def test_a_fault_in_the_file_is_named_with_its_line(line, wrong, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(f"demo: true\n{line}\n")
+    assert cli.train(["--config", "c.yaml"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert wrong in said
+    if not line.startswith("data"):
+        assert said.startswith("error: c.yaml:2: ")
+
+
+def test_a_command_line_of_trl_works_with_other_data(data_file, tiny, tmp_path, capsys):
+    folder = tmp_path / "model"
+    for made in tiny:
+        made.save_pretrained(folder)
+    argv = ["dpo", "--model_name_or_path", str(folder), "--dataset_name", data_file,
+            "--dataset_train_split", "train", "--loss_type", "sigmoid", "--beta", "0.2",
+            "--label_smoothing", "0.1", "--no_remove_unused_columns", "--torch_dtype", "float32",
+            "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj",
+            "--precompute_ref_log_probs", "--max_length", "64", "--learning_rate", "1e-3",
+            "--output_dir", str(tmp_path / "out"), *QUICK]  # fmt: skip
+    assert main(argv) == 0
+    identity = json.loads((tmp_path / "out" / "pro_run.json").read_text())
+    assert (identity["loss_type"], identity["beta"], identity["max_length"]) == ("dpo", 0.2, 64)
+    assert "loss 0.6931" in capsys.readouterr().out  # of a model to itself
+
+
+def test_the_output_folder_has_a_name_of_model_data_and_loss(
+    data_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--demo", "--data", data_file, "--loss_type", "simpo", "--eval_fraction", "0", *QUICK]
+    assert cli.train(argv) == 0
+    assert capsys.readouterr().out.startswith("output_dir: demo-data-simpo\n")
+    assert Path("demo-data-simpo/README.md").exists()
+
+
+@pytest.mark.parametrize("command", texts.COMMANDS)
+def test_help_fits_two_screens_and_names_every_option(command):
+    lines = texts.page(command).splitlines()
+    assert len(lines) <= 80 and max(map(len, lines)) <= 100
+    for kind in texts.COMMANDS[command].kinds:
+        for field in dataclasses.fields(kind):
+            if texts._group(kind, field.name) in texts.COMMANDS[command].groups:
+                assert f"--{field.name}" in texts.page(command, "all"), field.name
+
+
+def test_help_on_a_group_an_option_and_all():
+    assert "--beta FLOAT" in texts.page("train", "loss")
+    assert texts.page("train", "sft_weight").startswith("  --sft_weight FLOAT")
+    assert "--torch_compile_backend" in texts.page("train", "all")
+    assert "--learning_rate" not in texts.page("eval") + texts.page("prepare", "all")
+    with pytest.raises(ValueError, match="no such group or option of train; groups are data, text"):
+        texts.page("train", "lossy")
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from pro_trainer.cli.main import main; main(['train', '--help']); "
+        "main(['eval', '--help', 'loss']); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--model" in done.stdout
+
+
+def test_what_help_says_of_options_of_transformers_is_so():
+    of_fields = {f.name: f.default for f in dataclasses.fields(PROConfig)}
+    for options in texts._OF_TRANSFORMERS.values():
+        for option in options:
+            if option.name != "config":
+                assert option.name in of_fields
+            if option.default is not None and option.name != "warmup_steps":
+                assert str(option.default) == str(getattr(of_fields[option.name], "value",
+                                                          of_fields[option.name])), option  # fmt: skip
+
+
+def test_a_term_that_holds_most_of_the_loss_is_said_once(data_file, tmp_path, capsys):
+    argv = ["--demo", "--data", data_file, "--output_dir", str(tmp_path / "o"), *QUICK]
+    assert cli.train([*argv, "--sft_weight", "5", "--sft_reduction", "sum"]) == 0
+    said = [x for x in capsys.readouterr().out.splitlines() if "the SFT term is" in x]
+    assert len(said) == 1 and "a lower --sft_weight or --sft_reduction mean" in said[0]
+    assert cli.train([*argv, "--overwrite", "true"]) == 0
+    assert "the SFT term is" not in capsys.readouterr().out
+
+
+def test_much_memory_for_activations_is_said(data_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pro_trainer.train.usage.memory_size", lambda device: 1 << 20)
+    argv = ["--demo", "--data", data_file, "--output_dir", str(tmp_path / "o"), *QUICK]
+    assert cli.train(argv) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("--gradient_checkpointing true would save about") == 1
+    assert cli.train([*argv, "--overwrite", "true", "--gradient_checkpointing", "true"]) == 0
+    assert "would save" not in capsys.readouterr().out

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 from trainer_runs import config
 
+from pro_kernels.losses import LOSSES
 from pro_trainer.train.config import PROConfig
+from pro_trainer.train.options import LOSS_SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -23,13 +26,13 @@ from pro_trainer.train.config import PROConfig
         ({"budget_mb": 0}, "budget_mb must be finite and > 0"),
         ({"loss_type": "best"}, "unknown loss 'best'"),
         ({"loss_type": "dpo", "compat": "official"}, "compat='official' is a meaning of"),
-        ({"loss_type": "dpo", "loss_kwargs": {"bta": 1}}, r"may hold \['beta'.*got \['bta'\]"),
-        ({"loss_type": "dpo", "loss_kwargs": "{"}, "loss_kwargs must be JSON"),
-        ({"loss_kwargs": {"eps": 1}}, "loss_kwargs of loss_type='pro' may hold"),
+        ({"beta": 0.1}, "beta=0.1 is no option of loss_type='pro', which has sft_weight"),
+        ({"loss_type": "dpo", "eps": 0.1}, "no option of loss_type='dpo', which has beta"),
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "choose one"),
+        ({"ref_model_mixup_alpha": 1.5}, r"ref_model_mixup_alpha must lie in \[0, 1\], got 1.5"),
         ({"compat": "offical"}, "compat must be one of 'none', 'official', got 'offical'"),
         ({"truncation_mode": "end"}, "truncation_mode must be one of 'keep_end', 'keep_start'"),
-        ({"prefix_sharing": "maybe"}, "prefix_sharing must be 'auto', 'on' or 'off'"),
-        ({"temperature": None}, "temperature must be 'reward' or a number > 0, got None"),
+        ({"prefix_sharing": "maybe"}, "prefix_sharing must be one of 'auto', 'on', 'off'"),
         ({"sample_steps": -1}, "sample_steps must be >= 0"),
         ({"remove_unused_columns": True}, "remove_unused_columns must stay False, got True"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must stay 0.0"),
@@ -50,6 +53,22 @@ def test_each_of_several_processes_finds_no_batch_size_of_its_own(tmp_path, monk
     monkeypatch.setattr(PROConfig, "world_size", 2)
     with pytest.raises(ValueError, match="auto_find_batch_size is for one process: of 2"):
         config(tmp_path, auto_find_batch_size=True)
+
+
+def test_every_option_of_every_loss_is_a_flag_and_no_other():
+    inputs = {"logps", "lengths", "rewards", "ref_logps", "mask", "sft_index", "prompt_weights",
+              "equal_rewards"}  # fmt: skip
+    taken = {n for loss in LOSSES.values() for n in inspect.signature(loss).parameters} - inputs
+    assert taken == set(LOSS_SETTINGS)
+
+
+def test_a_loss_gets_what_was_given_and_keeps_its_own_defaults(tmp_path):
+    assert config(tmp_path).given() == {}
+    given = config(tmp_path, loss_type="dpo", beta=0.3, pairs="best").given()
+    assert given == {"beta": 0.3, "pairs": "best"}
+    assert config(tmp_path, temperature="2").given() == {"temperature": 2.0}
+    assert config(tmp_path, loss_type="slic").scores_are_means() is False
+    assert config(tmp_path, loss_type="dpo").scores_are_means() is True
 
 
 def test_a_temperature_may_be_given_as_a_number(tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassifi
 
 from pro_trainer.cli.evaluate import EvalArguments, evaluate_files
 from pro_trainer.data.records import RankedList
+from pro_trainer.evaluate.compare import compare
 from pro_trainer.evaluate.generation import generate_answers
-from pro_trainer.evaluate.metrics import ranking_metrics
+from pro_trainer.evaluate.metrics import list_statistics, ranking_metrics
 from pro_trainer.evaluate.tables import cell, evaluation_report, markdown_table
 from pro_trainer.prepare.scoring import RewardModel
 from pro_trainer.text.encode import Encoder
@@ -238,16 +240,70 @@ def test_bleu_of_the_answers_is_against_the_best_completion(
 def test_a_loss_with_a_reference_model(
     tiny, checkpoint: str, write_lines: Callable[..., str], tmp_path: Path
 ) -> None:
-    arguments = EvalArguments(
-        model=checkpoint, data=[write_lines(*make_records(3))], ref_model=checkpoint
-    )
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    data = [write_lines(*make_records(3))]
+    arguments = EvalArguments(model=checkpoint, data=data, base=str(copy))
     result = evaluate_files(arguments, config(tmp_path, loss_type="dpo"))
     assert result["metrics"]["loss"] == pytest.approx(math.log(2), rel=1e-5)  # of a model to itself
-    with pytest.raises(ValueError, match="loss_type 'pro' has no reference model: drop"):
-        evaluate_files(arguments, config(tmp_path))
-    arguments.ref_model = None
-    with pytest.raises(ValueError, match="'dpo' compares with a model: give --ref_model"):
+    arguments.base = checkpoint  # the same weights: nothing to compare, and scored once
+    assert evaluate_files(arguments, config(tmp_path))["base"] is None
+    with pytest.raises(ValueError, match="'dpo' compares with the model that training started"):
         evaluate_files(arguments, config(tmp_path, loss_type="dpo"))
+
+
+def test_a_model_beside_its_base(
+    tiny, checkpoint: str, write_lines: Callable[..., str], tmp_path: Path, capsys
+) -> None:
+    model, tokenizer = tiny
+    other = type(model)(model.config)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    for made in (other, tokenizer):
+        made.save_pretrained(tmp_path / "tuned")
+    data = [write_lines(*make_records(12))]
+    tuned, base = str(tmp_path / "tuned"), checkpoint
+    options = config(tmp_path / "out")
+    found = evaluate_files(
+        EvalArguments(model=tuned, data=data, base=base, generate=2, max_new_tokens=4), options
+    )
+    alone = [
+        evaluate_files(EvalArguments(model=m, data=data), config(tmp_path / "x"))["metrics"]
+        for m in (base, tuned)
+    ]
+    assert (found["base_metrics"], found["metrics"]) == tuple(alone)
+    for name in ("pairwise_accuracy", "kendall_tau", "ndcg", "top1_accuracy", "loss"):
+        row = found["comparison"][name]
+        assert row["base"] == pytest.approx(alone[0][name], rel=1e-5), name
+        assert row["tuned"] == pytest.approx(alone[1][name], rel=1e-5), name
+        assert row["low"] <= row["difference"] <= row["high"] and row["low"] < row["high"], name
+    printed = capsys.readouterr().out
+    for part in ("base |", "tuned |", "95 % interval", "--- prompt 1", "--- base", "--- tuned"):
+        assert part in printed, part
+    assert "--- prompt 2" in (tmp_path / "out" / "eval.md").read_text()
+
+
+def test_intervals_are_those_of_resampled_lists() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randn(300, 4, generator=generator) for _ in range(2)]
+    rewards = torch.randn(300, 4, generator=generator)
+    mask = torch.ones(300, 4, dtype=torch.bool)
+    mask[::3, 3] = False
+    base, tuned = (list_statistics(s, rewards, mask) for s in scores)
+    found = compare(base, tuned)
+    for name in ("pairwise_accuracy", "kendall_tau", "ndcg", "top1_accuracy"):
+        whole = [x.metrics()[name] for x in (base, tuned)]
+        assert (found[name].base, found[name].tuned) == pytest.approx(whole)
+    by_hand = []
+    for _ in range(400):
+        drawn = torch.randint(300, (300,), generator=generator)
+        a, b = (ranking_metrics(s[drawn], rewards[drawn], mask[drawn]) for s in scores)
+        by_hand.append(b["pairwise_accuracy"] - a["pairwise_accuracy"])
+    ends = torch.tensor(by_hand).quantile(torch.tensor([0.025, 0.975]))
+    got = torch.tensor([found["pairwise_accuracy"].low, found["pairwise_accuracy"].high])
+    assert (got - ends).abs().max() < 0.012  # of a width of about 0.11
+    assert compare(base, base)["ndcg"][2:] == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +322,7 @@ def test_arguments_out_of_range(options: dict, message: str) -> None:
 
 
 def test_generation_without_sacrebleu_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pro_trainer.cli.evaluate.find_spec", lambda name: None)
+    monkeypatch.setattr("pro_trainer.cli.arguments.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs sacrebleu: pip install sacrebleu"):
         EvalArguments(model="m", data=["d"], generate=1)
 

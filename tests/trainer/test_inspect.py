@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -104,22 +105,25 @@ def test_a_run_is_evaluated_with_its_own_options(model, write_lines, tmp_path, c
     assert found["chat_template"] == "off"
     (tmp_path / "run" / "pro_run.json").write_text("[]")
     assert commands.evaluate(["--model", out, *argv]) == 2
-    assert "must hold the options of a run, got []" in capsys.readouterr().err
+    assert "must be a JSON object with the options of a run" in capsys.readouterr().err
 
 
-def test_a_run_with_a_reference_is_evaluated_without(model, write_lines, tmp_path, capsys):
+def test_a_run_is_compared_with_the_model_it_started_from(model, write_lines, tmp_path, capsys):
     data, out = write_lines(*RECORDS), str(tmp_path / "run")
-    train = ["--model", model, "--data", data, "--loss_type", "dpo", "--loss_kwargs",
-             '{"beta": 0.2}', "--max_steps", "1", "--output_dir", out,
+    train = ["--model", model, "--data", data, "--loss_type", "dpo", "--beta", "0.2",
+             "--max_steps", "1", "--output_dir", out,
              "--max_length", "200"]  # fmt: skip
     assert commands.train(train) == 0
     argv = ["--model", out, "--data", data, "--output_dir", str(tmp_path / "eval")]
     assert commands.evaluate(argv) == 0
-    assert "the loss of the run, dpo, needs --ref_model; pro is reported" in capsys.readouterr().out
-    assert commands.evaluate([*argv, "--ref_model", model]) == 0
-    found = json.loads((tmp_path / "eval" / "eval.json").read_text())["options"]
-    assert (found["loss_type"], found["loss_kwargs"]) == ("dpo", {"beta": 0.2})
+    assert f"# Evaluation of {out} against {model}" in capsys.readouterr().out
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert found["base_metrics"]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    found = found["options"]
+    assert (found["loss_type"], found["beta"]) == ("dpo", 0.2)
     assert found["max_length"] == 200
+    assert commands.evaluate([*argv, "--base", "none"]) == 2
+    assert "compares with the model that training started from" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine with an accelerator")
@@ -144,11 +148,11 @@ def test_a_loss_that_is_named_takes_no_options_of_the_runs_own(
     model, write_lines, tmp_path, capsys
 ):
     data, out = write_lines(*RECORDS), str(tmp_path / "run")
-    train = ["--model", model, "--data", data, "--loss_type", "simpo", "--loss_kwargs",
-             '{"beta": 1.5}', "--max_steps", "1", "--output_dir", out,
+    train = ["--model", model, "--data", data, "--loss_type", "simpo", "--beta", "1.5",
+             "--max_steps", "1", "--output_dir", out,
              "--max_length", "200"]  # fmt: skip
     assert commands.train(train) == 0
     argv = ["--model", out, "--data", data, "--output_dir", str(tmp_path / "eval")]
     assert commands.evaluate([*argv, "--loss-type=pro"]) == 0
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())["options"]
-    assert (found["loss_type"], found["loss_kwargs"], found["max_length"]) == ("pro", {}, 200)
+    assert (found["loss_type"], found["beta"], found["max_length"]) == ("pro", None, 200)

@@ -10,9 +10,9 @@ import torch
 
 import pro_kernels as pk
 from pro_trainer.batch.collate import PROCollator
-from pro_trainer.train.config import LossOptions
 from pro_trainer.train.objective import batch_loss
 from pro_trainer.train.official import loss_of_logits, official_batch, official_loss
+from pro_trainer.train.options import LossOptions
 
 DATA = Path(__file__).parent.parent / "data"
 GOLDEN = ["n2_f64", "n3_f32", "n3_ties_f64", "n5_f64", "n8_f32"]

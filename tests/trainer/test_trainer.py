@@ -12,7 +12,7 @@ from trainer_runs import config, losses, records, trainer_for
 
 import pro_kernels as pk
 from pro_trainer.errors import TrainingError
-from pro_trainer.train.objective import NEEDS_REFERENCE
+from pro_trainer.train.options import NEEDS_REFERENCE
 from pro_trainer.train.trainer import PROTrainer
 
 

@@ -34,6 +34,7 @@ class Preferences:
         by_order: whether the lists have no rewards, only their order.
         num_positions: tokens that the decoder runs on, padding not counted.
         idle: whether the batch only keeps a rank without lists in step, and counts for nothing.
+        ref_logps: (B, n) float32, the reference model's log-probs where the lists hold them.
     """
 
     rewards: Tensor
@@ -42,6 +43,7 @@ class Preferences:
     by_order: bool
     num_positions: int
     idle: bool = False
+    ref_logps: Tensor | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -108,8 +110,8 @@ class PROCollator:
         """The batch of some tokenised lists.
 
         A feature has ``prompts`` (token ids of one prompt, or of one for each completion),
-        ``completions`` (token ids of n >= 1), ``rewards`` (n numbers, or None: best first) and
-        ``sft_index`` (or None).
+        ``completions`` (token ids of n >= 1), ``rewards`` (n numbers, or None: best first),
+        ``sft_index`` (or None) and, where they were computed, ``ref_logps`` (n numbers).
 
         Returns:
             ``input_ids`` (rows, length) int64; ``attention_mask`` (padded) or ``position_ids``
@@ -132,7 +134,13 @@ class PROCollator:
         batch, num_positions = self._inputs(sequences, row_map, rows)
         batch["layout"] = self._layout(sequences, row_map, rows)
         batch["preferences"] = Preferences(
-            rewards, candidate_mask, _sft_index(features), by_order, num_positions, idle
+            rewards,
+            candidate_mask,
+            _sft_index(features),
+            by_order,
+            num_positions,
+            idle,
+            _ref_logps(features),
         )
         return batch
 
@@ -210,6 +218,14 @@ def _rewards(
         rewards[row, :n] = torch.as_tensor(list(values), dtype=torch.float64)
         mask[row, :n] = True
     return rewards, mask, by_order
+
+
+def _ref_logps(features: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """(B, n) float32, 0 where a candidate is absent; None where the lists hold none."""
+    if any(feature.get("ref_logps") is None for feature in features):
+        return None
+    rows = [torch.tensor(feature["ref_logps"]) for feature in features]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _sft_index(features: Sequence[Mapping[str, Any]]) -> Tensor:

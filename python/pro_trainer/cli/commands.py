@@ -1,4 +1,4 @@
-"""Entry points of ``pro-kernels train``, ``inspect``, ``eval`` and ``prepare``.
+"""``train``, ``inspect``, ``eval``, ``prepare``: from a command line to options and an exit code.
 
 Every field of a command's dataclasses is a flag; ``--config run.yaml`` gives them from a file, and
 flags win over the file. What the user can put right (options, data, model, folder) is one line
@@ -7,36 +7,37 @@ flags win over the file. What the user can put right (options, data, model, fold
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
 
-from pro_trainer.cli import stop
-from pro_trainer.cli import train as run
-from pro_trainer.cli.evaluate import EvalArguments, evaluate_files
-from pro_trainer.cli.inspect import InspectArguments
+from pro_trainer.cli import flags, stop
+from pro_trainer.cli.arguments import (
+    EvalArguments,
+    InspectArguments,
+    PrepareArguments,
+    TrainArguments,
+)
+from pro_trainer.cli.evaluate import evaluate_files
 from pro_trainer.cli.inspect import inspect as inspect_lists
-from pro_trainer.cli.prepare import PrepareArguments
 from pro_trainer.cli.prepare import prepare as prepare_lists
-from pro_trainer.cli.train import TrainArguments
+from pro_trainer.cli.train import train as train_model
+from pro_trainer.models import base_of
 from pro_trainer.text.options import ListOptions
 from pro_trainer.train import distributed
-from pro_trainer.train.checkpoints import IDENTITY
-from pro_trainer.train.config import LossOptions, PROConfig
-from pro_trainer.train.objective import NEEDS_REFERENCE
+from pro_trainer.train.checkpoints import IDENTITY, read_identity
+from pro_trainer.train.config import PROConfig
+from pro_trainer.train.options import LOSS_SETTINGS, LossOptions
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """``pro-kernels train``: ``TrainArguments`` and ``PROConfig``. Returns the exit code."""
-    return _run("train", (TrainArguments, PROConfig), run.train, argv)
+    return _run("train", (TrainArguments, PROConfig), train_model, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
@@ -54,49 +55,13 @@ def prepare(argv: Sequence[str] | None = None) -> int:
     return _run("prepare", (PrepareArguments,), prepare_lists, argv)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe, and only true and false are booleans: on, off and no are values of some options."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+COMMANDS = {"train": train, "eval": evaluate, "inspect": inspect, "prepare": prepare}
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
-def config_flags(path: str) -> list[str]:
-    """The flags that a YAML file of ``key: value`` lines stands for.
-
-    Raises:
-        ValueError: no such file, not YAML, or not a mapping.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, _Loader) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: cannot be read: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"--config {path}: must hold 'option: value' lines, got {values!r:.80}")
-    if "config" in values:
-        raise ValueError(f"--config {path}: names a file of its own, {values['config']!r}")
-    flags: list[str] = []
-    for key, value in values.items():
-        if value is None:
-            continue
-        items = value if isinstance(value, list) else [value]
-        if items:
-            flags += [f"--{key}", *map(_flag_value, items)]
-    return flags
-
-
-def _flag_value(value: Any) -> str:
-    if isinstance(value, (dict, bool)):
-        return json.dumps(value, default=str)
-    return str(value)
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError: one line, and no usage of two screens."""
+        raise ValueError(re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message))
 
 
 def _run(
@@ -105,74 +70,100 @@ def _run(
     action: Callable[..., object],
     argv: Sequence[str] | None,
 ) -> int:
-    code = _code(name, kinds, action, argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    code = 0
+    with stop.signals() as caught:
+        where: dict[str, str] = {}
+        try:
+            action(*_options(name, kinds, argv, where))
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, ValueError):
+                error = _placed(error, where)
+            code = stop.code(error, caught)
     if distributed.several():
         distributed.leave(code)
     return code
 
 
-def _code(
-    name: str,
-    kinds: tuple[type, ...],
-    action: Callable[..., object],
-    argv: Sequence[str] | None,
-) -> int:
-    parser = HfArgumentParser(kinds, prog=f"pro-kernels {name}", allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it.")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    with stop.signals() as caught:
-        try:
-            known, _ = _first_parser().parse_known_args(argv)
-            flags = config_flags(known.config) + argv if known.config else argv
-            if name == "eval":
-                flags = run_flags(flags) + flags
-            *options, namespace, rest = parser.parse_args_into_dataclasses(
-                flags, return_remaining_strings=True, look_for_args_file=False
-            )
-            if rest:
-                parser.error(f"unrecognized arguments: {' '.join(rest)}")
-            action(*options)
-        except (Exception, KeyboardInterrupt) as error:
-            return stop.code(error, caught)
-    return 0
+def _options(
+    name: str, kinds: tuple[type, ...], argv: Sequence[str], where: dict[str, str]
+) -> Sequence[Any]:
+    """The dataclasses that the command line fills; ``where`` gets the lines of the YAML file.
 
-
-def run_flags(flags: Sequence[str]) -> list[str]:
-    """The options that the run of the model to be evaluated was trained with, as flags.
-
-    Those of data and loss; a loss with a reference model only where one is given. They are printed
-    where ``flags`` do not set them.
+    Raises:
+        ValueError: an option or a value that cannot be.
     """
-    known, _ = _first_parser().parse_known_args(flags)
-    file = Path(known.model or "") / IDENTITY
-    if not known.model or not file.is_file():
+    parser = _Parser(kinds, prog=f"pro-kernels {name}", allow_abbrev=False)
+    known = {action.dest for action in parser._actions}
+    given = flags.parse(argv)
+    if config := flags.last(given, "config"):
+        of_file, lines = flags.config_flags(config)
+        where |= lines
+        given = of_file + [flag for flag in given if flag[0] != "config"]
+    given = flags.ours(given, known)
+    if name == "eval":
+        given = run_flags(given) + given
+    if name in ("train", "eval") and flags.last(given, "output_dir") is None:
+        folder = _folder_name(given, ("model", "data", "loss_type"))
+        if name == "eval":
+            folder = _folder_name(given, ("model",)) + "-eval"
+        given.append(("output_dir", [folder]))
+        print(f"output_dir: {folder}")
+    *options, rest = parser.parse_args_into_dataclasses(
+        flags.words(given), return_remaining_strings=True, look_for_args_file=False
+    )
+    for word in rest:
+        option = word.removeprefix("--")
+        if word == option:
+            raise ValueError(f"unexpected argument {word!r}: a list is written --name A B")
+        raise ValueError(f"--{option} is no option of {name}{flags.near(option, known)}")
+    return options
+
+
+def _placed(error: ValueError, where: dict[str, str]) -> ValueError:
+    """The error with the line of the file that the option it is about was read from."""
+    about = next((w for w in re.findall(r"\w+", str(error))[:3] if w in where), None)
+    return error if about is None else type(error)(f"{where[about]}: {error}")
+
+
+def _folder_name(given: flags.Flags, options: Sequence[str]) -> str:
+    """A name made of the values of some options."""
+    parts = []
+    for option in options:
+        without = "pro" if option == "loss_type" else "demo"
+        name = Path(flags.last(given, option) or without).resolve().name
+        parts.append(re.sub(r"(\.(jsonl?|csv|parquet|gz|zst))+$|:\w+$", "", name))
+    return "-".join(dict.fromkeys(parts))
+
+
+def run_flags(given: flags.Flags) -> flags.Flags:
+    """The options that the run of the model to be evaluated was trained with.
+
+    Those of data and loss, and the model it started from. What differs from the defaults and is not
+    in ``given`` is printed.
+    """
+    model = flags.last(given, "model")
+    file = Path(model or "") / IDENTITY
+    if not model or not file.is_file():
         return []
-    run = json.loads(file.read_text())
-    if not isinstance(run, dict):
-        raise ValueError(f"{file} must hold the options of a run, got {run!r:.80}")
-    names = {f.name for kind in (ListOptions, LossOptions) for f in fields(kind)}
-    options = {name: run[name] for name in names & run.keys() if run[name] is not None}
-    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
-    if "loss_type" in given:  # what belongs to the run's own loss goes with it
-        own = ("loss_type", "loss_kwargs", "compat")
+    run = read_identity(Path(model))
+    known = {f.name: f.default for kind in (ListOptions, LossOptions) for f in fields(kind)}
+    names = {name for name, _ in given}
+    options = {name: run[name] for name in known if run.get(name) is not None}
+    if "loss_type" in names:  # what belongs to the run's own loss goes with it
+        own = ("loss_type", "compat", *LOSS_SETTINGS)
         options = {name: x for name, x in options.items() if name not in own}
-    elif options.get("loss_type") in NEEDS_REFERENCE and not known.ref_model:
-        print(f"the loss of the run, {options['loss_type']}, needs --ref_model; pro is reported")
-        options = {name: x for name, x in options.items() if not name.startswith("loss_")}
-    defaults = {f.name: f.default for kind in (ListOptions, LossOptions) for f in fields(kind)}
-    taken = [
-        f"{name} {value}" for name, value in sorted(options.items())
-        if value != defaults[name] and name not in given and value != {}
-    ]  # fmt: skip
+    options = {name: x for name, x in options.items() if name not in names}
+    taken = _listed((name, x) for name, x in options.items() if x != known[name])
     if taken:
-        print(f"options of the run in {known.model}: {', '.join(taken)}")
-    return [flag for name, x in options.items() for flag in (f"--{name}", _flag_value(x))]
+        print(f"options of the run in {model}: {taken}")
+    if "base" not in names and (base := base_of(model, run.get("base_model"))):
+        if Path(base).is_absolute() and not Path(base).exists():
+            print(f"the model that the run started from, {base}, is not there: give it as --base")
+        else:
+            options["base"] = base
+    return [(name, [flags.as_text(x)]) for name, x in options.items()]
 
 
-def _first_parser() -> argparse.ArgumentParser:
-    """Of what is read before all options are known."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument("--model", "--model_name_or_path", "--model-name-or-path")
-    parser.add_argument("--ref_model", "--ref-model")
-    return parser
+def _listed(options: Iterable[tuple[str, Any]]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(options))

@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 
-from pro_trainer.cli.train import TrainArguments
+from pro_trainer.cli.arguments import InspectArguments
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.report import DataReport
 from pro_trainer.demo_data import BUNDLED_TRAIN
 from pro_trainer.models import ends_of_folder, load_tokenizer, tiny_llama
-from pro_trainer.options import check_positive, option
 from pro_trainer.text import show
 from pro_trainer.text.encode import Encoder
 from pro_trainer.train.config import PROConfig
-
-
-@dataclass
-class InspectArguments(TrainArguments):
-    """What is shown; every option of ``train`` counts as it does there."""
-
-    num: int = option(3, "How many lists are shown.")
-    json: bool = option(
-        False,
-        "One object a line: prompt_ids, completion_ids (best first, scored tokens only), rewards, "
-        "cut. The report goes to standard error.",
-    )
-
-    def __post_init__(self) -> None:
-        check_positive(self, "num")
-        super().__post_init__()
 
 
 def inspect(arguments: InspectArguments, config: PROConfig) -> None:

@@ -17,22 +17,23 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 import pro_kernels as pk
 from pro_trainer import files
+from pro_trainer.cli.arguments import PrepareArguments
 from pro_trainer.cli.stop import advising
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.options import DataOptions
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
-from pro_trainer.models import ModelOptions, load
-from pro_trainer.options import check_choices, check_positive, option
+from pro_trainer.models import load
+from pro_trainer.options import ModelOptions
 from pro_trainer.prepare.output import (
     REPORT,
     PartialFile,
@@ -44,99 +45,10 @@ from pro_trainer.prepare.recipe import DATA, LINE_KEYS, Generator, Recipe, Sampl
 from pro_trainer.prepare.report import PrepareReport
 from pro_trainer.prepare.scoring import RewardModel
 from pro_trainer.text.encode import Encoder
-from pro_trainer.text.options import ListOptions, TemplateOptions
+from pro_trainer.text.options import ListOptions
 
 _LINES_A_MESSAGE = 100  # progress where standard error is no terminal
 _WITHOUT_EFFECT = ("output", "overwrite", "trust_remote_code")  # on the records
-
-
-@dataclass
-class PrepareArguments(TemplateOptions):
-    """Flags of ``pro-kernels prepare``."""
-
-    data: list[str] = option(
-        [], "Ranked lists, in any form that train reads: files, dataset folders or hub names."
-    )
-    output: str = option("", "File to write, .jsonl or .jsonl.gz; OUTPUT.report.json beside it.")
-    generator: list[str] = option(
-        [],
-        "Causal LMs (folders or hub names) that candidates are sampled from, loaded all at once.",
-    )
-    generator_tokenizer: list[str] = option(
-        [], "Their tokenizers, as many as generators. Default: each generator's own."
-    )
-    num_samples: int = option(2, "Samples for each prompt from each generator.")
-    reward_model: str | None = option(
-        None,
-        "Sequence classifier with one label that scores every candidate. Default: the data's own "
-        "ranking (possible only without a generator).",
-    )
-    ranking_length: int | None = option(
-        None,
-        "Candidates kept of each list: the best, the worst and those evenly between them. "
-        "Default: all.",
-    )
-    sft: Literal["best", "chosen"] = option(
-        "best",
-        "The candidate that sft_index marks: the best of the new ranking, or the one that the "
-        "data prefers (which is then always kept).",
-    )
-    temperature: float = option(1.0, "Sampling temperature.")
-    top_p: float = option(
-        0.95, "Only the likeliest tokens that reach this share together are drawn from."
-    )
-    max_new_tokens: int = option(128, "Most tokens of a sample.")
-    max_prompt_length: int | None = option(
-        None,
-        "Tokens of the prompt a generator sees; a longer one loses its start there (never in the "
-        "output). Default: what its context leaves.",
-    )
-    stop: list[str] = option(["\n\nHuman:"], "A sample ends before the first of these strings.")
-    seed: int = option(42, "Of the samples.")
-    batch_size: int = option(16, "Sequences run together, and lists between two saves.")
-    limit: int | None = option(None, "Only the first so many lists.")
-    on_bad_line: Literal["error", "skip"] = option(
-        "error", "A malformed record stops the run (error), or is counted and reported (skip)."
-    )
-    overwrite: bool = option(
-        False, "Replace an existing output, and drop what was begun with other settings."
-    )
-    trust_remote_code: bool = option(False, "Run code that comes with the checkpoints.")
-    device: str | None = option(None, "Device of the models. Default: cuda where there is one.")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
-        "float32", "Of the models' weights; auto: as saved."
-    )
-
-    def sources(self) -> list[str]:
-        """The paths (or hub names) of all that is read."""
-        reward_model = [] if self.reward_model is None else [self.reward_model]
-        return [*self.data, *self.generator, *self.generator_tokenizer, *reward_model]
-
-    def check(self) -> None:
-        """Raise ValueError for arguments out of range or at odds."""
-        check_choices(self, PrepareArguments)
-        if not self.data:
-            raise ValueError("data: no file, folder or hub name given")
-        if not self.output.endswith((".jsonl", ".jsonl.gz")):
-            raise ValueError(f"output must end in .jsonl or .jsonl.gz, got {self.output!r}")
-        if self.generator and self.reward_model is None:
-            raise ValueError(
-                "samples have no reward of their own: a generator needs a reward_model that "
-                "scores all candidates"
-            )
-        if self.generator_tokenizer and len(self.generator_tokenizer) != len(self.generator):
-            raise ValueError(
-                f"generator_tokenizer: one for each of the {len(self.generator)} generators, got "
-                f"{len(self.generator_tokenizer)}"
-            )
-        check_positive(self, "num_samples", "temperature", "top_p", "max_new_tokens")
-        check_positive(self, "max_prompt_length", "batch_size", "limit")
-        if self.top_p > 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.ranking_length is not None and self.ranking_length < 2:
-            raise ValueError(f"ranking_length must be at least 2, got {self.ranking_length}")
-        if not all(self.stop):
-            raise ValueError("stop: an empty string would end every sample at once")
 
 
 def prepare(arguments: PrepareArguments) -> PrepareReport:

@@ -3,66 +3,28 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from pro_trainer.cli.arguments import TrainArguments
 from pro_trainer.cli.stop import advising
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
-from pro_trainer.models import ModelOptions, load, tiny_llama
-from pro_trainer.options import option
+from pro_trainer.evaluate.tables import change_table
+from pro_trainer.models import load, tiny_llama
 from pro_trainer.prepare.output import write_json
 from pro_trainer.text import show
 from pro_trainer.text.encode import TokenizedList
 from pro_trainer.text.store import load_dataset, split_held_out
 from pro_trainer.train import checkpoints, faults
+from pro_trainer.train.callbacks import plain
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.inputs import check_lists
 from pro_trainer.train.objective import describe_backend
 from pro_trainer.train.trainer import PROTrainer
-
-
-@dataclass
-class TrainArguments(ModelOptions):
-    """Which model is trained on which data; the rest is ``PROConfig``."""
-
-    data: list[str] = option(
-        [], "Ranked lists: JSON Lines (plain, .gz, .zst), Parquet, folders, hub names[:split]."
-    )
-    eval_data: list[str] = option([], "Held-out lists. Default: eval_fraction of the lists.")
-    eval_fraction: float = option(
-        0.1,
-        "Share of the prompts held out when no eval_data is given (lists with the same prompt stay "
-        "together); 0 for none.",
-    )
-    demo: bool = option(
-        False,
-        "What is not given is supplied: without --model a tiny byte-level Llama made on the spot, "
-        "without --data the bundled ranked lists.",
-    )
-    use_peft: bool = option(False, "Train LoRA adapters (needs peft) instead of all weights.")
-    lora_r: int = option(16, "Rank of the adapters.")
-    lora_alpha: int = option(32, "Their scale is lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout before them (needs --disable_dropout false).")
-    lora_target_modules: list[str] = option(
-        [], "Modules that get adapters. Default: every linear layer but the LM head."
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction must lie in [0, 1), got {self.eval_fraction}")
-        if not (self.demo or (self.model and self.data)):
-            raise ValueError("train needs --model and --data, or --demo")
-        if self.tokenizer and not self.model:
-            raise ValueError(f"tokenizer {self.tokenizer} was given without --model")
-        if self.quantization() is not None and not self.use_peft:
-            raise ValueError(
-                "quantised weights cannot be trained themselves: give --use_peft true with "
-                "load_in_4bit or load_in_8bit"
-            )
 
 
 def train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
@@ -102,10 +64,13 @@ def _train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
         print(f"loss: {describe_backend(config, config.device, model.dtype)}")
     lists, held_out, report = read_data(arguments, config, tokenizer)
     trainer = PROTrainer(model, config, lists, held_out, tokenizer, peft_config=lora)
+    trainer.data_names = [Path(x).name for x in arguments.data or [BUNDLED_TRAIN]]
+    # At step 0, in the log: curves start there, and a resumed run has it in its checkpoint.
+    config.eval_on_start = held_out is not None and resume is None
     with advising(lambda: _how_to_go_on(trainer, output)):
-        before = trainer.evaluate() if held_out is not None else None
         trainer.train(resume_from_checkpoint=resume)
-        after = trainer.evaluate() if held_out is not None else None
+        before = _logged(trainer, 0)
+        after = None if held_out is None else _of_final_weights(trainer)
         trainer.save_model()
         result = {
             "data": report,
@@ -115,8 +80,25 @@ def _train(arguments: TrainArguments, config: PROConfig) -> dict[str, Any]:
         }
         if trainer.is_world_process_zero():
             write_json(output / "metrics.json", result)
+            if before and after:
+                print(f"\n{change_table(plain(before), plain(after))}\n")
             print(f"saved {output}: model, README.md, metrics.json, curves.png")
     return result
+
+
+def _logged(trainer: PROTrainer, step: int) -> dict[str, float] | None:
+    """The evaluation of a step, where the log holds one."""
+    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    return next((entry for entry in reversed(found) if entry["step"] == step), None)
+
+
+def _of_final_weights(trainer: PROTrainer) -> dict[str, float]:
+    """The evaluation of the weights as they are now; nothing is evaluated twice."""
+    state = trainer.state
+    best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    return _logged(trainer, state.best_global_step if best else state.global_step) or (
+        trainer.evaluate()
+    )
 
 
 def _how_to_go_on(trainer: PROTrainer, output: Path) -> str:
@@ -181,4 +163,7 @@ def _lora(arguments: TrainArguments) -> Any:
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=arguments.lora_target_modules or "all-linear",
+        modules_to_save=arguments.lora_modules_to_save or None,
+        use_rslora=arguments.use_rslora,
+        use_dora=arguments.use_dora,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pro_trainer.options import option
 
@@ -11,6 +11,8 @@ from pro_trainer.options import option
 @dataclass
 class DataOptions:
     """From records to ranked lists."""
+
+    group: ClassVar[str] = "data"
 
     num_candidates: int | None = option(
         None,

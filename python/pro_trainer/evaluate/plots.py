@@ -28,6 +28,7 @@ History = Sequence[Mapping[str, Any]]
 Panel = Callable[["Axes"], None]
 
 _STEPS = "optimizer step"
+_NATS = "loss (nats)"
 _CHANCE = {"color": "grey", "linewidth": 0.8, "linestyle": ":"}
 _RANK_LOSS = re.compile(r"(?:eval_)?rank_loss_(\d+)")
 _LINES_AT_MOST = 6  # of score by rank, one for each list size
@@ -42,12 +43,15 @@ def draw_curves(path: str | Path, log_history: History, title: str = "") -> bool
     panels = [
         panel
         for panel in (
-            _both_panel(log_history, "loss", "loss", "Loss"),
+            _both_panel(log_history, "loss", _NATS, "Loss"),
             _rank_panel(log_history),
             _both_panel(log_history, "sft_loss", "SFT term, weighted (nats)", "SFT loss"),
             _ranking_panel(log_history),
             _both_panel(
-                log_history, "rewards/margins", "score of the better minus the worse", "Margin"
+                log_history,
+                "rewards/margins",
+                "score of the better minus the worse (nats)",
+                "Margin",
             ),
         )
         if panel is not None
@@ -103,6 +107,38 @@ def draw_evaluation(
     if not panels:
         raise ValueError("nothing to draw: no pairs of different reward, no scores, no tau")
     _draw(path, panels, title)
+
+
+def draw_intervals(
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, tuple[float, ...]]],
+    lines: Mapping[str, tuple[str, float]],
+) -> None:
+    """Draw values with their intervals: a panel a measure, a row a method.
+
+    Args:
+        path: the image.
+        panels: measure -> method -> value and the ends of its interval.
+        lines: measure -> a name and the value of a line across all rows.
+    """
+
+    def panel_of(measure: str, rows: Mapping[str, tuple[float, ...]]) -> Panel:
+        def draw(axes: Axes) -> None:
+            for place, (value, low, high) in enumerate(rows.values()):
+                axes.errorbar(
+                    value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=3,
+                    color="C0",
+                )  # fmt: skip
+            if measure in lines:
+                name, value = lines[measure]
+                axes.axvline(value, label=name, **_CHANCE)
+            axes.set_yticks(range(len(rows)), list(rows))
+            axes.invert_yaxis()
+            axes.set(xlabel="held-out lists, 95 % interval", title=measure)
+
+        return draw
+
+    _draw(path, [panel_of(measure, rows) for measure, rows in panels.items()], "")
 
 
 def _draw(path: str | Path, panels: Sequence[Panel], title: str) -> None:
@@ -205,8 +241,15 @@ def _curves_panel(
         for label, ((steps, values), style, colour) in found.items():
             _plot(axes, steps, values, style, color=colour, label=label)
         axes.set(xlabel=_STEPS, ylabel=ylabel, title=title)
+        _whole_steps(axes)
 
     return draw
+
+
+def _whole_steps(axes: Axes) -> None:
+    """Steps are whole, and begin where training does."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlim(left=min(0, axes.get_xlim()[0]))
 
 
 def _runs_panel(
@@ -218,7 +261,8 @@ def _runs_panel(
             style, width = ("-", "--", ":", "-.")[i % 4], max(1.0, 2.4 - 0.6 * i)
             if steps:
                 _plot(axes, steps, values, style, linewidth=width, label=run)
-        axes.set(xlabel=_STEPS, ylabel="accuracy (share)" if is_share else "loss", title=label)
+        axes.set(xlabel=_STEPS, ylabel="accuracy (share)" if is_share else _NATS, title=label)
+        _whole_steps(axes)
         if is_share:
             axes.axhline(0.5, label="chance", **_CHANCE)
             axes.set_ylim(0, 1.03)

@@ -72,17 +72,32 @@ def cell(value: Any) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 or not value else f"{value:.4g}"
 
 
+def change_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """What training changed, from the metrics before and after it."""
+    rows = [
+        [_NAMES[name], before[name], after[name], _signed(after[name] - before[name])]
+        for name in _NAMES
+        if name in before and name in after and name not in ("prompts", "pairs")
+    ]
+    return markdown_table(["held-out lists", "before", "after", "difference"], rows)
+
+
 def evaluation_report(result: Mapping[str, Any]) -> str:
     """What ``evaluate_files`` found, as Markdown: the whole, its terms, its parts, the answers."""
-    metrics = result["metrics"]
+    metrics, base = result["metrics"], result.get("base_metrics")
     terms = [name for name in metrics if name.startswith("rank_loss_") or name == "sft_loss"]
     terms.sort(key=lambda name: (name == "sft_loss", len(name), name))
     others = [name for name in metrics if name not in _NAMES and name not in terms]
     overall = [name for name in _NAMES if name in metrics] + others
-    parts = [
-        f"# Evaluation of {result['model']}",
-        markdown_table(["metric", "value"], [[_NAMES.get(n, n), metrics[n]] for n in overall]),
-    ]
+    if base is None:
+        title = f"# Evaluation of {result['model']}"
+        whole = markdown_table(
+            ["metric", "value"], [[_NAMES.get(n, n), metrics[n]] for n in overall]
+        )
+    else:
+        title = f"# Evaluation of {result['model']} against {result['base']}"
+        whole = _comparison_table(metrics, base, result["comparison"], overall)
+    parts = [title, whole]
     if terms:
         rows = [[name.replace("_", " "), metrics[name]] for name in terms]
         parts += ["## Terms of the loss", markdown_table(["term, weighted", "mean"], rows)]
@@ -94,8 +109,54 @@ def evaluation_report(result: Mapping[str, Any]) -> str:
             rows = [[row[name] for name in columns] for row in result[key]]
             parts += [title, markdown_table(list(columns.values()), rows)]
     if "generation" in result:
-        found = result["generation"]
-        found = {**found, "bleu": round(found["bleu"], 2)}  # of short answers it can be 1e-25
-        rows = [[text, found[name]] for name, text in _GENERATION.items() if name in found]
-        parts += ["## Greedy answers", markdown_table(["measure", "value"], rows)]
+        found = [result[key] for key in ("base_generation", "generation") if key in result]
+        found = [{**x, "bleu": round(x["bleu"], 2)} for x in found]  # short answers: 1e-25
+        rows = [[text, *(x[n] for x in found)] for n, text in _GENERATION.items() if n in found[0]]
+        header = ["measure", "base", "tuned"] if len(found) == 2 else ["measure", "value"]
+        parts += ["## Greedy answers", markdown_table(header, rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def side_by_side(result: Mapping[str, Any], at_most: int | None = None) -> str:
+    """Prompts with the answers of both models (of one, where there is no base)."""
+    found = {
+        name: result[key]["answers"]
+        for name, key in (("base", "base_generation"), ("tuned", "generation"))
+        if key in result
+    }
+    lines = []
+    for number, row in enumerate(found["tuned"][:at_most]):
+        lines += [f"--- prompt {number + 1}", _plain(row["prompt"])]
+        for name, rows in found.items():
+            lines += [f"--- {name}", rows[number]["answer"].strip()]
+    left = len(found["tuned"]) - len(found["tuned"][:at_most])
+    return "\n".join([*lines, *([f"({left} more in eval.md)"] if left else [])])
+
+
+def _comparison_table(
+    metrics: Mapping[str, float],
+    base: Mapping[str, float],
+    comparison: Mapping[str, Mapping[str, float]],
+    names: Sequence[str],
+) -> str:
+    rows = []
+    for name in names:
+        row = [_NAMES.get(name, name), base[name], metrics[name], "", ""]
+        if name not in ("prompts", "pairs"):
+            row[3] = _signed(metrics[name] - base[name])
+        if name in comparison:
+            found = comparison[name]
+            row[4] = f"{_signed(found['low'])} to {_signed(found['high'])}"
+        rows.append(row)
+    return markdown_table(["metric", "base", "tuned", "difference", "95 % interval"], rows)
+
+
+def _signed(value: float) -> str:
+    return cell(value) if math.isnan(value) or value < 0 else f"+{cell(value)}"
+
+
+def _plain(prompt: Any) -> str:
+    """A prompt as it is read: a string, or the turns of a chat."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

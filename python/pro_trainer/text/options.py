@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pro_trainer.data.options import DataOptions
 from pro_trainer.options import check_choices, check_integers, option
@@ -12,6 +12,8 @@ from pro_trainer.options import check_choices, check_integers, option
 @dataclass
 class TemplateOptions:
     """From texts to what the model sees."""
+
+    group: ClassVar[str] = "text"
 
     chat_template: Literal["auto", "on", "off"] = option(
         "auto",
@@ -29,6 +31,8 @@ class TemplateOptions:
 @dataclass
 class ListOptions(TemplateOptions, DataOptions):
     """From records to token ids."""
+
+    group: ClassVar[str] = "text"
 
     max_length: int = option(
         512, "Tokens of prompt and completion together. A longer completion loses its end and EOS."

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback
 
 from pro_trainer.evaluate.plots import draw_curves
 
@@ -15,31 +18,106 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _SHOWN = {  # log key -> how it is printed
-    "loss": "loss {:.4f}",
-    "grad_norm": "gradient norm {:.3g}",
-    "learning_rate": "lr {:.2e}",
-    "pairwise_accuracy": "pairwise accuracy {:.3f}",
-    "scored_tokens_per_second": "{:.0f} scored tokens/s",
+    "loss": "loss {:.4g}",
+    "pairwise_accuracy": "accuracy {:.3f}",
+    "scored_tokens_per_second": "{:.0f} tokens/s",
 }
 _HELD_OUT = {
-    "_loss": "loss {:.4f}",
-    "_pairwise_accuracy": "pairwise accuracy {:.3f}",
+    "_loss": "loss {:.4g}",
+    "_pairwise_accuracy": "accuracy {:.3f}",
     "_top1_accuracy": "top-1 {:.3f}",
     "_kendall_tau": "tau {:.3f}",
 }
+_MOST = 0.8  # share of the loss from which on a term is worth a word
 
 
-class LogLineCallback(TrainerCallback):
-    """Print the numbers that say how a run is doing; all of them are in ``log_history``."""
+class ProgressLine(ProgressCallback):
+    """One line that says how a run is doing; all numbers are in ``log_history``.
+
+    On a terminal it stays in place, else it is printed at each log.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bars = sys.stderr.isatty()
+        self._start = (0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._start = (state.global_step, time.monotonic())
+        self._bars = self._bars and not args.disable_tqdm
+        if self._bars:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bars:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar of an evaluation."""
+        if self._bars and not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bars:
+            super().on_train_end(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """One line, from the first process."""
         shown = [text.format(logs[name]) for name, text in _SHOWN.items() if name in logs]
-        for data in held_out_names(logs):
-            values = [f.format(logs[data + name]) for name, f in _HELD_OUT.items()]
-            shown.append(f"{data}: " + "  ".join(values))
-        if shown and state.is_world_process_zero:
-            print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
+        held_out = [
+            f"{data}: " + "  ".join(f.format(logs[data + name]) for name, f in _HELD_OUT.items())
+            for data in held_out_names(logs)
+        ]
+        if not state.is_world_process_zero or not (shown or held_out):
+            return
+        if self.training_bar is None:
+            if "loss" in logs:
+                shown.append(self._time_left(state))
+            at = f"step {state.global_step}/{state.max_steps}  " if state.max_steps else ""
+            print(at + "  ".join([*shown, *held_out]), flush=True)
+            return
+        if shown:
+            self.training_bar.set_postfix_str("  ".join(shown))
+        for line in held_out:
+            self.training_bar.write(f"step {state.global_step}  {line}")
+
+    def _time_left(self, state: Any) -> str:
+        step, at = self._start
+        a_step = (time.monotonic() - at) / max(1, state.global_step - step)
+        left = (state.max_steps - state.global_step) * a_step
+        return f"{tqdm.format_interval(left)} left"
+
+
+class TermHint(TrainerCallback):
+    """A hint, once, where one term holds most of the loss: the others then hardly count."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Look at the first line of the training."""
+        loss = logs.get("loss", 0)
+        if self._said or not loss or not state.is_world_process_zero:
+            return
+        self._said = True
+        ranks = {n: logs[n] for n in logs if n.startswith("rank_loss_")}
+        if len(ranks) == 1:
+            ranks = {}  # of pairs it is all there is to learn
+        for name, value in {"sft_loss": logs.get("sft_loss", 0), **ranks}.items():
+            if value > _MOST * loss:
+                what = "the SFT term" if name == "sft_loss" else f"rank term {name[10:]}"
+                print(f"{what} is {value:.4g} of a loss of {loss:.4g}: {_advice(name, args)}")
+
+
+def _advice(name: str, args: Any) -> str:
+    if name == "sft_loss":
+        change = {"cpo": "a lower --cpo_alpha", "orpo": "a higher --beta"}
+        how = change.get(args.loss_type, "a lower --sft_weight or --sft_reduction mean")
+        return f"the ranking hardly counts; {how} changes that"
+    return "the other ranks hardly count; --temperature 1 weighs them alike"
 
 
 def held_out_names(logs: Mapping[str, Any]) -> list[str]:
@@ -48,8 +126,18 @@ def held_out_names(logs: Mapping[str, Any]) -> list[str]:
     return [key.removesuffix(end) for key in logs if key.startswith("eval") and key.endswith(end)]
 
 
+def plain(evaluation: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of one evaluation of the log, by their own names."""
+    return {k.removeprefix("eval_"): v for k, v in evaluation.items() if k.startswith("eval_")}
+
+
 class CurvesCallback(TrainerCallback):
-    """``curves.png`` in the output folder when training ends."""
+    """``curves.png`` in the output folder when training ends, and when its end is evaluated."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draw what was logged, with the end."""
+        if 0 < state.max_steps == state.global_step:
+            self.on_train_end(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Draw what was logged."""

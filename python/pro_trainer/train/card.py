@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 import pro_kernels as pk
 from pro_trainer.models import causal_lm
+from pro_trainer.text.options import ListOptions
 from pro_trainer.train.callbacks import held_out_names
+from pro_trainer.train.options import LossOptions
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -24,7 +27,7 @@ PRO = """@article{song2023pro,
 }"""
 
 
-_HELD_OUT = ("loss", "pairwise_accuracy", "top1_accuracy", "kendall_tau")
+_HELD_OUT = ("pairwise_accuracy", "top1_accuracy", "kendall_tau", "ndcg", "loss")
 
 
 def write(folder: Path, trainer: Trainer) -> None:
@@ -34,21 +37,19 @@ def write(folder: Path, trainer: Trainer) -> None:
     args = trainer.args
     base = causal_lm(trainer.model).config._name_or_path
     is_hub_name = bool(base) and not Path(base).exists()
+    peft = getattr(trainer.model, "peft_config", {}).get("default")
     data = ModelCardData(
-        library_name="peft" if hasattr(trainer.model, "peft_config") else "transformers",
+        library_name="transformers" if peft is None else "peft",
         base_model=base if is_hub_name else None,
         tags=["preference-optimization", "pro", "pro-kernels", args.loss_type],
     )
-    is_pro = args.loss_type == "pro"
-    options = {
-        "loss": f"{args.loss_type}, compat {args.compat}" if is_pro else args.loss_type,
-        "SFT weight": args.sft_weight if is_pro else None,
-        "temperature": args.temperature if is_pro else None,
-        "scores": ("mean" if args.length_normalize else "summed") + " log-probability"
-        if is_pro
-        else None,
-        "candidates at most": args.num_candidates,
-        "longest sequence": f"{args.max_length} tokens",
+    facts = {
+        "base model": base if is_hub_name else Path(base).name or "random weights",
+        "data": ", ".join(trainer.data_names) or None,
+        "loss": args.loss_type,
+        **_not_default(ListOptions, args, ()),
+        **_not_default(LossOptions, args, ("loss_type", "loss_impl", "budget_mb")),
+        "LoRA": None if peft is None else _lora(peft),
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "lists a step": trainer.get_total_train_batch_size(args),
         "steps": trainer.state.global_step,
@@ -56,15 +57,7 @@ def write(folder: Path, trainer: Trainer) -> None:
         "versions": f"pro-kernels {pk.__version__}, transformers {transformers.__version__}, "
         f"torch {torch.__version__}",
     }
-    rows = "\n".join(f"| {name} | {x} |" for name, x in options.items() if x is not None)
-    last = next((h for h in reversed(trainer.state.log_history) if held_out_names(h)), {})
-    held_out = "\n".join(
-        f"| {data.removeprefix('eval').strip('_')} {name} | {last[f'{data}_{name}']:.4f} |"
-        for data in held_out_names(last)
-        for name in _HELD_OUT
-    )
-    if held_out:
-        held_out = f"\n## Held-out lists, step {last['step']}\n\n| | |\n|---|---|\n{held_out}\n"
+    rows = "\n".join(f"| {name} | {x} |" for name, x in facts.items() if x is not None)
     text = f"""---
 {data.to_yaml()}
 ---
@@ -73,10 +66,14 @@ def write(folder: Path, trainer: Trainer) -> None:
 Fine-tuned on ranked candidate responses with the {args.loss_type} loss of
 pro-kernels, so that the model's ranking of the candidates follows the preference ranking.
 
+```python
+{_snippet(Path(args.output_dir).name, bool(trainer.processing_class.chat_template))}
+```
+
 | | |
 |---|---|
 {rows}
-{held_out}
+{_held_out(trainer.state.log_history)}
 ## Citation
 
 ```bibtex
@@ -84,3 +81,52 @@ pro-kernels, so that the model's ranking of the candidates follows the preferenc
 ```
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _not_default(kind: type, args: Any, without: tuple[str, ...]) -> dict[str, Any]:
+    """The options of ``kind`` that were changed, by name."""
+    return {
+        f.name: getattr(args, f.name)
+        for f in fields(kind)
+        if f.name not in without and getattr(args, f.name) != f.default
+    }
+
+
+def _lora(peft: Any) -> str:
+    targets = peft.target_modules
+    named = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+    return f"r {peft.r}, alpha {peft.lora_alpha}, dropout {peft.lora_dropout}, on {named}"
+
+
+def _snippet(name: str, chat: bool) -> str:
+    """Code that loads the model (adapters with their base) and answers a question."""
+    prompt = "What is a preference ranking?"
+    ids = f'tokenizer("{prompt}", return_tensors="pt")'
+    if chat:
+        ids = (
+            f'tokenizer.apply_chat_template(\n    [{{"role": "user", "content": "{prompt}"}}],\n'
+            '    add_generation_prompt=True,\n    return_tensors="pt",\n    return_dict=True,\n)'
+        )
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "{name}"  # this folder
+model = AutoModelForCausalLM.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+inputs = {ids}
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+
+
+def _held_out(history: list[dict[str, Any]]) -> str:
+    """The first and the last evaluation of each held-out data set, side by side."""
+    lines = []
+    for data in sorted({name for entry in history for name in held_out_names(entry)}):
+        entries = [entry for entry in history if data in held_out_names(entry)]
+        first, last = entries[0], entries[-1]
+        title = f"Held-out lists {data.removeprefix('eval').strip('_')}".strip()
+        lines += ["", f"## {title}", ""]
+        lines += [f"| | step {first['step']} | step {last['step']} |", "|---|---|---|"]
+        lines += [
+            f"| {n} | {first[f'{data}_{n}']:.4f} | {last[f'{data}_{n}']:.4f} |" for n in _HELD_OUT
+        ]
+    return "\n".join([*lines, ""])

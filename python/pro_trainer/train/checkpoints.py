@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from pro_trainer import files
 from pro_trainer.prepare.output import write_json
 from pro_trainer.text.options import ListOptions
-from pro_trainer.train.config import LossOptions, PROConfig
+from pro_trainer.train.config import PROConfig
 from pro_trainer.train.distributed import describe_lists
+from pro_trainer.train.options import LossOptions
 
 if TYPE_CHECKING:
     import datasets
@@ -46,6 +47,7 @@ def run_identity(
     identity["step"] = step_size(args)
     identity |= {n: getattr(args, n, None) for n in _ORDER} | {"optim": str(args.optim)}
     identity["model"] = f"{type(model).__name__}, {model.num_parameters()} parameters"
+    identity["base_model"] = model.config._name_or_path
     if dataset is not None:
         identity["train_dataset"] = describe_lists(dataset)
     return identity
@@ -268,6 +270,8 @@ def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> int:
     then = read_identity(checkpoint)
     now = json.loads(json.dumps(identity))
     step_then, step_now = then.pop("step", {}), now.pop("step")
+    for run in (then, now):
+        run.pop("base_model", None)  # a model may be moved
     if step_then.get("lists") != step_now["lists"]:
         raise ValueError(
             f"{checkpoint}: its steps were of other lists: {_shown(step_then)} then, "

@@ -14,7 +14,8 @@ from pro_trainer.batch.prefix import check_sharing
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import causal_lm, pad_id
 from pro_trainer.text.store import load_dataset
-from pro_trainer.train.config import LossOptions, PROConfig
+from pro_trainer.train.config import PROConfig
+from pro_trainer.train.options import LossOptions
 
 if TYPE_CHECKING:
     import datasets

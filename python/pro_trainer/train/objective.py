@@ -11,7 +11,7 @@ Legend: ``B`` prompts of a batch, ``L`` lists, ``n`` candidates, ``N`` scored to
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,9 @@ import pro_kernels as pk
 from pro_trainer.batch.collate import Preferences
 from pro_trainer.batch.prefix import model_inputs
 from pro_trainer.evaluate.metrics import ranking_metrics
-from pro_trainer.train.config import LossOptions
+from pro_trainer.train.options import LossOptions
 
 Head = Any  # pro_kernels' HeadInputs: hidden (R, H), weight (V, H) and what comes after it
-NEEDS_REFERENCE = ("dpo", "ipo", "dpo_pl", "s_dpo")
 OFFICIAL_EPS = 1e-10  # inside the log of the authors' code
 
 
@@ -153,8 +152,7 @@ def _pro_loss(
         sft_index=preferences.sft_index,
         compat="official" if official else None,
         final_dtype=head.hidden.dtype if official else None,
-        eps=config.eps,
-        **_pro_options(config, preferences.by_order),
+        **_options(config, preferences.by_order),
         **head.options(),
         **where,
     )
@@ -172,7 +170,7 @@ def _loss_on_scores(
         rewards=None if preferences.by_order else preferences.rewards.to(logps.device),
         ref_logps=ref_logps,
         mask=preferences.candidate_mask.to(logps.device),
-        **_loss_kwargs(config),
+        **config.given(),
     )
     return BatchLoss(loss, logps.detach(), lengths)
 
@@ -185,13 +183,32 @@ def score_metrics(scores: Scores, config: LossOptions) -> dict[str, float]:
     ``logps/rejected`` over the pairs of a list; and those of ``ranking_metrics``.
     With ``compat="official"`` lists are taken in the order of their rewards.
     """
-    options = _loss_kwargs(config)
+    loss, terms = _loss_of(scores, config)
+    metrics = {"loss": loss.item()}
+    for k, term in enumerate(terms.pop("rank_losses", torch.zeros(0)).tolist(), 1):
+        metrics[f"rank_loss_{k}"] = term
+    metrics |= {name: value.item() for name, value in terms.items()}
+    ranked = scores.ranked_by(config.scores_are_means())
+    return {**ranking_metrics(ranked, scores.rewards, scores.mask), **metrics}
+
+
+def list_losses(scores: Scores, config: LossOptions) -> Tensor:
+    """(L,) the loss of each list by itself; NaN where it has no loss."""
+    names = ("logps", "lengths", "rewards", "mask", "sft_index", "ref_logps")
+    losses = []
+    for i in range(len(scores.logps)):
+        own = {name: x[i : i + 1] for name in names if (x := getattr(scores, name)) is not None}
+        losses.append(_loss_of(replace(scores, **own), config)[0].item())
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def _loss_of(scores: Scores, config: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
+    options = _options(config, scores.by_order)
     if config.loss_type == "pro":
-        options = _pro_options(config, scores.by_order)
-        official = config.compat == "official"
         options |= {"sft_index": scores.sft_index, "equal_rewards": "keep"}
-        options["eps"] = OFFICIAL_EPS if official else config.eps
-    loss, terms = pk.losses.get_loss(config.loss_type)(
+        if config.compat == "official":
+            options |= {"eps": OFFICIAL_EPS, "sft_reduction": options.get("sft_reduction", "sum")}
+    return pk.losses.get_loss(config.loss_type)(
         scores.logps,
         scores.lengths,
         rewards=None if scores.by_order else scores.rewards,
@@ -199,12 +216,6 @@ def score_metrics(scores: Scores, config: LossOptions) -> dict[str, float]:
         mask=scores.mask,
         **options,
     )
-    metrics = {"loss": loss.item()}
-    for k, term in enumerate(terms.pop("rank_losses", torch.zeros(0)).tolist(), 1):
-        metrics[f"rank_loss_{k}"] = term
-    metrics |= {name: value.item() for name, value in terms.items()}
-    ranked = scores.ranked_by(config.length_normalize)
-    return {**ranking_metrics(ranked, scores.rewards, scores.mask), **metrics}
 
 
 def label_columns(preferences: Preferences) -> tuple[Tensor, ...]:
@@ -280,19 +291,9 @@ def _backend(config: LossOptions) -> dict[str, Any]:
     return {"backend": config.loss_impl, "budget": budget}
 
 
-def _pro_options(config: LossOptions, by_order: bool) -> dict[str, Any]:
-    temperature = config.fixed_temperature()
-    if temperature is None:
-        temperature = 1.0 if by_order else "reward"
-    return {
-        "sft_weight": config.sft_weight,
-        "sft_reduction": config.sft_reduction,
-        "length_normalize": config.length_normalize,
-        "temperature": temperature,
-        "reward_scale": config.reward_scale,
-        "ties": config.ties,
-    }
-
-
-def _loss_kwargs(config: LossOptions) -> dict[str, Any]:
-    return dict(config.loss_kwargs or {})
+def _options(config: LossOptions, by_order: bool) -> dict[str, Any]:
+    """What the loss is told; lists without rewards have no differences to divide by."""
+    options = config.given()
+    if config.loss_type == "pro" and by_order and options.get("temperature", "reward") == "reward":
+        options["temperature"] = 1.0
+    return options

@@ -11,11 +11,12 @@ distributed launch are ``Trainer``'s.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import multiprocessing.util
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import (
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
 )
@@ -45,8 +48,8 @@ from pro_trainer.models import (
     load,
     load_tokenizer,
 )
-from pro_trainer.train import card, checkpoints, faults
-from pro_trainer.train.callbacks import CurvesCallback, LogLineCallback, SamplesCallback
+from pro_trainer.train import card, checkpoints, faults, reference
+from pro_trainer.train.callbacks import CurvesCallback, ProgressLine, SamplesCallback, TermHint
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.distributed import (
     call_through,
@@ -57,7 +60,6 @@ from pro_trainer.train.distributed import (
 )
 from pro_trainer.train.inputs import check_lengths, first_list, make_collator, tokenized
 from pro_trainer.train.objective import (
-    NEEDS_REFERENCE,
     Scores,
     batch_loss,
     describe_backend,
@@ -66,7 +68,9 @@ from pro_trainer.train.objective import (
     score_metrics,
     sequence_logps,
 )
-from pro_trainer.train.usage import Usage
+from pro_trainer.train.options import NEEDS_REFERENCE
+from pro_trainer.train.reference import SyncReference
+from pro_trainer.train.usage import Activations, Usage
 
 _TRIED_TOKENS = 64  # of the first list, on which the model is tried out
 
@@ -88,6 +92,9 @@ class PROTrainer(Trainer):
         peft_config: a ``peft`` config; the model is wrapped by it.
         ref_model: the reference model of losses that have one (dpo, ipo, s_dpo, dpo_pl). Default:
             the model without its adapters, or a frozen copy of it as it is now.
+        compute_metrics: further metrics of an evaluation, as in ``Trainer``: a function of an
+            ``EvalPrediction`` with ``predictions`` (S (L, n), m (L, n)[, reference S]) and
+            ``label_ids`` (``objective.label_columns``); ``objective.predicted_scores`` reads both.
         callbacks: as in ``Trainer``.
         optimizers: as in ``Trainer``.
 
@@ -104,6 +111,7 @@ class PROTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         ref_model: nn.Module | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -144,7 +152,20 @@ class PROTrainer(Trainer):
             model.to(args.device)  # what follows is tried where it will run
         if peft_config is not None:
             model = _with_peft(model, peft_config, args)
-        elif args.loss_type in NEEDS_REFERENCE and not hasattr(model, "disable_adapter"):
+        # What is only scored is not compared with itself.
+        self._referring = args.loss_type in NEEDS_REFERENCE and not (
+            ref_model is None and train_dataset is None
+        )
+        adapted = hasattr(model, "disable_adapter")
+        if args.sync_ref_model and (adapted or args.loss_type not in NEEDS_REFERENCE):
+            what = "a model with adapters" if adapted else f"loss_type={args.loss_type!r}"
+            raise ValueError(f"sync_ref_model moves a reference model, and {what} has none")
+        if args.precompute_ref_log_probs and args.loss_type not in NEEDS_REFERENCE:
+            raise ValueError(
+                f"precompute_ref_log_probs scores by a reference model, and loss_type="
+                f"{args.loss_type!r} has none"
+            )
+        if self._referring and not adapted and not args.precompute_ref_log_probs:
             ref_model = ref_model or copy.deepcopy(model)
         with gathered(model):
             ids = torch.tensor([example["prompts"][0] + example["completions"][0]])
@@ -172,12 +193,16 @@ class PROTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is scaled by the lists of a whole step
         self._usage = Usage(self.accelerator.device)
+        self._activations = Activations(self.accelerator.device, args.gradient_checkpointing)
         # One entry a batch since the last log line; None: a batch that counts for nothing.
         self._waiting: list[tuple[Tensor, Tensor, Preferences, Tensor | None] | None] = []
         self._not_finite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
-        self.remove_callback(PrinterCallback)
-        self.add_callback(LogLineCallback())
-        self.add_callback(CurvesCallback())
+        self._own_metrics = compute_metrics
+        self.data_names = _names(train_dataset)  # for the model card
+        for shown_by_transformers in (PrinterCallback, ProgressCallback):
+            self.remove_callback(shown_by_transformers)
+        for callback in (ProgressLine(), TermHint(), CurvesCallback()):
+            self.add_callback(callback)
         if args.sample_steps:
             self.add_callback(SamplesCallback(self))
         self.ref_model = None
@@ -185,6 +210,8 @@ class PROTrainer(Trainer):
             ref_model.eval().requires_grad_(False)
             self._opened_ref = pk.OpenModel(ref_model)
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            if args.sync_ref_model:
+                self.add_callback(SyncReference(model, ref_model))
         if args.world_size > 1:
             check_agreement(facts(args, causal_lm(self.model), train_dataset, eval_dataset))
 
@@ -212,6 +239,10 @@ class PROTrainer(Trainer):
         if self.args.world_size > 1:
             check_agreement({"the checkpoint resumed": str(resumed and Path(resumed).name)})
         self._run_identity = run
+        self._precompute_reference()
+        if resumed and self.args.sync_ref_model:
+            moved = type(self.ref_model).from_pretrained(Path(resumed) / reference.FOLDER)
+            self.ref_model.load_state_dict(moved.state_dict())
         self._waiting.clear()
         self._not_finite.zero_()
         self._usage.restart()
@@ -231,7 +262,10 @@ class PROTrainer(Trainer):
         """The loss of one batch, weighted as its share of the lists of the whole step."""
         preferences, layout = inputs["preferences"], inputs["layout"]
         ref_logps = self._reference_logps(model, inputs)
-        result = self._run(model, lambda: batch_loss(self._opened, inputs, self.args, ref_logps))
+        with self._activations.measured(model, inputs):
+            result = self._run(
+                model, lambda: batch_loss(self._opened, inputs, self.args, ref_logps)
+            )
         loss = result.loss
         if num_items_in_batch is not None:
             lists = preferences.num_counted / num_items_in_batch
@@ -276,7 +310,11 @@ class PROTrainer(Trainer):
         Raises:
             ValueError: nothing to score.
         """
-        output = self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring")
+        of_scores, self.compute_metrics = self.compute_metrics, None
+        try:
+            output = self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring")
+        finally:
+            self.compute_metrics = of_scores
         return predicted_scores(output.predictions, output.label_ids)
 
     def get_train_dataloader(self) -> Any:
@@ -298,6 +336,7 @@ class PROTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """``Trainer.evaluate``: ``score_metrics`` of the held-out lists, as ``eval_...``."""
+        self._precompute_reference()
         with self._usage.paused():
             return super().evaluate(*args, **kwargs)
 
@@ -308,7 +347,8 @@ class PROTrainer(Trainer):
                 f"step {self.state.global_step}: log-probabilities of the held-out lists are not "
                 "finite; stopped"
             )
-        return self.metrics(scores)
+        own = self._own_metrics(predictions) if self._own_metrics else {}
+        return {**self.metrics(scores), **own}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         try:
@@ -383,6 +423,8 @@ class PROTrainer(Trainer):
         with appearing(folder) as writing:
             super()._save(str(writing), state_dict)
             card.write(writing, self)
+            if self.args.sync_ref_model and "checkpoint-" in folder.name:
+                self.ref_model.save_pretrained(writing / reference.FOLDER)
             if hasattr(self, "_run_identity"):
                 checkpoints.write_identity(writing, self._run_identity)
             checkpoints.remove_model(folder)
@@ -400,9 +442,41 @@ class PROTrainer(Trainer):
         with self.accelerator.autocast():
             return call_through(model, self._module(), function)
 
+    def _precompute_reference(self) -> None:
+        """Score all lists by the reference model, once, where that was asked for."""
+        if not (self.args.precompute_ref_log_probs and self._referring):
+            return
+        folder = Path(self.args.output_dir)
+        lm = causal_lm(self.model if self.ref_model is None else self.ref_model)
+        about = f"{lm.config._name_or_path}, {lm.num_parameters()} parameters"
+
+        def score(dataset: Any) -> Tensor:
+            if self.ref_model is not None:
+                return self.score(dataset).ref_logps
+            self._referring = False  # the model itself, as it is before training, is what scores
+            adapted = getattr(self._module(), "disable_adapter", contextlib.nullcontext)
+            try:
+                with adapted():
+                    return self.score(dataset).logps
+            finally:
+                self._referring = True
+
+        def scored(dataset: Any, name: str) -> Any:
+            if isinstance(dataset, Mapping):
+                return {key: scored(part, f"{name}-{key}") for key, part in dataset.items()}
+            if dataset is None or reference.COLUMN in dataset.column_names:
+                return dataset
+            file = folder / f"ref_log_probs-{name}.safetensors"
+            return reference.with_log_probs(dataset, file, about, score, self.args.should_save)
+
+        self.train_dataset = scored(self.train_dataset, "train")
+        self.eval_dataset = scored(self.eval_dataset, "eval")
+        self.ref_model = None
+
     def _reference_logps(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-        if self.args.loss_type not in NEEDS_REFERENCE:
-            return None
+        known = inputs["preferences"].ref_logps
+        if known is not None or not self._referring:
+            return None if known is None else known.to(self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
             if self.ref_model is not None:
                 return sequence_logps(self._opened_ref, inputs, self.args)[0]
@@ -412,6 +486,13 @@ class PROTrainer(Trainer):
                     model, module, lambda: sequence_logps(self._opened, inputs, self.args)
                 )
                 return logps
+
+
+def _names(data: Any) -> list[str]:
+    """Of the files that a data set is read from, where it is given as such."""
+    data = [data] if isinstance(data, (str, Path)) else data
+    is_list = isinstance(data, (list, tuple))
+    return [Path(x).name for x in data if isinstance(x, (str, Path))] if is_list else []
 
 
 def _with_peft(model: nn.Module, peft_config: Any, args: PROConfig) -> nn.Module:

@@ -1,18 +1,24 @@
-"""What training costs: scored tokens per second, share of positions scored, peak memory."""
+"""What training costs: scored tokens per second, share of positions scored, memory."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+
+from pro_trainer.models import causal_lm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_MUCH = 0.25  # share of the memory from which on activations are worth a word
 
 
 class Usage:
@@ -57,6 +63,55 @@ class Usage:
             "scored_share": scored / max(1.0, positions),
             "peak_memory_mb": every[:, 2].max().item(),
         }
+
+
+class Activations:
+    """Measures what the first batch keeps for its backward; tells where checkpointing would help.
+
+    Checkpointing keeps the input of each layer, and one layer's activations while it runs again.
+    """
+
+    def __init__(self, device: torch.device, checkpointing: bool) -> None:
+        self._device = device
+        self._done = checkpointing
+
+    @contextlib.contextmanager
+    def measured(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Count the bytes kept of the first training batch; a line, where they are many."""
+        if self._done or not model.training:
+            yield
+            return
+        self._done = True
+        kept: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+        config = causal_lm(model).config.get_text_config()
+        layers = getattr(config, "num_hidden_layers", None)
+        total, size = sum(kept.values()), memory_size(self._device)
+        if layers and total > _MUCH * size:
+            width = torch.get_autocast_dtype(self._device.type).itemsize
+            inputs_of_layers = inputs["input_ids"].numel() * config.hidden_size * width * layers
+            saved = total - total / layers - inputs_of_layers
+            print(
+                f"the activations of a batch take {total / 1e9:.1f} of {size / 1e9:.1f} GB: "
+                f"--gradient_checkpointing true would save about {max(0, saved) / 1e9:.1f} GB, "
+                "for one more forward a step"
+            )
+
+
+def memory_size(device: torch.device) -> int:
+    """Bytes of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -1,0 +1,51 @@
+"""The command ``pro-kernels``: help at once, the rest where it belongs.
+
+``env``, ``check`` and ``bench`` are those of ``python -m pro_kernels``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pro_trainer.cli import help as texts
+from pro_trainer.cli.flags import near
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (2 for a wrong call)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(texts.overview(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    command, *rest = argv
+    if command == "dpo":  # what TRL calls its command
+        command, rest = "train", ["--loss_type", "dpo", *rest]
+    if command in ("env", "check", "bench"):
+        from pro_kernels.__main__ import main as of_kernels
+
+        return of_kernels(argv)
+    if command not in texts.COMMANDS:
+        known = [*texts.COMMANDS, "dpo", "env", "check", "bench"]
+        print(f"error: no command {command!r}{near(command, known)}", file=sys.stderr)
+        return 2
+    topic = texts.asked(rest)
+    try:
+        if topic is not None:
+            print(texts.page(command, topic))
+            return 0
+        from pro_trainer.cli import commands
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {command} needs {error.name}: pip install 'pro-kernels[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return commands.COMMANDS[command](rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

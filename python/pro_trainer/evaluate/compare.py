@@ -1,0 +1,101 @@
+"""Two models on the same lists: what each measures, and how sure the difference is.
+
+Every measure is a ratio of sums over lists (pairs in the right order over pairs, a list's tau over
+one), so one resampling of lists serves all. The interval is the percentile bootstrap over lists
+(Efron 1979), paired: both models are measured on the same resampled lists.
+
+Shapes: L lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pro_trainer.evaluate.metrics import ListStatistics
+
+RESAMPLES = 2000
+LEVEL = 0.95  # of the intervals
+_DRAWN_AT_ONCE = 1 << 22  # bounds the memory, whatever L is
+
+
+class Difference(NamedTuple):
+    """A measure of both models, and ``low`` to ``high``: the interval of tuned minus base."""
+
+    base: float
+    tuned: float
+    low: float
+    high: float
+
+    @property
+    def change(self) -> float:
+        """Tuned minus base."""
+        return self.tuned - self.base
+
+
+def compare(
+    base: ListStatistics,
+    tuned: ListStatistics,
+    losses: tuple[Tensor, Tensor] | None = None,  # (L,) each
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Pairwise accuracy, top-1 accuracy, Kendall's tau-b, NDCG and, where given, loss.
+
+    A measure without any list that defines it is left out.
+    """
+    ranks = base.pairs > 0
+    measures = {
+        "pairwise_accuracy": (base.right, tuned.right, base.pairs),
+        "top1_accuracy": (base.top1, tuned.top1, ranks),
+        "kendall_tau": (base.kendall_tau, tuned.kendall_tau, ranks),
+        "ndcg": (base.ndcg, tuned.ndcg, ranks),
+    }
+    if losses is not None:
+        measures["loss"] = (*losses, torch.ones_like(losses[0]))
+    return {
+        name: found for name, sums in measures.items() if (found := _difference(*sums, seed=seed))
+    }
+
+
+def intervals(statistics: ListStatistics, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """The measures of one model: value, and the ends of its interval."""
+    nothing = statistics._replace(
+        right=torch.zeros_like(statistics.right),
+        top1=torch.zeros_like(statistics.top1),
+        kendall_tau=torch.zeros_like(statistics.kendall_tau),
+        ndcg=torch.zeros_like(statistics.ndcg),
+    )
+    found = compare(nothing, statistics, seed=seed)
+    return {name: (x.tuned, x.low, x.high) for name, x in found.items()}
+
+
+def as_rows(found: Mapping[str, Difference]) -> dict[str, dict[str, float]]:
+    """For JSON: ``base``, ``tuned``, ``difference``, ``low`` and ``high`` by measure."""
+    return {
+        name: {"base": x.base, "tuned": x.tuned, "difference": x.change, "low": x.low,
+               "high": x.high}
+        for name, x in found.items()
+    }  # fmt: skip
+
+
+def _difference(base: Tensor, tuned: Tensor, weight: Tensor, seed: int) -> Difference | None:
+    base, tuned, weight = base.double(), tuned.double(), weight.double()
+    counts = (weight > 0) & base.isfinite() & tuned.isfinite()
+    base, tuned, weight = base[counts], tuned[counts], weight[counts]
+    if not len(weight):
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    rounds = max(1, _DRAWN_AT_ONCE // len(weight))
+    parts = []
+    for done in range(0, RESAMPLES, rounds):
+        shape = min(rounds, RESAMPLES - done), len(weight)
+        drawn = torch.randint(len(weight), shape, generator=generator)
+        parts.append((tuned - base)[drawn].sum(1) / weight[drawn].sum(1))
+    differences = torch.cat(parts)
+    tail = (1 - LEVEL) / 2
+    low, high = differences.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    total = weight.sum()
+    return Difference((base.sum() / total).item(), (tuned.sum() / total).item(), low, high)

@@ -1,0 +1,72 @@
+"""The reference model: its log-probs computed once and stored, or the model moved along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from pro_trainer.files import appearing
+from pro_trainer.train.distributed import describe_lists
+
+if TYPE_CHECKING:
+    import datasets
+
+COLUMN = "ref_logps"
+FOLDER = "ref_model"  # of a checkpoint, where the reference model moves
+
+
+def with_log_probs(
+    dataset: datasets.Dataset, file: Path, model: str, score: Callable[[Any], Tensor], keep: bool
+) -> datasets.Dataset:
+    """``dataset`` with the reference model's log-probs of its candidates in the column ``COLUMN``.
+
+    They are read from ``file`` where it holds those of this model and these lists.
+
+    ``model`` says what the reference model is, ``score`` gives the (L, n) log-probs of a data set,
+    ``keep`` tells whether this process writes the file.
+    """
+    about = {"model": model, "lists": describe_lists(dataset)}
+    logps = None
+    if file.is_file():
+        with safe_open(file, "pt") as stored:
+            if stored.metadata() == about:
+                logps = stored.get_tensor(COLUMN)
+    if logps is None:
+        logps = score(dataset).float().contiguous()
+        if keep:
+            with appearing(file.parent) as writing:
+                save_file({COLUMN: logps}, writing / file.name, about)
+    counts = (len(row) for row in dataset["completions"])
+    rows = [row[:n] for row, n in zip(logps.tolist(), counts, strict=True)]
+    found = dataset.add_column(COLUMN, rows)
+    if hasattr(dataset, "temporary_folder"):  # goes with the last data set that reads from it
+        found.temporary_folder = dataset.temporary_folder
+    return found
+
+
+class SyncReference(TrainerCallback):
+    """Every so many steps: reference = alpha * trained + (1 - alpha) * reference.
+
+    TR-DPO, arXiv 2404.09656; TRL's ``sync_ref_model``.
+    """
+
+    def __init__(self, model: nn.Module, ref_model: nn.Module) -> None:
+        self._model = model
+        self._ref_model = ref_model
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the reference model."""
+        if state.global_step % args.ref_model_sync_steps:
+            return
+        alpha = args.ref_model_mixup_alpha
+        pairs = zip(self._ref_model.parameters(), self._model.parameters(), strict=True)
+        for reference, trained in pairs:
+            reference.lerp_(trained.to(reference), alpha)
