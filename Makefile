@@ -4,7 +4,8 @@
 #   make test-models build two small pretrained models (three minutes, once) and test on them
 #   make zero        the loss under DeepSpeed, which it installs (and needs a C++ compiler);
 #                    make zero-launch: its training recipes
-#   make study       SFT against PRO at n = 2, 3, 5 on a known reward; docs/study.md (20 minutes)
+#   make study       SFT, DPO and PRO on a real model: MODEL=folder or hub name, DATA=ranked lists;
+#                    writes docs/study.md (an hour for SmolLM2-135M on two cores)
 #   make bench       benchmarks; PRESET=cpu-small|cpu|MODEL, PEERS=1 installs and times the peers
 #   make bench-gpu   everything that needs a GPU, offline, in eight minutes, with the Python that is
 #                    there; into $PRO_KERNELS_BENCH_OUT (default: bench/results/gpu)
@@ -66,7 +67,7 @@ zero-launch: $(VENV)/.zero
 	$(BIN)/python -m pytest -m slow tests/trainer/test_launch.py -k "deepspeed or zero3"
 
 study: $(VENV)/.installed
-	$(BIN)/python -m study --out docs $(STUDY_ARGS)
+	$(BIN)/python -m study --model '$(MODEL)' --data '$(DATA)' $(STUDY_ARGS)
 
 bench: $(VENV)/.installed $(if $(PEERS),$(VENV)/.peers)
 	$(BIN)/python -m bench --preset $(PRESET)

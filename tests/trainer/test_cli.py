@@ -250,8 +250,8 @@ def test_what_help_says_of_options_of_transformers_is_so():
             if option.name != "config":
                 assert option.name in of_fields
             if option.default is not None and option.name != "warmup_steps":
-                assert str(option.default) == str(getattr(of_fields[option.name], "value",
-                                                          of_fields[option.name])), option  # fmt: skip
+                default = of_fields[option.name]
+                assert str(option.default) == str(getattr(default, "value", default)), option
 
 
 def test_a_term_that_holds_most_of_the_loss_is_said_once(data_file, tmp_path, capsys):
