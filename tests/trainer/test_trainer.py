@@ -29,7 +29,7 @@ def test_first_loss_is_the_references_on_whole_logits(tmp_path):
             picked = logps.gather(1, ids[0, 1:, None])[-len(end) :, 0]
             scores.append(picked.mean())
             if len(scores) == 1:  # records come best first
-                sft = -picked.sum()
+                sft = -picked.mean()
         s, r = torch.stack(scores), torch.tensor(row["rewards"], dtype=torch.float64)
         rank = 0.0
         for k in range(len(s) - 1):
@@ -108,7 +108,8 @@ def test_lists_with_and_without_a_marked_candidate_go_together(tmp_path):
     scores = trainer.score(trainer.train_dataset)
     marked = torch.tensor([2 if i % 2 else 0 for i in range(8)])
     assert scores.sft_index.equal(marked)
-    sft = -0.05 * 4 * scores.logps.gather(1, marked[:, None]).mean().item()
+    logps, lengths = (x.gather(1, marked[:, None]) for x in (scores.logps, scores.lengths))
+    sft = -0.05 * 4 * (logps / lengths).mean().item()
     assert evaluated["eval_sft_loss"] == pytest.approx(sft, rel=1e-5)
 
 
@@ -146,7 +147,7 @@ def test_several_held_out_sets_are_evaluated_and_shown(tmp_path, capsys):
     trainer.save_model()
     printed = capsys.readouterr().out
     assert "eval_small: loss" in printed and "eval_large: loss" in printed
-    assert "| large kendall_tau |" in (tmp_path / "README.md").read_text()
+    assert "## Held-out lists large" in (tmp_path / "README.md").read_text()
     rates = [e["scored_tokens_per_second"] for e in trainer.state.log_history if "loss" in e]
     assert len(rates) == 3 and all(rate > 0 for rate in rates)
 
@@ -220,9 +221,9 @@ def test_saves_card_curves_and_safetensors(tmp_path):
     trainer.train()
     trainer.save_model()
     card = (tmp_path / "README.md").read_text()
-    for part in ("library_name: transformers", "2306.17492", "| SFT weight | 0.05 |"):
+    for part in ("library_name: transformers", "2306.17492", "| loss | pro |"):
         assert part in card, part
-    assert "## Held-out lists, step 4" in card
+    assert "| | step 2 | step 4 |" in card
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "model.safetensors").exists()
     assert not list(tmp_path.glob("pytorch_model*"))
