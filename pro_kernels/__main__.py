@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -26,15 +27,13 @@ def _run(argv: list[str]) -> int:
     if argv and argv[0] == "bench":
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
         try:
-            from bench.cli import command
+            bench = importlib.import_module("bench.cli")
         except ModuleNotFoundError as error:
             print(f"error: bench needs {error.name}: run it from a checkout", file=sys.stderr)
             return 2
-        return command(argv[1:])
+        return bench.command(argv[1:])
     if not argv or argv[0] not in ("env", "check"):
-        from pro_trainer.cli.main import main as others
-
-        return others(argv)
+        return importlib.import_module("pro_trainer.cli.main").main(argv)
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command == "env":

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -96,7 +97,9 @@ def study(
     missing = [run for run in runs(settings) if _read(folder, run, same) is None]
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _one_thread) as pool:
+    # A process a run: what one leaves in memory must not stand beside the next.
+    alone = {"max_tasks_per_child": 1} if sys.version_info >= (3, 11) else {}
+    with ProcessPoolExecutor(processes, context, _one_thread, **alone) as pool:
         futures = [pool.submit(_job, model, data, settings, run, folder, same) for run in missing]
         for future in as_completed(futures):
             print(f"{future.result()}: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)

@@ -24,7 +24,7 @@ import pro_kernels as pk
 from pro_trainer.demo_data import BUNDLED_EVAL, BUNDLED_TRAIN
 from pro_trainer.evaluate.plots import draw_runs
 from pro_trainer.models import tiny_llama
-from pro_trainer.train.callbacks import LogLineCallback, held_out_names
+from pro_trainer.train.callbacks import ProgressLine, held_out_names
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.objective import describe_backend
 from pro_trainer.train.trainer import PROTrainer
@@ -86,7 +86,7 @@ def main(output_dir: str = "demo-output", steps: int | None = None) -> int:
     return 0 if same and rises else 1
 
 
-class _EvaluationLines(LogLineCallback):
+class _EvaluationLines(ProgressLine):
     """Every step is logged, for the comparison; only evaluations are printed."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -102,7 +102,7 @@ def run(config: PROConfig, disturb: bool = False) -> tuple[dict[str, Any], PROTr
             for parameter in model.parameters():
                 parameter.copy_(torch.nextafter(parameter, torch.tensor(torch.inf)))
     trainer = PROTrainer(model, config, BUNDLED_TRAIN, BUNDLED_EVAL, tokenizer)
-    trainer.remove_callback(LogLineCallback)
+    trainer.remove_callback(ProgressLine)
     trainer.add_callback(_EvaluationLines())
     before = trainer.evaluate()
     trainer.train()

@@ -101,7 +101,7 @@ def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
     with pytest.raises(ValueError, match="holds another run .checkpoint-2.*overwrite"):
         trainer_for(tmp_path, **options).train()
     other = trainer_for(tmp_path, sft_weight=0.5, data=records(5), **options)
-    with pytest.raises(ValueError, match="belongs to another run: sft_weight: 0.05 then, 0.5 now;"):
+    with pytest.raises(ValueError, match="belongs to another run: sft_weight: None then, 0.5 now;"):
         other.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="train_dataset: '8 lists.*then, '5 lists.*now"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -42,7 +42,8 @@ def config(output: Path, **options) -> PROConfig:
 
 
 def trainer_for(output: Path, model=None, data=None, eval_data=None, **options) -> PROTrainer:
-    peft_config = options.pop("peft_config", None)
+    names = ("peft_config", "ref_model", "compute_metrics")
+    of_trainer = {name: options.pop(name) for name in names if name in options}
     tiny_model, tokenizer = tiny_llama(0)
     return PROTrainer(
         tiny_model if model is None else model,
@@ -50,7 +51,7 @@ def trainer_for(output: Path, model=None, data=None, eval_data=None, **options) 
         records() if data is None else data,
         eval_data,
         tokenizer,
-        peft_config=peft_config,
+        **of_trainer,
     )
 
 
