@@ -357,8 +357,8 @@ def test_unusable_models_data_and_folders(
     arguments = EvalArguments(model=checkpoint, data=[data])
     file = tmp_path / "file"
     file.write_text("kept")
-    refused(arguments, config(file), "output_dir .*file is a file, not a folder")
-    refused(arguments, config(file / "below"), "file is a file, not a folder")
+    refused(arguments, config(file), "output_dir .*file is a file")
+    refused(arguments, config(file / "below"), "output_dir .* cannot be written")
     assert file.read_text() == "kept"
 
 

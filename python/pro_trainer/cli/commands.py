@@ -123,7 +123,12 @@ def _options(
 def _placed(error: ValueError, where: dict[str, str]) -> ValueError:
     """The error with the line of the file that the option it is about was read from."""
     about = next((w for w in re.findall(r"\w+", str(error))[:3] if w in where), None)
-    return error if about is None else type(error)(f"{where[about]}: {error}")
+    if about is None:
+        return error
+    placed = type(error)(f"{where[about]}: {error}")
+    placed.__cause__ = error.__cause__
+    vars(placed).update(vars(error))
+    return placed
 
 
 def _folder_name(given: flags.Flags, options: Sequence[str]) -> str:

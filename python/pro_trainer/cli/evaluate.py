@@ -37,7 +37,7 @@ from pro_trainer.prepare.scoring import RewardModel
 from pro_trainer.text.encode import Encoder
 from pro_trainer.text.options import ListOptions
 from pro_trainer.text.store import load_dataset
-from pro_trainer.train import faults
+from pro_trainer.train import checkpoints, faults
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.inputs import check_lists
 from pro_trainer.train.objective import Scores, describe_backend, list_losses, score_metrics
@@ -59,13 +59,12 @@ def evaluate_files(arguments: EvalArguments, config: PROConfig) -> dict[str, Any
         ValueError: options, data, models or output folder that cannot be used, before any work.
         TrainingError: another rank failed.
     """
-    with faults.shared(config.ddp_timeout):
+    with faults.shared(config.ddp_timeout), checkpoints.alone(config):
         return _evaluate(arguments, config)
 
 
 def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
     output = Path(config.output_dir)
-    _check_folder(output)
     base = _base(arguments, config)
     reward_model = _reward_model(arguments)
     model, tokenizer = load(arguments.model, arguments)
@@ -174,15 +173,6 @@ def breakdown(scores: Scores, config: LossOptions) -> dict[str, list[dict[str, f
         "by_reward_gap": accuracy_by_reward_gap(*known),
         "by_rank": score_by_rank(*known),
     }
-
-
-def _check_folder(output: Path) -> None:
-    """Raise ValueError where ``output`` or a part of its path is a file."""
-    for part in (output, *output.parents):
-        if part.exists():
-            if not part.is_dir():
-                raise ValueError(f"output_dir {output}: {part} is a file, not a folder")
-            return
 
 
 def _reward_model(arguments: EvalArguments) -> RewardModel | None:

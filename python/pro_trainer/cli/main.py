@@ -14,6 +14,17 @@ from pro_trainer.cli.flags import near
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (2 for a wrong call)."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:  # while the command was imported
+        print("\ninterrupted before anything was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # of a reader that has seen enough, as head
+        sys.stderr.close()
+        return 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(texts.overview(), file=sys.stdout if argv else sys.stderr)

@@ -90,7 +90,7 @@ class LossOptions:
             raise ValueError(
                 f"compat='official' is a meaning of loss_type='pro', got {self.loss_type!r}"
             )
-        check_positive(self, "reward_scale", "budget_mb")
+        check_positive(self, "budget_mb")
         self.fixed_temperature()
         if self.temperature is not None:
             self.temperature = str(self.temperature)
@@ -100,6 +100,22 @@ class LossOptions:
                     f"{name}={getattr(self, name)!r} is no option of loss_type={self.loss_type!r}, "
                     f"which has {', '.join(own)}"
                 )
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """Let the loss check its options, on one list of two."""
+        import torch
+
+        import pro_kernels as pk
+
+        logps = torch.tensor([[-1.0, -2.0]])
+        pk.losses.get_loss(self.loss_type)(
+            logps,
+            torch.ones_like(logps),
+            rewards=torch.tensor([[1.0, 0.0]]),
+            ref_logps=logps,
+            **self.given(),
+        )
 
     def _own_options(self) -> dict[str, Any]:
         """What the loss can be told beside its inputs, with its defaults."""
