@@ -31,7 +31,6 @@ NAMES = {
     "base": "base model",
     "sft": "SFT on the best",
     "dpo": "DPO, best and worst",
-    "dpo_own": "DPO, ranked by its own score",
     "pro_2": "PRO, n = 2",
     "pro_4": "PRO, n = 4",
     "pro_8": "PRO, n = 8",
@@ -68,9 +67,9 @@ def measured(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[flo
     for method, of_method in own.items():
         found[method] = intervals(_mean([_statistics(run) for run in of_method]))
         found[method]["loss"] = _loss(of_method)
-        if method == "dpo":
+        if method != "base":
             ratios = [_statistics(run, own["base"][0]) for run in of_method]
-            found["dpo_own"] = intervals(_mean(ratios))
+            found[method]["log_ratio"] = intervals(_mean(ratios))["pairwise_accuracy"]
     return found
 
 
@@ -112,7 +111,7 @@ def page(results: Mapping[str, Any]) -> str:
         [
             NAMES[m],
             seeds.get(m, "") if m != "base" else "",
-            *(_interval(values[x]) if x in values else "" for x in MEASURES),
+            *(_interval(values[x]) if x in values else "" for x in (*MEASURES, "log_ratio")),
         ]
         for m, values in found.items()
     ]
@@ -141,8 +140,7 @@ def page(results: Mapping[str, Any]) -> str:
             "than it is."
         ),
         "- **SFT on the best**: cross-entropy on the best answer of each list.\n"
-        "- **DPO, best and worst**: beta 0.1, the base model as reference. Its own score is the\n"
-        "  log-ratio to the base model, by which it is ranked too.\n"
+        "- **DPO, best and worst**: beta 0.1, the base model as reference.\n"
         "- **PRO, n**: the best, the worst and answers between them. Rewards set the "
         "temperatures.\n"
         "- **SFT term summed**: PRO with the term as the paper has it, a sum over tokens. The "
@@ -157,7 +155,12 @@ def page(results: Mapping[str, Any]) -> str:
             "95 % interval, from a bootstrap over lists. Where there are several seeds, the "
             "numbers of each list are averaged over them first."
         ),
-        markdown_table(["", "seeds", *MEASURES.values()], rows),
+        markdown_table(["", "seeds", *MEASURES.values(), "accuracy by log-ratio"], rows),
+        _text(
+            "The last column ranks by the log-ratio to the base model instead, a sum over tokens. "
+            "That is what DPO trains. It tells how training moved the answers, and not which ones "
+            "the model prefers."
+        ),
         "![Held-out ranking by method](study.png)",
         "\n".join(findings(against, found, by_length(runs))),
         *(
@@ -201,7 +204,7 @@ def findings(
     word = "more" if value > length else "less"
     lines.append(
         f"- The highest accuracy is that of {NAMES[best]}, {value:.3f}. To call the longer answer "
-        f"better is right for {length:.3f} of the pairs, so the model tells {word} than length."
+        f"better is right for {length:.3f} of the pairs. The model tells {word} than length."
     )
     return lines
 
