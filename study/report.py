@@ -206,6 +206,16 @@ def findings(
         f"- The highest accuracy is that of {NAMES[best]}, {value:.3f}. To call the longer answer "
         f"better is right for {length:.3f} of the pairs. The model tells {word} than length."
     )
+    if value < 0.5:
+        lines.append(
+            "- No method reaches one half: the worse answer of a pair is still the likelier one more "
+            "often than not."
+        )
+    ratios = {m: x["log_ratio"][0] for m, x in found.items() if "log_ratio" in x}
+    if ratios:
+        order = sorted(ratios, key=ratios.__getitem__, reverse=True)
+        shown = ", ".join(f"{NAMES[m]} {ratios[m]:.3f}" for m in order)
+        lines.append(f"- By log-ratio, from the highest: {shown}.")
     return lines
 
 
