@@ -208,8 +208,8 @@ def findings(
     )
     if value < 0.5:
         lines.append(
-            "- No method reaches one half: the worse answer of a pair is still the likelier one more "
-            "often than not."
+            "- No method reaches one half: the worse answer of a pair is still the likelier one "
+            "more often than not."
         )
     ratios = {m: x["log_ratio"][0] for m, x in found.items() if "log_ratio" in x}
     if ratios:

@@ -194,7 +194,7 @@ def scores_from(run: dict[str, Any]) -> Scores:
         torch.tensor(run["lengths"]),
         rewards,
         torch.tensor(run["mask"]),
-        rewards.argmax(1),
+        rewards.masked_fill(~torch.tensor(run["mask"]), -torch.inf).argmax(1),
     )
 
 

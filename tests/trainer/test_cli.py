@@ -163,7 +163,7 @@ def test_yaml_values_become_flags(tmp_path):
     )
     found, where = flags.config_flags(str(path))
     assert flags.words(found) == [
-        "--prefix_sharing", "on", "--eval_strategy", "no", "--bf16", "true", "--seed", "3",
+        "--prefix_sharing=on", "--eval_strategy=no", "--bf16=true", "--data", "--seed=3",
     ]  # fmt: skip
     assert where["seed"] == f"{path}:5"
     path.write_text("")
@@ -176,6 +176,7 @@ def test_yaml_values_become_flags(tmp_path):
         ("learning_rte: 1", "--learning_rte is no option of train; did you mean learning_rate?"),
         ("learning_rate: fast", "--learning_rate: invalid float value: 'fast'"),
         ("max_length: 1", "max_length must be at least 2, got 1"),
+        ("foo:", "--foo is no option of train"),
         ("data: missing.jsonl", "missing.jsonl"),
     ],
 )
@@ -187,6 +188,9 @@ def test_a_fault_in_the_file_is_named_with_its_line(line, wrong, tmp_path, capsy
     assert wrong in said
     if not line.startswith("data"):
         assert said.startswith("error: c.yaml:2: ")
+    if line.startswith("max_length"):  # what the command line gives is not the file's fault
+        assert cli.train(["--config", "c.yaml", "--max_length", "0"]) == 2
+        assert "error: max_length must be at least 2, got 0" in capsys.readouterr().err
 
 
 def test_a_command_line_of_trl_works_with_other_data(data_file, tiny, tmp_path, capsys):
@@ -203,6 +207,28 @@ def test_a_command_line_of_trl_works_with_other_data(data_file, tiny, tmp_path, 
     identity = json.loads((tmp_path / "out" / "pro_run.json").read_text())
     assert (identity["loss_type"], identity["beta"], identity["max_length"]) == ("dpo", 0.2, 64)
     assert "loss 0.6931" in capsys.readouterr().out  # of a model to itself
+
+
+def test_values_with_a_dash_empty_lists_and_bare_switches(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        cli, "train_model", lambda arguments, config: seen.append((arguments, config))
+    )
+    monkeypatch.setattr(cli, "prepare_lists", seen.append)
+    argv = ["--demo", "--output_dir", str(tmp_path), "--run_name=-x", "--length_normalize"]
+    assert cli.train([*argv, "--reward_scale", "1e-3"]) == 0
+    assert (seen[0][1].run_name, seen[0][1].length_normalize) == ("-x", True)
+    (tmp_path / "p.yaml").write_text("data: [a]\nstop: []\n")
+    assert cli.prepare(["--config", str(tmp_path / "p.yaml")]) == 0 and seen[1].stop == []
+
+
+def test_the_file_of_options_says_which_loss_dpo_is(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(cli, "train_model", lambda arguments, config: seen.append(config.loss_type))
+    (tmp_path / "c.yaml").write_text("loss_type: ipo\n")
+    argv = ["dpo", "--demo", "--output_dir", str(tmp_path)]
+    assert main(argv) == main([*argv, "--config", str(tmp_path / "c.yaml")]) == 0
+    assert seen == ["dpo", "ipo"]
 
 
 def test_the_output_folder_has_a_name_of_model_data_and_loss(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from trainer_runs import losses, records, trainer_for
 
+from pro_trainer.models import tiny_llama
 from pro_trainer.train.reference import COLUMN
 
 DPO = {"loss_type": "dpo", "learning_rate": 1e-3, "max_steps": 3, "logging_steps": 1}
@@ -62,7 +63,16 @@ def test_stored_scores_are_read_again_and_only_for_the_same_lists(tmp_path, monk
     monkeypatch.setattr(type(resumed), "score", lambda *_: pytest.fail("scored again"))
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
+    before = resumed.model.lm_head.weight.clone()
+    again = resumed.train(resume_from_checkpoint=True)  # at its end already: nothing is trained
+    assert again.global_step == 3 and torch.equal(resumed.model.lm_head.weight, before)
     monkeypatch.undo()
+    another = tiny_llama(1)[0]
+    other = trainer_for(tmp_path, model=another, **options, overwrite=True)
+    other.train()
+    assert losses(other)[0] == pytest.approx(0.6931, abs=1e-4)  # not of the stored scores
+    with pytest.raises(ValueError, match="no log-probs of the reference model"):
+        other.evaluate(records(2))
     other = trainer_for(tmp_path, **options, data=records(5), overwrite=True)
     other.train()
     assert len(other.train_dataset[COLUMN]) == 5
@@ -107,6 +117,7 @@ def _after_one(tmp_path, options):
     ("options", "wrong"),
     [
         ({"sync_ref_model": True}, "sync_ref_model moves a reference model, and loss_type='pro'"),
+        ({"ref_model": torch.nn.Linear(1, 1)}, "ref_model was given, and loss_type='pro' has none"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs scores by a reference"),
         ({"loss_type": "dpo", "sync_ref_model": True, "peft_config": True}, "model with adapters"),
     ],

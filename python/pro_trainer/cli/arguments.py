@@ -59,6 +59,8 @@ class TrainArguments(FileOptions, LoraOptions, ModelOptions):
             raise ValueError(f"eval_fraction must lie in [0, 1), got {self.eval_fraction}")
         if not (self.demo or (self.model and self.data)):
             raise ValueError("train needs --model and --data, or --demo")
+        if self.use_peft and not self.model:
+            raise ValueError("use_peft needs --model: adapters of the demo's model fit no other")
         if self.tokenizer and not self.model:
             raise ValueError(f"tokenizer {self.tokenizer} was given without --model")
         if self.quantization() is not None and not self.use_peft:

@@ -7,6 +7,7 @@ flags win over the file. What the user can put right (options, data, model, fold
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from pro_trainer.cli import flags, stop
 from pro_trainer.cli.arguments import (
@@ -35,9 +37,12 @@ from pro_trainer.train.config import PROConfig
 from pro_trainer.train.options import LOSS_SETTINGS, LossOptions
 
 
-def train(argv: Sequence[str] | None = None) -> int:
-    """``pro-kernels train``: ``TrainArguments`` and ``PROConfig``. Returns the exit code."""
-    return _run("train", (TrainArguments, PROConfig), train_model, argv)
+def train(argv: Sequence[str] | None = None, loss_type: str | None = None) -> int:
+    """``pro-kernels train``: ``TrainArguments`` and ``PROConfig``. Returns the exit code.
+
+    ``loss_type`` is the one where neither command line nor file names any.
+    """
+    return _run("train", (TrainArguments, PROConfig), train_model, argv, loss_type)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
@@ -69,13 +74,14 @@ def _run(
     kinds: tuple[type, ...],
     action: Callable[..., object],
     argv: Sequence[str] | None,
+    loss_type: str | None = None,
 ) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     code = 0
     with stop.signals() as caught:
         where: dict[str, str] = {}
         try:
-            action(*_options(name, kinds, argv, where))
+            action(*_options(name, kinds, argv, where, loss_type))
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, ValueError):
                 error = _placed(error, where)
@@ -86,7 +92,11 @@ def _run(
 
 
 def _options(
-    name: str, kinds: tuple[type, ...], argv: Sequence[str], where: dict[str, str]
+    name: str,
+    kinds: tuple[type, ...],
+    argv: Sequence[str],
+    where: dict[str, str],
+    loss_type: str | None,
 ) -> Sequence[Any]:
     """The dataclasses that the command line fills; ``where`` gets the lines of the YAML file.
 
@@ -94,13 +104,22 @@ def _options(
         ValueError: an option or a value that cannot be.
     """
     parser = _Parser(kinds, prog=f"pro-kernels {name}", allow_abbrev=False)
-    known = {action.dest for action in parser._actions}
+    actions = {action.dest: action for action in parser._actions}
     given = flags.parse(argv)
-    if config := flags.last(given, "config"):
+    unset: flags.Flags = []  # lines of the file without a value: only their names count
+    if config := flags.config_file(given):
+        of_line = {flag for flag, _ in given}
         of_file, lines = flags.config_flags(config)
-        where |= lines
+        where |= {option: line for option, line in lines.items() if option not in of_line}
+        unset = [(option, []) for option in lines.keys() - {flag for flag, _ in of_file}]
         given = of_file + [flag for flag in given if flag[0] != "config"]
-    given = flags.ours(given, known)
+    if loss_type:
+        given.insert(0, ("loss_type", [loss_type]))
+    lists = {option for option, action in actions.items() if action.nargs in ("+", "*")}
+    given = flags.ours(given, actions)
+    for option, _ in given + flags.ours(unset, actions):
+        if option not in actions:
+            raise ValueError(f"--{option} is no option of {name}{flags.near(option, actions)}")
     if name == "eval":
         given = run_flags(given) + given
     if name in ("train", "eval") and flags.last(given, "output_dir") is None:
@@ -108,22 +127,30 @@ def _options(
         if name == "eval":
             folder = _folder_name(given, ("model",)) + "-eval"
         given.append(("output_dir", [folder]))
-        print(f"output_dir: {folder}")
+        _say(f"output_dir: {folder}")
+    switches = {o for o, a in actions.items() if a.type is string_to_bool}
+    empty = {option for option, values in given if not values and option in lists}
+    written = [
+        (option, values or (["true"] if option in switches else []))
+        for option, values in given
+        if option not in empty or values
+    ]
     *options, rest = parser.parse_args_into_dataclasses(
-        flags.words(given), return_remaining_strings=True, look_for_args_file=False
+        flags.words(written), return_remaining_strings=True, look_for_args_file=False
     )
-    for word in rest:
-        option = word.removeprefix("--")
-        if word == option:
-            raise ValueError(f"unexpected argument {word!r}: a list is written --name A B")
-        raise ValueError(f"--{option} is no option of {name}{flags.near(option, known)}")
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}: give one value to an option")
+    for part in options:
+        for option in empty & vars(part).keys():
+            setattr(part, option, [])
     return options
 
 
 def _placed(error: ValueError, where: dict[str, str]) -> ValueError:
     """The error with the line of the file that the option it is about was read from."""
-    about = next((w for w in re.findall(r"\w+", str(error))[:3] if w in where), None)
-    if about is None:
+    named = re.match(r"(?:--)?(\w+)", str(error))
+    about = named and named[1]
+    if about not in where:
         return error
     placed = type(error)(f"{where[about]}: {error}")
     placed.__cause__ = error.__cause__
@@ -161,13 +188,19 @@ def run_flags(given: flags.Flags) -> flags.Flags:
     options = {name: x for name, x in options.items() if name not in names}
     taken = _listed((name, x) for name, x in options.items() if x != known[name])
     if taken:
-        print(f"options of the run in {model}: {taken}")
+        _say(f"options of the run in {model}: {taken}")
     if "base" not in names and (base := base_of(model, run.get("base_model"))):
         if Path(base).is_absolute() and not Path(base).exists():
-            print(f"the model that the run started from, {base}, is not there: give it as --base")
+            _say(f"the model that the run started from, {base}, is not there: give it as --base")
         else:
             options["base"] = base
     return [(name, [flags.as_text(x)]) for name, x in options.items()]
+
+
+def _say(line: str) -> None:
+    """Print, from one process of several."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
 
 
 def _listed(options: Iterable[tuple[str, Any]]) -> str:

@@ -79,9 +79,10 @@ def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
         models["base"] = load(base, same_tokenizer)[0]
     if arguments.generate:
         prompt_limit(causal_lm(model), arguments.max_new_tokens)
-    print(f"loss: {describe_backend(config, config.device, model.dtype)}")
+    say = print if config.should_log else str  # one process speaks
+    say(f"loss: {describe_backend(config, config.device, model.dtype)}")
     dataset, report = load_dataset(arguments.data, tokenizer, config)
-    print(report.text())
+    say(report.text())
     if not len(dataset):
         raise ValueError(f"{', '.join(arguments.data)}: no lists to evaluate")
     check_lists(report, config)

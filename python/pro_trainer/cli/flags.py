@@ -15,9 +15,9 @@ from typing import Any
 Flags = list[tuple[str, list[str]]]
 
 # TRL's name of an option -> ours for the same thing.
-_RENAMED = {"model_name_or_path": "model", "dataset_name": "data", "torch_dtype": "dtype"}
+RENAMED = {"model_name_or_path": "model", "dataset_name": "data", "torch_dtype": "dtype"}
 _LOSSES = {"sigmoid": "dpo"}
-_SPLITS = {"dataset_train_split": "data", "dataset_test_split": "eval_data"}
+_SPLITS = ("dataset_train_split", "dataset_test_split")
 # Options of TRL's DPO that have no counterpart -> what to do.
 _WITHOUT = {
     "padding_free": "give --packing true",
@@ -52,13 +52,27 @@ def parse(argv: Sequence[str]) -> Flags:
 
 
 def words(flags: Iterable[tuple[str, list[str]]]) -> list[str]:
-    """The command line that gives these flags."""
-    return [word for name, values in flags for word in (f"--{name}", *values)]
+    """The command line that gives these flags; one value may begin with a dash."""
+    found = []
+    for name, values in flags:
+        found += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
+    return found
 
 
 def last(flags: Flags, name: str) -> str | None:
     """The value an option was given last, or None."""
     return next((values[-1] for n, values in reversed(flags) if n == name and values), None)
+
+
+def config_file(flags: Flags) -> str | None:
+    """The file of options that is named, or None.
+
+    Raises:
+        ValueError: the option stands without one.
+    """
+    if any(name == "config" and len(values) != 1 for name, values in flags):
+        raise ValueError("--config: one YAML file is needed, as --config run.yaml")
+    return last(flags, "config")
 
 
 def config_flags(path: str) -> tuple[Flags, dict[str, str]]:
@@ -94,8 +108,8 @@ def config_flags(path: str) -> tuple[Flags, dict[str, str]]:
         where[key.value.replace("-", "_")] = f"{path}:{key.start_mark.line + 1}"
     flags: Flags = []
     for key, value in values.items():
-        items = value if isinstance(value, list) else [value]
-        if items and value is not None:
+        if value is not None:
+            items = value if isinstance(value, list) else [value]
             flags.append((key.replace("-", "_"), [as_text(item) for item in items]))
     return flags, where
 
@@ -113,34 +127,36 @@ def ours(flags: Flags, known: Iterable[str]) -> Flags:
     """
     known = set(known)
     found: Flags = []
-    splits = {_SPLITS[name]: values[-1] for name, values in flags if name in _SPLITS and values}
+    splits = {name: values[-1] for name, values in flags if name in _SPLITS and values}
     for name, values in flags:
-        if name in known:
-            name, values = name, list(values)
-        elif name in _RENAMED:
-            name = _RENAMED[name]
-        elif name in _SPLITS:
+        if name in _SPLITS and name not in known:
             continue
-        elif name.startswith("no_") and name[3:] in known and not values:
-            name, values = name[3:], ["false"]
-        elif name in _WITHOUT:
-            raise ValueError(f"--{name} is an option of TRL that has none here: {_WITHOUT[name]}")
+        if name not in known:
+            if name in _WITHOUT:
+                raise ValueError(
+                    f"--{name} is an option of TRL that has none here: {_WITHOUT[name]}"
+                )
+            if name.startswith("no_") and name[3:] in known and not values:
+                name, values = name[3:], ["false"]
+            name = RENAMED.get(name, name)
         if name == "loss_type":
             values = [_LOSSES.get(value, value) for value in values]
         found.append((name, values))
     sources = [value for name, values in found if name == "data" for value in values]
-    for name, split in splits.items():
-        # A file holds one split, so that it is the data and no other.
-        named = [f"{x}:{split}" if not Path(x).exists() else x for x in sources]
-        if name == "data":
+    for option, split in splits.items() if sources else ():
+        # A file holds one split: it is the data, and no other.
+        named = [x if Path(x).exists() else f"{x}:{split}" for x in sources]
+        if option == "dataset_train_split" or "eval_data" not in known:
             found = [(n, named if n == "data" else values) for n, values in found]
-        elif any(not Path(x).exists() for x in sources):
-            found.append((name, [x for x in named if not Path(x).exists()]))
-        else:
+        elif any(name == "eval_data" for name, _ in found):
+            raise ValueError(f"--{option} {split} and --eval_data were both given: choose one")
+        elif named == sources:
             raise ValueError(
-                f"--dataset_test_split {split}: {', '.join(sources)} holds one split; give the "
-                "held-out lists as --eval_data, or leave it out, and eval_fraction is held out"
+                f"--{option} {split}: {', '.join(sources)} holds one split; give the held-out "
+                "lists as --eval_data, or leave it out, and eval_fraction is held out"
             )
+        else:
+            found.append(("eval_data", [x for x in named if x not in sources]))
     return found
 
 

@@ -14,7 +14,7 @@ from pro_trainer.cli.arguments import (
     PrepareArguments,
     TrainArguments,
 )
-from pro_trainer.cli.flags import near
+from pro_trainer.cli.flags import RENAMED, near
 from pro_trainer.text.options import ListOptions
 from pro_trainer.train.options import LossOptions, StepOptions
 
@@ -132,6 +132,8 @@ _OF_TRANSFORMERS = {
 def asked(argv: Sequence[str]) -> str | None:
     """The topic that help is asked about, '' for the first screens; None: it is not asked for."""
     for i, word in enumerate(argv):
+        if word.startswith("--help="):
+            return word.partition("=")[2]
         if word in ("-h", "--help"):
             return argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("-") else ""
     return None
@@ -164,8 +166,10 @@ def page(command: str, topic: str = "") -> str:
     known = {option.name: option for listed in groups.values() for option in listed}
     if topic in groups:
         return "\n".join(_described(groups[topic]))
-    if topic.lstrip("-") in known:
-        return "\n".join(_described([known[topic.lstrip("-")]]))
+    name = topic.lstrip("-").replace("-", "_")
+    name = RENAMED.get(name, name)
+    if name in known:
+        return "\n".join(_described([known[name]]))
     if topic == "all":
         parts = [f"{name}\n" + "\n".join(_described(groups[name])) for name in groups]
         if StepOptions in about.kinds:
@@ -173,6 +177,9 @@ def page(command: str, topic: str = "") -> str:
             parts.append("transformers' own\n" + "\n".join(_described(others)))
         return "\n\n".join(parts)
     if topic:
+        others = _of_transformers() if StepOptions in about.kinds else ()
+        if found := [option for option in others if option.name == name]:
+            return "\n".join(_described(found))
         raise ValueError(
             f"--help {topic}: no such group or option of {command}; groups are "
             f"{', '.join(groups)} and all{near(topic, known)}"

@@ -30,8 +30,9 @@ def _run(argv: Sequence[str] | None) -> int:
         print(texts.overview(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     command, *rest = argv
+    loss_type = None
     if command == "dpo":  # what TRL calls its command
-        command, rest = "train", ["--loss_type", "dpo", *rest]
+        command, loss_type = "train", "dpo"
     if command in ("env", "check", "bench"):
         from pro_kernels.__main__ import main as of_kernels
 
@@ -55,7 +56,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return commands.COMMANDS[command](rest)
+    return commands.train(rest, loss_type) if loss_type else commands.COMMANDS[command](rest)
 
 
 if __name__ == "__main__":

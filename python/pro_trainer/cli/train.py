@@ -157,12 +157,13 @@ def _lora(arguments: TrainArguments) -> Any:
         from peft import LoraConfig
     except ImportError:
         raise ValueError("use_peft needs the package peft (extra 'train')") from None
+    targets = arguments.lora_target_modules or ["all-linear"]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_target_modules or "all-linear",
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         modules_to_save=arguments.lora_modules_to_save or None,
         use_rslora=arguments.use_rslora,
         use_dora=arguments.use_dora,

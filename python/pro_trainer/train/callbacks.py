@@ -123,7 +123,8 @@ def _advice(name: str, args: Any) -> str:
 def held_out_names(logs: Mapping[str, Any]) -> list[str]:
     """``eval`` or, for several held-out data sets, ``eval_NAME`` of each that ``logs`` is about."""
     end = "_pairwise_accuracy"
-    return [key.removesuffix(end) for key in logs if key.startswith("eval") and key.endswith(end)]
+    names = [key.removesuffix(end) for key in logs if key.startswith("eval") and key.endswith(end)]
+    return [name for name in names if all(name + key in logs for key in _HELD_OUT)]
 
 
 def plain(evaluation: Mapping[str, float]) -> dict[str, float]:

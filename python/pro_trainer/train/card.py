@@ -52,7 +52,7 @@ def write(folder: Path, trainer: Trainer) -> None:
         "LoRA": None if peft is None else _lora(peft),
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "lists a step": trainer.get_total_train_batch_size(args),
-        "steps": trainer.state.global_step,
+        "steps": _step(trainer),
         "seed": args.seed,
         "versions": f"pro-kernels {pk.__version__}, transformers {transformers.__version__}, "
         f"torch {torch.__version__}",
@@ -73,7 +73,7 @@ pro-kernels, so that the model's ranking of the candidates follows the preferenc
 | | |
 |---|---|
 {rows}
-{_held_out(trainer.state.log_history)}
+{_held_out(trainer.state.log_history, _step(trainer))}
 ## Citation
 
 ```bibtex
@@ -117,11 +117,20 @@ output = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
 
-def _held_out(history: list[dict[str, Any]]) -> str:
-    """The first and the last evaluation of each held-out data set, side by side."""
+def _step(trainer: Trainer) -> int:
+    """The step of the weights: the last one, or the best where that was loaded at the end."""
+    state = trainer.state
+    ended = 0 < state.max_steps <= state.global_step
+    best = ended and trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    return state.best_global_step if best else state.global_step
+
+
+def _held_out(history: list[dict[str, Any]], step: int) -> str:
+    """The first evaluation of each held-out data set, and the last one of these weights."""
     lines = []
     for data in sorted({name for entry in history for name in held_out_names(entry)}):
-        entries = [entry for entry in history if data in held_out_names(entry)]
+        found = [entry for entry in history if data in held_out_names(entry)]
+        entries = [entry for entry in found if entry["step"] <= step] or found
         first, last = entries[0], entries[-1]
         title = f"Held-out lists {data.removeprefix('eval').strip('_')}".strip()
         lines += ["", f"## {title}", ""]

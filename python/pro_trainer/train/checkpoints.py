@@ -26,6 +26,7 @@ from pro_trainer.text.options import ListOptions
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.distributed import describe_lists
 from pro_trainer.train.options import LossOptions
+from pro_trainer.train.reference import COLUMN
 
 if TYPE_CHECKING:
     import datasets
@@ -47,9 +48,11 @@ def run_identity(
     identity["step"] = step_size(args)
     identity |= {n: getattr(args, n, None) for n in _ORDER} | {"optim": str(args.optim)}
     identity["model"] = f"{type(model).__name__}, {model.num_parameters()} parameters"
-    identity["base_model"] = model.config._name_or_path
+    base = model.config._name_or_path
+    identity["base_model"] = str(Path(base).resolve()) if base and Path(base).exists() else base
     if dataset is not None:
-        identity["train_dataset"] = describe_lists(dataset)
+        computed = [COLUMN] if COLUMN in dataset.column_names else []
+        identity["train_dataset"] = describe_lists(dataset.remove_columns(computed))
     return identity
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,20 @@ COLUMN = "ref_logps"
 FOLDER = "ref_model"  # of a checkpoint, where the reference model moves
 
 
+def fingerprint(model: nn.Module) -> str:
+    """What tells the reference model from others: its parameters' names, shapes and sums.
+
+    Adapters are left out: the reference model is the one below them.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            numbers = parameter.detach().double()
+            digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+            digest.update(f"{numbers.sum().item()} {numbers.abs().sum().item()}\n".encode())
+    return digest.hexdigest()
+
+
 def with_log_probs(
     dataset: datasets.Dataset, file: Path, model: str, score: Callable[[Any], Tensor], keep: bool
 ) -> datasets.Dataset:
@@ -29,8 +44,8 @@ def with_log_probs(
 
     They are read from ``file`` where it holds those of this model and these lists.
 
-    ``model`` says what the reference model is, ``score`` gives the (L, n) log-probs of a data set,
-    ``keep`` tells whether this process writes the file.
+    ``model`` tells the reference model from others, ``score`` gives the (L, n) log-probs of a data
+    set, ``keep`` tells whether this process writes the file.
     """
     about = {"model": model, "lists": describe_lists(dataset)}
     logps = None

@@ -31,7 +31,9 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
+from transformers.trainer_utils import TrainOutput
 
 import pro_kernels as pk
 from pro_trainer.batch.collate import Preferences
@@ -143,6 +145,7 @@ class PROTrainer(Trainer):
             raise ValueError(
                 f"train_dataset must be one data set, got a dict of {sorted(train_dataset)}"
             )
+        names = _names(train_dataset)
         train_dataset, eval_dataset = (
             tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset)
         )
@@ -160,6 +163,8 @@ class PROTrainer(Trainer):
         if args.sync_ref_model and (adapted or args.loss_type not in NEEDS_REFERENCE):
             what = "a model with adapters" if adapted else f"loss_type={args.loss_type!r}"
             raise ValueError(f"sync_ref_model moves a reference model, and {what} has none")
+        if ref_model is not None and args.loss_type not in NEEDS_REFERENCE:
+            raise ValueError(f"ref_model was given, and loss_type={args.loss_type!r} has none")
         if args.precompute_ref_log_probs and args.loss_type not in NEEDS_REFERENCE:
             raise ValueError(
                 f"precompute_ref_log_probs scores by a reference model, and loss_type="
@@ -193,12 +198,14 @@ class PROTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is scaled by the lists of a whole step
         self._usage = Usage(self.accelerator.device)
-        self._activations = Activations(self.accelerator.device, args.gradient_checkpointing)
+        self._activations = Activations(
+            self.accelerator.device, args.should_log and not args.gradient_checkpointing
+        )
         # One entry a batch since the last log line; None: a batch that counts for nothing.
         self._waiting: list[tuple[Tensor, Tensor, Preferences, Tensor | None] | None] = []
         self._not_finite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         self._own_metrics = compute_metrics
-        self.data_names = _names(train_dataset)  # for the model card
+        self.data_names = names  # for the model card
         for shown_by_transformers in (PrinterCallback, ProgressCallback):
             self.remove_callback(shown_by_transformers)
         for callback in (ProgressLine(), TermHint(), CurvesCallback()):
@@ -250,6 +257,12 @@ class PROTrainer(Trainer):
             # An evaluation before training marks the model as prepared, and accelerate would then
             # leave it without DistributedDataParallel: each process would train a model of its own.
             vars(self.model).pop("_is_accelerate_prepared", None)
+        if resumed and not (self.args.deepspeed or self.args.fsdp):
+            state = TrainerState.load_from_json(str(Path(resumed) / "trainer_state.json"))
+            if 0 < self.args.max_steps <= state.global_step:  # Trainer would take one step more
+                self._load_from_checkpoint(resumed)
+                self.state = state
+                return TrainOutput(state.global_step, math.nan, {"train_runtime": 0.0})
         return super().train(resume_from_checkpoint=resumed, **kwargs)
 
     def compute_loss(
@@ -447,8 +460,7 @@ class PROTrainer(Trainer):
         if not (self.args.precompute_ref_log_probs and self._referring):
             return
         folder = Path(self.args.output_dir)
-        lm = causal_lm(self.model if self.ref_model is None else self.ref_model)
-        about = f"{lm.config._name_or_path}, {lm.num_parameters()} parameters"
+        about = reference.fingerprint(self.model if self.ref_model is None else self.ref_model)
 
         def score(dataset: Any) -> Tensor:
             if self.ref_model is not None:
@@ -477,6 +489,11 @@ class PROTrainer(Trainer):
         known = inputs["preferences"].ref_logps
         if known is not None or not self._referring:
             return None if known is None else known.to(self.accelerator.device)
+        if self.ref_model is None and not hasattr(self._module(), "disable_adapter"):
+            raise ValueError(
+                "these lists have no log-probs of the reference model: precompute_ref_log_probs "
+                "scored train_dataset and eval_dataset, and let the model go"
+            )
         with torch.no_grad(), self.accelerator.autocast():
             if self.ref_model is not None:
                 return sequence_logps(self._opened_ref, inputs, self.args)[0]

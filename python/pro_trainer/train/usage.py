@@ -71,9 +71,9 @@ class Activations:
     Checkpointing keeps the input of each layer, and one layer's activations while it runs again.
     """
 
-    def __init__(self, device: torch.device, checkpointing: bool) -> None:
+    def __init__(self, device: torch.device, wanted: bool) -> None:
         self._device = device
-        self._done = checkpointing
+        self._done = not wanted
 
     @contextlib.contextmanager
     def measured(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
