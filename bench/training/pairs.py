@@ -36,8 +36,8 @@ def plain_loss(model: nn.Module, work: Workload) -> Tensor:
 def ours(work: Workload, form: str) -> TrainingStep:
     """pro_trainer's step with ``loss_type="dpo"``, given the reference log-probs."""
     from pro_trainer.batch.collate import PROCollator
-    from pro_trainer.train.options import LossOptions
     from pro_trainer.train.objective import batch_loss
+    from pro_trainer.train.options import LossOptions
 
     _check_pairs(work)
     opened = pk.OpenModel(work.model)

@@ -107,8 +107,8 @@ def _official(work: Workload, checkpointed: bool = False, **forward: Any) -> Tra
 def _ours(work: Workload, form: str, checkpointed: bool = False) -> TrainingStep:
     from pro_trainer.batch.collate import PROCollator
     from pro_trainer.batch.cost import SharingCost
-    from pro_trainer.train.options import LossOptions
     from pro_trainer.train.objective import batch_loss
+    from pro_trainer.train.options import LossOptions
 
     cost = SharingCost.from_model(work.model)
     opened = pk.OpenModel(work.model)
