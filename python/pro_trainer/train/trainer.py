@@ -49,6 +49,7 @@ from pro_trainer.models import (
     evaluating,
     load,
     load_tokenizer,
+    quiet,
 )
 from pro_trainer.train import card, checkpoints, faults, reference
 from pro_trainer.train.callbacks import CurvesCallback, ProgressLine, SamplesCallback, TermHint
@@ -433,7 +434,7 @@ class PROTrainer(Trainer):
                 f"step {self.state.global_step}: {len(bad)} weights are not finite ({bad[0]}, "
                 "...); stopped, and nothing saved"
             )
-        with appearing(folder) as writing:
+        with quiet(), appearing(folder) as writing:
             super()._save(str(writing), state_dict)
             card.write(writing, self)
             if self.args.sync_ref_model and "checkpoint-" in folder.name:
@@ -441,6 +442,10 @@ class PROTrainer(Trainer):
             if hasattr(self, "_run_identity"):
                 checkpoints.write_identity(writing, self._run_identity)
             checkpoints.remove_model(folder)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with quiet():  # a tied head is named as missing
+            super()._load_from_checkpoint(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card (README.md) into ``output_dir``."""
