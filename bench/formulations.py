@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pro_kernels as pk
 from bench.inputs import Inputs, case_loss
-from bench.losses import official_logps, official_loss, plain_logps
+from bench.losses import SFT, official_logps, official_loss, plain_logps
 from bench.step import Refused, Step, backward_step
 from pro_kernels import backends
 from pro_kernels.options import RankingOptions
@@ -83,7 +83,7 @@ def ours(
     if inputs.logits is not None:
         x, targets = inputs.logits, inputs.targets
         return backward_step(
-            lambda: pk.pro_loss(x, targets, inputs.rewards, backend=backend).loss,
+            lambda: pk.pro_loss(x, targets, inputs.rewards, backend=backend, **SFT).loss,
             inputs.leaves,
             logps=lambda: pk.token_logps(x, targets, backend=backend),
         )
@@ -109,7 +109,7 @@ def ours(
         if case.kind == "ce":
             return case_loss(inputs, logps())
         x = rows.flatten(0, 2) if with_layout else rows
-        return pk.linear_pro_loss(x, weight, targets, inputs.rewards, **options).loss
+        return pk.linear_pro_loss(x, weight, targets, inputs.rewards, **options, **SFT).loss
 
     return backward_step(loss, leaves, grad=case.kind != "score", logps=logps)
 

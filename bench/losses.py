@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 SFT_WEIGHT = 0.05
+# How the authors and the peers take the SFT term; our default is a mean over tokens.
+SFT = {"sft_weight": SFT_WEIGHT, "sft_reduction": "sum"}
 
 
 def ranking_loss(

@@ -95,5 +95,6 @@ def test_module_and_missing_trainer(monkeypatch, capsys):
     )
     assert out.returncode == 0 and "pro-kernels" in out.stdout
     monkeypatch.setitem(sys.modules, "pro_trainer.cli.commands", None)
+    monkeypatch.delattr("pro_trainer.cli.commands", raising=False)
     assert command.main(["train"]) == 2
     assert "train needs pro_trainer.cli.commands: pip install" in capsys.readouterr().err

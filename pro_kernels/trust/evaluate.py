@@ -50,7 +50,8 @@ def evaluate(
     if not problem.tokens_only:
         compat = "official" if problem.official else compat
         loss = getattr(library, f"{prefix}pro_loss")
-        out = loss(*args, problem.rewards, compat=compat, **head)
+        # The SFT term as the peers' formulations have it.
+        out = loss(*args, problem.rewards, compat=compat, sft_reduction="sum", **head)
         found.setdefault("log-probs", out.logps)
         found["loss"] = out.loss.detach()
         objective = UPSTREAM * out.loss

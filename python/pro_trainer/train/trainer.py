@@ -276,7 +276,7 @@ class PROTrainer(Trainer):
         """The loss of one batch, weighted as its share of the lists of the whole step."""
         preferences, layout = inputs["preferences"], inputs["layout"]
         ref_logps = self._reference_logps(model, inputs)
-        with self._activations.measured(model, inputs):
+        with self._activations.measured(self._module(), inputs):
             result = self._run(
                 model, lambda: batch_loss(self._opened, inputs, self.args, ref_logps)
             )
