@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -218,12 +219,20 @@ RUN = (
 )
 
 
+@pytest.fixture
+def short_folder():
+    """A folder whose sockets have names that Unix takes (107 bytes); pytest's own is too long."""
+    with tempfile.TemporaryDirectory(prefix="s") as folder:
+        yield folder
+
+
 @pytest.mark.parametrize(
     ("number", "code", "workers"), [(signal.SIGINT, 130, "1"), (signal.SIGTERM, 143, "1")]
 )
-def test_a_signal_ends_a_run_with_one_line_and_nothing_left(number, code, workers, tmp_path):
+def test_a_signal_ends_a_run_with_one_line_and_nothing_left(
+    number, code, workers, tmp_path, short_folder
+):
     """The signal reaches the data loader's processes too, as Ctrl-C and a scheduler's do."""
-    (tmp_path / "tmp").mkdir()
     argv = ["train", "--demo", "--output_dir", str(tmp_path / "out"), *QUICK, "--logging_steps"]
     argv += ["1", "--save_strategy", "steps", "--save_steps", "2", "--disable_tqdm", "true"]
     argv += ["--max_steps", "100000", "--save_total_limit", "1"]
@@ -235,7 +244,7 @@ def test_a_signal_ends_a_run_with_one_line_and_nothing_left(number, code, worker
         text=True,
         start_new_session=True,
         cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
+        env=os.environ | {"TMPDIR": short_folder},
     )
     try:
         while not process.stdout.readline().startswith("step 3/"):
@@ -251,7 +260,7 @@ def test_a_signal_ends_a_run_with_one_line_and_nothing_left(number, code, worker
     assert said.startswith("interrupted at step ")
     assert said.endswith(f"; --resume_from_checkpoint auto goes on from {kept.name}")
     assert last_whole(tmp_path / "out") == kept
-    assert {p.name.partition("_")[0] for p in (tmp_path / "tmp").iterdir()} <= {"torchinductor"}
+    assert {p.name.partition("_")[0] for p in Path(short_folder).iterdir()} <= {"torchinductor"}
 
 
 def test_ctrl_c_elsewhere_is_one_line_too(data_file, monkeypatch, capsys):
