@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,8 @@ def load(
     options = options or ModelOptions()
     quantization = options.quantization()
     how = {"trust_remote_code": options.trust_remote_code}
+    if os.path.exists(path):  # adapters keep it, and are found from any folder
+        path = os.path.abspath(path)
     with quiet():
         try:
             kind = AutoModelForCausalLM
