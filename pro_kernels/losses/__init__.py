@@ -41,7 +41,7 @@ from .cpo import cpo
 from .dpo import dpo
 from .dpo_pl import dpo_pl
 from .ipo import ipo
-from .lipo_lambda import lipo_lambda
+from .lipo_lambda import MAX_EXPONENT, lipo_lambda
 from .listnet import listnet
 from .orpo import orpo
 from .plackett_luce import plackett_luce
@@ -69,7 +69,7 @@ LOSSES: dict[str, LossFn] = {
     "lipo_lambda": lipo_lambda,
 }
 
-__all__ = ["LOSSES", "LossFn", "gap_fault", "get_loss"]
+__all__ = ["LOSSES", "MAX_EXPONENT", "LossFn", "gap_fault", "get_loss"]
 
 
 def get_loss(name: str) -> LossFn:

@@ -136,6 +136,9 @@ def test_reward_gaps_are_what_counts_and_must_suit_the_loss(write_lines, tmp_pat
         with pytest.raises(DataError, match=f":2: rewards .* too {wrong} lie in"):
             read_for(rewards, reward_scale=scale)
         assert read_for(rewards, reward_scale=scale, temperature="1")  # the order alone
+    with pytest.raises(DataError, match=r":2: rewards 0 to 65 are too large for the gain 2\^rew"):
+        read_for([65, 0], loss_type="lipo_lambda")
+    assert read_for([65, 0], loss_type="lipo_lambda", gain="linear")
 
 
 def test_candidate_cap_keeps_best_and_worst_evenly_spaced():

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pro_kernels.losses import gap_fault
 from pro_trainer.data.choose import choose
 from pro_trainer.data.fields import DataError, Text, kind
 from pro_trainer.data.formats import parse_record, shared
@@ -135,15 +134,13 @@ def _gaps(rewards: tuple[float, ...] | None, options: DataOptions) -> list[float
     """How far each reward lies below the best one of its list: what losses tell apart.
 
     Raises:
-        DataError: they do not suit the loss, where the options name one that reads gaps.
+        DataError: they do not suit the loss, where the options name one.
     """
     if rewards is None:
         return None
-    gaps = [reward - max(rewards) for reward in rewards]
-    if hasattr(options, "ranks_only") and not options.ranks_only():  # as ``PROConfig`` has it
-        if fault := gap_fault(-min(gaps), options.reward_scale or 1.0):
-            raise DataError(f"rewards {min(rewards):g} to {max(rewards):g} are {fault}")
-    return gaps
+    if fault := options.reward_fault(rewards):
+        raise DataError(f"rewards {min(rewards):g} to {max(rewards):g} are {fault}")
+    return [reward - max(rewards) for reward in rewards]
 
 
 def _without_empty_and_repeated(ranked: RankedList, report: DataReport) -> RankedList:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -32,3 +33,7 @@ class DataOptions:
         "A list whose candidates answer different dialogues: drop it and count it, or keep it, "
         "each candidate after its own prompt (as the authors' code does).",
     )
+
+    def reward_fault(self, rewards: Sequence[float]) -> str | None:
+        """Why the loss cannot take these rewards of a list; None, where no loss is known."""
+        return None

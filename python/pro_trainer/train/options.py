@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -137,6 +138,20 @@ class LossOptions:
         """Whether the loss, and so the ranking, is on mean log-probabilities of a token."""
         own = self._own_options()
         return bool(self.given().get("length_normalize", own.get("length_normalize", True)))
+
+    def reward_fault(self, rewards: Sequence[float]) -> str | None:
+        """Why the loss cannot take these rewards of a list, or None."""
+        if self.ranks_only():
+            return None
+        from pro_kernels.losses import MAX_EXPONENT, gap_fault
+
+        exponents = self.loss_type == "lipo_lambda" and self.gain != "linear"
+        if exponents and max(rewards) > MAX_EXPONENT:
+            return (
+                f"too large for the gain 2^reward of lipo_lambda, which takes {MAX_EXPONENT} at "
+                "most: scale them to [0, 1], or give gain='linear'"
+            )
+        return gap_fault(max(rewards) - min(rewards), self.reward_scale or 1.0)
 
     def ranks_only(self) -> bool:
         """Whether the loss takes only the order from rewards, and not their gaps."""
