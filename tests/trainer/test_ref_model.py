@@ -116,10 +116,16 @@ def _after_one(tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "wrong"),
     [
-        ({"sync_ref_model": True}, "sync_ref_model moves a reference model, and loss_type='pro'"),
-        ({"ref_model": torch.nn.Linear(1, 1)}, "ref_model was given, and loss_type='pro' has none"),
-        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs scores by a reference"),
-        ({"loss_type": "dpo", "sync_ref_model": True, "peft_config": True}, "model with adapters"),
+        (
+            {"sync_ref_model": True},
+            "sync_ref_model is about a reference model, and loss_type='pro'",
+        ),
+        ({"ref_model": torch.nn.Linear(1, 1)}, "ref_model is about a reference model, and"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs is about a reference"),
+        (
+            {"loss_type": "dpo", "sync_ref_model": True, "peft_config": True},
+            "model with adapters has none",
+        ),
     ],
 )
 def test_what_has_no_reference_is_refused(options, wrong, tmp_path):

@@ -14,13 +14,35 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from pro_trainer.files import appearing
+from pro_trainer.train.config import PROConfig
 from pro_trainer.train.distributed import describe_lists
+from pro_trainer.train.options import NEEDS_REFERENCE
 
 if TYPE_CHECKING:
     import datasets
 
 COLUMN = "ref_logps"
 FOLDER = "ref_model"  # of a checkpoint, where the reference model moves
+
+
+def check(args: PROConfig, ref_model: Any, adapted: bool) -> None:
+    """Raise TypeError or ValueError for a reference model that cannot be, or that is not there.
+
+    ``adapted``: the model has adapters, and is its own reference without them.
+    """
+    if ref_model is not None and not isinstance(ref_model, nn.Module):
+        raise TypeError(f"ref_model must be a model, got {type(ref_model).__name__}")
+    if args.loss_type not in NEEDS_REFERENCE:
+        given = [n for n in ("sync_ref_model", "precompute_ref_log_probs") if getattr(args, n)]
+        if given or ref_model is not None:
+            raise ValueError(
+                f"{(given or ['ref_model'])[0]} is about a reference model, and loss_type="
+                f"{args.loss_type!r} has none"
+            )
+    if args.sync_ref_model and adapted:
+        raise ValueError(
+            "sync_ref_model moves a reference model, and a model with adapters has none of its own"
+        )
 
 
 def fingerprint(model: nn.Module) -> str:

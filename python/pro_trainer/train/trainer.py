@@ -140,8 +140,8 @@ class PROTrainer(Trainer):
                 "launch), or show it one (CUDA_VISIBLE_DEVICES)"
             )
         describe_backend(args, args.device, lm.dtype)
-        if ref_model is not None and not isinstance(ref_model, nn.Module):
-            raise TypeError(f"ref_model must be a model, got {type(ref_model).__name__}")
+        adapted = peft_config is not None or hasattr(model, "disable_adapter")
+        reference.check(args, ref_model, adapted)
         if isinstance(train_dataset, Mapping):
             raise ValueError(
                 f"train_dataset must be one data set, got a dict of {sorted(train_dataset)}"
@@ -160,17 +160,6 @@ class PROTrainer(Trainer):
         self._referring = args.loss_type in NEEDS_REFERENCE and not (
             ref_model is None and train_dataset is None
         )
-        adapted = hasattr(model, "disable_adapter")
-        if args.sync_ref_model and (adapted or args.loss_type not in NEEDS_REFERENCE):
-            what = "a model with adapters" if adapted else f"loss_type={args.loss_type!r}"
-            raise ValueError(f"sync_ref_model moves a reference model, and {what} has none")
-        if ref_model is not None and args.loss_type not in NEEDS_REFERENCE:
-            raise ValueError(f"ref_model was given, and loss_type={args.loss_type!r} has none")
-        if args.precompute_ref_log_probs and args.loss_type not in NEEDS_REFERENCE:
-            raise ValueError(
-                f"precompute_ref_log_probs scores by a reference model, and loss_type="
-                f"{args.loss_type!r} has none"
-            )
         if self._referring and not adapted and not args.precompute_ref_log_probs:
             ref_model = ref_model or copy.deepcopy(model)
         with gathered(model):
