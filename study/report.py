@@ -5,11 +5,6 @@ What the page claims is put into words by comparing numbers, so it holds whateve
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import os
-import platform
-import subprocess
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +12,8 @@ from typing import Any
 
 import torch
 
+from bench import record
+from pro_kernels.losses import LOSSES
 from pro_trainer.evaluate.compare import Difference, compare, intervals
 from pro_trainer.evaluate.metrics import ListStatistics, list_statistics
 from pro_trainer.evaluate.plots import draw_intervals
@@ -99,6 +96,27 @@ def by_length(runs: Sequence[Mapping[str, Any]]) -> float:
     return list_statistics(lengths, scores.rewards, scores.mask).metrics()["pairwise_accuracy"]
 
 
+def terms(runs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """SFT term and loss of the base model at n = 2, 4, ..., as a sum and as a mean."""
+    scores = scores_from(_by_method(runs)["base"][0])
+    whole = scores.mask.all(1)
+    order = scores.rewards[whole].argsort(dim=1, descending=True, stable=True)
+    most, rows = order.shape[1], []
+    for n in (n for n in (2, 4, 8) if n <= most):
+        at = order[:, [round(i * (most - 1) / (n - 1)) for i in range(n)]]
+        logps, lengths, rewards = (
+            x[whole].gather(1, at) for x in (scores.logps, scores.lengths, scores.rewards)
+        )
+        row: list[Any] = [n]
+        for reduction in ("sum", "mean"):
+            loss, found = LOSSES["pro"](
+                logps, lengths, rewards=rewards, sft_reduction=reduction, equal_rewards="keep"
+            )
+            row += [f"{found['sft_loss'].item():.1f}", f"{loss.item():.1f}"]
+        rows.append(row)
+    return rows
+
+
 def page(results: Mapping[str, Any]) -> str:
     """The whole page, Markdown."""
     settings, runs, facts = results["settings"], results["runs"], results["facts"]
@@ -169,7 +187,15 @@ def page(results: Mapping[str, Any]) -> str:
             if against[base]
             for part in (f"Minus {title}, on the same lists:", _difference_table(against[base]))
         ),
-        "Each seed by itself, pairwise accuracy:",
+        "## Why the SFT term is a mean by default",
+        _text(
+            "The SFT term of PRO and the whole loss on the held-out lists before training, with "
+            "the term as a sum over tokens (the paper) and as a mean. Of each list the best, the "
+            "worst and those evenly between them are taken."
+        ),
+        markdown_table(["candidates", "term, summed", "loss", "term, mean", "loss"], terms(runs)),
+        "## Each seed",
+        "Pairwise accuracy, and minutes of training (with whatever else ran on the machine):",
         markdown_table(["", "seed", "pairwise accuracy", "minutes"], _by_seed(runs)),
         "## How it was run",
         f"    {facts['command']}",
@@ -177,9 +203,9 @@ def page(results: Mapping[str, Any]) -> str:
             f"{facts['machine']}; {facts['precision']}; {facts['processes']} processes of one "
             "thread. "
             + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-            + f", Python {facts['python']}; commit {facts['commit'] or 'unknown'}"
+            + f", Python {facts['python']}; commit {(facts['commit'] or 'unknown')[:12]}"
             + (" with uncommitted changes" if facts["modified"] else "")
-            + f"; {facts['date']}."
+            + f"; {facts['date'][:10]}."
         ),
     ]
     return "\n\n".join(parts) + "\n"
@@ -221,18 +247,12 @@ def findings(
 
 def facts(processes: int, command: str) -> dict[str, Any]:
     """On what the study runs."""
-    root = Path(__file__).resolve().parent.parent
     bf16 = torch.cpu._is_avx512_bf16_supported()
     return {
+        **record.facts(torch.device("cpu"), _PACKAGES),
         "command": command,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} threads",
-        "precision": "bf16 autocast (AVX-512)" if bf16 else "fp32",
+        "precision": "bf16 autocast" if bf16 else "fp32",
         "processes": processes,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "commit": _git(root, "rev-parse", "--short=12", "HEAD"),
-        "modified": bool(_git(root, "status", "--porcelain")),
     }
 
 
@@ -298,24 +318,6 @@ def _verdict(difference: Difference) -> str:
     if difference.low > 0:
         return "Better than"
     return "Worse than" if difference.high < 0 else "Not told apart from"
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _text(paragraph: str) -> str:

@@ -76,6 +76,8 @@ def with_log_probs(
             if stored.metadata() == about:
                 logps = stored.get_tensor(COLUMN)
     if logps is None:
+        if keep:
+            print(f"scoring {len(dataset)} lists by the reference model", flush=True)
         logps = score(dataset).float().contiguous()
         if keep:
             with appearing(file.parent) as writing:
