@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pro_trainer.models import load
+from pro_trainer.models import load, load_tokenizer
 from pro_trainer.options import ModelOptions
 from pro_trainer.prepare.output import file_identity, write_json
 from pro_trainer.text.store import load_dataset, split_held_out
@@ -45,8 +45,9 @@ METHODS: dict[str, dict[str, Any]] = {
 class Settings:
     """Sizes of the study; each method takes ``lists / batch`` optimizer steps."""
 
-    seeds: tuple[int, ...] = (1, 2)
-    one_seed: tuple[str, ...] = ("pro_2", "pro_8", "pro_4_sum")  # with the first seed only
+    seeds: tuple[tuple[str, int], ...] = (  # how many each method is run with
+        ("sft", 2), ("dpo", 2), ("pro_2", 1), ("pro_4", 2), ("pro_8", 1), ("pro_4_sum", 1),
+    )  # fmt: skip
     lists: int = 128
     batch: int = 4
     held_out_share: float = 0.16
@@ -71,10 +72,10 @@ class Run:
 
 def runs(settings: Settings) -> list[Run]:
     """All of them: the first seed of every method before any second one, long runs first."""
+    long_first = sorted(settings.seeds, key=lambda entry: -METHODS[entry[0]]["candidates"])
     found = [Run("base", 0)]
-    for i, seed in enumerate(settings.seeds):
-        of_seed = [m for m in METHODS if i == 0 or m not in settings.one_seed]
-        found += [Run(m, seed) for m in sorted(of_seed, key=lambda m: -METHODS[m]["candidates"])]
+    for seed in range(1, 1 + max(count for _, count in settings.seeds)):
+        found += [Run(method, seed) for method, count in long_first if seed <= count]
     return found
 
 
@@ -93,6 +94,7 @@ def study(
         "data": [Path(data).name, file_identity(data)],
     }
     same = json.loads(json.dumps(same))
+    lists_of(data, load_tokenizer(model), settings, settings.candidates)  # bad data shows now
     folder.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs(settings) if _read(folder, run, same) is None]
     started = time.monotonic()
@@ -101,8 +103,13 @@ def study(
     alone = {"max_tasks_per_child": 1} if sys.version_info >= (3, 11) else {}
     with ProcessPoolExecutor(processes, context, _one_thread, **alone) as pool:
         futures = [pool.submit(_job, model, data, settings, run, folder, same) for run in missing]
-        for future in as_completed(futures):
-            print(f"{future.result()}: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
+        try:
+            for future in as_completed(futures):
+                minutes = (time.monotonic() - started) / 60
+                print(f"{future.result()}: {minutes:.1f} minutes", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     done = [_read(folder, run, same) for run in runs(settings)]
     return {**same, "runs": done}
 
