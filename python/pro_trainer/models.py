@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,18 +239,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars or load reports of transformers: what matters is raised."""
+    """No progress bars or load reports of transformers and datasets: what matters is raised."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    datasets = sys.modules.get("datasets")  # an optional package
+    of_datasets = datasets is not None and not datasets.are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if of_datasets:
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+        if of_datasets:
+            datasets.enable_progress_bars()
 
 
 def first_line(error: Exception) -> str:

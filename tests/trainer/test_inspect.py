@@ -108,13 +108,17 @@ def test_a_run_is_evaluated_with_its_own_options(model, write_lines, tmp_path, c
     assert "must be a JSON object with the options of a run" in capsys.readouterr().err
 
 
+def trained(model, data, tmp_path, loss_type, beta):
+    """What evaluates a run of one step, and the run's folder."""
+    out = str(tmp_path / "run")
+    argv = ["--model", model, "--data", data, "--loss_type", loss_type, "--beta", beta,
+            "--max_steps", "1", "--output_dir", out, "--max_length", "200"]  # fmt: skip
+    assert commands.train(argv) == 0
+    return ["--model", out, "--data", data, "--output_dir", str(tmp_path / "eval")], out
+
+
 def test_a_run_is_compared_with_the_model_it_started_from(model, write_lines, tmp_path, capsys):
-    data, out = write_lines(*RECORDS), str(tmp_path / "run")
-    train = ["--model", model, "--data", data, "--loss_type", "dpo", "--beta", "0.2",
-             "--max_steps", "1", "--output_dir", out,
-             "--max_length", "200"]  # fmt: skip
-    assert commands.train(train) == 0
-    argv = ["--model", out, "--data", data, "--output_dir", str(tmp_path / "eval")]
+    argv, out = trained(model, write_lines(*RECORDS), tmp_path, "dpo", "0.2")
     assert commands.evaluate(argv) == 0
     assert f"# Evaluation of {out} against {model}" in capsys.readouterr().out
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
@@ -147,12 +151,7 @@ def test_quantised_weights_need_adapters_and_bitsandbytes(model, write_lines, ca
 def test_a_loss_that_is_named_takes_no_options_of_the_runs_own(
     model, write_lines, tmp_path, capsys
 ):
-    data, out = write_lines(*RECORDS), str(tmp_path / "run")
-    train = ["--model", model, "--data", data, "--loss_type", "simpo", "--beta", "1.5",
-             "--max_steps", "1", "--output_dir", out,
-             "--max_length", "200"]  # fmt: skip
-    assert commands.train(train) == 0
-    argv = ["--model", out, "--data", data, "--output_dir", str(tmp_path / "eval")]
+    argv, _ = trained(model, write_lines(*RECORDS), tmp_path, "simpo", "1.5")
     assert commands.evaluate([*argv, "--loss-type=pro"]) == 0
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())["options"]
     assert (found["loss_type"], found["beta"], found["max_length"]) == ("pro", None, 200)

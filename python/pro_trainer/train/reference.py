@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from pro_trainer.files import appearing
+from pro_trainer.models import quiet
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.distributed import describe_lists
 from pro_trainer.train.options import NEEDS_REFERENCE
@@ -84,7 +85,8 @@ def with_log_probs(
                 save_file({COLUMN: logps}, writing / file.name, about)
     counts = (len(row) for row in dataset["completions"])
     rows = [row[:n] for row, n in zip(logps.tolist(), counts, strict=True)]
-    found = dataset.add_column(COLUMN, rows)
+    with quiet():
+        found = dataset.add_column(COLUMN, rows)
     if hasattr(dataset, "temporary_folder"):  # goes with the last data set that reads from it
         found.temporary_folder = dataset.temporary_folder
     return found
