@@ -24,7 +24,7 @@ from bench.peers import require
 from bench.record import Record, facts
 from bench.step import Refused, Step
 from bench.timing import Timer, paired, quartiles
-from pro_kernels.integrations.trl import accelerate_trl, restore_trl
+from pro_kernels.models.trl import accelerate_trl, restore_trl
 
 BLOCK = "attached"
 FOLDER = Path(__file__).resolve().parent / "results" / "attached"

@@ -19,7 +19,7 @@ from torch import Tensor
 import pro_kernels as pk
 from bench.peaked import Peaked, trained, zipf
 from bench.record import Record, facts
-from pro_kernels import matmul
+from pro_kernels.fused import matmul
 
 BLOCK = "filter"
 TAUS = tuple(2.0**-k for k in range(4, 13))

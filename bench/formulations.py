@@ -17,8 +17,8 @@ from bench.inputs import Inputs, case_loss
 from bench.losses import SFT, official_logps, official_loss, plain_logps
 from bench.step import Refused, Step, backward_step
 from pro_kernels import backends
+from pro_kernels.fused.planner import make_plan
 from pro_kernels.options import RankingOptions
-from pro_kernels.planner import make_plan
 
 # Budgets that a tier is looked for in: powers of two.
 _BUDGETS = tuple(1 << k for k in range(10, 40))
@@ -122,7 +122,7 @@ def _budget_of_tier(inputs: Inputs, tier: str) -> int:
     tokens = (inputs.targets != -100).sum((1, 2)).tolist()
     for budget in _BUDGETS if tier == "T3" else reversed(_BUDGETS):
         plan = make_plan(
-            case.scored, case.H, case.V, case.torch_dtype, inputs.device, need_hidden=True,
+            case.scored, (case.V, case.H, case.torch_dtype), inputs.device, need_hidden=True,
             need_weight=True, budget=budget, prompt_tokens=tuple(tokens), hidden_rows=case.tokens,
         )  # fmt: skip
         if plan.tier == tier:

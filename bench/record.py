@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from bench.cases import Case
-from pro_kernels import env, matmul
+from pro_kernels.fused import matmul
+from pro_kernels.selfcheck import env
 
 SCHEMA = 2
 # Why a row has no numbers where the time was over.

@@ -10,8 +10,8 @@ from bench.inputs import Inputs
 from bench.providers import Provider, all_providers
 from bench.step import Refused, describe
 from pro_kernels.options import OFFICIAL_EPS
-from pro_kernels.trust.cases import Problem
-from pro_kernels.trust.evaluate import UPSTREAM
+from pro_kernels.selfcheck.trust.cases import Problem
+from pro_kernels.selfcheck.trust.evaluate import UPSTREAM
 
 _OFFICIAL = "official"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

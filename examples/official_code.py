@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import tiny
-from pro_kernels.integrations.official import compute_loss
+from pro_kernels.models.official import compute_loss
 
 
 def batch() -> dict[str, torch.Tensor]:

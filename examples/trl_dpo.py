@@ -10,7 +10,7 @@ from transformers import ByT5Tokenizer
 from trl import DPOConfig, DPOTrainer
 
 import tiny
-from pro_kernels.integrations.trl import accelerate_trl, restore_trl
+from pro_kernels.models.trl import accelerate_trl, restore_trl
 
 
 def main(steps: int = 4) -> list[float]:

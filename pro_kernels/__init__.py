@@ -6,9 +6,11 @@ states and LM-head weight to the listwise ranking loss and its gradients, logits
 
 from pro_kernels import backends, losses, reference
 from pro_kernels._version import __version__
-from pro_kernels.attach import OpenModel, attach, detach
-from pro_kernels.functional import linear_pro_loss, linear_token_logps, pro_loss, token_logps
+from pro_kernels.api import linear_pro_loss, linear_token_logps, pro_loss, token_logps
+from pro_kernels.distinct.decoder import distinct_rows
+from pro_kernels.distinct.tree import TokenTree
 from pro_kernels.layout import Layout
+from pro_kernels.models.attach import OpenModel, attach, detach
 from pro_kernels.output import PROOutput
 
 __all__ = [
@@ -17,8 +19,10 @@ __all__ = [
     "Layout",
     "OpenModel",
     "PROOutput",
+    "TokenTree",
     "attach",
     "detach",
+    "distinct_rows",
     "linear_pro_loss",
     "linear_token_logps",
     "losses",

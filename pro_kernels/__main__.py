@@ -11,14 +11,14 @@ import importlib
 import sys
 from pathlib import Path
 
+from pro_kernels.options import SettingError
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code (2 for a wrong call)."""
     try:
         return _run(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
-        if not str(error).startswith("PRO_KERNELS_"):  # what the environment may not say
-            raise
+    except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -37,18 +37,18 @@ def _run(argv: list[str]) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command == "env":
-        from pro_kernels import env
+        from pro_kernels.selfcheck import env
 
         return env.run(args.json)
     if args.full:
         if args.json is not None:
             parser.error("--json belongs to the short check; --full writes trust.json into --out")
-        from pro_kernels.trust import report
+        from pro_kernels.selfcheck.trust import report
 
         return report.run(args.out or Path("trust-report"))
     if args.out is not None:
         parser.error("--out belongs to check --full")
-    from pro_kernels import check
+    from pro_kernels.selfcheck import check
 
     return check.run(args.json)
 

@@ -11,17 +11,17 @@ prompts.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pro_kernels.options import IGNORE_INDEX
+from pro_kernels.validate import check_candidate_mask, check_targets
 
 # So few targets Python goes through faster than a dozen small operations do.
 _HOST_TOKENS = 256
@@ -43,6 +43,7 @@ class Layout:
         candidate_tokens: scored tokens of each candidate of each prompt, on the host, so that
             rewards can be checked without waiting for a device; None in the dense form. Sequences
             are numbered in this order.
+        vocab_size: all targets are known to lie below it; None: they were not looked at.
         shared_rows: whether a row is read by more than one token.
     """
 
@@ -55,6 +56,7 @@ class Layout:
     prompt_tokens: tuple[int, ...]
     shared_rows: bool = False
     candidate_tokens: tuple[tuple[int, ...], ...] | None = None
+    vocab_size: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -71,6 +73,10 @@ class Layout:
         """Where the tensors are."""
         return self.targets.device
 
+    def checked_for(self, vocab: int) -> bool:
+        """Whether all targets are known to lie in [0, vocab)."""
+        return self.vocab_size is not None and self.vocab_size <= vocab
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
         """The same layout with its tensors on ``device``."""
         return self._with_tensors(lambda x: x.to(device, non_blocking=non_blocking))
@@ -80,11 +86,58 @@ class Layout:
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Layout:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changed: dict[str, Any] = {
-            name: change(x) for name, x in fields.items() if isinstance(x, Tensor)
-        }
-        return dataclasses.replace(self, **changed)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        changed: dict[str, Any] = {name: change(x) for name, x in tensors.items()}
+        return replace(self, **changed)
+
+    def present(self, candidate_mask: Tensor | None) -> Layout:
+        """Less the tokens of candidates outside the mask (B, n).
+
+        Where the host does not know which these are, they stay as tokens of no candidate, and
+        ``blanked`` clears their hidden states.
+        """
+        if candidate_mask is None:
+            return self
+        check_candidate_mask(candidate_mask, self.shape)
+        tokens = self.candidate_tokens
+        if tokens is None or candidate_mask.device.type != "cpu" or torch.compiler.is_compiling():
+            absent = ~candidate_mask.to(self.device, non_blocking=True)
+            sequences = self.sequences.masked_fill(absent, -1)
+            return replace(self, sequences=sequences, candidate_tokens=None)
+        mask = zip(tokens, candidate_mask.tolist(), strict=True)
+        there = [x for prompt, row in mask for x in row[: len(prompt)]]
+        before = list(itertools.chain(*tokens))
+        lengths = [m * x for m, x in zip(before, there, strict=True)]
+        if lengths == before:
+            return self
+        ends = [0, *itertools.accumulate(lengths)]
+        made = [torch.tensor(x, device="cpu") for x in (there, before, ends, lengths)]
+        made[1] = torch.repeat_interleave(made[0], made[1]).nonzero()[:, 0]
+        kept, offsets, counts = (x.to(self.device, non_blocking=True) for x in made[1:])
+        return replace(
+            self,
+            rows=kept if self.rows is None else self.rows[kept],
+            targets=self.targets[kept],
+            offsets=offsets,
+            lengths=counts,
+            **_known(lengths, map(len, tokens)),
+        )
+
+    def blanked(self, hidden: Tensor) -> Tensor:
+        """Hidden states (R, H), 0 where no candidate has a token; NaN times 0 would not be."""
+        there = hidden.new_ones(self.sequences.numel())
+        there = by_token(there, self.offsets, self.sequences, self.num_tokens)
+        if self.rows is not None:
+            read = there.new_zeros(self.num_rows)
+            there = read.scatter_reduce(0, self.rows, there, "amax")
+        return torch.where(there[:, None] > 0, hidden, 0)
+
+    def by_position(self, values: Tensor) -> Tensor:
+        """Values (..., N) of the scored rows as (..., R), 0 elsewhere."""
+        if self.rows is None:
+            return values
+        whole = values.new_zeros((*values.shape[:-1], self.num_rows))
+        return whole.index_copy(-1, self.rows, values)
 
     @classmethod
     def from_padded(
@@ -120,18 +173,9 @@ class Layout:
         if targets.device.type == "cpu" and targets.numel() <= _HOST_TOKENS:
             return cls._padded_on_host(targets, ignore_index, vocab_size)
         flat = targets.reshape(-1)
-        offsets = torch.arange(b * n + 1, device=flat.device) * t
-        return cls._compact(
-            None,
-            flat,
-            offsets,
-            torch.arange(b * n, device=flat.device).view(b, n),
-            [n] * b,
-            flat.numel(),
-            ignore_index,
-            vocab_size,
-            shared_rows=False,
-        )
+        offsets, sequences = _even(b, n, t, flat.device)
+        found = _compact(None, flat, offsets, [n] * b, ignore_index, vocab_size)
+        return cls(**found, sequences=sequences, num_rows=flat.numel())
 
     @classmethod
     def from_packed(
@@ -208,29 +252,27 @@ class Layout:
             raise ValueError(
                 f"rows must lie in [0, {num_rows}), got {int(rows.min())} ... {int(rows.max())}"
             )
+        offsets = cu_seqlens.long().to(targets.device)
         if shift:
-            shifted = torch.full_like(targets, ignore_index)
-            shifted[:-1] = targets[1:]
-            last = cu_seqlens[1:][cu_seqlens.diff() > 0] - 1
-            shifted[last.long()] = ignore_index
-            targets = shifted
-        n = max([1, *counts])
-        sequences = torch.full((len(counts), n), -1, dtype=torch.int64)
-        first = 0
-        for prompt, count in enumerate(counts):
-            sequences[prompt, :count] = torch.arange(first, first + count)
-            first += count
-        return cls._compact(
-            rows.long(),
-            targets,
-            cu_seqlens.long().to(targets.device),
-            sequences.to(targets.device),
-            counts,
-            num_rows,
-            ignore_index,
-            vocab_size,
-            shared_rows,
+            targets = shift_targets(targets, ignore_index)
+            targets[offsets[1:][offsets.diff() > 0] - 1] = ignore_index
+        found = _compact(rows.long(), targets, offsets, counts, ignore_index, vocab_size)
+        n, numbers = max([1, *counts]), iter(range(len(ends) - 1))
+        of_prompts = [[*itertools.islice(numbers, count), *[-1] * (n - count)] for count in counts]
+        sequences = torch.tensor(of_prompts, dtype=torch.int64).view(len(counts), n)
+        return cls(
+            **found,
+            sequences=sequences.to(targets.device),
+            num_rows=num_rows,
+            shared_rows=shared_rows,
         )
+
+    @classmethod
+    def of_targets(cls, targets: Tensor, ignore_index: int, vocab: int | None) -> Layout:
+        """Compact, or of fixed sizes while compiling (nothing may depend on data then)."""
+        if torch.compiler.is_compiling():
+            return cls.dense(targets, ignore_index)
+        return cls.from_padded(targets, ignore_index=ignore_index, vocab_size=vocab)
 
     @classmethod
     def dense(cls, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Layout:
@@ -240,13 +282,13 @@ class Layout:
         tokens stay in the token list. The head ops drop them inside, for which a GPU waits.
         """
         b, n, t = targets.shape
-        live = targets != ignore_index
+        offsets, sequences = _even(b, n, t, targets.device)
         return cls(
             rows=None,
             targets=mark_unscored(targets, ignore_index).reshape(-1),
-            offsets=torch.arange(b * n + 1, device=targets.device) * t,
-            lengths=live.sum(-1).reshape(-1),
-            sequences=torch.arange(b * n, device=targets.device).view(b, n),
+            offsets=offsets,
+            lengths=(targets != ignore_index).sum(-1).reshape(-1),
+            sequences=sequences,
             num_rows=b * n * t,
             prompt_tokens=(n * t,) * b,
         )
@@ -258,16 +300,9 @@ class Layout:
         ``lengths`` (B, n): how many tokens each is the sum of. No row is predicted from.
         """
         b, n = lengths.shape
-        at = torch.arange(b * n + 1, device=lengths.device)
-        return cls(
-            rows=None,
-            targets=torch.full_like(at[:-1], IGNORE_INDEX),
-            offsets=at,
-            lengths=lengths.reshape(-1),
-            sequences=at[:-1].view(b, n),
-            num_rows=0,
-            prompt_tokens=(n,) * b,
-        )
+        offsets, sequences = _even(b, n, 1, lengths.device)
+        nothing = torch.full_like(offsets[1:], IGNORE_INDEX)
+        return cls(None, nothing, offsets, lengths.reshape(-1), sequences, 0, (n,) * b)
 
     @classmethod
     def _padded_on_host(cls, targets: Tensor, ignore_index: int, vocab_size: int | None) -> Layout:
@@ -285,52 +320,47 @@ class Layout:
         parts = rows, scored, offsets, lengths, range(b * n)
         # ``torch.tensor`` would take three times as long as all the rest.
         whole = torch.frombuffer(array("q", itertools.chain(*parts)), dtype=torch.int64)
-        tensors = whole.split([len(part) for part in parts])
-        per_prompt = tuple(tuple(lengths[i : i + n]) for i in range(0, b * n, n))
-        return cls(
-            rows=tensors[0],
-            targets=tensors[1],
-            offsets=tensors[2],
-            lengths=tensors[3],
-            sequences=tensors[4].view(b, n),
-            num_rows=b * n * t,
-            prompt_tokens=tuple(map(sum, per_prompt)),
-            candidate_tokens=per_prompt,
-        )
+        kept, found, ends, counts, numbers = whole.split([len(part) for part in parts])
+        known = _known(lengths, [n] * b)
+        known |= {"num_rows": b * n * t, "vocab_size": vocab_size}
+        return cls(kept, found, ends, counts, numbers.view(b, n), **known)
 
-    @classmethod
-    def _compact(
-        cls,
-        rows: Tensor | None,  # None: token i is row i
-        targets: Tensor,
-        offsets: Tensor,
-        sequences: Tensor,
-        counts: list[int],
-        num_rows: int,
-        ignore_index: int,
-        vocab_size: int | None,
-        shared_rows: bool,
-    ) -> Layout:
-        """Drop unscored tokens. One device-to-host copy in all, none for CPU tensors."""
-        targets = targets.long()
-        if counts and offsets.shape[0] == 1:  # an empty sequence, nobody's, so that indexing works
-            offsets = offsets.repeat(2)
-        scored_of = _scored_on_cpu if targets.device.type == "cpu" else _scored
-        kept, scored, new_offsets, host = scored_of(targets, offsets, ignore_index, vocab_size)
-        firsts = [0, *itertools.accumulate(counts)]
-        lengths = [b - a for a, b in itertools.pairwise(host)]
-        per_prompt = tuple(tuple(lengths[a:b]) for a, b in itertools.pairwise(firsts))
-        return cls(
-            rows=kept if rows is None else rows[kept],
-            targets=scored,
-            offsets=new_offsets,
-            lengths=new_offsets.diff(),
-            sequences=sequences,
-            num_rows=num_rows,
-            prompt_tokens=tuple(map(sum, per_prompt)),
-            shared_rows=shared_rows,
-            candidate_tokens=per_prompt,
-        )
+
+def _even(b: int, n: int, t: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Offsets and sequences where each of n candidates of b prompts has t tokens."""
+    numbers = torch.arange(b * n + 1, device=device)
+    return numbers * t, numbers[:-1].view(b, n)
+
+
+def _known(lengths: list[int], counts: Iterable[int]) -> dict[str, Any]:
+    """What a layout says on the host, of the tokens of all candidates and those of each prompt."""
+    firsts = [0, *itertools.accumulate(counts)]
+    per_prompt = tuple(tuple(lengths[a:b]) for a, b in itertools.pairwise(firsts))
+    return {"prompt_tokens": tuple(map(sum, per_prompt)), "candidate_tokens": per_prompt}
+
+
+def _compact(
+    rows: Tensor | None,  # None: token i is row i
+    targets: Tensor,
+    offsets: Tensor,
+    counts: list[int],
+    ignore_index: int,
+    vocab_size: int | None,
+) -> dict[str, Any]:
+    """What a layout says of the scored tokens. One device-to-host copy, none for CPU tensors."""
+    targets = targets.long()
+    if counts and offsets.shape[0] == 1:  # an empty sequence, nobody's, so that indexing works
+        offsets = offsets.repeat(2)
+    scored_of = _scored_on_cpu if targets.device.type == "cpu" else _scored
+    kept, scored, new_offsets, host = scored_of(targets, offsets, ignore_index, vocab_size)
+    return {
+        "rows": kept if rows is None else rows[kept],
+        "targets": scored,
+        "offsets": new_offsets,
+        "lengths": new_offsets.diff(),
+        "vocab_size": vocab_size,
+        **_known([b - a for a, b in itertools.pairwise(host)], counts),
+    }
 
 
 def _scored(
@@ -368,6 +398,15 @@ def _outside(targets: Tensor, vocab_size: int | None) -> Tensor:
     return (targets < 0) | (targets >= (vocab_size or 2**62))
 
 
+def by_token(values: Tensor, offsets: Tensor, sequences: Tensor, tokens: int) -> Tensor:
+    """``(N,)`` from a value of each candidate, ``(B n,)``; ``offsets`` cover all tokens."""
+    count = offsets.shape[0] - 1
+    # Absent candidates write to one slot past the end: no boolean index, hence no device sync.
+    slot = torch.where(sequences >= 0, sequences, count).flatten()
+    per_sequence = values.new_zeros(count + 1).scatter_(0, slot, values)[:-1]
+    return torch.repeat_interleave(per_sequence, offsets.diff(), output_size=tokens)
+
+
 def shift_targets(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Targets from unshifted labels: position t predicts ``labels[..., t + 1]``."""
     targets = torch.full_like(labels, ignore_index)
@@ -378,14 +417,6 @@ def shift_targets(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
 def mark_unscored(targets: Tensor, ignore_index: int) -> Tensor:
     """int64 targets with IGNORE_INDEX where not scored; other negative ones stay to be found."""
     return torch.where(targets == ignore_index, IGNORE_INDEX, targets.long().clamp_min(-1))
-
-
-def check_targets(targets: Tensor, name: str = "targets") -> None:
-    """Raise TypeError unless ``targets`` is an integer tensor."""
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"{name} must be an integer tensor, got {type(targets).__name__}")
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
-        raise TypeError(f"{name} must be an integer tensor, got dtype {targets.dtype}")
 
 
 def raise_bad_target(targets: Tensor, at: int, vocab_size: int | None, ignore_index: int) -> None:

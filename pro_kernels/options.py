@@ -1,44 +1,57 @@
-"""Options that travel through every layer as frozen dataclasses.
+"""Options of a call, each stated once: a field, whose type says what it takes and means.
 
-``PROOptions`` is the loss as its caller describes it, ``RankingOptions`` as the kernels take it,
-``LogitOptions`` what the model does to its logits. Ops flatten them, as their schemas must.
+``PROOptions`` is the loss as its caller describes it and ``RankingOptions`` what of it the kernels
+compute with, ``LogitOptions`` what the model does to its logits, ``CallOptions`` how a call runs.
+The public functions take them as keyword arguments (``Options``); kernels get the same fields as a
+struct (C, CUDA) or a tuple (Triton), and ops get them encoded (``fused/call.py``). So a new option
+is a field here, and code where it acts.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
+import textwrap
+import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from pro_kernels.option_types import (
+    LARGEST_SCALE,
+    SIZES,
+    Eps,
+    LengthNormalize,
+    Limits,
+    OptionType,
+    RewardScale,
+    Temperature,
+    Ties,
+    TopK,
+    help_of,
+    option_type,
+)
+from pro_kernels.validate import check_option
+
 IGNORE_INDEX = -100
 OFFICIAL_EPS = 1e-10
-# Of options, and of a prompt's largest reward gap, scaled: fp32 holds them and their products.
-SIZES = 1e-30, 1e30
-# A row of logits may reach 1e9; beyond that AVX-512 loses its sum.
-LARGEST_SCALE = 1e6
+# Sets of options that a public function remembers, and the types in them: no process groups.
+_MOST_KNOWN = 256
+_REMEMBERED = {type(None), bool, int, float, str, torch.dtype}
 
 
-def gap_fault(gap: float, reward_scale: float = 1.0) -> str | None:
-    """Why PRO cannot take rewards whose largest gap is this; None of one that it can, or of 0."""
-    smallest, largest = SIZES
-    if gap == 0 or smallest <= gap * reward_scale <= largest:
-        return None
-    how = "close together" if gap > 0 and gap * reward_scale < smallest else "far apart"
-    return (
-        f"too {how}: the largest gap is {gap:g}, which times reward_scale={reward_scale:g} must "
-        f"lie in [{smallest:g}, {largest:g}]"
-    )
+class SettingError(ValueError):
+    """A ``PRO_KERNELS_*`` variable of the environment has a value that it cannot have."""
 
 
 def setting(name: str, choices: Sequence[str], default: str) -> str:
     """The environment variable ``name``, one of ``choices``; unset or empty: ``default``."""
     choice = os.environ.get(name) or default
     if choice not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+        raise SettingError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
     return choice
 
 
@@ -55,8 +68,19 @@ def constant_while_compiling(function: Function) -> Function:
     return function
 
 
+class _Checked:
+    """Checks its fields by their types; a subclass may then derive others."""
+
+    _types: ClassVar[dict[str, tuple[OptionType, Any]]] = {}  # and the default, checked below
+
+    def __post_init__(self) -> None:
+        for name, (kind, default) in self._types.items():
+            if (value := getattr(self, name)) is not default:
+                check_option(name, value, kind)
+
+
 @dataclass(frozen=True)
-class LogitOptions:
+class LogitOptions(_Checked):
     """What the model does to raw logits before the softmax.
 
     ``z = softcap * tanh(logit_scale * raw / softcap)``; without a softcap ``z = logit_scale * raw``
@@ -64,79 +88,102 @@ class LogitOptions:
     The cap lies in [1e-30, 1e30], the scale's size in [1e-30, 1e6].
     """
 
-    softcap: float | None = None
-    logit_scale: float = 1.0
+    softcap: Annotated[
+        float | None, Limits(above=0), "``c * tanh(z / c)`` on the logits, or None."
+    ] = None
+    logit_scale: Annotated[
+        float, Limits(largest=LARGEST_SCALE), "Factor on the logits, before the softcap."
+    ] = 1.0
 
     def __post_init__(self) -> None:
-        if self.softcap is not None:
-            _positive("softcap", self.softcap)
-        _finite("logit_scale", self.logit_scale, LARGEST_SCALE)
+        super().__post_init__()
         if self.logit_scale == 0:
             raise ValueError("logit_scale must not be 0")
 
+    def transform(
+        self, raw: Tensor, out: Tensor | None = None, slope: Tensor | None = None
+    ) -> Tensor:
+        """The logits after scale and softcap, into ``out``, which may be ``raw``, if given.
+
+        With a softcap their derivative is written to ``slope``; without one it is the scale.
+        """
+        scale, cap = self.logit_scale, self.softcap
+        z = raw if scale == 1.0 else torch.mul(raw, scale, out=out)
+        if cap is None:
+            return z
+        t = torch.tanh(torch.div(z, cap, out=out), out=out)
+        if slope is not None:
+            torch.mul(t, t, out=slope).neg_().add_(1).mul_(scale)
+        return torch.mul(t, cap, out=out)
+
 
 @dataclass(frozen=True)
-class RankingOptions:
+class RankingOptions(_Checked):
     """Options of the ranking loss on scores (one prompt: n candidates, best first).
 
+    Kernels take these fields: csrc/include/pk_abi.h, and a tuple in Triton.
+
     Attributes:
-        length_normalize: score is ``S / m`` (the paper) instead of ``S``.
         tau: inverse temperature of every term when no rewards are given.
         skip_ties: a candidate tied with candidate k leaves term k instead of adding ``exp(0)``.
-        eps: constant inside the log, kept as one more log-sum-exp entry; 0 leaves it out.
-        sft_weight: weight of the SFT term, times ``(n - 1)**2``.
         sft_mean: SFT uses ``S / m`` of the best candidate instead of ``S``.
-        top_k: only the first ``top_k`` rank terms; None for all ``n - 1``.
         single_sft: a prompt with one candidate is pure SFT (factor 1 instead of ``(n-1)**2 = 0``).
     """
 
-    length_normalize: bool = True
-    tau: float = 1.0
+    length_normalize: LengthNormalize = True
+    tau: Annotated[float, Limits(above=0)] = 1.0
     skip_ties: bool = False
-    eps: float = 0.0
-    sft_weight: float = 0.05
+    eps: Eps = 0.0
+    sft_weight: Annotated[
+        float, "w; the SFT term's factor is ``w (n-1)^2``, or w for a single candidate."
+    ] = 0.05
     sft_mean: bool = False
-    top_k: int | None = None
+    top_k: TopK = None
     single_sft: bool = True
-
-    def __post_init__(self) -> None:
-        _positive("tau", self.tau)
-        _finite("eps", self.eps)
-        if self.eps < 0:
-            raise ValueError(f"eps must be >= 0, got {self.eps!r}")
-        _finite("sft_weight", self.sft_weight)
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(f"top_k must be None or an integer >= 1, got {self.top_k!r}")
 
 
 @dataclass(frozen=True)
-class PROOptions:
-    """The loss as its caller describes it; ``functional.linear_pro_loss`` documents each field."""
+class PROOptions(RankingOptions):
+    """The loss as its caller describes it; what the kernels need beyond that is derived."""
 
-    sft_weight: float = 0.05
-    sft_reduction: str | None = None
-    length_normalize: bool = True
-    temperature: str | float = "reward"
-    reward_scale: float = 1.0
-    ties: str = "zero"
-    eps: float = 0.0
-    top_k: int | None = None
-    compat: str | None = None
-    final_dtype: torch.dtype | None = None
-    _ranking: RankingOptions = field(init=False, repr=False, compare=False)
+    tau: float = field(init=False, default=1.0)
+    skip_ties: bool = field(init=False, default=False)
+    sft_mean: bool = field(init=False, default=False)
+    single_sft: bool = field(init=False, default=True)
+    sft_reduction: Annotated[
+        Literal["sum", "mean"] | None,
+        '"mean" (per token) or "sum" (the paper) of the SFT log-probs. None: "mean", and "sum" '
+        'under ``compat="official"``. As a sum the term is most of the loss of long completions, '
+        "and the ranking hardly counts (docs/loss.md).",
+    ] = None
+    temperature: Temperature = "reward"
+    reward_scale: RewardScale = 1.0
+    ties: Ties = "zero"
+    compat: Annotated[
+        Literal["official"] | None,
+        '"official" for the meaning of the authors\' code: no sorting, eps = 1e-10, all-equal '
+        "rewards kept, one candidate gives 0. Make targets with ``reference.official_targets``.",
+    ] = None
+    final_dtype: Annotated[
+        torch.dtype | None,
+        "Cast each rank term and the SFT term to this dtype, as the official code does.",
+    ] = None
 
     def __post_init__(self) -> None:
-        if self.sft_reduction is None:
-            object.__setattr__(self, "sft_reduction", "sum" if self.official else "mean")
-        _choice("sft_reduction", self.sft_reduction, ("sum", "mean"))
-        _choice("ties", self.ties, ("zero", "skip"))
-        _choice("compat", self.compat, (None, "official"))
-        if isinstance(self.temperature, str):
-            _choice("temperature", self.temperature, ("reward",))
-        _positive("reward_scale", self.reward_scale)
-        if not hasattr(self.length_normalize, "__bool__"):
-            raise TypeError(f"length_normalize must be a bool, got {self.length_normalize!r}")
-        object.__setattr__(self, "_ranking", self._to_ranking())
+        if hasattr(self.length_normalize, "__bool__"):  # 1, or NumPy's
+            object.__setattr__(self, "length_normalize", bool(self.length_normalize))
+        super().__post_init__()
+        derived: dict[str, Any] = {"skip_ties": self.ties == "skip"}
+        reduction = self.sft_reduction or ("sum" if self.official else "mean")
+        derived |= {"sft_reduction": reduction, "sft_mean": reduction == "mean"}
+        if not isinstance(self.temperature, str):
+            derived["tau"] = max(SIZES[0], 1.0 / self.temperature)
+        if self.official:
+            derived |= {"eps": OFFICIAL_EPS, "single_sft": False}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        kernel = RankingOptions(**{name: getattr(self, name) for name in _OF_RANKING})
+        object.__setattr__(self, "_ranking", kernel)
 
     @property
     def official(self) -> bool:
@@ -145,58 +192,140 @@ class PROOptions:
 
     def ranking(self) -> RankingOptions:
         """The same as the kernels take it."""
-        return self._ranking
-
-    def _to_ranking(self) -> RankingOptions:
-        options = RankingOptions(
-            length_normalize=bool(self.length_normalize),
-            skip_ties=self.ties == "skip",
-            eps=self.eps,
-            sft_weight=self.sft_weight,
-            sft_mean=self.sft_reduction == "mean",
-            top_k=self.top_k,
-        )
-        if not isinstance(self.temperature, str):
-            _positive("temperature", self.temperature)
-            options = replace(options, tau=max(SIZES[0], 1.0 / self.temperature))
-        if self.official:
-            options = replace(options, eps=OFFICIAL_EPS, single_sft=False)
-        return options
+        return self._ranking  # type: ignore[attr-defined]
 
 
-def _choice(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+_OF_RANKING = tuple(f.name for f in fields(RankingOptions))
 
 
-def _positive(name: str, value: object) -> None:
-    _finite(name, value)
-    if not value > 0:  # type: ignore[operator]
-        raise ValueError(f"{name} must be > 0, got {value!r}")
+@dataclass(frozen=True)
+class CallOptions(_Checked):
+    """How a call runs; budget and grad_filter are checked where they are used."""
+
+    ignore_index: Annotated[int, "Target value of positions that are not scored."] = IGNORE_INDEX
+    shift: Annotated[bool, "Targets are unshifted labels."] = False
+    logits_dtype: Annotated[
+        torch.dtype | None, "``torch.float32`` keeps logits of lower-precision inputs unrounded."
+    ] = None
+    grad_filter: Annotated[
+        float | None,
+        "None, or a probability mass tau in (0, 1): vocabulary columns that hold at most tau of "
+        "each row's probability together (under a softcap: probability times the softcap's slope) "
+        "leave the gradient matmuls. On a GPU the host then waits once a chunk.",
+    ] = None
+    inplace_backward: Annotated[
+        bool, "Write the gradient over the logits; nothing else may use them afterwards."
+    ] = False
+    backend: Annotated[
+        str,
+        '"auto" or a backend\'s name; a named one never falls back.',
+    ] = "auto"
+    budget: Annotated[
+        int | None, "Bytes this call may take beyond the inputs' gradients; None for a default."
+    ] = None
+    process_group: Annotated[
+        Any,
+        "The ranks that hold the head together (tensor parallel), or that dimension of a "
+        'DeviceMesh (``mesh["tp"]``). ``weight`` and ``bias`` are this rank\'s rows, in the order '
+        "of the group, in any sizes, or DTensors that are Shard(0) there (and gathered over the "
+        "other dimensions of their mesh); hidden, targets and all options are the same on every "
+        "rank, which is checked at each call (on a GPU the host waits for that, and of tensors "
+        "only shapes and how much is scored are compared; hidden's values never are). So is the "
+        "result; dHidden is summed over ranks. Not compiled, not with ``grad_filter`` or an "
+        "entropy.",
+    ] = None
+    sequence_group: Annotated[
+        Any,
+        "The ranks that hold the tokens together (context parallel, or candidates on other "
+        "ranks). Each describes all candidates of all prompts, in targets or layout, and scores "
+        "its own tokens of them, with ``ignore_index`` or empty sequences where it has none; shift "
+        "labels before they are split. Rewards, weight and all options are the same on every rank, "
+        "which is checked at each call (on a GPU the host waits for that, and only the shapes of "
+        "its rewards are compared). So is the result: scores, log-probs and lengths of whole "
+        "candidates. 8 bytes a candidate are summed over ranks in the forward (16 in fp64; lengths "
+        "are exact to 2**24), nothing in the backward: gradients are of this rank's tokens only, "
+        "so those of weights must be summed over the group, not averaged. Not compiled; "
+        "``PROOutput.grad_filter`` tells of this rank's tokens.",
+    ] = None
 
 
-def _finite(name: str, value: object, largest: float = SIZES[1]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if wrong := size_fault(value, largest):
-        raise ValueError(f"{name} must {wrong}, got {value!r}")
+for _options in (LogitOptions, RankingOptions, PROOptions, CallOptions):
+    _hints = typing.get_type_hints(_options, include_extras=True)
+    _kinds = {f.name: (option_type(_hints[f.name]), f.default) for f in fields(_options)}
+    _options._types = {
+        name: (kind, default)
+        for name, (kind, default) in _kinds.items()
+        if (kind.kinds or kind.choices) and name not in ("budget", "grad_filter")
+    }
+    for _name, (_kind, _default) in _options._types.items():
+        check_option(_name, _default, _kind)
 
 
-def size_fault(value: float, largest: float = SIZES[1]) -> str | None:
-    """What an option of this value must be and is not; None of one that is right, or 0.
+class Options:
+    """The keyword options of a public function: fields of dataclasses, less some.
 
-    By comparisons alone, which ``torch.compile`` knows of numbers that change between calls.
+    As a decorator it puts them into the function's signature and docstring; ``split`` makes the
+    dataclasses of what a call was given.
     """
-    if value == 0 or SIZES[0] <= abs(value) <= largest:
-        return None
-    return f"be of a size in [{SIZES[0]:g}, {largest:g}]"
 
+    def __init__(self, *classes: Any, without: Sequence[str] = ()) -> None:
+        self.classes = classes
+        self.names = [
+            tuple(f.name for f in fields(c) if f.init and f.name not in without) for c in classes
+        ]
+        self.function = ""
+        self._known: dict[tuple, tuple[Any, ...]] = {}
 
-def check_total(given: Tensor, cast: Tensor) -> None:
-    """Raise ValueError where prompt weights lose their sum in ``cast``, what is computed with."""
-    limits, total = torch.finfo(cast.dtype), cast.sum()
-    if given.any() and not limits.tiny <= total <= limits.max:
-        raise ValueError(
-            f"prompt_weights must be 0 or add up to a number in [{limits.tiny:.2g}, "
-            f"{limits.max:.2g}], what {cast.dtype} holds, got {given.tolist()}"
-        )
+    def __call__(self, function: Function) -> Function:
+        """Document the options on a function that takes ``**options``."""
+        self.function = function.__name__
+        own = inspect.signature(function)
+        parameters, lines = list(own.parameters.values())[:-1], []  # all but ``**options``
+        for options, names in zip(self.classes, self.names, strict=True):
+            hints = typing.get_type_hints(options, include_extras=True)
+            bare = typing.get_type_hints(options)
+            for f in (f for f in fields(options) if f.name in names):
+                kind = inspect.Parameter.KEYWORD_ONLY
+                parameters.append(
+                    inspect.Parameter(f.name, kind, default=f.default, annotation=bare[f.name])
+                )
+                text = f"{f.name}: {help_of(hints[f.name])}"
+                lines.append(
+                    textwrap.indent(textwrap.fill(text, 92, subsequent_indent="    "), " " * 8)
+                )
+        function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        doc = function.__doc__ or ""
+        function.__doc__ = doc.replace("        **options: of the call.", "\n".join(lines))
+        return function
+
+    def split(self, options: dict[str, Any]) -> tuple[Any, ...]:
+        """One dataclass each, in the order of the classes.
+
+        Raises:
+            TypeError: an option that there is not, or of the wrong type.
+            ValueError: a value out of range.
+        """
+        types = tuple(map(type, options.values()))
+        if torch.compiler.is_compiling() or not _REMEMBERED.issuperset(types):
+            return self._made(options)
+        # Calls that follow one another mostly have the same options, which were checked then.
+        key = (*options.items(), *types)
+        found = self._known.get(key)
+        if found is None:
+            found = self._made(options)
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = found
+        return found
+
+    def _made(self, options: dict[str, Any]) -> tuple[Any, ...]:
+        made, used = [], 0
+        for make, names in zip(self.classes, self.names, strict=True):
+            given = {name: options[name] for name in names if name in options}
+            used += len(given)
+            made.append(make(**given))
+        if used < len(options):
+            known = [name for names in self.names for name in names]
+            unknown = sorted(set(options) - set(known))
+            raise TypeError(f"{self.function}() got options {unknown}; there are {sorted(known)}")
+        return tuple(made)

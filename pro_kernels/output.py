@@ -13,7 +13,7 @@ from torch import Tensor
 class GradFilter:
     """What ``grad_filter`` left out of the gradients of one call.
 
-    Bounds and their derivation: ``column_filter.py``, docs/design.md.
+    Bounds and their derivation: ``fused/columns.py``, docs/design.md.
 
     Attributes:
         tau: the largest mass that a row was allowed to lose.

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pro_kernels.layout import Layout, shift_targets
-from pro_kernels.options import IGNORE_INDEX, PROOptions
+from pro_kernels.options import IGNORE_INDEX, LogitOptions, PROOptions
 from pro_kernels.output import PROOutput
 
 
@@ -46,9 +46,7 @@ def token_logps(
     """
     logits, targets = _tokens(logits, targets, ignore_index, shift)
     scored = targets != IGNORE_INDEX
-    z = _wide(logits) * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    z = LogitOptions(softcap, logit_scale).transform(_wide(logits))
     index = torch.where(scored, targets, 0).long().unsqueeze(-1)
     log_p = torch.log_softmax(z, dim=-1)
     logps = torch.where(scored, log_p.gather(-1, index).squeeze(-1), 0.0)
@@ -81,17 +79,6 @@ def sequence_scores(
     """``(s, S, m)``, each ``(B, n)``: mean and sum of the scored log-probs, and their number."""
     sums, lengths = logps.sum(-1), scored.sum(-1)
     return sums / lengths.clamp_min(1), sums, lengths
-
-
-def plackett_luce(scores: Tensor) -> Tensor:
-    """``-log P(1 > 2 > ... > n)`` of scores ``(..., n)``, best first (Plackett 1975; ListMLE)."""
-    return sum(
-        (
-            torch.logsumexp(scores[..., k:], dim=-1) - scores[..., k]
-            for k in range(scores.shape[-1] - 1)
-        ),
-        scores.new_zeros(scores.shape[:-1]),
-    )
 
 
 def rank_terms(
@@ -150,8 +137,7 @@ def pro_loss(
     valid = lengths > 0
     scores = sums / lengths.clamp_min(1) if opts.length_normalize else sums
 
-    rank_losses = scores.new_zeros(n - 1)
-    sft_loss = scores.new_zeros(())
+    per_rank = [scores.new_zeros(()) for _ in range(n)]  # the SFT term last
     weights = _prompt_weights(valid, prompt_weights, scores.dtype)
     for p in range(b):
         terms, sft = _prompt_loss(
@@ -164,19 +150,13 @@ def pro_loss(
             opts,
         )
         for k, term in enumerate(terms[: opts.top_k]):
-            rank_losses = rank_losses + weights[p] * _one_hot(n - 1, k, term)
-        sft_loss = sft_loss + weights[p] * sft
-    if opts.final_dtype is not None:
-        rank_losses, sft_loss = rank_losses.to(opts.final_dtype), sft_loss.to(opts.final_dtype)
+            per_rank[k] = per_rank[k] + weights[p] * term
+        per_rank[-1] = per_rank[-1] + weights[p] * sft
+    losses = torch.stack(per_rank).to(opts.final_dtype or scores.dtype)
+    rank_losses, sft_loss = losses[:-1], losses[-1]
     loss = rank_losses.sum() + sft_loss
-    return PROOutput(
-        loss,
-        rank_losses.detach(),
-        sft_loss.detach(),
-        scores.detach(),
-        sums.detach(),
-        lengths,
-    )
+    detached = (x.detach() for x in (rank_losses, sft_loss, scores, sums))
+    return PROOutput._make((loss, *detached, lengths, None))
 
 
 def linear_pro_loss(
@@ -302,10 +282,6 @@ def _prompt_weights(valid: Tensor, prompt_weights: Tensor | None, dtype: torch.d
     if prompt_weights is not None:
         weights = weights * prompt_weights.to(weights)
     return (weights / weights.sum()).to(dtype) if weights.any() else weights.to(dtype)
-
-
-def _one_hot(size: int, index: int, value: Tensor) -> Tensor:
-    return torch.stack([value if i == index else value.new_zeros(()) for i in range(size)])
 
 
 def _wide(x: Tensor) -> Tensor:

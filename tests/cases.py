@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_kernels import backends, matmul
-from pro_kernels.options import RankingOptions
+from pro_kernels import backends
+from pro_kernels.fused import matmul
+from pro_kernels.options import LogitOptions, RankingOptions
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,6 +42,12 @@ def cpu_isas() -> list[str]:
                 backend.set_isa(None)
             found.append(name)
     return found
+
+
+def transformed(raw: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor]:
+    """Logits after scale and softcap, and their derivative with respect to the raw ones."""
+    slope = torch.full_like(raw, options.logit_scale)
+    return options.transform(raw, slope=slope), slope
 
 
 @dataclass

@@ -21,6 +21,19 @@ sys.path.insert(0, str(ROOT / "tests"))
 torch.set_num_threads(int(os.environ.get("PRO_KERNELS_TEST_THREADS", "1")))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Fail at once where a backend of ``PRO_KERNELS_REQUIRE`` ("cpu,triton") cannot be tested.
+
+    Without it the tests of a backend that does not run here are left out.
+    """
+    from pro_kernels import backends
+
+    for name in filter(None, os.environ.get("PRO_KERNELS_REQUIRE", "").split(",")):
+        reason = backends.refusal(name, torch.device("cpu"), torch.float32)
+        if reason is not None:
+            raise pytest.UsageError(f"PRO_KERNELS_REQUIRE: {name} cannot be tested: {reason}")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and the slow ones unless asked for by ``-m``."""
     for item in items:

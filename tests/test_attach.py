@@ -14,6 +14,8 @@ import transformers
 from torch import nn
 
 import pro_kernels as pk
+from pro_kernels.fused import call
+from pro_kernels.models.probe import FACTOR, allowed, last_bits_off, rms
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -133,14 +135,31 @@ def test_order_only_and_layout_and_masked_candidates():
     assert ordered.scores.shape == (2, 2) and masked.rank_losses != ordered.rank_losses
 
 
-def test_num_items_in_batch_and_no_scored_token():
+def test_num_items_in_batch():
     model, inputs = make("Llama"), batch()
     want = model(**inputs, num_items_in_batch=torch.tensor(7)).loss
     pk.attach(model)
     torch.testing.assert_close(model(**inputs, num_items_in_batch=torch.tensor(7)).loss, want)
     torch.testing.assert_close(model(**inputs, num_items_in_batch=7).loss, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("items", [None, 0, 5, torch.tensor(0), torch.tensor(5)])
+def test_a_batch_with_nothing_scored_has_loss_zero(dtype, items):
+    """Where transformers' mean over no tokens is NaN."""
+    model, inputs = make("Llama").to(dtype), batch()
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    assert model(**inputs).loss == 0
+    assert model(**inputs).loss.isnan()
+    pk.attach(model)
+    calls = [{} if items is None else {"num_items_in_batch": items}]
+    if items is None:  # which the ranking loss does not take
+        calls += [{"num_candidates": 2}, {"rewards": torch.tensor([[1.0, 0.0], [0.5, 2.0]])}]
+    for call_with in calls:
+        out = model(**inputs, **call_with)
+        assert out.loss == 0 and not out.loss.signbit()
+        found = grads(model, out.loss)
+        assert len(found) == len(list(model.parameters()))
+        assert not any(gradient.any() for gradient in found.values())
 
 
 def test_calls_without_labels_and_generate_are_untouched():
@@ -222,14 +241,14 @@ def test_signature_is_the_models_with_the_ranking_arguments():
 def test_no_grad_does_no_gradient_work(monkeypatch):
     model, inputs = pk.attach(make("Llama")), batch()
     tiers = []
-    make_plan = pk.calls.make_plan
+    make_plan = call.make_plan
 
     def plan(*args, **kwargs):
         made = make_plan(*args, **kwargs)
         tiers.append(made.tier)
         return made
 
-    monkeypatch.setattr(pk.calls, "make_plan", plan)
+    monkeypatch.setattr(call, "make_plan", plan)
     with torch.no_grad():
         model(**inputs)
         model(**inputs, num_candidates=2)
@@ -398,6 +417,8 @@ def patched(model, after=lambda logits: logits, loss=None):
 def test_an_unknown_step_after_the_head_is_refused():
     with pytest.raises(ValueError, match="LlamaForCausalLM: logits after the head are up to"):
         pk.attach(patched(make("Llama"), torch.sin))
+    with pytest.raises(ValueError, match="logits after the head are up to"):
+        pk.attach(patched(make("Llama"), lambda x: 0 * x))  # a scale of 0
     with pytest.raises(ValueError, match="returns logits .* from a head of"):
         pk.attach(patched(make("Llama"), lambda x: x[..., :50]))
     offset = torch.arange(67.0)
@@ -406,6 +427,75 @@ def test_an_unknown_step_after_the_head_is_refused():
     extra = nn.Parameter(torch.zeros(67))
     with pytest.raises(ValueError, match="parameters of its own to its logits"):
         pk.attach(patched(make("Llama"), lambda x: x + extra))
+
+
+# ---- what counts as rounding
+
+
+def test_the_rule_is_a_multiple_of_the_noise_and_at_least_the_dtypes():
+    bf16, fp32 = torch.finfo(torch.bfloat16).eps, torch.finfo(torch.float32).eps
+    assert allowed(0.5, 1.0, torch.float32) == FACTOR * 0.5
+    assert allowed(0.0, 3.0, torch.float32) == FACTOR * 3 * fp32
+    assert allowed(0.0, 3.0, torch.float32, torch.bfloat16) == FACTOR * 3 * bf16
+    embedding, ids = nn.Embedding(67, 16), torch.arange(67)
+    plain = embedding(ids)
+    with last_bits_off(embedding, torch.float32):
+        off = (embedding(ids).double() / plain.double() - 1).abs()
+    assert (off >= fp32 / 2).all() and (off <= 2 * fp32).all() and embedding(ids).equal(plain)
+    assert rms(torch.tensor([3.0, 4.0])) == pytest.approx(12.5**0.5) and rms(torch.zeros(0)) == 0
+
+
+def cancelling(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Large activations that the head's bias takes away again: its logits are mostly rounding."""
+    model = make("Phi")
+    norm, head, large = model.model.final_layernorm, model.lm_head, 1e4
+    with torch.no_grad():
+        norm.weight[0], norm.bias[0] = 0.0, large
+        head.weight[:, 0], head.bias[:] = 1.0, -large
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noisy_arithmetic_is_not_refused(dtype):
+    model, inputs = cancelling(dtype), batch()
+    plain = model(**inputs)
+    out = pk.attach(model)(**inputs)
+    rounding = 1e4 * torch.finfo(dtype).eps
+    assert (out.loss - plain.loss).abs() < 2 * rounding
+    scaled = make("Llama").to(dtype)
+    with torch.no_grad():
+        scaled.model.norm.weight.mul_(1e4)
+    pk.attach(scaled)
+    pk.OpenModel(make("Mixtral").to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda x: x + 0.1 * x.abs(),
+        lambda x: x.clamp(max=5),
+        lambda x: x + 0.1 * x.roll(1, 1),  # positions are mixed
+        lambda x: x - 0.1 * x.mean(-1, keepdim=True),
+    ],
+    ids=["bent", "clamped", "mixed", "centred"],
+)
+def test_what_is_more_than_rounding_is_refused(dtype, after):
+    with pytest.raises(ValueError, match="logits after the head are up to"):
+        pk.attach(patched(make("Llama").to(dtype), after))
+
+
+def test_a_short_example_is_enough():
+    """Of three labels one counts beside those ignored, four are as many as num_items_in_batch."""
+    for length in (3, 4, 5):
+        ids = torch.arange(3, 3 + length)[None]
+        mask = {"attention_mask": torch.ones_like(ids)}
+        for example in ({"input_ids": ids}, {"input_ids": ids} | mask):
+            model, inputs = make("Llama"), batch()
+            want = model(**inputs, num_items_in_batch=torch.tensor(7)).loss
+            pk.attach(model, example=example)
+            got = model(**inputs, num_items_in_batch=torch.tensor(7)).loss
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_an_own_cross_entropy_is_replaced_and_another_loss_refused():
@@ -547,7 +637,7 @@ def test_arguments_that_cannot_be_matched():
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
 def test_wrapped_models_are_refused(wrap):
-    with pytest.raises(ValueError, match="attach\\(model\\) before it is wrapped"):
+    with pytest.raises(ValueError, match="is wrapped in .*; expected the model inside it"):
         pk.attach(wrap(make("Llama")))
 
 

@@ -53,7 +53,7 @@ BAD = [
     ),
     ("target V", {"targets": torch.full((2, 3, 4), 11)}, ValueError, "[0, 11) or be ignore_index"),
     ("target -1", {"targets": torch.full((2, 3, 4), -1)}, ValueError, "got -1 at flat position 0"),
-    ("rewards", {"rewards": [1, 2]}, TypeError, "rewards must be a tensor or None, got list"),
+    ("rewards", {"rewards": [1, 2]}, TypeError, "rewards must be a tensor, got list"),
     (
         "shape",
         {"rewards": torch.randn(2, 4)},
@@ -83,7 +83,7 @@ BAD = [
         "mask list",
         {"candidate_mask": [[True]]},
         TypeError,
-        "candidate_mask must be a tensor or None",
+        "candidate_mask must be a tensor, got list",
     ),
     (
         "complex",
@@ -131,12 +131,17 @@ BAD = [
         "reduction",
         {"sft_reduction": "max"},
         ValueError,
-        "must be one of ['sum', 'mean'], got 'max'",
+        "must be one of [None, 'sum', 'mean'], got 'max'",
     ),
     ("ties", {"ties": "drop"}, ValueError, "ties must be one of ['zero', 'skip'], got 'drop'"),
     ("compat", {"compat": "paper"}, ValueError, "compat must be one of [None, 'official']"),
     ("temperature", {"temperature": 0.0}, ValueError, "temperature must be > 0, got 0.0"),
-    ("temperature s", {"temperature": "hot"}, ValueError, "temperature must be one of ['reward']"),
+    (
+        "temperature s",
+        {"temperature": "hot"},
+        ValueError,
+        "temperature must be a number or one of ['reward']",
+    ),
     ("eps", {"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
     ("eps type", {"eps": "0"}, TypeError, "eps must be a number, got '0'"),
     ("top_k", {"top_k": 0}, ValueError, "top_k must be None or an integer >= 1, got 0"),
@@ -187,7 +192,7 @@ SIZES = {  # of numbers that fp32 does not hold, or not with what it multiplies
     "sft_weight": (1e39, torch.nan),
 }
 BAD += [
-    (f"{name} {value}", {name: value}, ValueError, f"{name} must be of a size in [1e-30, 1e")
+    (f"{name} {value}", {name: value}, ValueError, "of a size in [1e-30, 1e")
     for name, values in SIZES.items()
     for value in values
 ]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import pro_kernels as pk
+from pro_kernels.fused import planner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed
 from bench import (  # noqa: E402
@@ -333,11 +334,13 @@ def test_compiled_providers_compute_the_same_loss_and_gradient(name):
 
 @pytest.mark.parametrize("tier", ["T2", "T3"])
 def test_a_tier_is_reached_by_its_budget(tier, monkeypatch):
-    monkeypatch.setattr("pro_kernels.planner.MIN_T2_ROWS", 1)
+    monkeypatch.setattr("pro_kernels.fused.planner.MIN_T2_ROWS", 1)
     plans = []
-    real = pk.calls.make_plan
-    monkeypatch.setattr("pro_kernels.calls.make_plan", lambda *a, **k: plans.append(real(*a, **k))
-                        or plans[-1])  # fmt: skip
+    real = planner.make_plan
+    monkeypatch.setattr(
+        "pro_kernels.fused.call.make_plan",
+        lambda *a, **k: plans.append(real(*a, **k)) or plans[-1],
+    )
     case = Case("case", 16, 4001, 32, 2, 16, 0.0, "fp32")
     step = all_providers(CPU)[f"ours-{tier}"].build(make_inputs(case))
     step.run()

@@ -112,6 +112,17 @@ def test_committed_page_is_what_the_generator_gives():
     assert committed == page.block(resources.load()), "run: python -m bench --model"
 
 
+def test_committed_resources_are_of_the_configurations_that_are_launched():
+    aot = pytest.importorskip("pro_kernels.backends.triton.aot")
+    rows = resources.load()["backends"]["triton"]["kernels"]
+    for arch in {row["arch"] for row in rows}:
+        committed = {(row["kernel"], row["config"]) for row in rows if row["arch"] == arch}
+        launched = {
+            (v.kernel, aot.describe(v)) for v in aot.variants(arch) if resources.plain(vars(v))
+        }
+        assert committed == launched, "run: python -m bench --model --resources"
+
+
 def test_command_prints_and_rewrites_the_block(tmp_path, monkeypatch, capsys):
     begin, end = tables.marks(page.BLOCK)
     copy = tmp_path / "performance.md"

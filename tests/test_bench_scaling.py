@@ -20,7 +20,7 @@ from bench.scaling.cli import main
 from bench.scaling.measure import Clock
 from bench.scaling.predict import MODELS, Batch, Layout, Model, best, efficiency, step
 from bench.scaling.wire import DGX, Cluster, Collective
-from pro_kernels.planner import make_plan
+from pro_kernels.fused.planner import make_plan
 
 H200 = CARDS["H200"]
 SMALL = Model("small", 64, 1000, layers=2, ffn=128, queries=64, keys=32)
@@ -144,7 +144,7 @@ def test_a_split_head_reads_its_logits_once_more():
 def test_memory_is_the_planners():
     made = step(SMALL, BATCH, Layout(tp=2, dp=4), H200)
     plan = make_plan(
-        128, 64, 500, torch.bfloat16, torch.device("cuda"), need_hidden=True, need_weight=True,
+        128, (500, 64, torch.bfloat16), torch.device("cuda"), need_hidden=True, need_weight=True,
         budget=8 << 30, hidden_rows=512,
     )  # fmt: skip
     weight = 500 * 64 * 2

@@ -16,17 +16,28 @@ import torch
 pytest.importorskip("transformers", reason="the trainer needs the 'train' extra")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed
+import pro_kernels as pk  # noqa: E402
 from bench import memory, tables  # noqa: E402
 from bench.case_run import Clock, Settings  # noqa: E402
 from bench.cli import main  # noqa: E402
-from bench.training import pairs, providers, runner, steps, targets, truth, workload  # noqa: E402
+from bench.training import (  # noqa: E402
+    pairs,
+    providers,
+    runner,
+    shapes,
+    steps,
+    targets,
+    truth,
+    workload,
+)  # fmt: skip
 from bench.training import tables as training_tables  # noqa: E402
 from bench.training.cases import MODELS, PRESETS, TrainingCase, cases_of, left_out  # noqa: E402
 
 CPU = torch.device("cpu")
 CASE = TrainingCase("case", 3, 6, 4, model="test", repeats=1)
 PAIRS = TrainingCase("pairs", 2, 6, 4, model="test", repeats=2)
-DPO = ("trl-dpo", "ours-dpo-padded", "ours-dpo-shared")
+DPO = ("trl-dpo", "trl-dpo-head", "trl-dpo-distinct", "ours-dpo-padded", "ours-dpo-lists")
+TRLS = tuple(name for name in DPO if name.startswith("trl"))
 MAIN = "n=4 P=512 R=64"
 
 
@@ -66,7 +77,7 @@ def test_tiny_preset_through_the_command(tmp_path):
         assert {r["provider"] for r in rows} == set(case.only)
         for row in rows:
             assert set(row) == set(runner.empty_row(case, "", ""))
-            if row["provider"] == "trl-dpo" and not trl_installed():
+            if row["provider"] in TRLS and not trl_installed():
                 assert row["seconds"] is None and row["note"]
                 continue
             assert row["seconds"] > 0 and row["rounds"] == 2 and not row["wrong"], row
@@ -83,7 +94,6 @@ def test_tiny_preset_through_the_command(tmp_path):
     rows = rows_of(out)
     assert rows["official"]["speedup"] == 1.0 and rows["floor"]["of_floor"] == 1.0
     assert rows["ours-padded"]["vs_padded"] == 1.0
-    assert rows["ours-auto"]["note"].startswith("chose ")
 
     text = (out / "report.md").read_text()
     assert all(f"| {row['label']} |" in text for row in data["results"])
@@ -92,7 +102,7 @@ def test_tiny_preset_through_the_command(tmp_path):
     new = page.read_text()
     assert new.startswith("before\n") and new.endswith("after\n") and "stale text" not in new
     assert data["machine"] in new and "(out/time.png)" in new
-    assert "ours DPO, prefix shared, tokens/s (head)" in new
+    assert "ours DPO, lists, tokens/s (head)" in new
 
     first = {p.name: p.read_bytes() for p in out.iterdir()}
     assert main(["--report", str(out / "results.json"), "--update", str(page)]) == 0
@@ -121,7 +131,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
 def test_a_step_leaves_the_problem_as_it_was():
     work = workload.Workload(CASE, CPU)
     before = {name: p.clone() for name, p in work.model.named_parameters()}
-    step = providers.all_providers()["ours-auto"].build(work)
+    step = providers.all_providers()["ours-lists"].build(work)
     first = step.run(keep_gradients=True)
     assert all(p.grad.norm() > 0 for p in work.model.parameters())
     assert len(work.optimizer.state) == len(before), "AdamW did its work"
@@ -155,7 +165,7 @@ def test_a_step_that_raises_has_its_reason_in_its_row():
     def build_fails(work):
         raise RuntimeError("cannot\nand more")
 
-    table = [providers.all_providers()[name] for name in ("official", "ours-shared")]
+    table = [providers.all_providers()[name] for name in ("official", "ours-lists")]
     table += [
         providers.Provider("a", "a", build_fails),
         providers.Provider("b", "b", lambda work: failing(work, 2, checkpointed=True)),
@@ -164,7 +174,7 @@ def test_a_step_that_raises_has_its_reason_in_its_row():
     rows = {r["provider"]: r for r in runner.time_case(CASE, table, settings, CPU)}
     assert rows["a"]["note"] == "RuntimeError: cannot" and rows["a"]["seconds"] is None
     assert rows["b"]["note"] == "ValueError: enough" and rows["b"]["seconds"] is None
-    assert rows["ours-shared"]["rounds"] == 2 and rows["ours-shared"]["speedup"] > 0
+    assert rows["ours-lists"]["rounds"] == 2 and rows["ours-lists"]["speedup"] > 0
 
 
 def failing(work, calls: int, checkpointed: bool = False) -> steps.TrainingStep:
@@ -177,12 +187,11 @@ def failing(work, calls: int, checkpointed: bool = False) -> steps.TrainingStep:
             raise ValueError("enough")
         return step.loss(model)
 
-    head = step.head_loss
-    return steps.TrainingStep(loss, work, checkpointed, step.collate, head_loss=head)
+    return steps.TrainingStep(loss, work, checkpointed, step.collate)
 
 
 def test_a_step_that_crashes_in_the_middle_leaves_the_others_alone():
-    names = ("official", "ours-shared", "ours-dpo-padded")
+    names = ("official", "ours-lists", "ours-dpo-padded")
     table = [providers.all_providers()[name] for name in names]
     # One call is the check, one is recorded for the head, one is the first round.
     table.append(providers.Provider("b", "b", lambda work: failing(work, 3, checkpointed=True)))
@@ -208,7 +217,7 @@ def test_a_loss_that_changes_from_round_to_round_is_flagged():
             calls.append(1)
             return step.loss(model) * (2 if len(calls) == 4 else 1)
 
-        return steps.TrainingStep(loss, work, collate=step.collate, head_loss=step.head_loss)
+        return steps.TrainingStep(loss, work, collate=step.collate)
 
     table = [providers.all_providers()["official"], providers.Provider("b", "b", build)]
     rows = {r["provider"]: r for r in runner.time_case(CASE, table, Settings(repeats=2), CPU)}
@@ -217,7 +226,7 @@ def test_a_loss_that_changes_from_round_to_round_is_flagged():
 
 
 def test_errors_are_against_the_plain_procedure_though_it_is_no_row():
-    row = rows_at(CASE, ("ours-auto",))["ours-auto"]
+    row = rows_at(CASE, ("ours-lists",))["ours-lists"]
     assert 0 < row["grad_error"] <= truth.TOLERANCES["pro", "fp32"][1] and row["speedup"] is None
 
 
@@ -231,10 +240,10 @@ def test_a_truth_that_fails_is_said_and_the_steps_are_timed(monkeypatch):
     assert row["loss_error"] is None and row["rounds"] == 1
 
 
-@pytest.mark.parametrize("name", ["official", "ours-padded", "ours-shared", *DPO])
+@pytest.mark.parametrize("name", ["official", "ours-padded", "ours-lists", *DPO])
 def test_the_head_alone_is_the_steps_head(name):
     """Same loss; the head's gradient is the step's, as the test model is not tied."""
-    if name == "trl-dpo" and not trl_installed():
+    if name in TRLS and not trl_installed():
         pytest.skip("needs TRL 1.16")
     work = workload.Workload(PAIRS, CPU)
     step = providers.all_providers()[name].build(work)
@@ -293,7 +302,7 @@ def test_trl_with_another_loss_is_flagged(monkeypatch):
 
     monkeypatch.setattr(pairs, "_trainer", other)
     rows = rows_at(PAIRS, DPO)
-    assert rows["trl-dpo"]["wrong"] and not rows["ours-dpo-shared"]["wrong"]
+    assert rows["trl-dpo"]["wrong"] and not rows["ours-dpo-lists"]["wrong"]
     assert "trl-dpo" not in training_tables.summary_rows(list(rows.values()))
 
 
@@ -313,9 +322,10 @@ def test_without_the_right_trl_its_row_says_so_and_the_rest_goes_on(monkeypatch,
 
     monkeypatch.setattr(importlib.metadata, "version", reported)
     rows = rows_at(PAIRS, ("official", *DPO))
-    assert rows["trl-dpo"]["note"].startswith(said) and rows["trl-dpo"]["seconds"] is None
-    assert set(rows["trl-dpo"]) == set(runner.empty_row(PAIRS, "", ""))
-    for name in ("official", *DPO[1:]):
+    for name in TRLS:
+        assert rows[name]["note"].startswith(said) and rows[name]["seconds"] is None
+        assert set(rows[name]) == set(runner.empty_row(PAIRS, "", ""))
+    for name in ("official", *(name for name in DPO if name not in TRLS)):
         assert rows[name]["rounds"] == 2 and not rows[name]["wrong"]
         assert rows[name]["vs_trl"] is None and rows[name]["loss_error"] is not None
 
@@ -328,7 +338,13 @@ def test_dpo_takes_pairs_only():
 def test_bf16_is_held_against_fp32_of_the_same_weights(monkeypatch):
     monkeypatch.setitem(MODELS, "test bf16", replace(MODELS["test"], dtype="bf16", kv_heads=2))
     case = replace(PAIRS, model="test bf16")
-    names = ("floor", "official", "ours-padded", "ours-shared", *DPO[not trl_installed() :])
+    names = (
+        "floor",
+        "official",
+        "ours-padded",
+        "ours-lists",
+        *DPO[0 if trl_installed() else len(TRLS) :],
+    )
     rows = rows_at(case, names)
     for name in names[1:]:
         assert 1e-4 < rows[name]["grad_error"] < 0.1 and not rows[name]["wrong"], rows[name]
@@ -339,7 +355,7 @@ def test_bf16_is_held_against_fp32_of_the_same_weights(monkeypatch):
 
 
 def test_time_that_is_over_starts_nothing_more(tmp_path):
-    settings = Settings("tiny", providers=("official", "ours-auto"), without=("ours-auto",))
+    settings = Settings("tiny", providers=("official", "ours-lists"), without=("ours-lists",))
     over = replace(settings, seconds=1e-9)
     data = runner.run(over, tmp_path / "results.json", CPU, log=lambda _: None)
     assert data["complete"] and {row["provider"] for row in data["results"]} == {"official"}
@@ -387,7 +403,7 @@ def test_features_are_random_repeatable_and_of_the_cases_lengths():
 def test_weighing_in_a_child_process(tmp_path):
     answers = []
     wide = TrainingCase("wide", 4, 64, 16, B=8, model="test")
-    memory.weigh("ours-shared", [CASE, wide], CPU, answers.append, "bench.training.weigh")
+    memory.weigh("ours-lists", [CASE, wide], CPU, answers.append, "bench.training.weigh")
     assert [a["case"] for a in answers] == ["case", "wide"]
     assert all("note" not in a for a in answers), answers
     work = workload.Workload(CASE, CPU)
@@ -399,26 +415,63 @@ def test_weighing_in_a_child_process(tmp_path):
 def test_targets_say_met_or_not():
     case = TrainingCase(MAIN, 4, 512, 64)
     blank = runner.empty_row(case, "", "")
+
+    def met(rows):
+        return {o.what: o.met for o in targets.outcomes(rows) if o.met is not None}
+
     rows = [
         {**blank, "provider": "official", "peak_bytes": 1000, "speedup": 1.0},
-        {**blank, "provider": "ours-auto", "peak_bytes": 410, "speedup": 3.6,
+        {**blank, "provider": "ours-lists", "peak_bytes": 410, "speedup": 3.6,
          "speedup_gradient": 4.0, "collate_share": 0.01},
     ]  # fmt: skip
-    said = [o.met for o in targets.outcomes(rows)]
-    assert said == [True, None, False, None, None, True]
+    assert list(met(rows).values()) == [True, False, True]
     rows[1] |= {"speedup": 3.4, "peak_bytes": 390, "collate_share": 0.04}
-    assert [o.met for o in targets.outcomes(rows)] == [False, None, True, None, None, False]
+    assert list(met(rows).values()) == [False, True, False]
     rows[1]["wrong"] = True
-    assert targets.outcomes(rows)[0].met is None
-    even = {**blank, "case": "n=8 P=128 R=128", "provider": "ours-auto", "vs_padded": 0.97}
-    assert targets.outcomes([even])[4].met is False
-    assert "| **no** |" in tables.outcome_table(targets.outcomes([even]))
+    assert list(met(rows)) == ["collation, the worst case"]
+    for name, least in targets.AGAINST_PADDED.items():
+        row = {**blank, "case": name, "provider": "ours-lists", "vs_padded": least - 0.01}
+        assert met([row]) == {f"{name}: lists against padded rows": False}
+        assert met([row | {"vs_padded": least}]) == {f"{name}: lists against padded rows": True}
+    blank["case"] = targets.TRL
+    trl = [
+        {**blank, "provider": f"trl-dpo{kind}", "vs_trl": times, "peak_bytes": peak}
+        for kind, times, peak in (("", 1.0, 10), ("-head", 1.1, 8), ("-distinct", 3.4, 5))
+    ]
+    assert list(met(trl).values()) == [False, True, True]
+    assert "| **no** |" in tables.outcome_table(targets.outcomes(trl))
+
+
+def test_real_cases_have_the_lengths_of_real_lists():
+    found = [case for case in cases_of("cpu") if case.data]
+    assert [case.data for case in found] == list(shapes.load())
+    for case in found:
+        assert case.needed < case.tokens and case.B == len(case.lists)
+        features = workload.make_features(case)
+        got = [(len(f["prompts"][0]), [len(c) for c in f["completions"]]) for f in features]
+        assert got == [(prompt, own) for prompt, own in case.lists]
+        assert len({tuple(f["prompts"][0][: case.start]) for f in features}) == 1
+        rows = [f["prompts"][0] + c for f in features for c in f["completions"]]
+        # The floor leaves last tokens out, which predict nothing.
+        distinct = case.needed + sum(len(own) for _, own in case.lists)
+        assert pk.TokenTree.from_sequences(rows).num_tokens == pytest.approx(distinct, rel=0.02)
+
+
+@pytest.mark.parametrize("last", [40.0, 80.0])
+def test_growth_is_held_against_a_line(last):
+    rows = [
+        {**runner.empty_row(case, "ours-lists", ""), "seconds": 3 + case.needed, "peak_bytes": b}
+        for case, b in zip(cases_of("cpu", ("growth",)), (5.0, 10.0, 20.0, last), strict=True)
+    ]
+    met = {o.what: o.met for o in targets.outcomes(rows)}
+    assert met["time linear in tokens that differ, 2,032 to 16,256"]
+    assert met["memory linear in tokens that differ, 2,032 to 16,256"] is (last == 40.0)
 
 
 def test_every_target_names_a_case_of_the_largest_preset():
     names = {case.name for case in PRESETS["cpu"]()}
-    assert {o.what for o in targets.outcomes([])} and set(targets.SPEED) <= names
-    assert targets.NEVER_SLOWER in names
+    named = {*targets.SPEED, *targets.AGAINST_PADDED, *targets.OF_FLOOR, targets.TRL}
+    assert {o.what for o in targets.outcomes([])} and named <= names
 
 
 @pytest.mark.parametrize(
@@ -440,6 +493,6 @@ def test_list_names_the_cases(capsys):
     for preset in PRESETS:
         names = [case.name for case in cases_of(preset, (), True)]
         assert len(names) == len(set(names))
-    assert len(cases_of("cpu")) == 8 and MAIN in {case.name for case in cases_of("cpu")}
+    assert len(cases_of("cpu")) == 16 and MAIN in {case.name for case in cases_of("cpu")}
     with pytest.raises(ValueError, match="preset of --training must be one of"):
         cases_of("Qwen")

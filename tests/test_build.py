@@ -261,3 +261,11 @@ def test_instruction_sets_share_no_code(tmp_path):
     defined = [line.split(maxsplit=2)[1:] for line in symbols.splitlines() if line[0] != " "]
     shared = [name for kind, name in defined if kind.isupper()]
     assert shared == ["pk::kAvx2Isa"], shared
+
+
+def test_a_backend_that_must_be_tested_and_is_not_there_fails_the_run(tmp_path):
+    """So that a broken build is not green (.ci/run requires what a machine can run)."""
+    env = {**os.environ, "PRO_KERNELS_REQUIRE": "torch,cuda"}
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_layout.py"), "-q"]
+    done = subprocess.run([*command, "-p", "no:xdist"], env=env, capture_output=True, text=True)
+    assert done.returncode == 4 and "cuda cannot be tested" in done.stderr

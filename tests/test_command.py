@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from pro_kernels import __main__ as command
-from pro_kernels import backends, check
+from pro_kernels import backends
+from pro_kernels.selfcheck import check
+from pro_kernels.selfcheck.trust import measure
+from pro_kernels.selfcheck.trust.cases import Case, make_problem
 
 
 def test_env_names_every_backend_and_reason(capsys):
@@ -67,18 +70,25 @@ def test_check_fails_when_a_kernel_is_wrong(monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_check_names_what_a_kernel_raises(tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(backends.get("torch"), "residual_", broken)
+    path = tmp_path / "check.json"
+    assert command.main(["check", "--json", str(path)]) == 1
+    assert "| FAILED RuntimeError: no kernel |" in capsys.readouterr().out
+    failed = [r for r in json.loads(path.read_text()) if not r["passed"]]
+    assert {r["note"] for r in failed} == {"RuntimeError: no kernel"}
+    assert {(r["backend"], r["path"]) for r in failed} >= {("torch", "hidden")}
+
+
 def test_check_fails_on_nan():
-    good = [torch.ones(2, dtype=torch.float64)] * 4
-    rows = check._compare(
-        "x",
-        torch.device("cpu"),
-        torch.float32,
-        "hidden",
-        [t * float("nan") for t in good],
-        good,
-        good,
-    )
-    assert len(rows) == 4 and not any(r.passed for r in rows)
+    problem = make_problem(Case("x", 1, 2, 3), "train", torch.device("cpu"), torch.float32)
+    good = {"log-probs": torch.ones(2, dtype=torch.float64), "loss": torch.ones(())}
+    nan = {name: x * float("nan") for name, x in good.items()}
+    rows = measure._rows(problem, "x", "hidden", nan, good, good, {})
+    assert len(rows) == 2 and not any(r.passed for r in rows)
 
 
 def test_wrong_calls_exit_with_2(capsys):
@@ -98,3 +108,13 @@ def test_module_and_missing_trainer(monkeypatch, capsys):
     monkeypatch.delattr("pro_trainer.cli.commands", raising=False)
     assert command.main(["train"]) == 2
     assert "train needs pro_trainer.cli.commands: pip install" in capsys.readouterr().err
+
+
+def test_the_short_check_makes_no_allowance():
+    """What holds in the trust report because gradients may have more roundings fails here."""
+    names = ("cpu", "bfloat16", "torch", "short", "train", "hidden", "gradient of weight")
+    held = [
+        check._named(measure.Row(*names, error, 1e-3, 1e-4, 3**0.5, True, 1.0, {}))["passed"]
+        for error in (1.1e-3, 1.5e-3)
+    ]
+    assert held == [True, False]

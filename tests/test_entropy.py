@@ -8,11 +8,23 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from cases import CPU, DTYPES, IDS, Case, assert_no_worse, cpu_isas, fp32_sums, usable_backends
-from pro_kernels import backends, calls, matmul, ops
-from pro_kernels.functional import linear_token_stats
+from cases import (
+    CPU,
+    DTYPES,
+    IDS,
+    Case,
+    assert_no_worse,
+    cpu_isas,
+    fp32_sums,
+    transformed,
+    usable_backends,
+)
+from pro_kernels import backends
+from pro_kernels.api import linear_token_stats
+from pro_kernels.fused import call as call_module
+from pro_kernels.fused import matmul, ops
+from pro_kernels.fused.planner import Plan, make_plan
 from pro_kernels.options import LogitOptions
-from pro_kernels.planner import Plan, make_plan
 
 PLAIN, SCALED, CAPPED = LogitOptions(), LogitOptions(None, 0.3), LogitOptions(5.0, 0.5)
 OPTIONS = {"plain": PLAIN, "scaled": SCALED, "capped": CAPPED}
@@ -56,7 +68,7 @@ def check_gradient(got, logits, targets, weights, by, options, exact=None) -> No
     _, lse, entropy = reference.logp(x, targets, entropy=True, **same)
     want = reference.logits_grad(x, lse, targets, w, entropy=(entropy, e), **same)
     raw = reference._put_target(x, targets.clamp_min(0)[:, None], targets >= 0, exact64)
-    z, slope = reference._transform(raw, options)
+    z, slope = transformed(raw, options)
     log_p = z - lse[:, None]
     steps = torch.where(z.isfinite(), z.abs() + lse.abs()[:, None], 0.0) + 20
     terms = w.abs()[:, None] + e.abs()[:, None] * (
@@ -194,7 +206,7 @@ def force_tier(monkeypatch):
             needs = {"need_hidden": chosen.need_hidden, "need_weight": chosen.need_weight}
             return Plan("T3", 5, retained=min(4, rows), **needs)
 
-        monkeypatch.setattr(calls, "make_plan", forced)
+        monkeypatch.setattr(call_module, "make_plan", forced)
 
     return force
 
@@ -379,7 +391,7 @@ def test_no_matmul_more(monkeypatch):
 
 
 def test_a_budget_is_kept_and_decides_how_much_is_computed_again():
-    shape = (4096, 64, 32000, torch.bfloat16, CPU)
+    shape = (4096, (32000, 64, torch.bfloat16), CPU)
     needs = {"need_hidden": True, "need_weight": True, "entropy": True}
     large = make_plan(*shape, **needs, budget=1 << 30)
     assert (large.tier, large.retained) == ("T1", 4096)
@@ -488,12 +500,15 @@ def test_opcheck(backend, retained):
     layout = pk.Layout.from_padded(targets)
     tensors = (hidden.reshape(-1, 16).float(), weight.float(), bias.float())
     inputs = (*tensors, layout.rows, layout.targets)
-    config = (torch.float32, torch.float32, None, 1.0, backend, 5)
     kept = min(retained, layout.num_tokens)
+    plan = Plan("T3", 5, kept, need_hidden=True, need_weight=True)
     for extra in (False, True):
-        args = (*inputs, *config, kept, extra)
-        torch.library.opcheck(ops.head_stats, args, test_utils=full)
-    values, stats, logits = ops.head_stats(*inputs, *config, kept, False)
+        call = call_module.Call(
+            backend, LogitOptions(), plan, vocab=weight.shape[0], entropy=True, extra=extra
+        )
+        encoded = call_module.encode(call)
+        torch.library.opcheck(ops.head_forward, (*inputs, *encoded), test_utils=full)
+    values, *saved = ops.head_forward(*inputs, *encoded)
     for by in (None, torch.randn_like(values[0])):
-        args = (values[0].clone(), by, *inputs, stats, logits, *config, True, True, True)
-        torch.library.opcheck(ops.head_stats_backward, args, test_utils=full)
+        args = (values[0].clone(), by, *inputs, saved, [True, True, True], *encoded)
+        torch.library.opcheck(ops.head_backward, args, test_utils=full)

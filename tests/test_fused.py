@@ -20,8 +20,8 @@ from cases import (
     truth,
     usable_backends,
 )
-from pro_kernels import calls, matmul
-from pro_kernels.planner import Plan
+from pro_kernels.fused import call, matmul
+from pro_kernels.fused.planner import Plan
 
 TIERS = ["T1", "T2", "T3"]
 
@@ -29,7 +29,7 @@ TIERS = ["T1", "T2", "T3"]
 @pytest.fixture
 def force_tier(monkeypatch):
     """Make calls that want all gradients run in a given tier, in chunks of a few rows."""
-    plan = calls.make_plan
+    plan = call.make_plan
 
     def force(tier: str) -> None:
         def forced(rows, *args, **kwargs):
@@ -42,7 +42,7 @@ def force_tier(monkeypatch):
                 return Plan("T2", rows, prompt_chunks=(1,) * prompts, **needs)
             return Plan("T3", 5, retained=min(7, rows // 2), **needs)
 
-        monkeypatch.setattr(calls, "make_plan", forced)
+        monkeypatch.setattr(call, "make_plan", forced)
 
     return force
 

@@ -13,8 +13,10 @@ import torch
 
 import pro_kernels as pk
 from cases import DTYPES, IDS, Case, assert_no_worse, run, truth
-from pro_kernels import backends, calls, planner
-from pro_kernels.planner import Plan
+from pro_kernels import backends
+from pro_kernels.fused import call as call_module
+from pro_kernels.fused import planner
+from pro_kernels.fused.planner import Plan
 
 TIERS = ["T0", "T1", "T1f", "T2", "T3"]
 CASE = Case("gpu", B=4, n=4, T=32, H=128, V=1009, bias=True)
@@ -44,7 +46,7 @@ def force_tier(monkeypatch):
             retained = {"T1": rows, "T3": rows // 3}.get(tier, 0)
             return Plan(tier, rows if tier == "T1" else 50, retained, **needs)
 
-        monkeypatch.setattr(calls, "make_plan", plan)
+        monkeypatch.setattr(call_module, "make_plan", plan)
 
     return force
 

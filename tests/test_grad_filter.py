@@ -9,8 +9,8 @@ import torch
 
 import pro_kernels as pk
 from cases import fp32_sums
-from pro_kernels import column_filter, matmul
-from pro_kernels.planner import make_plan
+from pro_kernels.fused import columns, matmul
+from pro_kernels.fused.planner import make_plan
 
 B, N, T, H, V = 4, 3, 8, 16, 301
 TAU = 0.03
@@ -51,9 +51,9 @@ def lost(filtered, exact):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """T2 takes prompts one by one instead of calling them too few for it."""
-    monkeypatch.setattr("pro_kernels.planner.MIN_T2_ROWS", 1)
-    monkeypatch.setattr("pro_kernels.planner.CHUNK_ROWS", 16)
-    monkeypatch.setattr("pro_kernels.planner.MIN_ROWS", 4)
+    monkeypatch.setattr("pro_kernels.fused.planner.MIN_T2_ROWS", 1)
+    monkeypatch.setattr("pro_kernels.fused.planner.CHUNK_ROWS", 16)
+    monkeypatch.setattr("pro_kernels.fused.planner.MIN_ROWS", 4)
 
 
 @pytest.mark.parametrize("tier", BUDGETS)
@@ -63,7 +63,8 @@ def small_chunks(monkeypatch):
 def test_errors_lie_within_the_bounds(small_chunks, monkeypatch, tier, extra):
     plans = []
     monkeypatch.setattr(
-        "pro_kernels.calls.make_plan", lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1]
+        "pro_kernels.fused.call.make_plan",
+        lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1],
     )
     options = dict(extra, budget=BUDGETS[tier])
     plain, exact, _ = run(**options)
@@ -171,12 +172,12 @@ def test_selection_keeps_the_fewest_columns_of_its_steps():
     p = torch.zeros(3, 64)
     p[:, :4] = 0.24
     p[:, 4:] = 0.04 / 60
-    chosen = column_filter.select(-p, torch.tensor([0, 1, 2]), 0.05)
+    chosen = columns.select(-p, torch.tensor([0, 1, 2]), 0.05)
     assert chosen is not None and chosen.columns.tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(chosen.mass, torch.full((3,), 0.04), rtol=3e-3, atol=0)
     # One row alone may not lose it: nobody drops those columns.
     p[1, 40:] += 0.03
-    chosen = column_filter.select(-p, torch.tensor([0, 1, 2]), 0.05)
+    chosen = columns.select(-p, torch.tensor([0, 1, 2]), 0.05)
     assert set(range(4)) | set(range(40, 64)) <= set(chosen.columns.tolist())
     assert chosen.mass.max() <= 0.05
 
@@ -273,21 +274,21 @@ def test_what_all_of_the_head_shares_is_within_the_bound(dtype, offset):
     weight = torch.randn(512, 32, generator=g, dtype=torch.float64)
     weight = (weight + offset * torch.randn(32, generator=g, dtype=torch.float64)).to(dtype)
     dz, targets = peaked(9.0, dtype)
-    chosen = column_filter.select(dz, targets, 0.2)
+    chosen = columns.select(dz, targets, 0.2)
     assert chosen is not None and chosen.columns.shape[0] < 256
-    u, radius = column_filter.center(weight, chosen)
-    parts = column_filter.split(chosen.total, dtype)
+    u, radius = columns.center(weight, chosen)
+    parts = columns.split(chosen.total, dtype)
     gone = torch.ones(512, dtype=torch.bool).index_fill_(0, chosen.columns, False)
     exact = dz.double()[:, gone] @ weight.double()[gone]
     error = (exact + parts.double().sum(1, keepdim=True) * u.double()).norm(dim=1)
-    assert (error <= column_filter.reach(chosen, parts, u, radius)).all()
+    assert (error <= columns.reach(chosen, parts, u, radius)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("gap", [20, 60, 75, 200])
 def test_the_norm_of_tiny_entries_does_not_underflow(gap, dtype):
     dz, targets = peaked(gap, dtype)
-    chosen = column_filter.select(dz, targets, 0.5)
+    chosen = columns.select(dz, targets, 0.5)
     assert chosen is not None
     gone = torch.ones(512, dtype=torch.bool).index_fill_(0, chosen.columns, False)
     norm, mass = dz.double()[:, gone].norm(dim=1), dz.double()[:, gone].abs().sum(1)
@@ -375,6 +376,6 @@ def test_norms_of_wide_bf16_rows_are_not_rounded_down():
 
 
 def test_a_call_without_a_filter_returns_nothing_on_another_device():
-    from pro_kernels.head import Kept
+    from pro_kernels.fused.head import Kept
 
     assert Kept.empty(None, 3, 5, 7, torch.empty(0, device="meta")).counts.device.type == "meta"

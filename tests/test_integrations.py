@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 import pro_kernels as pk
-from pro_kernels.integrations import official
-from pro_kernels.integrations import trl as swap
+from pro_kernels.models import official
+from pro_kernels.models import trl as swap
 from pro_trainer.train.official import official_batch, official_loss
 
 VOCABULARY = 259
@@ -159,6 +159,8 @@ ROWS = {
     "GRPO": [{"prompt": f"say {a} {b}"} for a, b in PAIRS],
 }
 ROWS["RLOO"] = ROWS["GRPO"]
+ON_LOGITS = ("CPO", "ORPO", "Reward")
+ROWS |= dict.fromkeys(ON_LOGITS, ROWS["DPO"])
 
 
 def trl_run(trl, folder, kind: str):
@@ -176,13 +178,22 @@ def trl_run(trl, folder, kind: str):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
         options = {"num_generations": 2, "max_completion_length": 8, "beta": 0.1}
         more["reward_funcs"] = lambda completions, **_: [float(len(set(c))) for c in completions]
-    config = getattr(trl, f"{kind}Config")(
+    where = trl
+    if kind in ("CPO", "ORPO"):
+        where = importlib.import_module(f"trl.experimental.{kind.lower()}")
+    if kind == "CPO":
+        options = {"loss_type": "simpo", "cpo_alpha": 0.0}
+    if kind == "Reward":
+        transformers.set_seed(1)
+        model.config.num_labels = 1
+        model = transformers.LlamaForSequenceClassification(model.config)
+    config = getattr(where, f"{kind}Config")(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=0.05,
         optim="sgd", lr_scheduler_type="constant", report_to=[], use_cpu=True, bf16=False,
         logging_steps=1, disable_tqdm=True, save_strategy="no", seed=1,
         gradient_checkpointing=False, **options,
     )  # fmt: skip
-    trainer = getattr(trl, f"{kind}Trainer")(
+    trainer = getattr(where, f"{kind}Trainer")(
         model, args=config, train_dataset=Dataset.from_list(ROWS[kind]), **more
     )
     trainer.train()
@@ -202,22 +213,45 @@ def rows_of_each_call(monkeypatch) -> list[int]:
     return rows
 
 
+@pytest.mark.parametrize("rows", ["padded", "distinct"])
 @pytest.mark.parametrize("kind", ROWS)
-def test_trls_trainers_give_the_same_losses_and_parameters(trl, tmp_path, monkeypatch, kind):
+def test_trls_trainers_give_the_same_losses_and_parameters(
+    trl, tmp_path, monkeypatch, capsys, kind, rows
+):
     plain = trl_run(trl, tmp_path, kind)
-    swap.accelerate_trl()
-    rows = rows_of_each_call(monkeypatch)
+    swap.accelerate_trl(rows=rows)
+    calls = rows_of_each_call(monkeypatch)
     fused = trl_run(trl, tmp_path, kind)
-    assert rows and plain[0] == pytest.approx(fused[0], rel=1e-5, abs=1e-6)
+    said = capsys.readouterr().out
+    assert said.count("tokens were run (") == (rows == "distinct")
+    assert bool(calls) == (kind not in ON_LOGITS)
+    assert plain[0] == pytest.approx(fused[0], rel=1e-5, abs=1e-6)
     for a, b in zip(plain[1], fused[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     for theirs, ours in zip(plain[2], fused[2], strict=True):
         for name in theirs.keys() & {"entropy", "mean_token_accuracy", "rewards/margins"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6)
     swap.restore_trl()
-    rows.clear()
+    calls.clear()
     trl_run(trl, tmp_path, kind)
-    assert not rows
+    assert not calls
+
+
+def test_a_model_that_cannot_run_distinct_rows_runs_padded_ones_and_it_is_said(
+    trl, tmp_path, monkeypatch, capsys
+):
+    def refused(model):
+        raise ValueError("this one cannot")
+
+    monkeypatch.setattr(swap, "distinct_rows", refused)
+    swap.accelerate_trl()
+    losses, _, _ = trl_run(trl, tmp_path, "DPO")
+    said = capsys.readouterr().out
+    assert len(losses) == 3
+    for name in ("model", "ref_model"):
+        assert said.count(f"pro_kernels: {name} runs padded rows: this one cannot") == 1
+    with pytest.raises(ValueError, match="rows must be one of"):
+        swap.accelerate_trl(rows="packed")
 
 
 def test_positions_that_are_not_scored_never_reach_the_head(trl, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,49 +14,89 @@ PACKAGE = ROOT / "pro_kernels"
 
 # Module -> what it may import from the package.
 ALLOWED = {
-    "options": set(),
-    "shards": set(),
-    "output": set(),
     "_version": set(),
-    "layout": {"options"},
-    "losses": {"options", "losses"},
+    "option_types": set(),
+    "output": set(),
+    "ranking": set(),
+    "validate": {"option_types", "ranking"},
+    "options": {"option_types", "validate"},
+    "layout": {"options", "validate"},
+    "losses": {"losses", "option_types", "ranking", "validate"},
     "reference": {"layout", "options", "output"},
-    "matmul": {"options"},
-    "planner": {"matmul", "options"},
-    "column_filter": set(),
-    "checks": set(),
     "backends": {"backends", "options"},
-    "backends.torch": {"options"},
+    "backends.torch": {"options", "ranking"},
     "backends.native": {"options"},
     "backends.cpu": {"backends.native", "options"},
     "backends.cuda": {"backends.native", "options"},
     "backends.triton": {"options", "backends.triton"},
-    "head": {"column_filter", "matmul", "options", "shards"},
-    "token_stats": {"head", "matmul", "options"},
-    "ops": {"backends", "head", "layout", "options", "shards", "token_stats"},
-    "autograd": {"ops", "options", "planner", "shards"},
-    "pro": {"checks", "layout", "options", "output"},
-    "calls": {
-        "autograd", "backends", "checks", "layout", "ops", "options", "output", "planner", "pro",
-        "shards",
+    "fused": set(),
+    "fused.shards": set(),
+    "fused.columns": set(),
+    "fused.matmul": {"options"},
+    "fused.planner": {"fused.matmul", "options", "validate"},
+    "fused.call": {
+        "backends", "fused.planner", "fused.shards", "layout", "options", "validate",
     },
-    "functional": {
-        "autograd", "backends", "calls", "checks", "column_filter", "head", "layout", "options",
-        "output", "pro", "shards",
+    "fused.rank_order": {
+        "fused.call", "layout", "option_types", "options", "output", "ranking", "validate",
     },
-    "lm_head": set(),
-    "probe": {"lm_head"},
-    "attached": {"functional", "layout", "lm_head", "options", "probe", "shards"},
-    "attach": {"attached", "lm_head", "options", "probe", "shards"},
-    "integrations": set(),
-    "integrations.official": {"attach", "options", "reference"},
-    "integrations.trl": {"functional"},
-    "check": {"backends", "functional", "reference"},
-    "env": {"_version", "backends", "matmul", "planner"},
-    "trust": {"backends", "check", "env", "functional", "matmul", "planner", "reference"},
-    "__main__": {"check", "env", "trust"},
+    "fused.registry": {"fused.call"},
+    "fused.gather_scatter": {"fused.call", "fused.matmul"},
+    "fused.head": {"fused.call", "fused.columns", "fused.gather_scatter", "fused.matmul"},
+    "fused.backward": {"fused.call", "fused.gather_scatter", "fused.head", "fused.matmul"},
+    "fused.prompts": {
+        "fused.backward", "fused.call", "fused.columns", "fused.gather_scatter", "fused.head",
+    },
+    "fused.ops": {
+        "fused.backward", "fused.call", "fused.columns", "fused.gather_scatter", "fused.head",
+        "fused.prompts", "fused.registry", "layout", "options",
+    },
+    "fused.autograd": {
+        "fused.call", "fused.ops", "fused.registry", "fused.shards", "layout",
+    },
+    "fused.ranks": {
+        "fused.autograd", "fused.call", "fused.ops", "fused.planner", "fused.rank_order",
+        "fused.shards", "layout", "options", "output", "validate",
+    },
+    "api": {
+        "backends", "fused.autograd", "fused.call", "fused.columns", "fused.planner",
+        "fused.rank_order", "fused.ranks", "fused.shards", "layout", "options", "output",
+        "validate",
+    },
+    "distinct": set(),
+    "distinct.tree": set(),
+    "distinct.attention": set(),
+    "distinct.gpu": {"distinct.attention", "distinct.tree"},
+    "distinct.interface": {"distinct.attention", "distinct.gpu"},
+    "distinct.row": {"distinct.interface", "distinct.tree"},
+    "distinct.states": {"distinct.interface", "models.probe"},
+    "distinct.tryout": {
+        "distinct.interface", "distinct.row", "distinct.states", "distinct.tree", "models.probe",
+    },
+    "distinct.decoder": {
+        "distinct.interface", "distinct.row", "distinct.states", "distinct.tryout",
+        "models.opened",
+    },
+    "models": set(),
+    "models.head": {"options"},
+    "models.probe": {"models.head", "option_types"},
+    "models.opened": {"fused.shards", "models.head", "models.probe"},
+    "models.forward": {"api", "fused.shards", "layout", "models.head", "models.opened", "options"},
+    "models.tryout": {"models.forward", "models.head", "models.opened", "models.probe", "options"},
+    "models.attach": {
+        "distinct.decoder", "fused.shards", "models.forward", "models.head", "models.opened",
+        "models.probe", "models.tryout", "options", "validate",
+    },
+    "models.official": {"models.attach", "options", "reference"},
+    "models.trl": {"api", "distinct.decoder", "validate"},
+    "selfcheck": {
+        "_version", "api", "backends", "fused.matmul", "fused.planner", "options", "reference",
+        "selfcheck",
+    },
+    "__main__": {"options", "selfcheck"},
     "__init__": {
-        "attach", "backends", "losses", "reference", "functional", "layout", "output", "_version",
+        "_version", "api", "backends", "distinct.decoder", "distinct.tree", "layout", "losses",
+        "models.attach", "output", "reference",
     },
 }  # fmt: skip
 
@@ -74,10 +116,10 @@ def imported(path: Path) -> set[str]:
             }
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pro_kernels"):
             base = node.module.removeprefix("pro_kernels").lstrip(".")
-            if base:
-                found.add(base)
-            else:
-                found |= {a.name for a in node.names}
+            for name in (f"{base}.{a.name}".lstrip(".") for a in node.names):
+                below = PACKAGE / name.replace(".", "/")
+                is_module = below.is_dir() or below.with_suffix(".py").exists()
+                found.add(name if is_module or not base else base)
     return found
 
 
@@ -99,6 +141,26 @@ def test_imports_go_down(name, path):
         parts = other.split(".")
         prefixes = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
         assert prefixes & allowed, f"{name} may import {sorted(allowed)}, not {other}"
+
+
+def _called(decorator: ast.expr) -> str:
+    """Name of the function that a decorator calls."""
+    function = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return getattr(function, "id", "")
+
+
+def test_no_function_below_the_public_ones_takes_more_than_13_arguments():
+    """What belongs together travels together (``fused/call.py``)."""
+    wide = []
+    for name, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                a = node.args
+                count = len(a.posonlyargs) + len(a.args) + len(a.kwonlyargs)
+                registered = "register" in map(_called, getattr(node, "decorator_list", []))
+                if count > 13 and not registered:  # the options of a loss are public
+                    wide.append(f"{name}:{node.lineno} takes {count}")
+    assert not wide, wide
 
 
 def test_backends_never_import_each_other():
@@ -166,3 +228,14 @@ def test_the_trainer_uses_the_public_api_only():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pro_kernels"):
                 below = node.module.removeprefix("pro_kernels").lstrip(".")
                 assert below in public | {"backends", "__main__"}, f"{path}: from {node.module}"
+
+
+def test_the_import_brings_in_neither_compilers_nor_models():
+    """They take seconds; nobody who only wants the loss should wait for them."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import pro_kernels; "
+        "print([m for m in ('torch._dynamo', 'transformers', 'triton') "
+        "if m in sys.modules and m not in before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

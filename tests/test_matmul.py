@@ -9,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pro_kernels as pk
 from cases import Case, assert_no_worse, fp32_sums, run, truth
-from pro_kernels import calls, matmul
-from pro_kernels.planner import Plan
+from pro_kernels.fused import call as call_module
+from pro_kernels.fused import gather_scatter, matmul
+from pro_kernels.fused.planner import Plan
+from pro_kernels.selfcheck import env
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -101,6 +103,11 @@ def test_choice(monkeypatch):
     matmul._upcasts.cache_clear()
 
 
+def test_env_says_how_the_matmuls_of_each_dtype_run(monkeypatch):
+    monkeypatch.setattr(matmul, "_upcasts", lambda dtype, device: dtype == torch.float16)
+    assert env.report()["devices"]["cpu"]["matmuls"] == {"bf16": "native", "fp16": "fp32 by blocks"}
+
+
 def test_workspace_holds():
     for rows, hidden, vocab in ((920, 1024, 32000), (32768, 896, 151936), (1, 1, 1)):
         block = matmul.column_block(rows, hidden, vocab)
@@ -135,6 +142,35 @@ def test_fp32_sums_of_16_bit_operands_take_no_pass_after_the_matmul(monkeypatch)
     assert names == ["aten.mm.dtype_out"] * 3 + ["aten.addmm.dtype_out"]
 
 
+def test_autocast_rounds_no_more_than_a_16_bit_dz_with_fp32_sums(route):
+    """DHidden and dW of fp32 tensors at unit scale: as near fp64 as where X, W and w dZ0 are bf16.
+
+    That is what TRL's chunked log-probs do: two roundings in each product.
+    """
+    n, vocab = 256, 2000
+    hidden, weight = torch.randn(1, n, 64), torch.randn(vocab, 64) / 8
+    targets, upstream = torch.randint(0, vocab, (1, n)), torch.randn(n)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = pk.linear_token_logps(hidden, weight, targets)
+    ours = torch.autograd.grad(logps[0], (hidden, weight), upstream)
+
+    def gradients(x, w, low):
+        """With ``low`` rounding what the matmuls read."""
+        x, w = low(x.detach()[0]), low(w.detach())
+        dz = -torch.softmax(low(x @ w.t()), 1)
+        dz[torch.arange(n), targets[0]] += 1
+        dz = low(dz * upstream.to(dz.dtype)[:, None])
+        return (dz @ w)[None], dz.t() @ x
+
+    theirs = gradients(hidden, weight, lambda x: x.bfloat16().float())
+    exact = gradients(hidden.double(), weight.double(), lambda x: x)
+    for name, a, b, want in zip(("hidden", "weight"), ours, theirs, exact, strict=True):
+        found, plain = ((x.double() - want).norm() / want.norm() for x in (a, b))
+        assert found < 1.1 * plain, f"d {name}: {found:.2e} against {plain:.2e}"
+
+
 GPU_ROUTE = [
     Case("T1", B=3, n=4, T=12, H=96, V=515),
     Case("bias", B=3, n=4, T=12, H=96, V=515, bias=True),
@@ -157,7 +193,7 @@ def test_gradients_on_the_route_of_a_gpu(case, dtype, tier, monkeypatch):
             "T3": Plan("T3", 20, retained=rows // 3, **needs),
         }[tier]
 
-    monkeypatch.setattr(calls, "make_plan", plan)
+    monkeypatch.setattr(call_module, "make_plan", plan)
     ours = run(pk.linear_pro_loss, case, dtype, backend="torch")
     plain, exact = run(pk.reference.linear_pro_loss, case, dtype), truth(case, dtype)
     for name, grad in exact.grads.items():
@@ -254,3 +290,12 @@ def test_where_addmm_is_refused_sums_are_added_by_blocks(asked, monkeypatch):
     assert matmul.mm_fp32(a, b, out, accumulate=True) is out
     torch.testing.assert_close(out, 1 + a.float() @ b.float())
     assert heights == [64, 64, 22]
+
+
+@pytest.mark.parametrize("columns", [1, 67, 72, 1009])
+def test_nothing_uninitialised_lies_between_rows_on_a_cpu(columns, poison):
+    """A matmul of oneDNN on AMX reads it."""
+    rows = gather_scatter.empty_rows(torch.zeros(0), 5, columns, torch.bfloat16)
+    between = rows.as_strided((5, rows.stride(0)), (rows.stride(0), 1))[:, columns:]
+    assert rows.shape == (5, columns) and rows.isnan().all()  # poisoned
+    assert between.equal(torch.zeros_like(between))

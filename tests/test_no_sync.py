@@ -18,16 +18,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import pro_kernels as pk
 from cases import Case, fp32_sums
-from pro_kernels import calls, functional, ops
-from pro_kernels.planner import Plan
+from pro_kernels import api
+from pro_kernels.fused import call, registry, shards
+from pro_kernels.fused.planner import Plan
 
 ROOT = Path(pk.__file__).parent
-MODULES = (
-    *("head", "column_filter", "ops", "autograd", "matmul", "calls", "pro", "functional"),
-    *("planner", "options", "checks", "token_stats", "attach", "attached", "probe"),
-    *("lm_head", "shards"),
-)
-HOT = [ROOT / f"{name}.py" for name in MODULES]
+HOT = [ROOT / f"{name}.py" for name in ("api", "layout", "options", "ranking", "validate")]
+HOT += [path for room in ("fused", "models") for path in (ROOT / room).glob("*.py")]
 HOT += sorted(set((ROOT / "backends").rglob("*.py")) - {ROOT / "backends/triton/aot.py"})
 
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "synchronize"}
@@ -36,28 +33,35 @@ REDUCTIONS = {"any", "all", "sum", "max", "min", "amax", "amin"}  # in an ``if``
 
 # function -> why what it calls there does not make a training step wait
 ALLOWED = {
-    "ops._compact": "the dense form: sizes are unknown until the data is looked at",
-    "ops.linear_pro": "the dense form",
-    "ops.check_range": "only of CPU tensors",
-    "checks.check_all": "only of CPU tensors",
-    "checks.check_finite": "only of CPU tensors",
-    "calls._without_absent": "of a mask on the CPU",
-    "options.check_total": "called for CPU tensors only",
-    "pro._check_gaps": "called for CPU tensors only",
-    "pro._check_official": "only of CPU tensors",
-    "pro._sort_by_rewards": "called for CPU tensors only",
-    "attached._check_labels": "of CPU tensors, and once a model of a GPU's",
-    "attach._check_loss": "when a model is attached",
-    "probe.probe": "when a model is attached",
-    "probe._compare": "when a model is attached",
-    "probe.example_inputs": "when a model is attached",
-    "planner._meminfo": "text of /proc/meminfo, once a process",
-    "calls._checksum": "only of CPU tensors, and only with a process_group",
-    "shards.agree": "once a call of several ranks, as its docstring says",
-    "shards.described": "values of CPU tensors only",
-    "shards._ranks_of": "a mesh is on the CPU",
-    "column_filter.select": "once a chunk, only with grad_filter: how many columns stay is data",
-    "head.Kept.count": "counts are on the CPU; grad_filter waits when it chooses the columns",
+    "fused/ops._compact": "the dense form: sizes are unknown until the data is looked at",
+    "fused/ops.linear_pro": "the dense form",
+    "backends/torch._blank": "only of CPU tensors",
+    "fused/ops.check_range": "only of CPU tensors",
+    "layout.Layout.present": "of a mask on the CPU",
+    "layout.Layout.from_rows": "when a layout is made",
+    "layout.Layout._padded_on_host": "only of CPU tensors",
+    "layout._scored": "when a layout is made: one copy to the host, as its docstring says",
+    "layout._scored_on_cpu": "only of CPU tensors",
+    "layout.raise_bad_target": "an error",
+    "validate.check_all": "only of CPU tensors",
+    "validate.check_of_prompts": "what check_all says of CPU tensors only",
+    "validate.check_total": "called for CPU tensors only",
+    "validate.check_gaps": "called for CPU tensors only",
+    "fused/rank_order._sort_by_rewards": "called for CPU tensors only",
+    "models/forward._check_labels": "of CPU tensors, and once a model of a GPU's",
+    "models/tryout._check_loss": "when a model is attached",
+    "models/probe.probe": "when a model is attached",
+    "models/tryout._log_probs": "when a model is attached",
+    "models/probe._largest": "when a model is attached",
+    "models/probe.rms": "when a model is attached or tried out",
+    "models/probe.example_inputs": "when a model is attached",
+    "fused/planner._meminfo": "text of /proc/meminfo, once a process",
+    "fused/ranks._checksum": "only of CPU tensors, and only with a process_group",
+    "fused/shards.agree": "once a call of several ranks, as its docstring says",
+    "fused/shards.described": "values of CPU tensors only",
+    "fused/shards._ranks_of": "a mesh is on the CPU",
+    "fused/columns.select": "once a chunk, only with grad_filter: how many columns stay is data",
+    "fused/columns.Kept.count": "counts are on the CPU; it waits where it chooses the columns",
 }
 
 
@@ -147,9 +151,10 @@ def test_the_hot_path_has_no_call_that_waits():
 
 
 def test_choosing_columns_waits_in_one_place():
-    found = waits((ROOT / "column_filter.py").read_text(), "column_filter")
+    found = waits((ROOT / "fused/columns.py").read_text(), "columns")
     assert [(scope, what) for scope, _, what in found] == [
-        ("column_filter.select", "int() of a tensor")
+        ("columns.Kept.count", "int() of a tensor"),  # on the CPU
+        ("columns.select", "int() of a tensor"),
     ]
 
 
@@ -217,7 +222,7 @@ class Gpu(TorchFunctionMode):
                 return torch.autograd.backward(args[0])
         if getattr(func, "namespace", "") == "pro_kernels":
             with self:  # inside the op everything is watched too
-                return ops.BODIES[func](*args, **kwargs)
+                return registry.BODIES[func](*args[:-3], registry.decode(*args[-3:]))
         leaves = tree_leaves((args, kwargs))
         made_for = [torch.device(x) for x in leaves if _is_device_argument(x)]
         host = [_host(x) for x in tensors]
@@ -305,7 +310,7 @@ def test_linear_pro_loss(tier, dtype, shared, host, monkeypatch):
             num_rows=layout.num_rows,
         )
     fp32_sums(monkeypatch)
-    monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, case.B))
+    monkeypatch.setattr(call, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, case.B))
     per_candidate = {
         "candidate_mask": torch.arange(case.B * case.n).view(case.B, case.n) > 0,
         "prompt_weights": torch.rand(case.B),
@@ -359,10 +364,10 @@ def test_a_sequence_group_waits_in_its_agreement_only(tier, ragged, monkeypatch)
     layout = pk.Layout.from_packed(
         torch.randint(0, 37, (12,)), torch.tensor([0, 3, 4, 7, 12]), counts
     )
-    monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 2))
-    monkeypatch.setattr("pro_kernels.functional.group_of", lambda _, group: group)
-    monkeypatch.setattr(calls.shards, "agree", lambda *_: None)
-    monkeypatch.setattr(calls.shards, "sum_", lambda x, _: x)
+    monkeypatch.setattr(call, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 2))
+    monkeypatch.setattr(shards, "group_of", lambda _, group: group)
+    monkeypatch.setattr(shards, "agree", lambda *_: None)
+    monkeypatch.setattr(shards, "sum_", lambda x, _: x)
 
     def step(**options) -> list[torch.Tensor]:
         leaves = hidden.clone(), weight.clone()
@@ -386,16 +391,16 @@ def test_token_log_probs_wait_for_their_layout_only(tier, monkeypatch):
     targets = torch.randint(0, 37, (20,))
     hidden.requires_grad_(tier != "T0")
     weight.requires_grad_(tier in ("T1", "T3"))
-    monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 1))
-    layout = calls.layout_of(targets.view(1, 1, -1), -100, 37)
-    monkeypatch.setattr(functional, "layout_of", lambda *_: layout)
+    monkeypatch.setattr(call, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 1))
+    layout = pk.Layout.from_padded(targets.view(1, 1, -1))
+    monkeypatch.setattr(pk.Layout, "of_targets", lambda *_: layout)
     with Gpu():
         logps = pk.linear_token_logps(hidden, weight, targets, backend="torch")
         if tier != "T0":
             (logps * torch.arange(20, device=targets.device)).sum().backward()
     assert logps.isfinite().all()
     with Gpu():
-        stats = functional.linear_token_stats(hidden, weight, targets, extra=True, backend="torch")
+        stats = api.linear_token_stats(hidden, weight, targets, extra=True, backend="torch")
         if tier != "T0":
             (stats.logps * stats.entropy).sum().backward()
     assert stats.entropy.isfinite().all()
@@ -408,7 +413,7 @@ def test_grad_filter_waits_once_a_chunk(tier, chunks, monkeypatch):
     hidden.requires_grad_()
     weight.requires_grad_(tier != "T1f")
     layout = pk.Layout.from_padded(torch.randint(0, 301, (2, 2, 5)))
-    monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 2))
+    monkeypatch.setattr(call, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 2))
     with Gpu() as gpu:
         gpu.calls.numbers_allowed = chunks
         out = pk.linear_pro_loss(

@@ -7,10 +7,12 @@ import torch
 
 import pro_kernels as pk
 from cases import Case, usable_backends
-from pro_kernels import ops, planner
+from pro_kernels.fused import ops, planner, registry
+from pro_kernels.fused.call import Call, decode, encode
+from pro_kernels.fused.planner import Plan
+from pro_kernels.fused.shards import Shard
+from pro_kernels.options import LogitOptions, RankingOptions
 
-CONFIG = (None, 1.0)
-RANKING = (True, 1.0, False, 0.0, 0.05, False, None, True)
 FULL = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -26,15 +28,28 @@ def head_inputs(dtype=torch.float32, rows=True):
     )
 
 
+def encoded(backend: str, plan: Plan | None = None, **facts):
+    return encode(Call(backend, LogitOptions(), plan or Plan("T0", 1), **facts))
+
+
+def test_a_call_survives_encoding():
+    call = Call(
+        "cpu", LogitOptions(30.0, 0.1), Plan("T2", 5, 3, True, False, (1, 2), 7, 9), torch.bfloat16,
+        vocab=11, ranking=RankingOptions(top_k=2), final_dtype=torch.float16, prompt_tokens=(4, 5),
+        grad_filter=0.25, shard=Shard("0", 1, 2, 3, 4),
+    )  # fmt: skip
+    assert decode(*encode(call)) == call
+
+
 @pytest.mark.parametrize("backend", usable_backends())
 def test_opcheck_logits_ops(backend):
     logits, targets = torch.randn(5, 17), torch.tensor([0, 16, -100, 3, 4])
     for entropy in (False, True):
-        args = (logits, targets, *CONFIG, backend, entropy)
-        torch.library.opcheck(ops.logps, args, test_utils=FULL)
-    _, lse, value = ops.logps(*args)
+        call = encoded(backend, entropy=entropy)
+        torch.library.opcheck(ops.logps, (logits, targets, *call), test_utils=FULL)
+    _, lse, value = ops.logps(logits, targets, *call)
     for extra in ((None, None), (value, torch.randn(5))):
-        args = (logits, lse, targets, torch.randn(5), *extra, *CONFIG, backend)
+        args = (logits, lse, targets, torch.randn(5), *extra, *call)
         torch.library.opcheck(ops.logits_grad, args, test_utils=FULL)
         torch.library.opcheck(ops.logits_grad_, args, test_utils=FULL)
 
@@ -47,28 +62,14 @@ def test_opcheck_head_ops(backend, rows, retained, tau):
     hidden, weight, bias, layout, _ = head_inputs(rows=rows)
     n = layout.num_tokens
     kept = n if retained == "all" else 4
-    config = (torch.float32, torch.float32, *CONFIG, backend, 5 if kept < n else n)
-    args = (hidden, weight, bias, layout.rows, layout.targets, *config, kept, True, tau)
+    plan = Plan("T3", 5 if kept < n else n, kept, need_hidden=True, need_weight=True)
+    call = encoded(backend, plan, vocab=weight.shape[0], grad_filter=tau)
+    inputs = (hidden, weight, bias, layout.rows, layout.targets)
     # Dense buffers have tails that nobody writes or reads: not to be compared value by value.
-    torch.library.opcheck(ops.head_logps, args, test_utils=FULL if rows else FULL[:2])
-    logps, *saved = ops.head_logps(*args)
-    args = (
-        torch.randn_like(logps),
-        hidden,
-        weight,
-        bias,
-        layout.rows,
-        layout.targets,
-        *saved,
-        tau,
-        *config,
-        weight.shape[0],
-        torch.float32,
-        False,
-        True,
-        True,
-        True,
-    )
+    args, tests = (*inputs, *call), FULL if rows else FULL[:2]
+    torch.library.opcheck(ops.head_forward, args, test_utils=tests)
+    values, *saved = ops.head_forward(*args)
+    args = (torch.randn_like(values[0]), None, *inputs, saved, [True, True, True], *call)
     torch.library.opcheck(ops.head_backward, args, test_utils=FULL)
 
 
@@ -78,22 +79,31 @@ def test_opcheck_ranking_and_linear_pro(backend, tau):
     hidden, weight, bias, layout, rewards = head_inputs()
     order, rank = layout.sequences, torch.zeros(2, dtype=torch.int64)
     ranked = (order, rewards.sort(1, descending=True).values, rank, torch.full((2,), 0.5))
-    logps = -torch.rand(layout.num_tokens)
-    args = (logps, layout.offsets, layout.lengths, *ranked, *RANKING, backend)
+    candidates = (layout.offsets, layout.lengths, *ranked)
+    call = encoded(backend, ranking=RankingOptions())
+    args = (-torch.rand(layout.num_tokens), *candidates, *call)
     torch.library.opcheck(ops.ranking, args, test_utils=FULL)
-    args = (hidden, weight, bias, layout.rows, layout.targets, layout.offsets, layout.lengths)
-    args += (*ranked, list(layout.prompt_tokens), [1, 1], torch.float32, *CONFIG, *RANKING)
-    torch.library.opcheck(ops.linear_pro, (*args, backend, False, True, True, tau), test_utils=FULL)
+    call = encoded(
+        backend,
+        Plan("T2", 99, need_hidden=True, need_weight=True, prompt_chunks=(1, 1)),
+        vocab=weight.shape[0],
+        ranking=RankingOptions(),
+        prompt_tokens=layout.prompt_tokens,
+        grad_filter=tau,
+    )
+    args = (hidden, weight, bias, layout.rows, layout.targets, candidates, True, *call)
+    torch.library.opcheck(ops.linear_pro, args, test_utils=FULL)
 
 
 def test_scaled_never_rounds_the_scalar():
     x, by = torch.randn(1000).bfloat16(), torch.tensor(1 / 3)
-    torch.library.opcheck(ops.scaled, (x, by), {"budget": 1}, test_utils=FULL)
-    assert torch.equal(ops.scaled(x, by, budget=1), (x.float() * by).bfloat16())
+    call = encoded("torch")
+    torch.library.opcheck(ops.scaled, (x, by, *call), test_utils=FULL)
+    assert torch.equal(ops.scaled(x, by, *call), (x.float() * by).bfloat16())
     half = torch.tensor(1.0, dtype=torch.float16)
     tiny = torch.full((3,), 1e-12)
     # Nor is x rounded to the scalar's dtype.
-    assert torch.equal(ops.scaled(tiny, half, budget=1), tiny)
+    assert torch.equal(ops.scaled(tiny, half, *call), tiny)
 
 
 def loss_padded(h, w, t, r):
@@ -234,7 +244,7 @@ class _OwnTensor(torch.Tensor):
     pass
 
 
-HEAD_OPS = {"head_logps", "ranking", "head_backward"}
+HEAD_OPS = {"head_forward", "ranking", "head_backward"}
 
 
 def _step(hidden_kind=torch.Tensor):
@@ -247,15 +257,13 @@ def _step(hidden_kind=torch.Tensor):
 
 def test_bodies_run_directly_only_where_nobody_watches(monkeypatch):
     called = set()
-    direct = ops.direct
 
-    def noted(op, *tensors):
-        chosen = direct(op, *tensors)
-        if chosen is not op:
-            called.add(op._schema.name.split("::")[1])
-        return chosen
+    def noted(name, body):
+        return lambda *args: called.add(name) or body(*args)
 
-    monkeypatch.setattr(ops, "direct", noted)
+    for op, body in registry.BODIES.items():
+        name = op._schema.name.split("::")[1]
+        monkeypatch.setitem(registry.BODIES, op, noted(name, body))
     expected = _step()
     assert called == HEAD_OPS
     called.clear()

@@ -7,8 +7,10 @@ import torch
 
 import pro_kernels as pk
 from cases import Case, run
-from pro_kernels import backends, calls, matmul
-from pro_kernels.planner import Plan
+from pro_kernels import backends
+from pro_kernels.fused import call as call_module
+from pro_kernels.fused import matmul
+from pro_kernels.fused.planner import Plan
 
 CASE = Case("out of memory", B=2, n=3, T=8, bias=True)
 ERRORS = [
@@ -49,11 +51,11 @@ def fail_at(monkeypatch, module, name: str, call: int, error: RuntimeError) -> N
 @pytest.mark.parametrize(
     ("tier", "where", "call", "op"),
     [
-        ("T1", "logits_into", 1, "head_logps"),
+        ("T1", "logits_into", 1, "head_forward"),
         ("T1", "weight_grad", 1, "head_backward"),
         ("T2", "logits_into", 2, "linear_pro"),
         ("T2", "weight_grad", 2, "linear_pro"),
-        ("T3", "logits_into", 2, "head_logps"),
+        ("T3", "logits_into", 2, "head_forward"),
         ("T3", "weight_grad", 1, "head_backward"),
     ],
 )
@@ -73,7 +75,7 @@ def test_the_error_names_the_budget_and_a_smaller_one_is_right(
         (1.7 * out.loss).backward()
 
     with monkeypatch.context() as patch:
-        patch.setattr(calls, "make_plan", lambda rows, *_, **__: PLANS[tier](rows))
+        patch.setattr(call_module, "make_plan", lambda rows, *_, **__: PLANS[tier](rows))
         fail_at(patch, matmul, where, call, error)
         with pytest.raises(RuntimeError, match="budget of 123456 bytes") as raised:
             step()
@@ -91,12 +93,12 @@ def test_the_error_names_the_budget_and_a_smaller_one_is_right(
 
 @pytest.mark.parametrize(
     ("where", "op"),
-    [("logits_into", "head_stats"), ("weight_grad", "head_stats_backward")],
+    [("logits_into", "head_forward"), ("weight_grad", "head_backward")],
 )
 def test_with_an_entropy_too(where, op, monkeypatch):
     hidden, weight, _, targets, _ = CASE.tensors()
     leaves = [x.float().requires_grad_() for x in (hidden, weight)]
-    monkeypatch.setattr(calls, "make_plan", lambda rows, *_, **__: PLANS["T3"](rows))
+    monkeypatch.setattr(call_module, "make_plan", lambda rows, *_, **__: PLANS["T3"](rows))
     fail_at(monkeypatch, matmul, where, 1, torch.OutOfMemoryError("CUDA out of memory."))
     with pytest.raises(torch.OutOfMemoryError, match=f"{op} ran with a budget of 123456"):
         sum(pk.linear_token_logps(*leaves, targets, return_entropy=True)).sum().backward()
@@ -116,7 +118,7 @@ def test_whoever_has_no_memory_is_understood(error, monkeypatch):
 
 def test_scaling_the_gradients_of_the_forward_names_the_budget_too(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(calls, "make_plan", lambda rows, *_, **__: PLANS["T2"](rows))
+        patch.setattr(call_module, "make_plan", lambda rows, *_, **__: PLANS["T2"](rows))
         hidden, weight, bias, targets, rewards = CASE.tensors()
         leaves = [x.float().requires_grad_() for x in (hidden, weight, bias)]
         out = pk.linear_pro_loss(*leaves[:2], targets, rewards, bias=leaves[2], backend="torch")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pro_kernels import planner
-from pro_kernels.planner import make_plan
+from pro_kernels.fused import planner
+from pro_kernels.fused.planner import make_plan
 
 CPU = torch.device("cpu")
 MB = 1 << 20
@@ -14,7 +14,7 @@ MB = 1 << 20
 
 def plan(rows=1000, hidden=256, vocab=32000, dtype=torch.float32, budget=1 << 30, **options):
     options = {"need_hidden": True, "need_weight": True, **options}
-    return make_plan(rows, hidden, vocab, dtype, CPU, budget=budget, **options)
+    return make_plan(rows, (vocab, hidden, dtype), CPU, budget=budget, **options)
 
 
 def test_tiers():
@@ -114,7 +114,7 @@ def test_plans_do_not_depend_on_data():
 def gpu_plan(rows, budget=16 << 30, **options):
     options = {"need_hidden": True, "need_weight": True, **options}
     device = torch.device("cuda", 0)
-    return make_plan(rows, 4096, 128256, torch.bfloat16, device, budget=budget, **options)
+    return make_plan(rows, (128256, 4096, torch.bfloat16), device, budget=budget, **options)
 
 
 def test_few_large_equal_chunks_on_a_gpu():
@@ -140,7 +140,7 @@ def test_the_fp32_side_of_a_gpu_counts():
     device = torch.device("cuda", 0)
     for room, tier in ((low, "T3"), (low + rows * 2 * width, "T1")):
         budget = room * 8 // 7 + 1  # beside the matmuls' scratch
-        p = make_plan(rows, width, vocab, torch.bfloat16, device, budget=budget, **options)
+        p = make_plan(rows, (vocab, width, torch.bfloat16), device, budget=budget, **options)
         assert p.tier == tier
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pro_kernels as pk
+from pro_kernels.options import LogitOptions
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = ["n2_f64", "n3_f32", "n3_ties_f64", "n5_f64", "n8_f32"]
@@ -93,7 +94,7 @@ def test_paper_formula_against_python_floats():
 def test_plackett_luce_is_a_distribution_over_rankings():
     scores = torch.randn(4, dtype=torch.float64)
     total = sum(
-        math.exp(-pk.reference.plackett_luce(scores[list(order)]))
+        math.exp(-sum(pk.reference.rank_terms(scores[list(order)], None)))
         for order in itertools.permutations(range(4))
     )
     assert total == pytest.approx(1.0, rel=1e-12)
@@ -103,8 +104,17 @@ def test_order_only_is_plackett_luce_of_the_scores():
     logits = torch.randn(2, 4, 3, 9, dtype=torch.float64)
     targets = torch.randint(0, 9, (2, 4, 3))
     out = pk.reference.pro_loss(logits, targets, None, sft_weight=0.0)
-    expected = pk.reference.plackett_luce(out.scores).mean()
+    of_the_rest = out.scores.flip(1).logcumsumexp(1).flip(1)
+    expected = (of_the_rest - out.scores).sum(1).mean()
     torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
+
+
+def test_scale_and_softcap_by_hand():
+    raw, slope = torch.linspace(-9, 9, 19, dtype=torch.float64), torch.empty(19).double()
+    z = LogitOptions(softcap=3.0, logit_scale=0.7).transform(raw, slope=slope)
+    t = [math.tanh(0.7 * x / 3) for x in raw.tolist()]
+    assert z.tolist() == pytest.approx([3 * x for x in t], rel=1e-14)
+    assert slope.tolist() == pytest.approx([0.7 * (1 - x * x) for x in t], rel=1e-12)
 
 
 def test_token_logps_are_cross_entropy():

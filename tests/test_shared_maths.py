@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cuda_emulation import build, calls
-from pro_kernels.backends import torch as backend
+from pro_kernels.backends import native
 from pro_kernels.options import LogitOptions, RankingOptions
+from pro_kernels.ranking import temperatures
 
 try:
     build.library()
@@ -27,12 +28,12 @@ INF = math.inf
 
 
 def _call(name: str, *arguments):
-    kinds = {int: ctypes.c_int64, float: ctypes.c_double, bool: ctypes.c_int32}
+    kinds = {int: ctypes.c_int64, float: ctypes.c_double}
     raw = [
         ctypes.c_void_p(a.data_ptr())
         if isinstance(a, Tensor)
         else a
-        if a is None or isinstance(a, ctypes._SimpleCData)
+        if a is None or isinstance(a, (ctypes._SimpleCData, ctypes._Pointer))
         else kinds[type(a)](a)
         for a in arguments
     ]
@@ -113,7 +114,7 @@ def test_transform_and_slope(scale, cap):
     fast_z, fast_slope = torch.empty(len(raw)), torch.empty(len(raw))
     _call("pk_test_transform", raw, len(raw), _f(scale), _f(cap), z, slope, fast_z, fast_slope)
     scale = float(torch.tensor(scale))  # as C has it
-    want, _ = backend._transform(raw, LogitOptions(cap or None, scale))
+    want = LogitOptions(cap or None, scale).transform(raw)
     torch.testing.assert_close(z, want, rtol=8 * EPS64, atol=0)
     torch.testing.assert_close(fast_z.double(), want, rtol=10 * EPS, atol=0)
     if cap:
@@ -156,12 +157,11 @@ def test_ranking_of_one_prompt(n, options, with_rewards):
     scores = (torch.randn(n, dtype=torch.float64) * 3).requires_grad_()
     rewards = torch.randn(n).mul(4).round().div(2).sort(descending=True).values
     rewards = rewards if with_rewards else None
-    tau, keep = backend._temperatures(
-        scores.detach()[None],
-        None if rewards is None else rewards[None],
-        torch.ones(1, n, dtype=torch.bool),
-        options,
-    )
+    tau = torch.full((1, n, n), options.tau, dtype=torch.float64)
+    keep = torch.ones(1, n, n, dtype=torch.bool)
+    if rewards is not None:
+        tau, tied = temperatures(rewards[None], keep[:, 0], torch.float64)
+        keep = ~tied | torch.eye(n, dtype=torch.bool) if options.skip_ties else keep
     want = []
     for k in range(n - 1):
         entries = [scores[i] * tau[0, k, i] for i in range(k, n) if keep[0, k, i]]
@@ -175,11 +175,8 @@ def test_ranking_of_one_prompt(n, options, with_rewards):
         (grad,) = torch.autograd.grad(torch.stack(want).sum() + 0 * scores.sum(), scores)
 
     terms, gradients = torch.empty(n), torch.empty(n, dtype=torch.float64)
-    top_k = -1 if options.top_k is None else options.top_k
-    _call(
-        *("pk_test_rank", n, scores.detach(), rewards, options.tau, options.eps, top_k),
-        *(options.skip_ties, terms, gradients),
-    )
+    given = ctypes.pointer(native.in_c(options))
+    _call("pk_test_rank", n, scores.detach(), rewards, given, terms, gradients)
     for got, term in zip(terms, want, strict=False):
         assert math.isclose(got, term.detach(), rel_tol=2 * EPS, abs_tol=1e-12)
     torch.testing.assert_close(gradients, grad, rtol=1e-11, atol=1e-11)
@@ -189,7 +186,9 @@ def test_sft_factor():
     library = calls.library()
     library.pk_test_sft_factor.restype = ctypes.c_double
     for count, single, want in [(1, True, 0.05), (1, False, 0.0), (2, True, 0.05), (5, True, 0.8)]:
-        assert math.isclose(_call("pk_test_sft_factor", count, 0.05, single), want)
+        options = native.in_c(RankingOptions(sft_weight=0.05, single_sft=single))
+        got = _call("pk_test_sft_factor", count, ctypes.pointer(options))
+        assert math.isclose(got, want)
 
 
 def test_a_term_from_its_parts():

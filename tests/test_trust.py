@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from pro_kernels import __main__ as command
-from pro_kernels import backends, calls, matmul
-from pro_kernels.trust import cases, evaluate, measure, report
-from pro_kernels.trust.cases import Case
+from pro_kernels import backends
+from pro_kernels.fused import call, matmul
+from pro_kernels.selfcheck.trust import cases, evaluate, measure, report
+from pro_kernels.selfcheck.trust.cases import Case
 
 CASES = (
     Case("small", 2, 3, 6, H=16, V=37, ties=True),
@@ -191,14 +192,14 @@ def test_wrong_calls_exit_with_2_before_any_work(tmp_path, monkeypatch, capsys):
 def test_each_entrance_takes_its_tier(monkeypatch):
     """In the report's own batch of some 700 tokens; a budget that led elsewhere would mislabel."""
     plans = []
-    real = calls.make_plan
-    monkeypatch.setattr(
-        calls, "make_plan", lambda *a, **k: plans.append(real(*a, **k)) or plans[-1]
-    )
+    real = call.make_plan
+    monkeypatch.setattr(call, "make_plan", lambda *a, **k: plans.append(real(*a, **k)) or plans[-1])
     for kind, (_, tiers) in cases.KINDS.items():
         problem = cases.make_problem(cases.CASES[1], kind, torch.device("cpu"), torch.float32)
         plans.clear()
-        entrances = [name for name, _ in evaluate.ours(problem, "torch")]
+        entrances = evaluate.by_tier(problem)
+        for options in entrances.values():
+            assert isinstance(evaluate.ours(problem, "torch", options), dict)
         assert len(entrances) == max(1, len(tiers))
         taken = [p.tier for p in plans if kind != "score"] or [p.tier for p in plans[:1]]
         assert taken == [tier[:3].strip() for tier in tiers]

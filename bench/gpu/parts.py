@@ -81,7 +81,7 @@ def score(s: Setting) -> Iterator[dict]:
             return module.logp(logits, targets, target_logits=exact, options=options)
 
         steps = {"floor": Step(partial(torch.mm, x, w.t())), "ours": Step(both)}
-        if hasattr(module, "score"):
+        if module.score is not None:
             fused = partial(module.score, x, w, None, targets)
             steps["fused"] = Step(partial(fused, target_logits=exact, options=options))
         shape = {"N": N, "H": H, "V": V}

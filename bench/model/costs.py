@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.model.cards import Card
-from pro_kernels.planner import Plan, make_plan
+from pro_kernels.fused.planner import Plan, make_plan
 
 _BF16 = 2
 _BUDGET = 8 << 30  # what an 80 GB card's default gives; larger ones give more
@@ -169,7 +169,7 @@ def linear(
         raise ValueError(f"kind must be trained, frozen or score, got {kind!r}")
     grad = kind != "score"
     plan = make_plan(
-        N, H, V, torch.bfloat16, torch.device("cuda"), need_hidden=grad,
+        N, (V, H, torch.bfloat16), torch.device("cuda"), need_hidden=grad,
         need_weight=kind == "trained", budget=budget, hidden_rows=R,
     )  # fmt: skip
     if plan.tier not in ("T0", "T1", "T1f"):

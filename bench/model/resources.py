@@ -110,13 +110,17 @@ def triton() -> list[dict]:
     return triton_rows([json.loads(line) for line in done.stdout.splitlines()])
 
 
+def plain(variant: dict) -> bool:
+    """Whether a variant of ``aot`` is one of those that are kept."""
+    common = variant["dtype"] == "bf16" or variant["kernel"] == "ranking"
+    return common and variant.get("transform", "none") == "none" and variant.get("aligned", True)
+
+
 def triton_rows(table: list[dict]) -> list[dict]:
     """The plain variants of ``aot.table``, in this module's keys."""
     rows = {}
     for raw in table:
-        plain = raw.get("transform", "none") == "none" and raw.get("aligned", True)
-        common = raw["dtype"] == "bf16" or raw["kernel"] == "ranking"
-        if not (plain and common):
+        if not plain(raw):
             continue
         warps = re.search(r"warps=(\d+)", raw["config"])
         row = {

@@ -25,7 +25,7 @@ from bench.record import Record, facts, load
 from bench.scaling import worker
 from bench.scaling.worker import Shape
 from bench.timing import quartiles
-from pro_kernels import planner
+from pro_kernels.fused import planner
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "scaling"
 ROUNDS = 15
@@ -166,7 +166,7 @@ def _predicted(shape: Shape, ranks: int) -> int:
     V = -(-V // ranks)
     plans = [
         planner.make_plan(
-            rows, H, V, torch.float32, torch.device("cpu"), need_hidden=True, need_weight=True,
+            rows, (V, H, torch.float32), torch.device("cpu"), need_hidden=True, need_weight=True,
             hidden_rows=B * n * T,
         )
         for rows in (B * n * round(T * (1 - worker.MASKED)), 0)

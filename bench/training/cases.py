@@ -1,18 +1,24 @@
 """The case table: shapes of models and of lists, and the presets that group them.
 
 Legend: ``B`` prompts, ``n`` candidates, ``P`` prompt tokens, ``R`` tokens of each completion, ``H``
-hidden, ``V`` vocabulary. All lists of a case have the same lengths, so nothing is padding: the
-official procedure, which pads to the longest candidate, has no smaller batch.
+hidden, ``V`` vocabulary. The lists of a synthetic case have the same lengths, so nothing is
+padding: the official procedure, which pads to the longest candidate, has no smaller batch. Those of
+a real case have the lengths and common prefixes of real lists (``shapes``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-_FEW = ("floor", "official", "ours-padded", "ours-shared", "ours-auto")
+from bench.training import shapes
+
+_FEW = ("floor", "official", "ours-padded", "ours-lists")
 _MOST = (*_FEW, "official-published")
-_ALL = (*_MOST, "official-checkpointed", "ours-auto-checkpointed")
-_PAIRS = (*_FEW, "trl-dpo", "ours-dpo-padded", "ours-dpo-shared")
+_ALL = (*_MOST, "official-checkpointed", "ours-lists-checkpointed")
+_OURS = ("floor", "ours-padded", "ours-lists")
+_DPO = ("trl-dpo", "trl-dpo-head", "trl-dpo-distinct", "ours-dpo-padded", "ours-dpo-lists")
+_PAIRS = (*_FEW, *_DPO)
+GROWTH = "growth "  # how the name of a case begins that differs from others in its lists alone
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ MODELS = {
     "0.5B": ModelShape(
         24, 896, 4864, 14, 151936, tied=True, kv_heads=2, dtype="bf16", needs_gpu=True
     ),
+    # The shape of SmolLM2-135M.
+    "SmolLM2": ModelShape(30, 576, 1536, 9, 49152, tied=True, kv_heads=3, dtype="bf16"),
     "test": ModelShape(2, 32, 48, 4, 211),
 }
 # How the name of a case ends; V where nothing is said.
@@ -64,6 +72,7 @@ class TrainingCase:
         model: key of ``MODELS``.
         only: names of the providers.
         repeats: rounds.
+        data: entry of ``shapes`` that the lists have their lengths from; "": all P and R.
     """
 
     name: str
@@ -74,6 +83,7 @@ class TrainingCase:
     model: str = "small"
     only: tuple[str, ...] = _FEW
     repeats: int = 5
+    data: str = ""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS or self.n < 2 or min(self.P, self.R, self.B) < 1:
@@ -85,24 +95,58 @@ class TrainingCase:
         return MODELS[self.model]
 
     @property
+    def is_large(self) -> bool:
+        """Whether the plain procedure takes too much memory."""
+        return bool(self.data) or self.name.startswith(GROWTH)
+
+    @property
+    def lists(self) -> list[tuple[int, list[int]]]:
+        """Of each list, tokens of the prompt and of each completion."""
+        if self.data:
+            return shapes.load()[self.data]["lists"]
+        return [(self.P, [self.R] * self.n)] * self.B
+
+    @property
+    def start(self) -> int:
+        """Tokens that all prompts begin with."""
+        return shapes.load()[self.data]["start"] if self.data else 0
+
+    @property
     def tokens(self) -> int:
         """Positions of all sequences."""
-        return self.B * self.n * (self.P + self.R)
+        return sum(prompt + own for prompt, completions in self.lists for own in completions)
 
     @property
     def scored(self) -> int:
         """Tokens of all completions."""
-        return self.B * self.n * self.R
+        return sum(own for _, completions in self.lists for own in completions)
 
     @property
     def needed(self) -> int:
-        """Positions that the loss depends on: prompts once, no completion's last token."""
-        return self.B * (self.P + self.n * (self.R - 1))
+        """Positions that the loss depends on: each prefix once, no completion's last token."""
+        prompts = self.start + sum(prompt - self.start for prompt, _ in self.lists)
+        return prompts + self.scored - sum(len(completions) for _, completions in self.lists)
 
 
 def _case(n: int, P: int, R: int, model: str = "small", **more) -> TrainingCase:
     suffix = _SUFFIXES.get(model, f", V={MODELS[model].V}")
     return TrainingCase(f"n={n} P={P} R={R}{suffix}", n, P, R, model=model, **more)
+
+
+def _real(data: str, only: tuple[str, ...], **more) -> TrainingCase:
+    lists = shapes.load()[data]["lists"]
+    longest = max(own for _, completions in lists for own in completions)
+    return TrainingCase(
+        f"{data} n={len(lists[0][1])}, SmolLM2 in bf16", len(lists[0][1]),
+        max(prompt for prompt, _ in lists), longest, len(lists), "SmolLM2", only, data=data, **more,
+    )  # fmt: skip
+
+
+def _growth(B: int) -> TrainingCase:
+    """``B`` lists of 508 tokens that differ."""
+    return TrainingCase(
+        f"{GROWTH}{B} lists", 4, 128, 96, B, "SmolLM2", ("floor", "ours-lists"), repeats=3
+    )
 
 
 def _tiny() -> list[TrainingCase]:
@@ -133,6 +177,11 @@ def _full() -> list[TrainingCase]:
         _case(4, 512, 64, model="large vocabulary", repeats=3),
         _case(4, 512, 64, model="tiny"),
         _case(2, 512, 64, model="tiny", only=_PAIRS),
+        _case(16, 2048, 64, B=1, repeats=3, only=_OURS),
+        _real("HH", ("floor", *_DPO), repeats=3),
+        _real("ranked", _OURS, repeats=3),
+        _real("ranked pairs", _OURS, repeats=3),
+        *map(_growth, (4, 8, 16, 32)),
         _case(4, 512, 64, model="0.5B"),
         _case(2, 512, 64, B=4, model="0.5B", only=_PAIRS),
     ]

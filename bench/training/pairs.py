@@ -12,6 +12,7 @@ import copy
 import io
 import tempfile
 import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from bench.peers import require
 from bench.step import Refused
 from bench.training.steps import TrainingStep
 from bench.training.workload import Workload, plain_scores
+from pro_kernels.models import trl as swap
 
 BETA = 0.1
 NOTE = "another loss: DPO; reference log-probs precomputed"
@@ -43,7 +45,6 @@ def ours(work: Workload, form: str) -> TrainingStep:
     opened = pk.OpenModel(work.model)
     collator = PROCollator(work.pad, form=form)
     batch = work.on_device(collator(work.features))
-    bare = {name: value for name, value in batch.items() if name != "segments"}
     options = LossOptions(loss_type="dpo", beta=BETA)
     reference = work.reference_scores
     return TrainingStep(
@@ -51,12 +52,19 @@ def ours(work: Workload, form: str) -> TrainingStep:
         work,
         collate=lambda: collator(work.features),
         detail=NOTE,
-        head_loss=lambda model: batch_loss(opened.rebind(model), bare, options, reference).loss,
+        around=distinct(work) if form == "lists" else contextlib.nullcontext,
     )
 
 
-def trl(work: Workload) -> TrainingStep:
+def distinct(work: Workload) -> Callable[[], contextlib.AbstractContextManager]:
+    """What a step on distinct rows has around it; the others share the model."""
+    return lambda: pk.distinct_rows(work.model)
+
+
+def trl(work: Workload, rows: str | None = None) -> TrainingStep:
     """``DPOTrainer.compute_loss``: TRL's own code from the batch to the loss, metrics included.
+
+    ``rows``: with what ``accelerate_trl(rows=...)`` does; None: without.
 
     Its leanest configuration for the same work: reference log-probs precomputed by the trainer
     itself, no gradient checkpointing, and the chunked head that it always has.
@@ -73,7 +81,28 @@ def trl(work: Workload) -> TrainingStep:
         fused.forward = types.MethodType(forward, fused)
         return trainer.compute_loss(fused, batch)
 
-    return TrainingStep(loss, work, collate=lambda: trainer.data_collator(pairs), detail=NOTE)
+    @contextlib.contextmanager
+    def fused_head() -> Iterator[None]:
+        swap.accelerate_trl(rows="padded")
+        try:
+            yield
+        finally:
+            swap.restore_trl()
+
+    @contextlib.contextmanager
+    def accelerated() -> Iterator[None]:
+        with fused_head(), pk.distinct_rows(work.model):
+            yield
+
+    head = contextlib.nullcontext if rows is None else fused_head
+    return TrainingStep(
+        loss,
+        work,
+        collate=lambda: trainer.data_collator(pairs),
+        detail=NOTE,
+        around=accelerated if rows == "distinct" else head,
+        around_head=head,
+    )
 
 
 def _check_pairs(work: Workload) -> None:

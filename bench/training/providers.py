@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -54,22 +55,25 @@ def all_providers() -> dict[str, Provider]:
             partial(_official, checkpointed=True),
         ),
         Provider("ours-padded", "pro_trainer, padded", partial(_ours, form="padded")),
-        Provider("ours-shared", "pro_trainer, prefix shared", partial(_ours, form="shared")),
-        Provider("ours-auto", "pro_trainer, auto", partial(_ours, form="auto")),
+        Provider("ours-lists", "pro_trainer, lists", partial(_ours, form="lists")),
         Provider(
-            "ours-auto-checkpointed",
-            "pro_trainer, auto, gradient checkpointing",
-            partial(_ours, form="auto", checkpointed=True),
+            "ours-lists-checkpointed",
+            "pro_trainer, lists, gradient checkpointing",
+            partial(_ours, form="lists", checkpointed=True),
         ),
         Provider("trl-dpo", "DPO: TRL's DPOTrainer", pairs.trl, "dpo"),
+        Provider("trl-dpo-head", "DPO: TRL, fused head", partial(pairs.trl, rows="padded"), "dpo"),
+        Provider(
+            "trl-dpo-distinct",
+            "DPO: TRL, accelerate_trl()",
+            partial(pairs.trl, rows="distinct"),
+            "dpo",
+        ),
         Provider(
             "ours-dpo-padded", "DPO: pro_trainer, padded", partial(pairs.ours, form="padded"), "dpo"
         ),
         Provider(
-            "ours-dpo-shared",
-            "DPO: pro_trainer, prefix shared",
-            partial(pairs.ours, form="shared"),
-            "dpo",
+            "ours-dpo-lists", "DPO: pro_trainer, lists", partial(pairs.ours, form="lists"), "dpo"
         ),
     ]
     return {provider.name: provider for provider in table}
@@ -106,22 +110,17 @@ def _official(work: Workload, checkpointed: bool = False, **forward: Any) -> Tra
 
 def _ours(work: Workload, form: str, checkpointed: bool = False) -> TrainingStep:
     from pro_trainer.batch.collate import PROCollator
-    from pro_trainer.batch.cost import SharingCost
     from pro_trainer.train.objective import batch_loss
     from pro_trainer.train.options import LossOptions
 
-    cost = SharingCost.from_model(work.model)
     opened = pk.OpenModel(work.model)
-    collator = PROCollator(work.pad, form=form, cost=cost, official=True)
+    collator = PROCollator(work.pad, form=form, official=True)
     options = LossOptions(compat="official")
     batch = work.on_device(collator(work.features))
-    bare = {name: value for name, value in batch.items() if name != "segments"}
-    chosen = "shared" if "segments" in batch else "padded"
     return TrainingStep(
         lambda model: batch_loss(opened.rebind(model), batch, options).loss,
         work,
         checkpointed,
         lambda: collator(work.features),
-        f"chose {chosen}" if form == "auto" else "",
-        lambda model: batch_loss(opened.rebind(model), bare, options).loss,
+        around=pairs.distinct(work) if form == "lists" else contextlib.nullcontext,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -49,7 +50,8 @@ class TrainingStep:
         checkpointed: with gradient checkpointing.
         collate: makes the batch, as a data loader would; None where there is nothing to make.
         detail: what is worth a note.
-        head_loss: the same without what is made for the decoder only; None: ``loss``.
+        around: what the model is made to do meanwhile (distinct rows), outside the timing.
+        around_head: the same for the head alone.
     """
 
     loss: Loss
@@ -57,10 +59,15 @@ class TrainingStep:
     checkpointed: bool = False
     collate: Callable[[], Any] | None = None
     detail: str = ""
-    head_loss: Loss | None = None
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    around_head: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def run(self, keep_gradients: bool = False) -> Timed:
         """Forward, backward, AdamW; gradients are dropped afterwards, outside the timing."""
+        with self.around():
+            return self._run(keep_gradients)
+
+    def _run(self, keep_gradients: bool) -> Timed:
         model = self.work.model
         if self.checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -94,17 +101,20 @@ class HeadAlone:
         self.step = step
         model = step.work.model
         recorder = _Recorder(model.base_model)
-        with torch.no_grad():
+        with torch.no_grad(), step.around():
             step.loss(with_decoder(model, recorder))
         self.decoder = _Replay(model.base_model, recorder.kept)
         self.model = with_decoder(model, self.decoder)
 
     def run(self) -> Timed:
         """Forward and backward once; no optimizer."""
-        loss_of = self.step.head_loss or self.step.loss
+        with self.step.around_head():
+            return self._run()
+
+    def _run(self) -> Timed:
         wait(self.step.work.device)
         start = time.perf_counter()
-        loss = loss_of(self.model)
+        loss = self.step.loss(self.model)
         loss.backward()
         wait(self.step.work.device)
         seconds = time.perf_counter() - start

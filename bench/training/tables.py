@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from bench.tables import header, megabytes, number, outcome_table, seconds, table, used_columns
+from bench.tables import (
+    growth_table,
+    header,
+    megabytes,
+    number,
+    outcome_table,
+    seconds,
+    table,
+    used_columns,
+)
+from bench.training.cases import GROWTH
 from bench.training.targets import outcomes
 
 BLOCK = "training"
@@ -11,16 +21,17 @@ One step: forward, backward and AdamW (fused, the same for all) on one batch of 
 row but those of DPO computes the same thing, `compat="official"`: before the timing, loss and every
 parameter's gradient are held against the official procedure's, run once more in fp32 (*error*,
 relative; gradients in norm, the worst parameter). The learning rate is 0, so that no step changes
-the next one's problem. Token ids and weights are random; lists of a case have equal lengths, so
-nothing is padding.
+the next one's problem. Token ids and weights are random. Lists of a case have equal lengths, so
+nothing is padding; those of *HH* and *ranked* have the lengths and common prefixes of real lists
+under SmolLM2's tokenizer (`bench/training/shapes.json`). Their errors, and those of *growth*, are
+against our own step on padded rows.
 
 *Official procedure*: `pro_trainer.train.official`, written from the published description: each
 candidate a forward of its own over the whole batch, `log_softmax` over every position and the whole
 vocabulary, no gradient checkpointing; sdpa attention and the same threads as everywhere. Hidden
 states and cache, which the authors' forwards keep too, are left out of it, to its advantage; the
-row *as published* has them. *Padded*: each candidate a row, one forward. *Prefix shared*: each
-prompt run once for its candidates. *Auto*: what the cost model chooses between these two; the
-default.
+row *as published* has them. *Padded*: each candidate a row, one forward. *Lists*: the distinct
+tokens of the batch in one row (docs/distinct.md); the default.
 
 *DPO*, lists of two: another loss, so these rows are compared with each other only (*x TRL*), and
 their errors are against DPO in plain PyTorch, in fp32. The pair's first completion is the chosen
@@ -29,7 +40,8 @@ before the timing (by TRL itself for TRL: `precompute_ref_log_probs=True`), so n
 it. *TRL*: `compute_loss` of a real `DPOTrainer` on a batch of its own collator, with its fused head
 in chunks and the metrics (entropy, mean logits, accuracy, rewards) that it computes at every step.
 Gradient checkpointing, on by default there, is off as in the other rows. On a CPU TRL's head
-projects every position, on a GPU with Triton the scored ones only; it shares no prefixes.
+projects every position, on a GPU with Triton the scored ones only; it shares no prefixes. *TRL,
+fused head*: with `accelerate_trl(rows="padded")`. *TRL, accelerate_trl()*: on distinct rows, too.
 *pro_trainer*: `loss_type="dpo"` given the reference log-probs. Neither is run inside its training
 loop.
 
@@ -66,8 +78,13 @@ def full_report(data: dict, images: list[str]) -> str:
 def blocks(data: dict, links: dict[str, str]) -> dict[str, str]:
     """What a page shows: machine, targets, main table, plot."""
     rows = data["results"]
-    parts = [_header(data), outcome_table(outcomes(rows)), _main_table(_cases(rows))]
-    parts += [*_rates(_cases(rows)), *not_measured(data)]
+    cases = _cases(rows)
+    growth = {name: cases.pop(name) for name in list(cases) if name.startswith(GROWTH)}
+    parts = [_header(data), outcome_table(outcomes(rows)), _main_table(cases), *_rates(cases)]
+    if growth:
+        what = "508 tokens that differ in each list; SmolLM2's shape in bf16."
+        parts.append(f"{growth_table(growth)}\n\n{what}")
+    parts += not_measured(data)
     if "time.png" in links:
         parts.append(f"![time of a training step]({links['time.png']})")
     return {BLOCK: "\n\n".join(part.strip("\n") for part in parts)}
@@ -118,14 +135,15 @@ def _header(data: dict) -> str:
 
 def _main_table(cases: dict[str, list[dict]]) -> str:
     """A line a case: seconds of the official step, and times faster and share of memory of ours."""
-    head = ["", "official, s", "padded", "prefix shared", "auto", "peak memory, auto"]
+    head = ["", "official, s", "padded", "lists", "lists against padded", "peak memory, lists"]
     lines = []
     for case, rows in cases.items():
         row = summary_rows(rows)
-        official, auto = row.get("official"), row.get("ours-auto")
-        peaks = [r and r["peak_bytes"] for r in (auto, official)]
-        names = ("ours-padded", "ours-shared", "ours-auto")
+        official, lists = row.get("official"), row.get("ours-lists")
+        peaks = [r and r["peak_bytes"] for r in (lists, official)]
+        names = ("ours-padded", "ours-lists")
         faster = [row[name]["speedup"] if name in row else None for name in names]
+        faster.append(lists and lists["vs_padded"])
         lines.append([
             case,
             seconds(official and official["seconds"]),
@@ -141,8 +159,9 @@ def _main_table(cases: dict[str, list[dict]]) -> str:
 def _rates(cases: dict[str, list[dict]]) -> list[str]:
     """A line a case: tokens a second and the head's share, of PRO and of DPO steps."""
     names = {
-        "official": "official", "ours-auto": "auto", "trl-dpo": "TRL DPO",
-        "ours-dpo-padded": "ours DPO, padded", "ours-dpo-shared": "ours DPO, prefix shared",
+        "official": "official", "ours-lists": "lists", "trl-dpo": "TRL DPO",
+        "trl-dpo-distinct": "TRL DPO, accelerate_trl()",
+        "ours-dpo-padded": "ours DPO, padded", "ours-dpo-lists": "ours DPO, lists",
     }  # fmt: skip
     head = ["", *(f"{label}, tokens/s (head)" for label in names.values())]
     lines = []

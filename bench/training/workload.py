@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import pro_kernels as pk
 from bench.training.cases import TrainingCase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,7 +33,7 @@ class Workload:
 
     @property
     def pad(self) -> int:
-        """The padding id, never seen: all sequences have one length."""
+        """The padding id."""
         return self.model.config.pad_token_id
 
     def reference_model(self):  # noqa: ANN201
@@ -42,7 +43,20 @@ class Workload:
 
     @cached_property
     def reference_scores(self) -> Tensor:
-        """(B, n) fp32, S of every completion under the reference model, computed in fp32."""
+        """(B, n) fp32, S of every completion under the reference model, computed in fp32.
+
+        Of real lists in the model's own dtype, as TRL computes it: their losses would differ by
+        that rounding.
+        """
+        if self.case.data:
+            from pro_trainer.batch.collate import PROCollator
+            from pro_trainer.train.objective import sequence_logps
+            from pro_trainer.train.options import LossOptions
+
+            opened = pk.OpenModel(self.reference_model())
+            batch = self.on_device(PROCollator(self.pad)(self.features))
+            with torch.no_grad():
+                return sequence_logps(opened, batch, LossOptions(loss_type="dpo"))[0]
         with torch.no_grad():
             return plain_scores(self.reference_model().float(), self)
 
@@ -53,7 +67,7 @@ class Workload:
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch where the model is."""
-        return {name: value.to(self.device) for name, value in batch.items()}
+        return {k: x.to(self.device) if hasattr(x, "to") else x for k, x in batch.items()}
 
     def clear(self) -> None:
         """Drop the gradients."""
@@ -72,14 +86,15 @@ def make_features(case: TrainingCase, seed: int = 0) -> list[dict[str, Any]]:
     def tokens(length: int) -> list[int]:
         return torch.randint(2, case.shape.V, (length,), generator=g).tolist()
 
+    start = tokens(case.start)
     return [
         {
-            "prompts": [tokens(case.P)],
-            "completions": [tokens(case.R) for _ in range(case.n)],
+            "prompts": [start + tokens(prompt - case.start)],
+            "completions": [tokens(own) for own in completions],
             "rewards": torch.rand(case.n, generator=g).sort(descending=True).values.tolist(),
             "sft_index": 0,
         }
-        for _ in range(case.B)
+        for prompt, completions in case.lists
     ]
 
 

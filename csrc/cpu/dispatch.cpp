@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "../include/pk_layout.h"
 #include "kernels.h"
 #include "pro_kernels_cpu.h"
 
@@ -81,11 +82,16 @@ const Isa& active_isa() {
 
 }  // namespace pk
 
+const char* pk_cpu_layout(void) {
+  static const std::string text = pk::layout();
+  return text.c_str();
+}
+
 const char* pk_cpu_isa(void) {
   return pk::active_isa().name;
 }
 
-int pk_cpu_set_isa(const char* name) {
+int32_t pk_cpu_set_isa(const char* name) {
   const pk::Isa* isa = pk::find_isa(name);
   if (isa == nullptr) return -1;
   pk::chosen.store(isa, std::memory_order_release);

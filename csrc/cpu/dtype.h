@@ -13,7 +13,7 @@ struct Half {
   uint16_t bits;
 };
 
-// Codes of the C ABI; pro_kernels/backends/cpu.py has the same order.
+// Codes of the C ABI; pro_kernels/backends/native.py has the same order.
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kDTypes = 3 };
 
 static inline float as_float(uint32_t bits) {

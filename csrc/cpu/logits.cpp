@@ -17,10 +17,10 @@ struct Logits {
   char* data;
   int64_t rows;
   int64_t columns;
-  int64_t row_stride;
+  int64_t stride;
 
   int64_t item() const { return dtype == kFloat32 ? 4 : 2; }
-  char* row(int64_t i) const { return data + i * row_stride * item(); }
+  char* row(int64_t i) const { return data + i * stride * item(); }
   int64_t rows_at_a_time() const {
     return std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, columns));
   }
@@ -53,8 +53,26 @@ float as_factor(double x) {
   return std::isnan(x) ? std::numeric_limits<float>::quiet_NaN() : float(x);
 }
 
-Target target_of(int64_t column, const float* exact, int64_t i) {
-  return {column, exact != nullptr, exact != nullptr ? exact[i] : 0.0f};
+// What a function on rows works on, as the rows need it.
+struct Call : Rows {
+  Logits x;
+  Transform transform;
+
+  Call(const Rows& rows, const LogitOptions& options)
+      : Rows(rows), x(matrix(logits, stride)), transform(transform_of(options)) {}
+
+  Logits matrix(void* data, int64_t row_stride) const {
+    return {DType(dtype), static_cast<char*>(data), rows, columns, row_stride};
+  }
+  bool scored(int64_t i) const { return targets[i] >= 0; }
+  Target target(int64_t i) const {
+    const bool exact = target_logits != nullptr;
+    return {targets[i] - first_column, exact, exact ? target_logits[i] : 0.0f};
+  }
+};
+
+double transform(double raw, const Transform& t, double& slope) {
+  return pk::transform<Scalar<double>>(raw, t, t.cap > 0, slope);
 }
 
 struct Finished {
@@ -75,37 +93,39 @@ Finished finish(const RowStats& s, const Logits& x, int64_t i) {
   return {logp > 0 ? 0 : logp, s.sum.max + log_sum, log_sum - s.sum.dot / s.sum.sum};
 }
 
-void stats_row(const Logits& x, int64_t i, const Target& target, const Transform& t, float* logp,
-               float* lse, float* entropy) {
-  const RowKernels& kernels = active_isa().kernels[x.dtype];
-  const RowStats s = kernels.stats(x.row(i), x.columns, target, t, entropy != nullptr);
-  const Finished f = finish(s, x, i);
-  logp[i] = float(f.logp);
-  lse[i] = float(f.lse);
-  if (entropy != nullptr) entropy[i] = float(f.entropy);
+// What is known of a row, with its log-probability and lse written.
+Finished finish_row(const Call& c, int64_t i, const RowStats& s) {
+  const Finished f = finish(s, c.x, i);
+  c.logp[i] = float(f.logp);
+  c.lse[i] = float(f.lse);
+  return f;
 }
 
-void residual_row(const Logits& x, int64_t i, const Target& target, const Transform& t, float* logp,
-                  float* lse) {
-  const RowKernels& kernels = active_isa().kernels[x.dtype];
-  const RowStats s = kernels.stats(x.row(i), x.columns, target, t, false);
-  const Finished f = finish(s, x, i);
-  logp[i] = float(f.logp);
-  lse[i] = float(f.lse);
-  const bool inside = target.column < x.columns;
+void stats_row(const Call& c, int64_t i) {
+  const RowKernels& kernels = active_isa().kernels[c.dtype];
+  const bool with_entropy = c.entropy != nullptr;
+  const Finished f = finish_row(
+      c, i, kernels.stats(c.x.row(i), c.columns, c.target(i), c.transform, with_entropy));
+  if (with_entropy) c.entropy[i] = float(f.entropy);
+}
+
+void residual_row(const Call& c, int64_t i) {
+  const Logits& x = c.x;
+  const Target target = c.target(i);
+  const RowKernels& kernels = active_isa().kernels[c.dtype];
+  const RowStats s = kernels.stats(x.row(i), c.columns, target, c.transform, false);
+  const Finished f = finish_row(c, i, s);
+  const bool inside = target.column < c.columns;
   const double raw = target.exact ? target.raw : inside ? read(x, i, target.column) : 0.0f;
   const bool usual = std::isfinite(f.lse);
   const float shift = usual ? float(s.sum.max) : as_factor(f.lse);
   const float factor = usual ? as_factor(-1.0 / s.sum.sum) : -1.0f;
-  kernels.gradient(x.row(i), x.row(i), x.columns, shift, factor, t);
-  if (inside) write(x, i, target.column, one_minus_p(f.logp) * slope(raw, t));
+  kernels.gradient(x.row(i), x.row(i), c.columns, shift, factor, c.transform);
+  if (!inside) return;
+  double slope;
+  transform(raw, c.transform, slope);
+  write(x, i, target.column, one_minus_p(f.logp) * slope);
 }
-
-struct Entropy {
-  bool given;
-  double value;
-  double weight;
-};
 
 // e^log_p * x, 0 where the probability is, whatever x.
 double p_times(double log_p, double x) {
@@ -113,23 +133,30 @@ double p_times(double log_p, double x) {
   return p == 0 ? 0 : p * x;
 }
 
-void gradient_row(const Logits& x, const Logits& out, int64_t i, float lse, double weight,
-                  const Entropy& entropy, const Target& target, const Transform& t) {
-  const bool hit = target.column >= 0 && target.column < x.columns;
-  const double raw = !hit ? 0.0f : target.exact ? target.raw : read(x, i, target.column);
-  const RowKernels& kernels = active_isa().kernels[x.dtype];
-  if (entropy.given) {
-    const double factor = -(weight + entropy.weight * entropy.value);
-    kernels.tilted_gradient(x.row(i), out.row(i), x.columns, as_factor(lse), as_factor(factor),
-                            as_factor(-entropy.weight), t);
+void gradient_row(const Call& c, const Logits& out, int64_t i) {
+  const Target target = c.target(i);
+  const bool hit = target.column >= 0 && target.column < c.columns;
+  const double raw = !hit ? 0.0f : target.exact ? target.raw : read(c.x, i, target.column);
+  const RowKernels& kernels = active_isa().kernels[c.dtype];
+  const double weight = c.weights != nullptr ? c.weights[i] : 1.0;
+  const bool tilted = c.entropy != nullptr;
+  const double entropy = tilted ? c.entropy[i] : 0,
+               entropy_weight = tilted ? c.entropy_weights[i] : 0;
+  const float lse = c.lse[i];
+  if (tilted) {
+    const double factor = -(weight + entropy_weight * entropy);
+    kernels.tilted_gradient(c.x.row(i), out.row(i), c.columns, as_factor(lse), as_factor(factor),
+                            as_factor(-entropy_weight), c.transform);
   } else {
-    kernels.gradient(x.row(i), out.row(i), x.columns, as_factor(lse), as_factor(-weight), t);
+    kernels.gradient(c.x.row(i), out.row(i), c.columns, as_factor(lse), as_factor(-weight),
+                     c.transform);
   }
   if (!hit) return;
-  const double log_p = transform(raw, t) - lse;
+  double slope;
+  const double log_p = transform(raw, c.transform, slope) - lse;
   double value = one_minus_p(log_p) * weight;
-  if (entropy.given) value -= entropy.weight * p_times(log_p, log_p + entropy.value);
-  write(out, i, target.column, value * slope(raw, t));
+  if (tilted) value -= entropy_weight * p_times(log_p, log_p + entropy);
+  write(out, i, target.column, value * slope);
 }
 
 void zero_row(const Logits& x, int64_t i) {
@@ -141,57 +168,32 @@ void zero_row(const Logits& x, int64_t i) {
 
 using namespace pk;
 
-int pk_cpu_abi(void) {
-  return PK_CPU_ABI;
-}
-
-void pk_cpu_logp(int32_t dtype, const void* logits, int64_t rows, int64_t columns,
-                 int64_t row_stride, const int64_t* targets, const float* target_logits,
-                 float logit_scale, float softcap, float* logp, float* lse, float* entropy,
-                 int32_t threads) {
-  // Only read: nothing writes through the pointer.
-  char* data = const_cast<char*>(static_cast<const char*>(logits));
-  const Logits x{DType(dtype), data, rows, columns, row_stride};
-  const Transform t{logit_scale, softcap};
-  parallel_for(rows, threads, x.rows_at_a_time(), [&](int64_t i) {
-    if (targets[i] < 0) {
-      logp[i] = lse[i] = 0;
-      if (entropy != nullptr) entropy[i] = 0;
-      return;
+void pk_cpu_logp(const Rows* rows, const LogitOptions* options, int32_t threads) {
+  const Call c(*rows, *options);
+  parallel_for(c.rows, threads, c.x.rows_at_a_time(), [&](int64_t i) {
+    if (c.scored(i)) {
+      stats_row(c, i);
+    } else {
+      c.logp[i] = c.lse[i] = 0;
+      if (c.entropy != nullptr) c.entropy[i] = 0;
     }
-    stats_row(x, i, target_of(targets[i], target_logits, i), t, logp, lse, entropy);
   });
 }
 
-void pk_cpu_residual(int32_t dtype, void* logits, int64_t rows, int64_t columns, int64_t row_stride,
-                     const int64_t* targets, const float* target_logits, float logit_scale,
-                     float softcap, float* logp, float* lse, int32_t threads) {
-  const Logits x{DType(dtype), static_cast<char*>(logits), rows, columns, row_stride};
-  const Transform t{logit_scale, softcap};
-  parallel_for(rows, threads, x.rows_at_a_time(), [&](int64_t i) {
-    if (targets[i] < 0) {
-      logp[i] = lse[i] = 0;
-      return zero_row(x, i);
-    }
-    residual_row(x, i, target_of(targets[i], target_logits, i), t, logp, lse);
+void pk_cpu_residual(const Rows* rows, const LogitOptions* options, int32_t threads) {
+  const Call c(*rows, *options);
+  parallel_for(c.rows, threads, c.x.rows_at_a_time(), [&](int64_t i) {
+    if (c.scored(i)) return residual_row(c, i);
+    c.logp[i] = c.lse[i] = 0;
+    zero_row(c.x, i);
   });
 }
 
-void pk_cpu_logits_grad(int32_t dtype, const void* logits, int64_t rows, int64_t columns,
-                        int64_t row_stride, const float* lse, const int64_t* targets,
-                        const float* weights, const float* target_logits, const float* entropy,
-                        const float* entropy_weights, int64_t first_column, float logit_scale,
-                        float softcap, void* out, int64_t out_row_stride, int32_t threads) {
-  char* data = const_cast<char*>(static_cast<const char*>(logits));
-  const Logits x{DType(dtype), data, rows, columns, row_stride};
-  const Logits y{DType(dtype), static_cast<char*>(out), rows, columns, out_row_stride};
-  const Transform t{logit_scale, softcap};
-  parallel_for(rows, threads, x.rows_at_a_time(), [&](int64_t i) {
-    if (targets[i] < 0) return zero_row(y, i);
-    const Target target = target_of(targets[i] - first_column, target_logits, i);
-    const double weight = weights != nullptr ? weights[i] : 1.0;
-    Entropy h = {entropy != nullptr, 0, 0};
-    if (h.given) h = {true, entropy[i], entropy_weights[i]};
-    gradient_row(x, y, i, lse[i], weight, h, target, t);
+void pk_cpu_logits_grad(const Rows* rows, const LogitOptions* options, int32_t threads) {
+  const Call c(*rows, *options);
+  const Logits out = c.matrix(c.out, c.out_stride);
+  parallel_for(c.rows, threads, c.x.rows_at_a_time(), [&](int64_t i) {
+    if (c.scored(i)) return gradient_row(c, out, i);
+    zero_row(out, i);
   });
 }

@@ -26,11 +26,16 @@ double sum_of(const float* x, int64_t count) {
   return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
 }
 
-struct Batch {
-  const int64_t* lengths;    // (S,)
-  const double* sums;        // (S,)
-  double* sequence_weights;  // (S,) out: d loss / d S_s
-  RankingOptions options;
+struct Batch : RankingBatch {
+  const RankingOptions& options;
+  std::vector<double> exact_sums;        // (S,)
+  std::vector<double> sequence_weights;  // (S,): d loss / d S_s
+
+  Batch(const RankingBatch& batch, const RankingOptions& options)
+      : RankingBatch(batch),
+        options(options),
+        exact_sums(size_t(sequences), 0.0),
+        sequence_weights(size_t(sequences), 0.0) {}
 };
 
 // Room for one prompt's scores, score gradients and scratch, (n,) each.
@@ -39,9 +44,13 @@ struct Workspace {
   explicit Workspace(int64_t n) : values(size_t(3 * n)) {}
 };
 
-void rank_prompt(const Batch& batch, const int64_t* order, const float* rewards, int64_t n,
-                 int64_t sft_rank, double prompt_weight, float* terms) {
+void rank_prompt(Batch& batch, int64_t b) {
   const RankingOptions& o = batch.options;
+  const int64_t n = batch.candidates;
+  const int64_t* order = batch.order + b * n;
+  const float* rewards = batch.rewards != nullptr ? batch.rewards + b * n : nullptr;
+  float* terms = batch.terms + b * n;
+  const double prompt_weight = batch.prompt_weights[b];
   Workspace workspace(n);
   double* scores = workspace.values.data();
   double* gradients = scores + n;
@@ -52,7 +61,7 @@ void rank_prompt(const Batch& batch, const int64_t* order, const float* rewards,
   for (int64_t i = 0; i < n; ++i) {
     if (order[i] < 0) continue;
     ++count;
-    scores[i] = batch.sums[order[i]] / (o.length_normalize ? norm(i) : 1.0);
+    scores[i] = batch.exact_sums[size_t(order[i])] / (o.length_normalize ? norm(i) : 1.0);
   }
   const Prompt<double> prompt{n, count, order, rewards, scores, terms, gradients};
   if (rewards != nullptr) {
@@ -64,12 +73,12 @@ void rank_prompt(const Batch& batch, const int64_t* order, const float* rewards,
   for (int64_t i = 0; i < n; ++i) {
     if (order[i] < 0) continue;
     double weight = gradients[i] / (o.length_normalize ? norm(i) : 1.0);
-    if (i == sft_rank) {
+    if (i == batch.sft_rank[b]) {
       const double factor = sft_factor(count, o) / (o.sft_mean ? norm(i) : 1.0);
-      terms[n - 1] = float(-factor * batch.sums[order[i]]);
+      terms[n - 1] = float(-factor * batch.exact_sums[size_t(order[i])]);
       weight -= factor;
     }
-    batch.sequence_weights[order[i]] = weight * prompt_weight;
+    batch.sequence_weights[size_t(order[i])] = weight * prompt_weight;
   }
 }
 
@@ -78,39 +87,27 @@ void rank_prompt(const Batch& batch, const int64_t* order, const float* rewards,
 
 using namespace pk;
 
-void pk_cpu_ranking(const float* logps, int64_t tokens, const int64_t* offsets,
-                    const int64_t* lengths, int64_t sequences, const int64_t* order,
-                    int64_t prompts, int64_t candidates, const float* rewards,
-                    const int64_t* sft_rank, const float* prompt_weights, int32_t length_normalize,
-                    double fixed_tau, int32_t skip_ties, double eps, double sft_weight,
-                    int32_t sft_mean, int64_t top_k, int32_t single_sft, float* terms, float* sums,
-                    float* row_weights, int32_t threads) {
-  std::vector<double> exact_sums(size_t(sequences), 0.0);
-  std::vector<double> sequence_weights(size_t(sequences), 0.0);
-  const int64_t tokens_each = std::max<int64_t>(1, tokens / std::max<int64_t>(1, sequences));
+void pk_cpu_ranking(const RankingBatch* batch, const RankingOptions* options, int32_t threads) {
+  Batch a(*batch, *options);
+  const int64_t tokens_each = std::max<int64_t>(1, a.tokens / std::max<int64_t>(1, a.sequences));
   const int64_t chunk = std::max<int64_t>(1, kChunkTokens / tokens_each);
-  parallel_for(sequences, threads, chunk, [&](int64_t s) {
-    exact_sums[size_t(s)] = sum_of(logps + offsets[s], offsets[s + 1] - offsets[s]);
-    sums[s] = float(exact_sums[size_t(s)]);
+  parallel_for(a.sequences, threads, chunk, [&](int64_t s) {
+    const double sum = sum_of(a.logps + a.offsets[s], a.offsets[s + 1] - a.offsets[s]);
+    a.exact_sums[size_t(s)] = sum;
+    a.sums[s] = float(sum);
   });
 
-  const RankingOptions options{fixed_tau,        eps,       sft_weight, top_k,
-                               length_normalize, skip_ties, sft_mean,   single_sft};
-  const Batch batch{lengths, exact_sums.data(), sequence_weights.data(), options};
-  const int64_t pairs = rewards != nullptr ? candidates * candidates : candidates;
+  const int64_t pairs = a.rewards != nullptr ? a.candidates * a.candidates : a.candidates;
   const int64_t prompt_chunk = std::max<int64_t>(1, kChunkPairs / std::max<int64_t>(1, pairs));
-  parallel_for(candidates > 0 ? prompts : 0, threads, prompt_chunk, [&](int64_t b) {
-    const int64_t first = b * candidates;
-    const float* prompt_rewards = rewards != nullptr ? rewards + first : nullptr;
-    rank_prompt(batch, order + first, prompt_rewards, candidates, sft_rank[b], prompt_weights[b],
-                terms + first);
-  });
+  parallel_for(a.candidates > 0 ? a.prompts : 0, threads, prompt_chunk,
+               [&](int64_t b) { rank_prompt(a, b); });
 
   // Rows outside every sequence weigh nothing.
-  std::fill(row_weights, row_weights + std::min(tokens, offsets[0]), 0.0f);
-  std::fill(row_weights + std::max<int64_t>(0, offsets[sequences]), row_weights + tokens, 0.0f);
-  parallel_for(sequences, threads, chunk, [&](int64_t s) {
-    const float weight = float(sequence_weights[size_t(s)]);
-    std::fill(row_weights + offsets[s], row_weights + offsets[s + 1], weight);
+  float* weights = a.row_weights;
+  std::fill(weights, weights + std::min(a.tokens, a.offsets[0]), 0.0f);
+  std::fill(weights + std::max<int64_t>(0, a.offsets[a.sequences]), weights + a.tokens, 0.0f);
+  parallel_for(a.sequences, threads, chunk, [&](int64_t s) {
+    const float weight = float(a.sequence_weights[size_t(s)]);
+    std::fill(weights + a.offsets[s], weights + a.offsets[s + 1], weight);
   });
 }

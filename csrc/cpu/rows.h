@@ -104,12 +104,7 @@ inline void add_block(const T* p, int64_t count, ExpSum<double>& sum) {
 // z and dz/draw of a register of raw logits.
 template <class I>
 inline typename I::Reg transform(typename I::Reg raw, const Transform& t, typename I::Reg& slope) {
-  const typename I::Reg z = I::mul(raw, I::set(t.scale));
-  slope = I::set(t.scale);
-  if (!(t.cap > 0)) return z;
-  const Tanh<I> tanh = tanh_and_slope<I>(I::div(z, I::set(t.cap)));
-  slope = I::mul(slope, tanh.slope);
-  return I::mul(I::set(t.cap), tanh.value);
+  return transform<Vector<I>>(raw, t, t.cap > 0, slope);
 }
 
 // fp32 values of p[0:count], in order.

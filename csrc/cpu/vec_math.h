@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "../include/pk_math.h"
+
 namespace pk {
 namespace {  // why: rows.h
 
@@ -113,35 +115,30 @@ inline bool is_moderate(float shift) {
   return std::fabs(shift) < 1e37f;
 }
 
+// The arithmetic of instruction set `I` for pk::transform.
 template <class I>
-struct Tanh {
-  typename I::Reg value;
-  typename I::Reg slope;
+struct Vector : I {
+  using Number = typename I::Reg;
+
+  static inline Number over_cap(Number, Number scaled, const Transform& t) {
+    return I::div(scaled, I::set(t.cap));
+  }
+
+  // tanh within 3 ulp, and its slope 1 - tanh^2. Away from 0 both come from e = e^{-2|x|}, which
+  // has no cancellation where tanh is close to 1; near 0, where 1 - e would cancel, a polynomial.
+  static inline Tanh<Vector> tanh(Number x, Number factor) {
+    const Number size = I::abs(x);
+    const Number one = I::set(1.0f);
+    const Number e = Exp<I, 6, true>(0.0f)(I::mul(I::set(-2.0f), size));
+    const Number inverse = I::div(one, I::add(one, e));
+    const Number far = I::mul(I::sub(one, e), inverse);
+    const Number slope = I::mul(I::mul(I::set(4.0f), e), I::mul(inverse, inverse));
+    const Number square = I::mul(size, size);
+    const Number near = I::fma(I::mul(tanh_series<Vector>(square), square), size, size);
+    const Number value = I::where_less(size, I::set(0.625f), near, far);
+    return {I::copy_sign(value, x), I::mul(factor, slope)};
+  }
 };
-
-// tanh within 3 ulp, and its slope 1 - tanh^2. Away from 0 both come from e = e^{-2|x|}, which
-// has no cancellation where tanh is close to 1; near 0, where 1 - e would cancel, a polynomial
-// (Cephes, tanhf).
-template <class I>
-inline Tanh<I> tanh_and_slope(typename I::Reg x) {
-  using Reg = typename I::Reg;
-  const Reg size = I::abs(x);
-  const Reg one = I::set(1.0f);
-  const Reg e = Exp<I, 6, true>(0.0f)(I::mul(I::set(-2.0f), size));
-  const Reg inverse = I::div(one, I::add(one, e));
-  const Reg far = I::mul(I::sub(one, e), inverse);
-  const Reg slope = I::mul(I::mul(I::set(4.0f), e), I::mul(inverse, inverse));
-
-  const Reg square = I::mul(size, size);
-  Reg p = I::set(-5.70498872745e-3f);
-  p = I::fma(p, square, I::set(2.06390887954e-2f));
-  p = I::fma(p, square, I::set(-5.37397155531e-2f));
-  p = I::fma(p, square, I::set(1.33314422036e-1f));
-  p = I::fma(p, square, I::set(-3.33332819422e-1f));
-  const Reg near = I::fma(I::mul(p, square), size, size);
-  const Reg value = I::where_less(size, I::set(0.625f), near, far);
-  return {I::copy_sign(value, x), slope};
-}
 
 }  // namespace
 }  // namespace pk

@@ -1,4 +1,5 @@
 // What is in this library, and whether it serves the current device.
+#include "../include/pk_layout.h"
 #include "launch.h"
 
 #ifndef PK_CUDA_TARGETS
@@ -11,8 +12,9 @@ __global__ void probe_kernel() {}
 
 }  // namespace
 
-int32_t pk_cuda_abi(void) {
-  return 3;
+const char* pk_cuda_layout(void) {
+  static const std::string text = pk::layout();
+  return text.c_str();
 }
 
 const char* pk_cuda_targets(void) {

@@ -37,26 +37,27 @@ __device__ __forceinline__ void write_vectors(const Row<T>& in, uint4* out, cons
 }
 
 template <class T, bool kCap, bool kTilt>
-__global__ void __launch_bounds__(kMaxRowThreads) logits_grad_kernel(const Rows a) {
+__global__ void __launch_bounds__(kMaxRowThreads) logits_grad_kernel(const RowArguments a) {
   const int64_t n = blockIdx.x;
   const int64_t column = a.targets[n];
-  const Row<T> out(static_cast<T*>(a.out) + n * a.out_stride, a.v);
+  const Row<T> out(static_cast<T*>(a.out) + n * a.out_stride, a.v());
   if (column < 0) {
     write_zeros(out, 0, 1);
     return;
   }
-  const Row<T> in(static_cast<T*>(a.logits) + n * a.stride, a.v);
+  const Row<T> in(static_cast<T*>(a.logits) + n * a.stride, a.v());
   const int64_t local = column - a.first_column;
-  const Target target = find_target(in, local, a.v, a.exact ? a.exact + n : nullptr);
+  const Target target =
+      find_target(in, local, a.v(), a.target_logits ? a.target_logits + n : nullptr);
   // In place no barrier is needed: the target's logit matters only to the thread that overwrites
   // it.
-  const float lse = a.lse_in[n];
+  const float lse = a.lse[n];
   const float weight = a.weights ? a.weights[n] : 1.0f;
   float slope;
   const float log_p = transform_fast<kCap>(target.raw, a.transform, slope) - lse;
   Gradient g = {{lse, -weight, 0.0f}, one_minus_p(log_p) * slope * weight};
   if (kTilt) {
-    const float entropy = a.entropy_in[n], by = a.entropy_weights[n];
+    const float entropy = a.entropy[n], by = a.entropy_weights[n];
     g.others.factor -= by * entropy;
     g.others.tilt = -by;
     // A target of probability 0 adds nothing, however far below.
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) logits_grad_kernel(const Rows 
       store_one(out.at + c, edge == target.edge ? g.at_target : value);
     }
   } else {
-    write_single<T, kCap, kTilt>(in.at, out.at, a.v, local, g, a.transform);
+    write_single<T, kCap, kTilt>(in.at, out.at, a.v(), local, g, a.transform);
   }
 }
 
@@ -81,34 +82,15 @@ __global__ void __launch_bounds__(kMaxRowThreads) logits_grad_kernel(const Rows 
 
 using namespace pk;
 
-int32_t pk_cuda_logits_grad(int32_t dtype, const void* logits, int64_t n, int64_t v, int64_t stride,
-                            const float* lse, const int64_t* targets, const float* weights,
-                            const float* exact, const float* entropy, const float* entropy_weights,
-                            int64_t first_column, float scale, float softcap, void* out,
-                            int64_t out_stride, void* stream) {
-  if (v > kMaxColumns) return kInvalidValue;
-  Rows rows = {};
-  rows.logits = const_cast<void*>(logits);
-  rows.stride = stride;
-  rows.out = out;
-  rows.out_stride = out_stride;
-  rows.targets = targets;
-  rows.exact = exact;
-  rows.weights = weights;
-  rows.lse_in = lse;
-  rows.entropy_in = entropy;
-  rows.entropy_weights = entropy_weights;
-  rows.first_column = first_column;
-  rows.v = int(v);
-  rows.transform = {scale, softcap};
-  const RowConfig* config = row_config(kStreaming, bytes_of_row(dtype, v));
-  const Shape shape = {n, config->threads};
-  return for_dtype(dtype, softcap, [&](auto type, auto cap) {
+int32_t pk_cuda_logits_grad(const Rows* rows, const LogitOptions* options, void* stream) {
+  if (rows->columns > kMaxColumns) return kInvalidValue;
+  const RowArguments a = row_arguments(*rows, *options);
+  const RowConfig* config = row_config(kStreaming, bytes_of_row(a));
+  const Shape shape = {a.rows, config->threads};
+  return for_dtype(a, [&](auto type, auto cap) {
     using T = decltype(type);
     constexpr bool kCap = decltype(cap)::value;
-    if (entropy != nullptr) {
-      return launch(logits_grad_kernel<T, kCap, true>, shape, stream, rows);
-    }
-    return launch(logits_grad_kernel<T, kCap, false>, shape, stream, rows);
+    return a.entropy != nullptr ? launch(logits_grad_kernel<T, kCap, true>, shape, stream, a)
+                                : launch(logits_grad_kernel<T, kCap, false>, shape, stream, a);
   });
 }

@@ -5,13 +5,14 @@ namespace pk {
 namespace {
 
 template <class T, bool kCap, bool kEntropy>
-__global__ void __launch_bounds__(kMaxRowThreads) logp_kernel(const Rows a) {
+__global__ void __launch_bounds__(kMaxRowThreads) logp_kernel(const RowArguments a) {
   const int64_t n = blockIdx.x;
   const int64_t column = a.targets[n];
   RowResult result = {0.0f, 0.0f, 0.0f};
   if (column >= 0) {
-    const Row<T> row(static_cast<T*>(a.logits) + n * a.stride, a.v);
-    const Target target = find_target(row, column, a.v, a.exact ? a.exact + n : nullptr);
+    const Row<T> row(static_cast<T*>(a.logits) + n * a.stride, a.v());
+    const Target target =
+        find_target(row, column, a.v(), a.target_logits ? a.target_logits + n : nullptr);
     RowSum s = empty_row_sum();
     const int threads = int(blockDim.x);
     int i = int(threadIdx.x);
@@ -42,26 +43,15 @@ __global__ void __launch_bounds__(kMaxRowThreads) logp_kernel(const Rows a) {
 
 using namespace pk;
 
-int32_t pk_cuda_logp(int32_t dtype, const void* logits, int64_t n, int64_t v, int64_t stride,
-                     const int64_t* targets, const float* exact, float scale, float softcap,
-                     float* logp, float* lse, float* entropy, void* stream) {
-  if (v > kMaxColumns) return kInvalidValue;
-  Rows rows = {};
-  rows.logits = const_cast<void*>(logits);
-  rows.stride = stride;
-  rows.targets = targets;
-  rows.exact = exact;
-  rows.v = int(v);
-  rows.transform = {scale, softcap};
-  rows.logp = logp;
-  rows.lse = lse;
-  rows.entropy = entropy;
-  const RowConfig* config = row_config(kStreaming, bytes_of_row(dtype, v));
-  const Shape shape = {n, config->threads, kScratchBytes};
-  return for_dtype(dtype, softcap, [&](auto type, auto cap) {
+int32_t pk_cuda_logp(const Rows* rows, const LogitOptions* options, void* stream) {
+  if (rows->columns > kMaxColumns) return kInvalidValue;
+  const RowArguments a = row_arguments(*rows, *options);
+  const RowConfig* config = row_config(kStreaming, bytes_of_row(a));
+  const Shape shape = {a.rows, config->threads, kScratchBytes};
+  return for_dtype(a, [&](auto type, auto cap) {
     using T = decltype(type);
     constexpr bool kCap = decltype(cap)::value;
-    return entropy != nullptr ? launch(logp_kernel<T, kCap, true>, shape, stream, rows)
-                              : launch(logp_kernel<T, kCap, false>, shape, stream, rows);
+    return a.entropy != nullptr ? launch(logp_kernel<T, kCap, true>, shape, stream, a)
+                                : launch(logp_kernel<T, kCap, false>, shape, stream, a);
   });
 }

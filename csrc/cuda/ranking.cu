@@ -19,23 +19,10 @@ constexpr int kMaxCandidates = 1024;
 constexpr int kRange = 4096;  // sequences of a marking block, one byte of shared memory each
 constexpr int kLoads = 8;     // loads in flight
 
-struct Batch {
-  const float* logps;
-  int64_t tokens;
-  const int64_t* offsets;
-  const int64_t* lengths;
-  int64_t sequences;
-  const int64_t* order;
-  int64_t prompts;
-  int n;
-  const float* rewards;
-  const int64_t* sft_rank;
-  const float* prompt_weights;
+struct Batch : RankingBatch {
+  int n;  // candidates
   RankingOptions options;
   int64_t marking_blocks;
-  float* terms;
-  float* sums;
-  float* row_weights;
 };
 
 // What a block knows of its prompt, (n,) each.
@@ -156,7 +143,7 @@ template <bool kRewards>
 __device__ __forceinline__ bool entry(const Shared& m, const RankingOptions& o, float reward_k,
                                       int i, float& tau) {
   if (!kRewards) {
-    tau = float(o.fixed_tau);
+    tau = float(o.tau);
     return true;
   }
   tau = reward_k - m.rewards[i];
@@ -166,7 +153,7 @@ __device__ __forceinline__ bool entry(const Shared& m, const RankingOptions& o, 
 // z_ki; temperatures from rewards are float, a fixed one is double.
 template <bool kRewards>
 __device__ __forceinline__ double exponent(double score, float tau, const RankingOptions& o) {
-  return score * (kRewards ? double(tau) : o.fixed_tau);
+  return score * (kRewards ? double(tau) : o.tau);
 }
 
 __device__ __forceinline__ bool is_head(const RankingOptions& o, int k, int count) {
@@ -180,7 +167,7 @@ __device__ __forceinline__ void rank_term(const Shared& m, const RankingOptions&
   const float reward_k = kRewards && live ? m.rewards[k] : 0.0f;
   const int last = live ? count : 0;
   const double log_eps = o.eps > 0 ? std::log(o.eps) : minus_infinity<double>();
-  float own_tau = kRewards ? minus_infinity<float>() : float(o.fixed_tau);
+  float own_tau = kRewards ? minus_infinity<float>() : float(o.tau);
   double top = log_eps;
   for (int i = k + 1 + lane; i < last; i += lanes) {
     float tau;
@@ -315,36 +302,14 @@ __global__ void __launch_bounds__(kThreads, 8) ranking_kernel(const Batch a) {
 
 using namespace pk;
 
-int32_t pk_cuda_ranking(const float* logps, int64_t n, const int64_t* offsets,
-                        const int64_t* lengths, int64_t sequences, const int64_t* order,
-                        int64_t prompts, int64_t candidates, const float* rewards,
-                        const int64_t* sft_rank, const float* prompt_weights,
-                        int32_t length_normalize, double tau, int32_t skip_ties, double eps,
-                        double sft_weight, int32_t sft_mean, int64_t top_k, int32_t single_sft,
-                        float* terms, float* sums, float* row_weights, void* stream) {
-  if (candidates > kMaxCandidates) return kInvalidValue;
-  Batch batch = {};
-  batch.logps = logps;
-  batch.tokens = n;
-  batch.offsets = offsets;
-  batch.lengths = lengths;
-  batch.sequences = sequences;
-  batch.order = order;
-  batch.prompts = candidates > 0 ? prompts : 0;
-  batch.n = int(candidates);
-  batch.rewards = rewards;
-  batch.sft_rank = sft_rank;
-  batch.prompt_weights = prompt_weights;
-  batch.options = {tau, eps, sft_weight, top_k, length_normalize, skip_ties, sft_mean, single_sft};
-  batch.marking_blocks = (sequences + kRange - 1) / kRange;
-  if (batch.marking_blocks == 0 && n > 0) batch.marking_blocks = 1;  // tokens of no sequence
-  batch.terms = terms;
-  batch.sums = sums;
-  batch.row_weights = row_weights;
-  const size_t marks = size_t(sequences < kRange ? sequences : kRange) + 1;
-  const size_t prompt = size_t(candidates) * kBytesPerCandidate + kThreads / kWarp * sizeof(int);
-  const Shape shape = {batch.marking_blocks + batch.prompts, kThreads,
-                       marks > prompt ? marks : prompt};
-  return rewards != nullptr ? launch(ranking_kernel<true>, shape, stream, batch)
-                            : launch(ranking_kernel<false>, shape, stream, batch);
+int32_t pk_cuda_ranking(const RankingBatch* batch, const RankingOptions* options, void* stream) {
+  if (batch->candidates > kMaxCandidates) return kInvalidValue;
+  Batch a = {*batch, int(batch->candidates), *options, (batch->sequences + kRange - 1) / kRange};
+  if (a.n == 0) a.prompts = 0;
+  if (a.marking_blocks == 0 && a.tokens > 0) a.marking_blocks = 1;  // tokens of no sequence
+  const size_t marks = size_t(a.sequences < kRange ? a.sequences : kRange) + 1;
+  const size_t prompt = size_t(a.n) * kBytesPerCandidate + kThreads / kWarp * sizeof(int);
+  const Shape shape = {a.marking_blocks + a.prompts, kThreads, marks > prompt ? marks : prompt};
+  return a.rewards != nullptr ? launch(ranking_kernel<true>, shape, stream, a)
+                              : launch(ranking_kernel<false>, shape, stream, a);
 }

@@ -33,11 +33,11 @@ __device__ __forceinline__ RowSum cluster_sum(const RowSum& own, float* part) {
 }
 
 template <class T, bool kCap>
-__global__ void __launch_bounds__(kMaxRowThreads, 3) residual_on_chip_kernel(const Rows a) {
+__global__ void __launch_bounds__(kMaxRowThreads, 3) residual_on_chip_kernel(const RowArguments a) {
   const int blocks = cluster_size(), rank = cluster_rank(), threads = int(blockDim.x);
   const int64_t n = blockIdx.x / blocks;
   const int64_t column = a.targets[n];
-  const Row<T> row(static_cast<T*>(a.logits) + n * a.stride, a.v);
+  const Row<T> row(static_cast<T*>(a.logits) + n * a.stride, a.v());
   if (column < 0) {  // the same in all blocks of the cluster
     write_zeros(row, rank, blocks);
     if (rank == 0 && threadIdx.x == 0) a.logp[n] = a.lse[n] = 0.0f;
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, 3) residual_on_chip_kernel(con
       copy_async(held + i, body + i);
     commit_copies();
   }
-  const Target target = find_target(row, column, a.v, a.exact ? a.exact + n : nullptr);
+  const Target target =
+      find_target(row, column, a.v(), a.target_logits ? a.target_logits + n : nullptr);
   RowSum s = empty_row_sum();
   const bool has_edge = rank == 0 && int(threadIdx.x) < row.edges;
   T* edge = row.at + row.column_of_edge(int(threadIdx.x));
@@ -74,8 +75,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 3) residual_on_chip_kernel(con
   cluster_arrive();  // this block has read its peers
 
   float slope;
-  const float target_z = transform_fast<kCap>(target.raw, a.transform, slope);
-  const RowResult result = row_result(s, target_z);
+  const RowResult result = row_result(s, transform_fast<kCap>(target.raw, a.transform, slope));
   const Gradient g = gradient_from(s, slope, result.logp);
   for (int i = int(threadIdx.x); i < count; i += threads)
     store_vector(body + i, vector_gradient<T, kCap>(held[i], first + i, target, g, a.transform));
@@ -91,17 +91,18 @@ __global__ void __launch_bounds__(kMaxRowThreads, 3) residual_on_chip_kernel(con
 }
 
 template <class T, bool kCap>
-__global__ void __launch_bounds__(kMaxRereadThreads) residual_reread_kernel(const Rows a) {
+__global__ void __launch_bounds__(kMaxRereadThreads) residual_reread_kernel(const RowArguments a) {
   const int64_t n = blockIdx.x;
   const int threads = int(blockDim.x);
   const int64_t column = a.targets[n];
-  const Row<T> row(static_cast<T*>(a.logits) + n * a.stride, a.v);
+  const Row<T> row(static_cast<T*>(a.logits) + n * a.stride, a.v());
   if (column < 0) {
     write_zeros(row, 0, 1);
     if (threadIdx.x == 0) a.logp[n] = a.lse[n] = 0.0f;
     return;
   }
-  const Target target = find_target(row, column, a.v, a.exact ? a.exact + n : nullptr);
+  const Target target =
+      find_target(row, column, a.v(), a.target_logits ? a.target_logits + n : nullptr);
   RowSum s = empty_row_sum();
   int i = int(threadIdx.x);
   for (; i + threads < row.vectors; i += 2 * threads) {
@@ -148,23 +149,13 @@ __global__ void __launch_bounds__(kMaxRereadThreads) residual_reread_kernel(cons
 
 using namespace pk;
 
-int32_t pk_cuda_residual(int32_t dtype, void* logits, int64_t n, int64_t v, int64_t stride,
-                         const int64_t* targets, const float* exact, float scale, float softcap,
-                         float* logp, float* lse, void* stream) {
+int32_t pk_cuda_residual(const Rows* rows, const LogitOptions* options, void* stream) {
   Device device;
   const int32_t error = current_device(device);
   if (error) return error;
-  if (v > kMaxColumns || n > kMaxBlocks) return kInvalidValue;
-  Rows rows = {};
-  rows.logits = logits;
-  rows.stride = stride;
-  rows.targets = targets;
-  rows.exact = exact;
-  rows.v = int(v);
-  rows.transform = {scale, softcap};
-  rows.logp = logp;
-  rows.lse = lse;
-  const int64_t bytes = bytes_of_row(dtype, v);
+  if (rows->columns > kMaxColumns || rows->rows > kMaxBlocks) return kInvalidValue;
+  const RowArguments a = row_arguments(*rows, *options);
+  const int64_t bytes = bytes_of_row(a);
   const bool clusters = device.major == 9 || device.major == 10;
   const RowConfig* config = clusters ? row_config(kClusters, bytes) : row_config(kOneBlock, bytes);
   size_t shared = 0;
@@ -175,16 +166,16 @@ int32_t pk_cuda_residual(int32_t dtype, void* logits, int64_t n, int64_t v, int6
   }
   const bool fits = config != nullptr && shared <= size_t(device.shared_optin);
   const int cluster = fits ? config->cluster : 1;
-  const Shape on_chip = {n * cluster, fits ? config->threads : 0, shared, cluster};
-  const Shape reread = {n, row_config(kReread, bytes)->threads, kScratchBytes};
-  return for_dtype(dtype, softcap, [&](auto type, auto cap) {
+  const Shape on_chip = {a.rows * cluster, fits ? config->threads : 0, shared, cluster};
+  const Shape reread = {a.rows, row_config(kReread, bytes)->threads, kScratchBytes};
+  return for_dtype(a, [&](auto type, auto cap) {
     using T = decltype(type);
     constexpr bool kCap = decltype(cap)::value;
     if (fits) {
-      const int32_t error = launch(residual_on_chip_kernel<T, kCap>, on_chip, stream, rows);
+      const int32_t error = launch(residual_on_chip_kernel<T, kCap>, on_chip, stream, a);
       // A share of a device may have no room for a cluster. Nothing has run then.
       if (error == 0 || cluster == 1) return error;
     }
-    return launch(residual_reread_kernel<T, kCap>, reread, stream, rows);
+    return launch(residual_reread_kernel<T, kCap>, reread, stream, a);
   });
 }

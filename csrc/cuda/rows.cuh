@@ -6,25 +6,18 @@
 
 namespace pk {
 
-// Arguments of the row kernels; what a kernel does not use is null.
-struct Rows {
-  void* logits;  // (n, v)
-  int64_t stride;
-  void* out;  // (n, v); logits for residual
-  int64_t out_stride;
-  const int64_t* targets;
-  const float* exact;
-  const float* weights;
-  const float* lse_in;
-  const float* entropy_in;
-  const float* entropy_weights;
-  int64_t first_column;
-  int v;
+// Arguments of the row kernels.
+struct RowArguments : Rows {
   Transform transform;
-  float* logp;
-  float* lse;
-  float* entropy;
+
+  __device__ __forceinline__ int v() const { return int(columns); }
 };
+// nvcc takes a larger argument apart worse: it then divides by the cap again for every vector.
+static_assert(sizeof(RowArguments) <= 128, "larger than nvcc keeps in registers");
+
+inline RowArguments row_arguments(const Rows& rows, const LogitOptions& options) {
+  return {rows, transform_of(options)};
+}
 
 // Columns [0, v) as `edges` single numbers (before the first 16-byte boundary and after the last)
 // and `vectors` vectors.
@@ -173,15 +166,15 @@ struct False {
   static constexpr bool value = false;
 };
 
-// Calls function(T(), True() or False()) for a dtype code and whether there is a softcap (> 0).
-inline int64_t bytes_of_row(int32_t dtype, int64_t v) {
-  return v * (dtype == kFloat32 ? 4 : 2);
+inline int64_t bytes_of_row(const Rows& rows) {
+  return rows.columns * (rows.dtype == kFloat32 ? 4 : 2);
 }
 
+// Calls function(T(), True() or False()) for the dtype and whether there is a softcap (> 0).
 template <class Function>
-int32_t for_dtype(int32_t dtype, float softcap, const Function& function) {
-  const bool cap = softcap > 0;
-  switch (dtype) {
+int32_t for_dtype(const RowArguments& a, const Function& function) {
+  const bool cap = a.transform.cap > 0;
+  switch (a.dtype) {
     case kFloat32:
       return cap ? function(float(), True()) : function(float(), False());
     case kBFloat16:

@@ -7,26 +7,12 @@
 //     d L / d s_j = sum_{k < j} tau_kj p_kj - tau_jj (1 - p_jj)
 //
 // From rewards: tau_ki = r_k - r_i, tau_kk = max_{i > k} tau_ki. O(n^2), no scratch.
-// Without:      every tau is fixed_tau; prefix log-sum-exps make it O(n), n of scratch.
+// Without:      every tau is that of the options; prefix log-sum-exps make it O(n), n of scratch.
 #pragma once
-
-#include <cstdint>
 
 #include "pk_math.h"
 
 namespace pk {
-
-// As in pro_kernels/options.py (RankingOptions).
-struct RankingOptions {
-  double fixed_tau;
-  double eps;
-  double sft_weight;
-  int64_t top_k;  // rank terms that count; negative: all
-  int32_t length_normalize;
-  int32_t skip_ties;
-  int32_t sft_mean;
-  int32_t single_sft;
-};
 
 template <class Real>
 struct Prompt {
@@ -101,7 +87,7 @@ PK_HOST_DEVICE void rank_by_rewards(const Prompt<Real>& p, const RankingOptions&
 // `log_z`: (n,) scratch.
 template <class Real>
 PK_HOST_DEVICE void rank_by_order(const Prompt<Real>& p, const RankingOptions& o, Real* log_z) {
-  const Real tau = Real(o.fixed_tau);
+  const Real tau = Real(o.tau);
   ExpSum<Real> below = empty_exp_sum<Real>();
   for (int64_t k = p.n - 1; k >= 0; --k) {
     if (is_valid(p, k)) merge_entry(below, tau * p.scores[k]);

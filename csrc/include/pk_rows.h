@@ -39,35 +39,33 @@ PK_HOST_DEVICE float divide_fast(float x, float y) {
 #endif
 }
 
-// tanh(x) and its derivative, from one exponential of a negative number.
-struct Tanh {
-  float value;
-  float slope;
+struct Fast {
+  using Number = float;
+
+  PK_HOST_DEVICE float set(float x) { return x; }
+  PK_HOST_DEVICE float mul(float a, float b) { return a * b; }
+  PK_HOST_DEVICE float fma(float a, float b, float c) { return a * b + c; }
+  PK_HOST_DEVICE float over_cap(float raw, float, const Transform& t) {
+    return raw * (t.scale / t.cap);
+  }
+
+  // From one exponential of a negative number.
+  PK_HOST_DEVICE Tanh<Fast> tanh(float x, float factor) {
+    const float size = std::fabs(x);
+    const float e = exp_fast(-2.0f * size);
+    const float inverse = divide_fast(1.0f, 1.0f + e);
+    const float far = (1.0f - e) * inverse;
+    // 1 - e cancels near 0: there an odd polynomial, relative error below 2^-22.
+    const float square = x * x;
+    const float near = x * (square * tanh_series<Fast>(square) + 1.0f);
+    const float slope = 4.0f * e * inverse * inverse;
+    return {size < 0.625f ? near : std::copysign(far, x), factor * slope};
+  }
 };
 
-PK_HOST_DEVICE Tanh tanh_fast(float x) {
-  const float size = std::fabs(x);
-  const float e = exp_fast(-2.0f * size);
-  const float inverse = divide_fast(1.0f, 1.0f + e);
-  const float far = (1.0f - e) * inverse;
-  // 1 - e cancels near 0: there an odd polynomial, relative error below 2^-22 (Cephes, tanhf).
-  const float square = x * x;
-  float series = -5.70498872745e-3f * square + 2.06390887954e-2f;
-  series = series * square - 5.37397155531e-2f;
-  series = series * square + 1.33314422036e-1f;
-  series = series * square - 3.33332819422e-1f;
-  const float near = x * (square * series + 1.0f);
-  return {size < 0.625f ? near : std::copysign(far, x), 4.0f * e * inverse * inverse};
-}
-
-// z and dz / draw; without a softcap the derivative is the scale.
 template <bool kCap>
 PK_HOST_DEVICE float transform_fast(float raw, const Transform& t, float& slope) {
-  slope = t.scale;
-  if (!kCap) return raw * t.scale;
-  const Tanh squashed = tanh_fast(raw * (t.scale / t.cap));
-  slope *= squashed.slope;
-  return t.cap * squashed.value;
+  return transform<Fast>(raw, t, kCap, slope);
 }
 
 struct RowSum {

@@ -1,34 +1,125 @@
-"""What the two backends behind a C ABI share: loading a library, and tensors as its arguments.
+"""The kernels behind a C ABI: loading a library, its structs, and its functions on tensors.
 
-Legend: ``N`` rows, ``V`` columns.
+``csrc/include/pk_abi.h`` defines the structs. Those of options are made here from the dataclasses,
+the others are mirrored; a library whose own description of them differs does not load.
+
+What the functions take and give, and in which shapes, is written in ``protocol.py``.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
-from pro_kernels.options import RankingOptions
+from pro_kernels.options import LogitOptions, RankingOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}  # DType in csrc/cpu/dtype.h
 LIB = Path(__file__).resolve().parent.parent / "lib"
 
-_TYPES = {
-    "p": ctypes.c_void_p,
-    "i": ctypes.c_int32,
-    "l": ctypes.c_int64,
-    "f": ctypes.c_float,
-    "d": ctypes.c_double,
-    "s": ctypes.c_char_p,
+ABI = 1  # kAbi in csrc/include/pk_abi.h
+# Type of an option -> its type in C, and what stands for None there.
+_OPTION_TYPES: dict[object, tuple[type[ctypes._SimpleCData], float | None]] = {
+    bool: (c_int32, None),
+    float: (c_double, None),
+    float | None: (c_double, 0.0),
+    int | None: (c_int64, -1),
 }
+_TYPE_NAMES = {c_int32: "int32", c_int64: "int64", c_double: "float64", c_void_p: "pointer"}
 
-Signatures = dict[str, tuple["str | None", str]]  # name -> (result, arguments)
+
+def _all(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Rows(ctypes.Structure):
+    """Rows of logits and what belongs to them."""
+
+    _fields_ = [
+        ("logits", c_void_p),
+        ("dtype", c_int32),
+        *_all(c_int64, "rows columns stride"),
+        *_all(c_void_p, "targets target_logits logp lse entropy weights entropy_weights"),
+        ("first_column", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+    ]
+
+
+class RankingBatch(ctypes.Structure):
+    """Log-probs of tokens, and the sequences and prompts that they make."""
+
+    _fields_ = [
+        ("logps", c_void_p),
+        ("tokens", c_int64),
+        *_all(c_void_p, "offsets lengths"),
+        ("sequences", c_int64),
+        ("order", c_void_p),
+        *_all(c_int64, "prompts candidates"),
+        *_all(c_void_p, "rewards sft_rank prompt_weights terms sums row_weights"),
+    ]
+
+
+class Matrix(ctypes.Structure):
+    """A matrix whose rows have unit stride."""
+
+    _fields_ = [("data", c_void_p), ("dtype", c_int32), *_all(c_int64, "rows columns stride")]
+
+
+def _options_struct(name: str, hints: dict[str, object]) -> type[ctypes.Structure]:
+    fields = [(field, _OPTION_TYPES[kind][0]) for field, kind in hints.items()]
+    fields.sort(key=lambda field: -ctypes.sizeof(field[1]))  # no padding
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+_HINTS = {
+    options: {f.name: get_type_hints(options)[f.name] for f in fields(options)}
+    for options in (LogitOptions, RankingOptions)
+}
+_OPTIONS = {o: _options_struct(o.__name__, hints) for o, hints in _HINTS.items()}
+_STRUCTS: tuple[type[ctypes.Structure], ...] = (*_OPTIONS.values(), Rows, RankingBatch, Matrix)
+
+
+@functools.lru_cache(maxsize=256)
+def in_c(options: LogitOptions | RankingOptions) -> ctypes.Structure:
+    """The options as the kernels take them."""
+    struct = _OPTIONS[type(options)]()
+    for name, kind in _HINTS[type(options)].items():
+        value = getattr(options, name)
+        setattr(struct, name, _OPTION_TYPES[kind][1] if value is None else value)
+    return struct
+
+
+Signatures = dict[str, tuple["type | None", tuple[type, ...]]]  # name -> (result, arguments)
+
+
+def signatures(result: type | None, last: type) -> Signatures:
+    """What both libraries have; ``last``: the argument that says where the work runs."""
+    rows = (result, (POINTER(Rows), POINTER(_OPTIONS[LogitOptions]), last))
+    batch = (result, (POINTER(RankingBatch), POINTER(_OPTIONS[RankingOptions]), last))
+    return {"logp": rows, "residual": rows, "logits_grad": rows, "ranking": batch}
+
+
+def layout() -> list[str]:
+    """The structs as this side has them, in the words of csrc/include/pk_layout.h."""
+    lines = [f"ABI {ABI}"]
+    for struct in _STRUCTS:
+        name = struct.__name__
+        lines.append(f"{name} {ctypes.sizeof(struct)} bytes")
+        for field, kind, *_ in struct._fields_:
+            offset = getattr(struct, field).offset
+            lines.append(f"{name}.{field} {_TYPE_NAMES[kind]} at {offset}")
+    return lines
 
 
 def build_info(folder: Path, part: str) -> dict:
@@ -40,71 +131,60 @@ def build_info(folder: Path, part: str) -> dict:
         return {"reason": f"never built ({command}, or pip install)"}
 
 
-def open_library(
-    path: Path, signatures: Signatures, abi_function: str, abi: int
-) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library at ``path``, or why it cannot be used.
+def library_path(folder: Path, part: str) -> Path:
+    """Where the library of ``part`` is, or would be."""
+    return folder / f"libpro_kernels_{part}.so"
 
-    Args:
-        path: the shared library.
-        signatures: name -> (result, arguments), letters of ``_TYPES``; a pointer is "p".
-        abi_function: name of the function that tells the version of the ABI.
-        abi: the version these signatures are of.
-    """
+
+def load(folder: Path, part: str, functions: Signatures) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library of ``part`` with its signatures, or why there is none."""
+    path = library_path(folder, part)
+    if not path.exists():
+        reason = build_info(folder, part).get("reason", "unknown reason")
+        return None, f"{path.name} was not built: {reason}"
+    return open_library(path, part, functions)
+
+
+def open_library(
+    path: Path, part: str, functions: Signatures
+) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library at ``path``, or why it cannot be used; its functions begin ``pk_<part>_``."""
     try:
         library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in signatures.items():
-            function = getattr(library, name)
-            function.restype = _TYPES[result] if result else None
-            function.argtypes = [_TYPES[a] for a in arguments]
+        for name, (result, arguments) in {"layout": (c_char_p, ()), **functions}.items():
+            function = getattr(library, f"pk_{part}_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(library, name, function)
     except (OSError, AttributeError) as error:
         return None, f"{path} does not load: {error}"
-    found = getattr(library, abi_function)()
-    if found != abi:
-        return None, f"{path} is of another version (ABI {found}, need {abi})"
+    found = library.layout().decode().splitlines()
+    for theirs, ours in itertools.zip_longest(found, layout(), fillvalue="nothing more"):
+        if theirs != ours:
+            return None, f"{path} is of another version: it has {theirs}, this package {ours}"
     return library, None
-
-
-def matrix(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Arguments that describe logits: dtype, pointer, rows, columns, row stride."""
-    rows, columns = x.shape
-    return CODES[x.dtype], x.data_ptr(), rows, columns, x.stride(0)
 
 
 def unit_stride(x: Tensor) -> Tensor:
     """``x`` itself, or a copy, with unit stride along V."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if x.stride()[1] == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def check_writable(name: str, x: Tensor) -> None:
     """Raise ValueError where rows of ``x`` cannot be written in place."""
-    rows, columns = x.shape
-    if (columns > 1 and x.stride(1) != 1) or (rows > 1 and x.stride(0) < columns):
+    (rows, columns), (stride, step) = x.shape, x.stride()
+    if (columns > 1 and step != 1) or (rows > 1 and stride < columns):
         raise ValueError(
             f"{name} of shape {tuple(x.shape)} must have unit stride along V and rows that do not "
             f"overlap, got strides {x.stride()}"
         )
 
 
-def check_gradient(out: Tensor, logits: Tensor) -> None:
-    """Raise ValueError where the gradient of ``logits`` cannot be written to ``out``."""
-    check_writable("out", out)
-    if out.shape != logits.shape or out.dtype != logits.dtype:
-        raise ValueError(
-            f"out must be {tuple(logits.shape)} {logits.dtype} like logits, got "
-            f"{tuple(out.shape)} {out.dtype}"
-        )
-
-
-def vector(x: Tensor, dtype: torch.dtype, logits: Tensor) -> Tensor:
-    """One number a row of ``logits``, dense, of ``dtype``."""
+def vector(x: Tensor | None, dtype: torch.dtype, logits: Tensor) -> Tensor | None:
+    """One number a row of ``logits``, dense, of ``dtype``; None stays None."""
+    if x is None:
+        return None
     assert x.shape[0] == logits.shape[0] and x.dim() == 1, (x.shape, logits.shape)
     return dense(x, dtype)
-
-
-def optional(x: Tensor | None, dtype: torch.dtype, logits: Tensor) -> Tensor | None:
-    """The same, or None."""
-    return None if x is None else vector(x, dtype, logits)
 
 
 def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,64 +197,139 @@ def empty(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-def pointer(x: Tensor | None) -> int | None:
-    """The data pointer; null for None."""
-    return None if x is None else x.data_ptr()
+def pointers(*tensors: Tensor | None) -> list[int | None]:
+    """The data pointers; null for None. The caller keeps the tensors while they are in use."""
+    return [None if x is None else x.data_ptr() for x in tensors]
+
+
+def matrix(x: Tensor) -> tuple[int, ...]:
+    """The fields of a Matrix, with which Rows begins as well."""
+    return x.data_ptr(), CODES[x.dtype], *x.shape, x.stride()[0]
 
 
 @dataclass(frozen=True)
-class RankingCall:
-    """Arguments of a library's ranking function but the last; ``held`` keeps their memory."""
+class Kernels:
+    """The functions of ``backends/protocol.py`` by those of a library.
 
-    arguments: tuple
-    outputs: tuple[Tensor, Tensor, Tensor]  # terms (B, n), sums (S,), row weights (N,)
-    held: tuple
+    Attributes:
+        call: runs a function, given its name, a tensor of the device and all arguments but the
+            last; raises RuntimeError where it fails.
+        max_columns: the most columns that a row of logits can have.
+    """
 
+    call: Callable[..., None]
+    max_columns: int | None = None
 
-def ranking_call(
-    logps: Tensor,  # (N,)
-    offsets: Tensor,  # (S + 1,)
-    lengths: Tensor,  # (S,)
-    order: Tensor,  # (B, n)
-    rewards: Tensor | None,  # (B, n)
-    sft_rank: Tensor,  # (B,)
-    prompt_weights: Tensor,  # (B,)
-    options: RankingOptions,
-) -> RankingCall:
-    """Dense inputs of the right dtypes, and outputs made like ``logps``, in fp32."""
-    logps, prompt_weights = (dense(x, torch.float32) for x in (logps, prompt_weights))
-    offsets, lengths = dense(offsets, torch.int64), dense(lengths, torch.int64)
-    order, sft_rank = dense(order, torch.int64), dense(sft_rank, torch.int64)
-    rewards = None if rewards is None else dense(rewards, torch.float32)
-    prompts, n = order.shape
-    sequences = lengths.shape[0]
-    assert offsets.shape == (sequences + 1,), (offsets.shape, lengths.shape)
-    assert sft_rank.shape == prompt_weights.shape == (prompts,), (sft_rank.shape, order.shape)
-    assert rewards is None or rewards.shape == order.shape, order.shape
-    # Made like logps, whatever torch's default dtype and device are.
-    outputs = logps.new_empty(prompts, n), logps.new_empty(sequences), torch.empty_like(logps)
-    o = options
-    arguments = (
-        logps.data_ptr(),
-        logps.shape[0],
-        offsets.data_ptr(),
-        lengths.data_ptr(),
-        sequences,
-        order.data_ptr(),
-        prompts,
-        n,
-        pointer(rewards),
-        sft_rank.data_ptr(),
-        prompt_weights.data_ptr(),
-        o.length_normalize,
-        o.tau,
-        o.skip_ties,
-        o.eps,
-        o.sft_weight,
-        o.sft_mean,
-        -1 if o.top_k is None else o.top_k,
-        o.single_sft,
-        *(x.data_ptr() for x in outputs),
-    )
-    held = (logps, offsets, lengths, order, rewards, sft_rank, prompt_weights)
-    return RankingCall(arguments, outputs, held)
+    def logp(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        target_logits: Tensor | None = None,
+        options: LogitOptions,
+        entropy: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Statistics of each row, which is only read."""
+        self._check_columns(logits)
+        logits = unit_stride(logits)
+        return self._statistics("logp", logits, targets, target_logits, options, entropy)
+
+    def residual_(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        target_logits: Tensor | None = None,
+        options: LogitOptions,
+    ) -> tuple[Tensor, Tensor]:
+        """The first two of them, and in place of ``logits`` the gradient of the log-probs."""
+        self._check_columns(logits)
+        check_writable("logits", logits)
+        return self._statistics("residual", logits, targets, target_logits, options, False)[:2]
+
+    def _statistics(
+        self,
+        name: str,
+        logits: Tensor,
+        targets: Tensor,
+        target_logits: Tensor | None,
+        options: LogitOptions,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        index = vector(targets, torch.int64, logits)
+        exact = vector(target_logits, torch.float32, logits)
+        logps, lse = empty(logits), empty(logits)
+        value = empty(logits) if entropy else None
+        rows = Rows(*matrix(logits), *pointers(index, exact, logps, lse, value))
+        self.call(name, logits, rows, in_c(options))
+        return logps, lse, value
+
+    def logits_grad(
+        self,
+        logits: Tensor,
+        lse: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        *,
+        target_logits: Tensor | None = None,
+        first_column: int = 0,
+        options: LogitOptions,
+        out: Tensor | None = None,
+        entropy: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The gradient of logits; rows with a negative target become 0."""
+        self._check_columns(logits)
+        if out is None:
+            out = logits.new_empty(logits.shape)
+        check_writable("out", out)
+        if out.shape != logits.shape or out.dtype != logits.dtype:
+            raise ValueError(
+                f"out must be {tuple(logits.shape)} {logits.dtype} like logits, got "
+                f"{tuple(out.shape)} {out.dtype}"
+            )
+        logits = unit_stride(logits)
+        index = vector(targets, torch.int64, logits)
+        numbers = target_logits, lse, weights, *(entropy or (None, None))
+        exact, sums, factors, value, by = (vector(x, torch.float32, logits) for x in numbers)
+        read = pointers(index, exact, None, sums, value, factors, by)
+        rows = Rows(*matrix(logits), *read, first_column, out.data_ptr(), out.stride(0))
+        self.call("logits_grad", logits, rows, in_c(options))
+        return out
+
+    def ranking(
+        self,
+        logps: Tensor,
+        offsets: Tensor,
+        lengths: Tensor,
+        order: Tensor,
+        rewards: Tensor | None,
+        sft_rank: Tensor,
+        prompt_weights: Tensor,
+        *,
+        options: RankingOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ranking loss and its gradient; unscored tokens of ``logps`` hold 0."""
+        logps, prompt_weights = (dense(x, torch.float32) for x in (logps, prompt_weights))
+        offsets, lengths = dense(offsets, torch.int64), dense(lengths, torch.int64)
+        order, sft_rank = dense(order, torch.int64), dense(sft_rank, torch.int64)
+        rewards = None if rewards is None else dense(rewards, torch.float32)
+        prompts, n = order.shape
+        sequences = lengths.shape[0]
+        assert offsets.shape == (sequences + 1,), (offsets.shape, lengths.shape)
+        assert sft_rank.shape == prompt_weights.shape == (prompts,), (sft_rank.shape, order.shape)
+        assert rewards is None or rewards.shape == order.shape, order.shape
+        # Made like logps, whatever torch's default dtype and device are.
+        terms, sums = logps.new_empty(prompts, n), logps.new_empty(sequences)
+        row_weights = torch.empty_like(logps)
+        tokens = logps.data_ptr(), logps.shape[0]
+        spans = *pointers(offsets, lengths), sequences
+        ranks = order.data_ptr(), prompts, n
+        rest = pointers(rewards, sft_rank, prompt_weights, terms, sums, row_weights)
+        self.call("ranking", logps, RankingBatch(*tokens, *spans, *ranks, *rest), in_c(options))
+        return terms, sums, row_weights
+
+    def _check_columns(self, logits: Tensor) -> None:
+        if self.max_columns is not None and logits.shape[1] > self.max_columns:
+            raise ValueError(
+                f"logits must have at most {self.max_columns} columns, got {logits.shape[1]}"
+            )

@@ -19,20 +19,28 @@ that prompt's gradients are NaN with it is not specified.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pro_kernels.options import LogitOptions, RankingOptions
+from pro_kernels.ranking import rank_terms, temperatures
 
 NAME = "torch"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_CANDIDATES = None  # any n
+VERIFIED = only_when_named = gather_rows = scatter_rows = target_logits = score = scores_fused = (
+    None
+)
 
-# Rows of logits that are upcast at a time: bounds the fp32 temporaries to this many bytes each. On
-# a GPU small blocks are all launches: 16 MB took 12 times plain PyTorch's time on an H200.
-_BLOCK_BYTES, _GPU_BLOCK_BYTES = 1 << 24, 1 << 26
+# Bytes of fp32 (fp64) copies of logits at a time: few enough for a processor's cache, in which all
+# passes over them then stay. On a GPU small blocks are all launches: 16 MB took 12 times plain
+# PyTorch's time on an H200.
+_BLOCK_BYTES, _GPU_BLOCK_BYTES = 1 << 23, 1 << 26
+# Stands for a log p of -inf in p log p, which is 0 there: exp of it is 0 too.
+_FLOOR = -1e4
 
 
 def unusable(device: torch.device) -> str | None:
@@ -54,14 +62,14 @@ def logp(
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Read-only statistics of each row: ``(logp, lse, entropy or None)``, each ``(N,)`` fp32."""
-    n = logits.shape[0]
-    out = [logits.new_empty(n, dtype=_acc(logits)) for _ in range(3 if entropy else 2)]
-    for rows in _row_blocks(logits):
-        exact = _at(target_logits, rows)
-        parts = _stats(logits[rows], targets[rows], exact, options, entropy)
-        for whole, part in zip(out, parts, strict=True):
-            whole[rows] = part
-    return out[0], out[1], out[2] if entropy else None
+    # Tensors of their own, not views of one: an op's outputs may not alias each other.
+    n, acc = logits.shape[0], _acc(logits)
+    out = [logits.new_empty(n, dtype=acc) for _ in range(3 if entropy else 2)]
+    for block in _blocks(logits, targets, target_logits, options, spare=entropy):
+        for whole, part in zip(out, _stats_(block), strict=False):
+            whole[block.rows] = part
+    logps, lse, *value = (x.masked_fill_(targets < 0, 0.0) for x in out)
+    return logps, lse, value[0] if entropy else None
 
 
 def residual_(
@@ -72,10 +80,13 @@ def residual_(
     options: LogitOptions,
 ) -> tuple[Tensor, Tensor]:
     """Overwrite ``logits`` with ``d logp / d raw`` (unweighted); return ``(logp, lse)``."""
-    logps, lse, _ = logp(logits, targets, target_logits=target_logits, options=options)
-    logits_grad(
-        logits, lse, targets, None, target_logits=target_logits, options=options, out=logits
-    )
+    stats = logits.new_empty((2, logits.shape[0]), dtype=_acc(logits))
+    for block in _blocks(logits, targets, target_logits, options, out=logits):
+        logp, lse, total = _stats_(block)
+        stats[0, block.rows], stats[1, block.rows] = logp, lse
+        _store(block, -1 / total, -torch.expm1(logp))
+    _blank(logits, targets)
+    logps, lse = stats.masked_fill_(targets < 0, 0.0)
     return logps, lse
 
 
@@ -97,28 +108,25 @@ def logits_grad(
     """
     if out is None:
         out = torch.empty_like(logits)
-    for rows in _row_blocks(logits):
-        raw, t = logits[rows].to(_acc(logits)), targets[rows]
-        live = t >= 0
-        local = t - first_column
-        hit = live & (local >= 0) & (local < logits.shape[1])
-        index = local.clamp(0, max(logits.shape[1] - 1, 0))[:, None]
-        raw = _put_target(raw, index, hit, _at(target_logits, rows))
-        z, slope = _transform(raw, options)
-        grad = -torch.exp(z - lse[rows, None])
+    if weights is None:
+        weights = torch.ones_like(lse)
+    spare = entropy is not None
+    for block in _blocks(logits, targets, target_logits, options, first_column, out, spare):
+        rows = block.rows
+        w, log_p = weights[rows], block.z.sub_(lse[rows, None])
+        at_target = log_p.gather(1, block.index)[:, 0].clamp(_FLOOR, 0)
         # 1 - p as -expm1(log p): exact where p is close to 1.
-        one_minus_p = -torch.expm1((z.gather(1, index) - lse[rows, None]).clamp_max(0))
-        grad.scatter_(1, index, torch.where(hit[:, None], one_minus_p, grad.gather(1, index)))
-        if weights is not None:
-            grad = grad * weights[rows, None]
-        if entropy is not None:
-            value, by = (x[rows, None] for x in entropy)
-            log_p = z - lse[rows, None]
-            p = torch.exp(log_p)
-            # -inf columns: 0 * -inf is 0 here
-            grad = grad - by * torch.where(p == 0, 0.0, p * (log_p + value))
-        grad = grad * slope
-        out[rows] = torch.where(live[:, None], grad, torch.zeros_like(grad)).to(out.dtype)
+        target_grad = -w * torch.expm1(at_target)
+        if entropy is None:
+            log_p.exp_()
+            _store(block, -w, target_grad)
+            continue
+        value, by = (x[rows] for x in entropy)
+        p = torch.exp(log_p.clamp_min_(_FLOOR), out=block.spare)
+        log_p.add_(value[:, None]).mul_(by[:, None]).add_(w[:, None]).mul_(p)
+        target_grad -= by * at_target.exp() * (at_target + value)
+        _store(block, torch.full_like(w, -1), target_grad)
+    _blank(out, targets)
     return out
 
 
@@ -152,28 +160,26 @@ def ranking(
     total = torch.where(valid, sums[seq], 0.0)
     scores = total / norm if options.length_normalize else total
 
-    tau, keep = _temperatures(scores, rewards, valid, options)  # (B, k, i)
-    own = tau.diagonal(dim1=1, dim2=2)
-    z = (scores[:, None, :] * tau).masked_fill(~keep, -math.inf)
-    rank = torch.arange(n, device=order.device)
-    live = keep.diagonal(dim1=1, dim2=2) & (rank < valid.sum(1, keepdim=True) - 1)
-    if options.top_k is not None:
-        live = live & (rank < options.top_k)
-    log_z = z.masked_fill(~live[:, :, None], 0.0).logsumexp(2)
-    if options.eps > 0:
-        log_z = torch.logaddexp(log_z, torch.full_like(log_z, math.log(options.eps)))
-    rank_terms = torch.where(live, log_z - scores * own, 0.0)
-    taken = live[:, :, None] & keep  # nothing else: a NaN or an infinite log_z stays in its term
-    prob = torch.where(taken, torch.exp(z - log_z[:, :, None]), 0.0)
-    d_scores = (tau * prob).sum(1) - torch.where(live, own, 0.0)
+    tau, tied = scores.new_full((1, 1, 1), options.tau), None
+    if rewards is not None:
+        tau, tied = temperatures(rewards, valid, acc)
+    terms, log_p, live = rank_terms(
+        scores,
+        valid,
+        tau,
+        left_out=tied if options.skip_ties else None,
+        eps=options.eps,
+        top_k=options.top_k,
+    )
+    own = torch.where(live, tau.diagonal(dim1=1, dim2=2), 0.0)
+    d_scores = (tau * log_p.exp()).sum(1) - own
 
     count = valid.sum(1).to(acc)
     factor = options.sft_weight * (count - 1) ** 2
     if options.single_sft:
         factor = torch.where(count == 1, torch.full_like(factor, options.sft_weight), factor)
-    is_sft = (rank == sft_rank[:, None]) & valid
+    is_sft = (torch.arange(n, device=order.device) == sft_rank[:, None]) & valid
     sft_scale = factor[:, None] * is_sft / (norm if options.sft_mean else 1.0)
-    terms = rank_terms.clone()
     # where, not a product: a sum of -inf elsewhere must not turn 0 * inf into NaN.
     terms[:, n - 1] = -torch.where(is_sft, sft_scale * total, 0.0).sum(1)
 
@@ -186,68 +192,105 @@ def ranking(
     return terms, sums, row_weights
 
 
-def _temperatures(
-    scores: Tensor, rewards: Tensor | None, valid: Tensor, options: RankingOptions
-) -> tuple[Tensor, Tensor]:
-    """Inverse temperatures ``tau[b, k, i]`` and which entries (i >= k, both valid) take part."""
-    n = scores.shape[1]
-    upper = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu()
-    keep = upper & valid[:, :, None] & valid[:, None, :]
-    if rewards is None:
-        return torch.full_like(keep, options.tau, dtype=scores.dtype), keep
-    # In the rewards' own dtype, as the official code subtracts them.
-    tau = (rewards[:, :, None] - rewards[:, None, :]).to(scores.dtype)
-    later = keep & ~torch.eye(n, dtype=torch.bool, device=scores.device)
-    own = tau.masked_fill(~later, -math.inf).amax(2)
-    own = torch.where(later.any(2), own, 0.0)
-    if options.skip_ties:
-        keep = keep & ~(later & (tau == 0))
-    tau = torch.where(later, tau, 0.0) + torch.diag_embed(own)
-    return tau, keep
-
-
 def _segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
     # segment_reduce adds in index order inside a segment: repeatable, unlike atomics.
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, initial=0, unsafe=True)
 
 
-def _stats(
+@dataclass
+class _Block:
+    """Some rows of the logits in fp32 (fp64), after scale and softcap; free to be overwritten."""
+
+    rows: slice
+    z: Tensor  # (R, V)
+    slope: Tensor | float  # (R, V): dz/draw
+    index: Tensor  # (R, 1): column of the target; 0 where it is not among these
+    hit: Tensor  # (R,): whether it is
+    spare: Tensor | None  # (R, V), uninitialised
+    out: Tensor | None  # (R, V): where the gradient goes; may be z
+
+
+def _blocks(
     logits: Tensor,
     targets: Tensor,
     target_logits: Tensor | None,
     options: LogitOptions,
-    entropy: bool,
-) -> list[Tensor]:
-    live = targets >= 0
-    index = targets.clamp_min(0)[:, None]
-    raw = torch.where(live[:, None], logits.to(_acc(logits)), 0.0)
-    z, _ = _transform(_put_target(raw, index, live, target_logits), options)
-    lse = torch.logsumexp(z, 1)
-    logps = (z.gather(1, index)[:, 0] - lse).clamp_max(0)
-    out = [torch.where(live, logps, 0.0), torch.where(live, lse, 0.0)]
-    if entropy:
-        log_p = z - lse[:, None]
-        p = torch.exp(log_p)
-        terms = torch.where(p == 0, 0.0, p * log_p)  # -inf columns: 0 * -inf is 0 here
-        value = torch.where(lse.isfinite(), -terms.sum(1), lse)  # as the kernels have it
-        out.append(torch.where(live, value, 0.0))
-    return out
+    first_column: int = 0,
+    out: Tensor | None = None,
+    spare: bool = False,
+) -> Iterator[_Block]:
+    """All rows, upcast block by block into the same memory; into ``out`` where that is as wide."""
+    n, vocab = logits.shape
+    acc = _acc(logits)
+    local = targets - first_column
+    hit = (local >= 0) & (local < vocab)
+    index = local.clamp(0, max(vocab - 1, 0))[:, None]
+    in_place = out is not None and out.dtype == acc
+    count = (not in_place) + (options.softcap is not None) + spare
+    limit = _BLOCK_BYTES if logits.device.type == "cpu" else _GPU_BLOCK_BYTES
+    size = max(1, limit // max(1, acc.itemsize * vocab * count))
+    memory = logits.new_empty((count, min(size, n), vocab), dtype=acc)
+    for i in range(0, n, size):
+        rows = slice(i, min(i + size, n))
+        free = [x[: rows.stop - i] for x in memory]
+        to = None if out is None else out[rows]
+        z = to if to is not None and in_place else free.pop()
+        if not (in_place and out is logits):
+            z.copy_(logits[rows])
+        _put_target(z, index[rows], hit[rows], _at(target_logits, rows))
+        slope = options.logit_scale if options.softcap is None else free.pop()
+        z = options.transform(z, z, slope if isinstance(slope, Tensor) else None)
+        yield _Block(rows, z, slope, index[rows], hit[rows], free.pop() if spare else None, to)
 
 
-def _put_target(raw: Tensor, index: Tensor, hit: Tensor, exact: Tensor | None) -> Tensor:
-    if exact is None:
-        return raw
-    value = torch.where(hit[:, None], exact[:, None].to(raw.dtype), raw.gather(1, index))
-    return raw.scatter(1, index, value)
+def _stats_(block: _Block) -> tuple[Tensor, ...]:
+    """Log-prob, log-sum-exp and, with room to spare, entropy; then ``sum exp(z - max z)``.
+
+    Without a spare z becomes ``exp(z - max z)``.
+    """
+    z = block.z
+    top = z.amax(1)
+    top.masked_fill_(top.isinf(), 0.0)  # -inf - -inf is no number
+    z.sub_(top[:, None])
+    at_target = z.gather(1, block.index)[:, 0]
+    p = z.exp_() if block.spare is None else torch.exp(z.clamp_min_(_FLOOR), out=block.spare)
+    total = p.sum(1)
+    log_total = total.log()
+    logp, lse = (at_target - log_total).clamp_max(0), top + log_total
+    if block.spare is None:
+        return logp, lse, total
+    entropy = log_total - z.mul_(p).sum(1) / total
+    return logp, lse, torch.where(lse.isfinite(), entropy, lse)  # as the kernels have it
 
 
-def _transform(raw: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor | float]:
-    """Logits after scale and softcap, and their derivative with respect to the raw ones."""
-    z = raw * options.logit_scale if options.logit_scale != 1.0 else raw
-    if options.softcap is None:
-        return z, options.logit_scale
-    t = torch.tanh(z / options.softcap)
-    return options.softcap * t, options.logit_scale * (1 - t * t)
+def _store(block: _Block, factor: Tensor, target_grad: Tensor) -> None:
+    """Write ``factor * z``, the target's entry apart, times dz/draw."""
+    z, slope = block.z, block.slope
+    if not isinstance(slope, Tensor):
+        factor, target_grad = factor * slope, target_grad * slope
+    z.mul_(factor[:, None])
+    _put_target(z, block.index, block.hit, target_grad)
+    if isinstance(slope, Tensor):
+        z.mul_(slope)
+    if block.out is not None and block.out is not z:
+        block.out.copy_(z)
+
+
+def _blank(out: Tensor, targets: Tensor) -> None:
+    """Zeros in rows that are not scored."""
+    dead = targets < 0
+    if out.device.type == "cpu":
+        out.index_fill_(0, dead.nonzero()[:, 0], 0)
+    else:  # counting them would wait for the device
+        out.masked_fill_(dead[:, None], 0)
+
+
+def _put_target(z: Tensor, index: Tensor, hit: Tensor, value: Tensor | None) -> Tensor:
+    """Overwrite the target's entry where it is among these columns; returns ``z``."""
+    if value is None:
+        return z
+    there = torch.where(hit[:, None], value[:, None].to(z.dtype), z.gather(1, index))
+    return z.scatter_(1, index, there)
 
 
 def _acc(x: Tensor) -> torch.dtype:
@@ -256,9 +299,3 @@ def _acc(x: Tensor) -> torch.dtype:
 
 def _at(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows]
-
-
-def _row_blocks(logits: Tensor) -> list[slice]:
-    limit = _BLOCK_BYTES if logits.device.type == "cpu" else _GPU_BLOCK_BYTES
-    size = max(1, limit // max(1, 4 * logits.shape[1]))
-    return [slice(i, i + size) for i in range(0, logits.shape[0], size)]

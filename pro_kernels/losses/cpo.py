@@ -12,44 +12,25 @@ of equal reward are left out.
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._common import (
-    PAIRS,
-    SFT_REDUCTIONS,
-    check_choice,
-    check_number,
-    differences,
-    pair_mean,
-    preference_metrics,
-    rank_candidates,
-)
+from pro_kernels.option_types import Beta, Pairs, SftReductionOfBatch, SftWeight
+
+from .ranked import Ranked, Result, differences, pair_mean
+from .registry import register
 
 
+@register()
 def cpo(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
+    ranked: Ranked,
     *,
-    rewards: Tensor | None = None,  # (B, n)
-    ref_logps: Tensor | None = None,
-    mask: Tensor | None = None,  # (B, n)
-    beta: float = 0.1,
-    cpo_alpha: float = 1.0,
-    sft_reduction: str = "mean",
-    pairs: str = "all",
-) -> tuple[Tensor, dict[str, Tensor]]:
+    beta: Beta = 0.1,
+    cpo_alpha: SftWeight = 1.0,
+    sft_reduction: SftReductionOfBatch = "mean",
+    pairs: Pairs = "all",
+) -> Result:
     """CPO over all pairs, or best-versus-rest with pairs="best"."""
-    check_number("beta", beta, above=0)
-    check_number("cpo_alpha", cpo_alpha, at_least=0)
-    check_choice("sft_reduction", sft_reduction, SFT_REDUCTIONS)
-    check_choice("pairs", pairs, PAIRS)
-    ranked = rank_candidates(
-        logps, lengths, rewards=rewards, ref_logps=ref_logps, mask=mask, loss="cpo"
-    )
     implicit = beta * ranked.logps
     selected = ranked.better(pairs)
     losses = pair_mean(-logsigmoid(differences(implicit)), selected)
-    sft = ranked.mean(cpo_alpha * ranked.sft(sft_reduction))
-    metrics = preference_metrics(ranked, implicit, selected)
-    return ranked.mean(losses) + sft, {"sft_loss": sft.detach().float(), **metrics}
+    return ranked.result(losses, implicit, selected, cpo_alpha * ranked.sft(sft_reduction))

@@ -11,47 +11,29 @@ Pairs of equal reward are left out.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Annotated
+
 from torch.nn.functional import logsigmoid
 
-from ._common import (
-    PAIRS,
-    check_choice,
-    check_number,
-    differences,
-    pair_mean,
-    preference_metrics,
-    rank_candidates,
-)
+from pro_kernels.option_types import Beta, Limits, Pairs
+
+from .ranked import Ranked, Result, differences, pair_mean
+from .registry import register
 
 
+@register(needs=["ref_logps"])
 def dpo(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
+    ranked: Ranked,
     *,
-    rewards: Tensor | None = None,  # (B, n)
-    ref_logps: Tensor | None = None,  # (B, n), required
-    mask: Tensor | None = None,  # (B, n)
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    pairs: str = "all",
-) -> tuple[Tensor, dict[str, Tensor]]:
+    beta: Beta = 0.1,
+    label_smoothing: Annotated[
+        float, Limits(at_least=0, at_most=0.5), "Share of labels taken to be wrong."
+    ] = 0.0,
+    pairs: Pairs = "all",
+) -> Result:
     """DPO over all pairs, or best-versus-rest with pairs="best"."""
-    check_number("beta", beta, above=0)
-    check_number("label_smoothing", label_smoothing, at_least=0, at_most=0.5)
-    check_choice("pairs", pairs, PAIRS)
-    ranked = rank_candidates(
-        logps,
-        lengths,
-        rewards=rewards,
-        ref_logps=ref_logps,
-        mask=mask,
-        needs=("ref_logps",),
-        loss="dpo",
-    )
     implicit = beta * ranked.log_ratios()
     margins = differences(implicit)
     losses = -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
     selected = ranked.better(pairs)
-    loss = ranked.mean(pair_mean(losses, selected))
-    return loss, preference_metrics(ranked, implicit, selected)
+    return ranked.result(pair_mean(losses, selected), implicit, selected)

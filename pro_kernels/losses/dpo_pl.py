@@ -10,32 +10,15 @@ Equal to DPO for n = 2. Rewards only order the candidates; equal rewards keep th
 
 from __future__ import annotations
 
-from torch import Tensor
+from pro_kernels.option_types import Beta
+from pro_kernels.ranking import rank_terms
 
-from ._common import check_number, preference_metrics, rank_candidates
-from .plackett_luce import plackett_luce_terms
+from .ranked import Ranked, Result
+from .registry import register
 
 
-def dpo_pl(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
-    *,
-    rewards: Tensor | None = None,  # (B, n)
-    ref_logps: Tensor | None = None,  # (B, n), required
-    mask: Tensor | None = None,  # (B, n)
-    beta: float = 0.1,
-) -> tuple[Tensor, dict[str, Tensor]]:
+@register(needs=["ref_logps"])
+def dpo_pl(ranked: Ranked, *, beta: Beta = 0.1) -> Result:
     """Listwise DPO: Plackett–Luce over the implicit rewards β (S − S_ref)."""
-    check_number("beta", beta, above=0)
-    ranked = rank_candidates(
-        logps,
-        lengths,
-        rewards=rewards,
-        ref_logps=ref_logps,
-        mask=mask,
-        needs=("ref_logps",),
-        loss="dpo_pl",
-    )
     implicit = beta * ranked.log_ratios()
-    loss = ranked.mean(plackett_luce_terms(implicit, ranked.valid).sum(1))
-    return loss, preference_metrics(ranked, implicit)
+    return ranked.result(rank_terms(implicit, ranked.valid)[0].sum(1), implicit)

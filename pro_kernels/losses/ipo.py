@@ -11,48 +11,24 @@ is TRL's; length_normalize=False is the paper's. Pairs of equal reward are left 
 
 from __future__ import annotations
 
-from torch import Tensor
+from pro_kernels.option_types import Beta, LengthNormalize, Pairs
 
-from ._common import (
-    PAIRS,
-    check_choice,
-    check_flag,
-    check_number,
-    differences,
-    pair_mean,
-    preference_metrics,
-    rank_candidates,
-)
+from .ranked import Ranked, Result, differences, pair_mean
+from .registry import register
 
 
+@register(needs=["ref_logps"])
 def ipo(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
+    ranked: Ranked,
     *,
-    rewards: Tensor | None = None,  # (B, n)
-    ref_logps: Tensor | None = None,  # (B, n), required
-    mask: Tensor | None = None,  # (B, n)
-    beta: float = 0.1,
-    length_normalize: bool = True,
-    pairs: str = "all",
-) -> tuple[Tensor, dict[str, Tensor]]:
+    beta: Beta = 0.1,
+    length_normalize: LengthNormalize = True,
+    pairs: Pairs = "all",
+) -> Result:
     """IPO over all pairs, or best-versus-rest with pairs="best"."""
-    check_number("beta", beta, above=0)
-    check_flag("length_normalize", length_normalize)
-    check_choice("pairs", pairs, PAIRS)
-    ranked = rank_candidates(
-        logps,
-        lengths,
-        rewards=rewards,
-        ref_logps=ref_logps,
-        mask=mask,
-        needs=("ref_logps",),
-        loss="ipo",
-    )
     ratios = ranked.log_ratios()
     if length_normalize:
         ratios = ratios / ranked.lengths
     losses = (differences(ratios) - 1 / (2 * beta)).square()
     selected = ranked.better(pairs)
-    loss = ranked.mean(pair_mean(losses, selected))
-    return loss, preference_metrics(ranked, beta * ratios, selected)
+    return ranked.result(pair_mean(losses, selected), beta * ratios, selected)

@@ -13,46 +13,44 @@ evenly from 1 (best) to 0 (worst); without reference log-probs S_ref is 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ._common import (
-    Ranked,
-    check_choice,
-    check_number,
-    differences,
-    preference_metrics,
-    rank_candidates,
-    readable,
-)
+from pro_kernels.option_types import Beta
+from pro_kernels.validate import readable
+
+from .ranked import Ranked, Result, differences, pair_sum
+from .registry import register
 
 MAX_EXPONENT = 64  # 2^ψ and its products stay finite in fp32
 
 
-def lipo_lambda(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
-    *,
-    rewards: Tensor | None = None,  # (B, n)
-    ref_logps: Tensor | None = None,  # (B, n)
-    mask: Tensor | None = None,  # (B, n)
-    beta: float = 0.05,
-    gain: str = "exp2",
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """LiPO-λ; gain="linear" takes G = ψ, for rewards too large for 2^ψ."""
-    check_number("beta", beta, above=0)
-    check_choice("gain", gain, ("exp2", "linear"))
-    ranked = rank_candidates(
-        logps, lengths, rewards=rewards, ref_logps=ref_logps, mask=mask, loss="lipo_lambda"
+def _too_large(rewards: Sequence[float], *, gain: str, **_: Any) -> str | None:
+    if gain == "linear" or max(rewards) <= MAX_EXPONENT:
+        return None
+    return (
+        f"too large for the gain 2^reward of lipo_lambda, which takes {MAX_EXPONENT} at most: "
+        "scale them to [0, 1], or give gain='linear'"
     )
+
+
+@register(uses_gaps=True, reward_fault=_too_large)
+def lipo_lambda(
+    ranked: Ranked,
+    *,
+    beta: Beta = 0.05,
+    gain: Annotated[Literal["exp2", "linear"], "Gain of a reward r: 2^r - 1, or r."] = "exp2",
+) -> Result:
+    """LiPO-λ; gain="linear" takes G = ψ, for rewards too large for 2^ψ."""
     implicit = beta * ranked.log_ratios()
     gains = differences(_gains(ranked, gain)).abs().to(implicit.dtype)
     discounts = differences(1 / torch.log1p(_ranks(implicit.detach(), ranked.valid))).abs()
     losses = gains * discounts * softplus(-differences(implicit))
-    loss = ranked.mean(torch.where(ranked.better(), losses, 0.0).sum((1, 2)))
-    return loss, preference_metrics(ranked, implicit)
+    return ranked.result(pair_sum(losses, ranked.better()), implicit)
 
 
 def _gains(ranked: Ranked, gain: str) -> Tensor:  # (B, n)
@@ -65,11 +63,9 @@ def _gains(ranked: Ranked, gain: str) -> Tensor:  # (B, n)
         labels = ranked.rewards
     if gain == "linear":
         return labels
-    if readable(labels) and (labels > MAX_EXPONENT).any():
-        raise ValueError(
-            f'rewards must be <= {MAX_EXPONENT} with gain="exp2", got {labels.max().item()}: '
-            'scale them to [0, 1] or pass gain="linear"'
-        )
+    if readable(labels) and labels.numel():
+        if fault := _too_large([labels.max().item()], gain=gain):
+            raise ValueError(f"rewards up to {labels.max().item():g} are {fault}")
     return torch.exp2(labels.double().clamp(max=MAX_EXPONENT)) - 1
 
 

@@ -10,35 +10,24 @@ Equal rewards need no special case.
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
-from torch import Tensor
 
-from ._common import check_flag, check_number, preference_metrics, rank_candidates
+from pro_kernels.option_types import LengthNormalize, Limits
+
+from .ranked import Ranked, Result
+from .registry import register
 
 
+@register(needs=["rewards"], uses_gaps=True)
 def listnet(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
+    ranked: Ranked,
     *,
-    rewards: Tensor | None = None,  # (B, n), required
-    ref_logps: Tensor | None = None,
-    mask: Tensor | None = None,  # (B, n)
-    length_normalize: bool = True,
-    reward_temperature: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    length_normalize: LengthNormalize = True,
+    reward_temperature: Annotated[float, Limits(above=0), "Temperature of the rewards."] = 1.0,
+) -> Result:
     """ListNet on s = S/m (S where length_normalize is False)."""
-    check_flag("length_normalize", length_normalize)
-    check_number("reward_temperature", reward_temperature, above=0)
-    ranked = rank_candidates(
-        logps,
-        lengths,
-        rewards=rewards,
-        ref_logps=ref_logps,
-        mask=mask,
-        needs=("rewards",),
-        loss="listnet",
-    )
     assert ranked.rewards is not None
     scores = ranked.scores(length_normalize)
     # An empty prompt keeps its first place, so that no softmax is over nothing.
@@ -46,5 +35,4 @@ def listnet(
     gaps = (ranked.rewards - ranked.rewards[:, :1]).to(scores.dtype)
     targets = (gaps / reward_temperature).masked_fill(absent, -math.inf).softmax(1)
     predicted = scores.masked_fill(absent, -math.inf).log_softmax(1).masked_fill(absent, 0.0)
-    loss = ranked.mean(-(targets * predicted).sum(1))
-    return loss, preference_metrics(ranked, scores)
+    return ranked.result(-(targets * predicted).sum(1), scores)

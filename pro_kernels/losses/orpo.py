@@ -18,44 +18,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._common import (
-    PAIRS,
-    SFT_REDUCTIONS,
-    check_choice,
-    check_number,
-    differences,
-    pair_mean,
-    preference_metrics,
-    rank_candidates,
-)
+from pro_kernels.option_types import Beta, Pairs, SftReductionOfBatch
+
+from .ranked import Ranked, Result, differences, pair_mean
+from .registry import register
 
 
+@register()
 def orpo(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
+    ranked: Ranked,
     *,
-    rewards: Tensor | None = None,  # (B, n)
-    ref_logps: Tensor | None = None,
-    mask: Tensor | None = None,  # (B, n)
-    beta: float = 0.1,
-    sft_reduction: str = "mean",
-    pairs: str = "all",
-) -> tuple[Tensor, dict[str, Tensor]]:
+    beta: Beta = 0.1,
+    sft_reduction: SftReductionOfBatch = "mean",
+    pairs: Pairs = "all",
+) -> Result:
     """ORPO over all pairs, or best-versus-rest with pairs="best"."""
-    check_number("beta", beta, above=0)
-    check_choice("sft_reduction", sft_reduction, SFT_REDUCTIONS)
-    check_choice("pairs", pairs, PAIRS)
-    ranked = rank_candidates(
-        logps, lengths, rewards=rewards, ref_logps=ref_logps, mask=mask, loss="orpo"
-    )
-    scores = ranked.scores(length_normalize=True)
+    scores = ranked.scores()
     clamped = scores.clamp(max=-torch.finfo(scores.dtype).eps)
     log_odds = clamped - log1mexp(clamped)
     selected = ranked.better(pairs)
     losses = pair_mean(-beta * logsigmoid(differences(log_odds)), selected)
-    sft = ranked.mean(ranked.sft(sft_reduction))
-    metrics = preference_metrics(ranked, beta * scores, selected)
-    return ranked.mean(losses) + sft, {"sft_loss": sft.detach().float(), **metrics}
+    return ranked.result(losses, beta * scores, selected, ranked.sft(sft_reduction))
 
 
 def log1mexp(x: Tensor) -> Tensor:

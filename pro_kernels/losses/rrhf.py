@@ -10,38 +10,17 @@ Pairs of equal reward are left out. NLL is summed over tokens as the paper write
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from pro_kernels.option_types import SftReductionOfBatch, SftWeight
 
-from ._common import (
-    SFT_REDUCTIONS,
-    check_choice,
-    check_number,
-    differences,
-    preference_metrics,
-    rank_candidates,
-)
+from .ranked import Ranked, Result, differences, pair_sum
+from .registry import register
 
 
+@register()
 def rrhf(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
-    *,
-    rewards: Tensor | None = None,  # (B, n)
-    ref_logps: Tensor | None = None,
-    mask: Tensor | None = None,  # (B, n)
-    sft_weight: float = 1.0,
-    sft_reduction: str = "sum",
-) -> tuple[Tensor, dict[str, Tensor]]:
+    ranked: Ranked, *, sft_weight: SftWeight = 1.0, sft_reduction: SftReductionOfBatch = "sum"
+) -> Result:
     """RRHF: the hinge summed over every pair in the wrong order, plus SFT on the best."""
-    check_number("sft_weight", sft_weight, at_least=0)
-    check_choice("sft_reduction", sft_reduction, SFT_REDUCTIONS)
-    ranked = rank_candidates(
-        logps, lengths, rewards=rewards, ref_logps=ref_logps, mask=mask, loss="rrhf"
-    )
-    scores = ranked.scores(length_normalize=True)
-    hinges = (-differences(scores)).relu()
-    losses = torch.where(ranked.better(), hinges, 0.0).sum((1, 2))
-    sft = ranked.mean(sft_weight * ranked.sft(sft_reduction))
-    metrics = preference_metrics(ranked, scores)
-    return ranked.mean(losses) + sft, {"sft_loss": sft.detach().float(), **metrics}
+    scores = ranked.scores()
+    losses = pair_sum((-differences(scores)).relu(), ranked.better())
+    return ranked.result(losses, scores, sft=sft_weight * ranked.sft(sft_reduction))

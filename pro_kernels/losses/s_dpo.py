@@ -10,37 +10,17 @@ Equal to DPO for n = 2. Candidates whose reward equals the best one's are no neg
 
 from __future__ import annotations
 
-import math
+from pro_kernels.option_types import Beta
+from pro_kernels.ranking import rank_terms
 
-import torch
-from torch import Tensor
-
-from ._common import check_number, preference_metrics, rank_candidates
+from .ranked import Ranked, Result
+from .registry import register
 
 
-def s_dpo(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
-    *,
-    rewards: Tensor | None = None,  # (B, n)
-    ref_logps: Tensor | None = None,  # (B, n), required
-    mask: Tensor | None = None,  # (B, n)
-    beta: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+@register(needs=["ref_logps"])
+def s_dpo(ranked: Ranked, *, beta: Beta = 1.0) -> Result:
     """S-DPO: the best candidate against all the worse ones at once."""
-    check_number("beta", beta, above=0)
-    ranked = rank_candidates(
-        logps,
-        lengths,
-        rewards=rewards,
-        ref_logps=ref_logps,
-        mask=mask,
-        needs=("ref_logps",),
-        loss="s_dpo",
-    )
     implicit = beta * ranked.log_ratios()
     pairs = ranked.better("best")
-    first = torch.arange(implicit.shape[1], device=implicit.device) == 0
-    kept = pairs[:, 0] | first  # the best one's own entry is exp(0), the 1 of the formula
-    entries = (implicit - implicit[:, :1]).masked_fill(~kept, -math.inf)
-    return ranked.mean(entries.logsumexp(1)), preference_metrics(ranked, implicit, pairs)
+    terms, _, _ = rank_terms(implicit, ranked.valid, left_out=~pairs, top_k=1)
+    return ranked.result(terms.sum(1), implicit, pairs)

@@ -10,40 +10,26 @@ s_i = S_i / m_i:
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Annotated
+
 from torch.nn.functional import logsigmoid
 
-from ._common import (
-    PAIRS,
-    check_choice,
-    check_number,
-    differences,
-    pair_mean,
-    preference_metrics,
-    rank_candidates,
-)
+from pro_kernels.option_types import Beta, Limits, Pairs
+
+from .ranked import Ranked, Result, differences, pair_mean
+from .registry import register
 
 
+@register()
 def simpo(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
+    ranked: Ranked,
     *,
-    rewards: Tensor | None = None,  # (B, n)
-    ref_logps: Tensor | None = None,
-    mask: Tensor | None = None,  # (B, n)
-    beta: float = 2.0,
-    gamma: float = 0.5,
-    pairs: str = "all",
-) -> tuple[Tensor, dict[str, Tensor]]:
+    beta: Beta = 2.0,
+    gamma: Annotated[float, Limits(at_least=0), "Target margin."] = 0.5,
+    pairs: Pairs = "all",
+) -> Result:
     """SimPO over all pairs, or best-versus-rest with pairs="best"."""
-    check_number("beta", beta, above=0)
-    check_number("gamma", gamma, at_least=0)
-    check_choice("pairs", pairs, PAIRS)
-    ranked = rank_candidates(
-        logps, lengths, rewards=rewards, ref_logps=ref_logps, mask=mask, loss="simpo"
-    )
-    implicit = beta * ranked.scores(length_normalize=True)
+    implicit = beta * ranked.scores()
     selected = ranked.better(pairs)
     losses = -logsigmoid(differences(implicit) - gamma)
-    loss = ranked.mean(pair_mean(losses, selected))
-    return loss, preference_metrics(ranked, implicit, selected)
+    return ranked.result(pair_mean(losses, selected), implicit, selected)

@@ -10,46 +10,26 @@ out.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Annotated
 
-from ._common import (
-    PAIRS,
-    SFT_REDUCTIONS,
-    check_choice,
-    check_flag,
-    check_number,
-    differences,
-    pair_mean,
-    preference_metrics,
-    rank_candidates,
-)
+from pro_kernels.option_types import LengthNormalize, Limits, Pairs, SftReductionOfBatch, SftWeight
+
+from .ranked import Ranked, Result, differences, pair_mean
+from .registry import register
 
 
+@register()
 def slic(
-    logps: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
+    ranked: Ranked,
     *,
-    rewards: Tensor | None = None,  # (B, n)
-    ref_logps: Tensor | None = None,
-    mask: Tensor | None = None,  # (B, n)
-    delta: float = 1.0,
-    sft_weight: float = 0.5,
-    sft_reduction: str = "sum",
-    length_normalize: bool = False,
-    pairs: str = "all",
-) -> tuple[Tensor, dict[str, Tensor]]:
+    delta: Annotated[float, Limits(at_least=0), "Margin."] = 1.0,
+    sft_weight: SftWeight = 0.5,
+    sft_reduction: SftReductionOfBatch = "sum",
+    length_normalize: LengthNormalize = False,
+    pairs: Pairs = "all",
+) -> Result:
     """SLiC-HF over all pairs, or best-versus-rest with pairs="best"."""
-    check_number("delta", delta, at_least=0)
-    check_number("sft_weight", sft_weight, at_least=0)
-    check_choice("sft_reduction", sft_reduction, SFT_REDUCTIONS)
-    check_flag("length_normalize", length_normalize)
-    check_choice("pairs", pairs, PAIRS)
-    ranked = rank_candidates(
-        logps, lengths, rewards=rewards, ref_logps=ref_logps, mask=mask, loss="slic"
-    )
     scores = ranked.scores(length_normalize)
     selected = ranked.better(pairs)
     losses = pair_mean((delta - differences(scores)).relu(), selected)
-    sft = ranked.mean(sft_weight * ranked.sft(sft_reduction))
-    metrics = preference_metrics(ranked, scores, selected)
-    return ranked.mean(losses) + sft, {"sft_loss": sft.detach().float(), **metrics}
+    return ranked.result(losses, scores, selected, sft_weight * ranked.sft(sft_reduction))

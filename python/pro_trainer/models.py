@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import pro_kernels as pk
 from pro_trainer.options import ModelOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+causal_lm = pk.OpenModel.causal_lm
 
 # Probabilities that modules pass to functional dropout.
 _DROPOUTS = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout",
@@ -93,20 +96,24 @@ def base_of(path: str, recorded: str | None) -> str | None:
     return recorded or None if base == path else base
 
 
-def check_causal(model: PreTrainedModel, input_ids: Tensor) -> None:
+def check_causal(opened: pk.OpenModel, input_ids: Tensor) -> None:
     """Raise ValueError where a later token moves what is predicted before it; ids (1, T)."""
     other = input_ids.clone()
     other[:, -1] = (other[:, -1] - 1).abs()
-    with evaluating(model), torch.no_grad():
-        pair = [model(input_ids=ids, use_cache=False).logits for ids in (input_ids, other)]
-    here, there = (logits[:, :-1].float() for logits in pair)
-    rounding = 1e-4 if pair[0].dtype.itemsize >= 4 else 2e-2  # of experts in another order
-    if getattr(model, "is_quantized", False):
-        rounding = 0.1  # of 8 bits, which scale activations by those of all tokens
-    if not (here - there).norm() <= rounding * here.norm():
+
+    def before_last(ids: Tensor) -> Tensor:
+        out = opened.run(
+            lambda head: (head.hidden.sum(), {"scores": head.hidden[:, :-1]}),
+            input_ids=ids,
+            use_cache=False,
+        )
+        return out.scores
+
+    off, allowed = opened.compare(lambda: before_last(input_ids), lambda: before_last(other))
+    if not off <= allowed:
         raise ValueError(
-            f"{type(model).__name__} attends to later tokens, so its log-probs of an answer would "
-            "know the answer; a causal language model is needed"
+            f"{type(opened.model).__name__} attends to later tokens, so its log-probs of an answer "
+            "would know the answer; a causal language model is needed"
         )
 
 
@@ -146,13 +153,13 @@ def ends_of_folder(
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError where the tokenizer has more tokens than the model."""
-    head = causal_lm(model).get_output_embeddings()
-    weight = getattr(head, "weight", None)
+    lm = causal_lm(model)
+    weight = getattr(lm.get_output_embeddings(), "weight", None)
     rows = getattr(weight, "ds_shape", getattr(weight, "shape", [math.inf]))[0]  # ds: ZeRO-3
     if len(tokenizer) > rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the LM head of "
-            f"{type(causal_lm(model)).__name__} only {rows}"
+            f"the tokenizer has {len(tokenizer)} tokens, the LM head of {type(lm).__name__} only "
+            f"{rows}"
         )
 
 
@@ -188,23 +195,6 @@ def tiny_llama(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config), tokenizer
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model with the LM head, out of PEFT's wrapper where there is one.
-
-    Raises:
-        ValueError: a PEFT method that learns a prompt (its wrapper is part of the forward), or no
-            transformers model with an LM head.
-    """
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError("PEFT methods that learn a prompt are not supported; use LoRA or the like")
-    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(lm, "get_output_embeddings") or lm.get_output_embeddings() is None:
-        raise ValueError(
-            f"model must be a transformers causal LM, got {type(lm).__name__}, which has no LM head"
-        )
-    return lm
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

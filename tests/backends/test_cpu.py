@@ -6,7 +6,6 @@ that are unavoidable: ``U`` of the dtype for what is stored, 2**-24 for what fp3
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import cpu_isas
+from cases import cpu_isas, transformed
 from pro_kernels import backends
 from pro_kernels.backends import cpu
 from pro_kernels.options import LogitOptions
@@ -62,7 +61,7 @@ def _check_stats(logits, targets, options, exact=None):
     x = logits.double()
     want = reference.logp(x, targets, target_logits=exact64, options=options, entropy=True)
     raw = reference._put_target(x, targets.clamp_min(0)[:, None], targets >= 0, exact64)
-    z, _ = reference._transform(raw, options)
+    z, _ = transformed(raw, options)
     # z itself is fp32: that costs EPS * |z| once scale and softcap are applied, nothing without.
     size = torch.where(z.isfinite(), z.abs(), 0.0).amax(1)
     z_error = 0 if options is PLAIN else 6 * EPS * size
@@ -83,7 +82,7 @@ def _check_gradient(got, logits, lse, targets, weights, options, exact=None, fir
     want = reference.logits_grad(
         x, lse.double(), targets, w64, target_logits=exact64, first_column=first, options=options
     )
-    z, _ = reference._transform(x, options)
+    z, _ = transformed(x, options)
     distance = (z - lse.double()[:, None]).abs().clamp_max(120)
     # exp and its argument, and the error of the sum that lse leaves out (checked above: 5 EPS).
     relative = (11 + distance) * EPS
@@ -399,19 +398,3 @@ def test_one_openmp_pool_is_shared_with_torch():
     )
     if cpu.build_info().get("openmp"):
         assert _run(code) == "1"
-
-
-def test_signatures_match_the_header():
-    """The table in the adapter has the arguments that the C header declares."""
-    header = Path(__file__).resolve().parents[2] / "csrc" / "cpu" / "pro_kernels_cpu.h"
-    kinds = {"int32_t": "i", "int64_t": "l", "float": "f", "double": "d", "int": "i"}
-    text = "\n".join(line.split("//")[0] for line in header.read_text().splitlines())
-    for name, (_, want) in cpu._SIGNATURES.items():
-        arguments = text.split(f" {name}(")[1].split(")")[0].split(",")
-        got = "".join(
-            "s" if "char*" in a else "p" if "*" in a else kinds[a.split()[0]]
-            for a in arguments
-            if a.strip() not in ("", "void")
-        )
-        assert got == want, name
-    assert isinstance(cpu._library(), ctypes.CDLL)

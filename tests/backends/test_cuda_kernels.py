@@ -13,17 +13,15 @@ Truth is ``backends/torch.py`` in fp64 on the same logits. Bounds count rounding
 
 from __future__ import annotations
 
-import ctypes
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import check_infinite_scores, check_sums_stand_for_tokens
+from cases import check_infinite_scores, check_sums_stand_for_tokens, transformed
 from cuda_emulation import build, calls
 from pro_kernels import backends
+from pro_kernels.backends import native
 from pro_kernels.options import LogitOptions, RankingOptions
 
 try:
@@ -60,7 +58,7 @@ def _z_size(logits, targets, options, exact):
     raw = logits.double()
     exact = None if exact is None else exact.double()
     raw = reference._put_target(raw, targets.clamp_min(0)[:, None], targets >= 0, exact)
-    z, _ = reference._transform(raw, options)
+    z, _ = transformed(raw, options)
     return torch.where(z.isfinite(), z.abs(), 0.0).amax(1)
 
 
@@ -89,7 +87,7 @@ def _check_gradient(got, logits, lse, targets, weights, options, exact=None, fir
     want = reference.logits_grad(
         x, lse.double(), targets, w64, target_logits=exact64, first_column=first, options=options
     )
-    z, slope = reference._transform(x, options)
+    z, slope = transformed(x, options)
     distance = (z - lse.double()[:, None]).abs().clamp_max(120)
     # The exponent is rounded twice (the difference, times log2 e); the sum carries a few EPS.
     relative = EPS * (14 + 2.5 * distance)
@@ -229,7 +227,7 @@ def test_no_rows_and_wild_targets(major):
     assert calls.residual_(*empty, options=PLAIN)[0].shape == (0,)
     assert calls.logits_grad(empty[0], torch.empty(0), empty[1], None, options=PLAIN).numel() == 0
     with pytest.raises(RuntimeError, match="invalid argument"):
-        calls._call("pk_cuda_logp", 3, *[0] * 6, 1.0, 0.0, *[None] * 3)
+        calls._call("logp", None, native.Rows(dtype=3), native.in_c(PLAIN))
     # A target outside the row: the row is not read there, and gets no target in its gradient.
     x, lse = torch.randn(1, 50), torch.ones(1)
     got = calls.logits_grad(x, lse, torch.tensor([50]), None, options=PLAIN)
@@ -530,17 +528,5 @@ def test_target_logits(dtype, width, with_bias):
 
 def test_the_library_says_what_it_is():
     library = calls.library()
-    assert library.pk_cuda_abi() == 3 and library.pk_cuda_ready() == 0
-    assert library.pk_cuda_targets() == b"emulated"
-    assert library.pk_cuda_error(0) == b"no error"
-
-
-def test_signatures_match_the_header():
-    header = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "pro_kernels_cuda.h"
-    kinds = {"int32_t": "i", "int64_t": "l", "float": "f", "double": "d"}
-    text = "\n".join(line.split("//")[0] for line in header.read_text().splitlines())
-    for name, want in calls.SIGNATURES.items():
-        arguments = text.split(f" {name}(")[1].split(")")[0].split(",")
-        got = "".join("p" if "*" in a else kinds[a.split()[0]] for a in arguments)
-        assert got == want, name
-    assert isinstance(calls.library(), ctypes.CDLL)
+    assert library.targets() == b"emulated" and library.ready() == 0
+    assert library.error(0) == b"no error"

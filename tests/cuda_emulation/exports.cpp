@@ -3,8 +3,6 @@
 #include "../../csrc/include/pk_ranking.h"
 #include "../../csrc/include/pk_rows.h"
 
-extern "C" {
-
 // The major compute capability, whether threads and blocks run in descending order, and the largest
 // cluster there is room for.
 PK_EXPORT void pk_emulation_set(int32_t major, int32_t backward, int32_t max_cluster) {
@@ -53,10 +51,8 @@ PK_EXPORT void pk_test_transform(const double* raw, int64_t n, float scale, floa
                                  double* slope, float* fast_z, float* fast_slope) {
   const pk::Transform t = {scale, cap};
   for (int64_t i = 0; i < n; ++i) {
-    z[i] = pk::transform(raw[i], t);
-    slope[i] = pk::slope(raw[i], t);
-    fast_z[i] = cap > 0 ? pk::transform_fast<true>(float(raw[i]), t, fast_slope[i])
-                        : pk::transform_fast<false>(float(raw[i]), t, fast_slope[i]);
+    z[i] = pk::transform<pk::Scalar<double>>(raw[i], t, cap > 0, slope[i]);
+    fast_z[i] = pk::transform<pk::Fast>(float(raw[i]), t, cap > 0, fast_slope[i]);
   }
 }
 
@@ -68,22 +64,20 @@ PK_EXPORT void pk_test_one_minus_p(const double* log_p, int64_t n, double* out, 
 }
 
 // One prompt of n candidates, all valid; rewards null: by order.
-PK_EXPORT void pk_test_rank(int64_t n, const double* scores, const float* rewards, double tau,
-                            double eps, int64_t top_k, int32_t skip_ties, float* terms,
-                            double* gradients) {
+PK_EXPORT void pk_test_rank(int64_t n, const double* scores, const float* rewards,
+                            const pk::RankingOptions* options, float* terms, double* gradients) {
   std::vector<int64_t> order(size_t(n), 0);
   std::vector<double> scratch(size_t(n), 0.0);
-  const pk::RankingOptions options = {tau, eps, 0.0, top_k, 0, skip_ties, 0, 0};
   const pk::Prompt<double> prompt = {n, n, order.data(), rewards, scores, terms, gradients};
   if (rewards != nullptr) {
-    pk::rank_by_rewards(prompt, options);
+    pk::rank_by_rewards(prompt, *options);
   } else {
-    pk::rank_by_order(prompt, options, scratch.data());
+    pk::rank_by_order(prompt, *options, scratch.data());
   }
 }
 
-PK_EXPORT double pk_test_sft_factor(int64_t count, double weight, int32_t single) {
-  return pk::sft_factor(count, {1.0, 0.0, weight, -1, 0, 0, 0, single});
+PK_EXPORT double pk_test_sft_factor(int64_t count, const pk::RankingOptions* options) {
+  return pk::sft_factor(count, *options);
 }
 
 // What the CUDA kernel makes of the softmax of a term.
@@ -92,5 +86,3 @@ PK_EXPORT void pk_test_term(double top, float others, float own, double own_z, f
   out[0] = pk::term_of(t, own_z);
   out[1] = pk::one_minus_own_p(t);
 }
-
-}  // extern "C"

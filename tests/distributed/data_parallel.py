@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pro_kernels as pk
 from cases import assert_no_worse
-from pro_kernels import calls, shards
+from pro_kernels.fused import call, shards
 
 BUDGETS = (None, 1 << 13)  # everything retained; most computed again
 OPTIONS = {"loss": "ranking", "temperature": 2.0}
+COMMON = 100  # the step whose rows begin alike
 plans: set[tuple] = set()
 
 
@@ -44,6 +45,8 @@ def batch(rank: int, step: int = 0) -> dict:
     g = torch.Generator().manual_seed(10 + rank + 100 * step)
     n, length = 2 + rank % 2, 16 + rank
     ids = torch.randint(3, 67, (6 * n, length), generator=g)
+    if step == COMMON:
+        ids.view(6, n, length)[:, :, :9] = ids.view(6, n, length)[:, :1, :9].clone()
     labels = ids.clone()
     labels[:, : 2 + rank] = -100
     if rank == (dist.get_world_size() - 2 + step) % dist.get_world_size():
@@ -150,12 +153,12 @@ def kinds(tied: bool) -> tuple[str, ...]:
     return "DDP", "FSDP2", "FSDP2, head with embedding" if tied else "FSDP2, head apart"
 
 
-def compare(what: str, model, expected, again: bool = True) -> int:
+def compare(what: str, model, expected, again: bool = True, step: int = 0) -> int:
     """A step against one process and, bit by bit, against itself.
 
     From the second step on: DDP lays out its buckets anew after the first, which reorders its sums.
     """
-    mine, found = batch(dist.get_rank()), []
+    mine, found = batch(dist.get_rank(), step), []
     for _ in range(3 if again else 1):
         model.zero_grad()
         loss = model(**mine).loss
@@ -179,6 +182,20 @@ def compare_kinds(mesh) -> dict:
                 model = pk.attach(copy.deepcopy(alone), budget=budget, **OPTIONS)
                 what = f"{kind}, tied={tied}, budget={budget}"
                 found[what] = compare(what, wrap(kind, model, mesh), expected)
+    return found
+
+
+def compare_distinct(mesh) -> dict:
+    """On distinct rows, tied and not, every way of sharding; what share was not run."""
+    found = {}
+    for tied in (False, True):
+        alone = make(tied)
+        expected = in_one_process(alone, (COMMON,))
+        for kind in kinds(tied):
+            model = pk.attach(copy.deepcopy(alone), rows="distinct", **OPTIONS)
+            what = f"{kind}, tied={tied}"
+            compare(what, wrap(kind, model, mesh), expected, step=COMMON)
+            found[what] = pk.distinct_rows(model).saved
     return found
 
 
@@ -338,14 +355,14 @@ def compare_tensor_parallel() -> dict:
 
 def watch_plans() -> None:
     """Note which tiers run, and whether they retain all rows."""
-    original = calls.make_plan
+    original = call.make_plan
 
     def noted(rows, *args, **kwargs):
         plan = original(rows, *args, **kwargs)
         plans.add((plan.tier, plan.retained >= rows))
         return plan
 
-    calls.make_plan = noted
+    call.make_plan = noted
 
 
 def find(_: Path) -> dict:
@@ -354,6 +371,7 @@ def find(_: Path) -> dict:
     found = {
         "bytes": bytes_sent(mesh, dist.get_rank()),
         "kinds": compare_kinds(mesh),
+        "distinct": compare_distinct(mesh),
         "frozen": compare_frozen(mesh),
         "accumulated": compare_accumulated(mesh),
         "functional": compare_functional(mesh),

@@ -16,9 +16,9 @@ from counting import collectives
 
 import pro_kernels as pk
 from cases import Case, assert_no_worse, usable_backends
-from pro_kernels import calls
-from pro_kernels.head import chunks_of
-from pro_kernels.planner import Plan
+from pro_kernels.fused import call
+from pro_kernels.fused.head import chunks_of
+from pro_kernels.fused.planner import Plan
 
 CASES = [
     Case("plain", T=9),
@@ -120,7 +120,7 @@ def compare_all(group) -> int:
 
 def watch_plans() -> None:
     """Note which tiers run, whether rows are retained, and in how many chunks."""
-    original = calls.make_plan
+    original = call.make_plan
 
     def noted(rows, *args, **kwargs):
         plan = original(rows, *args, **kwargs)
@@ -129,7 +129,7 @@ def watch_plans() -> None:
         made.append(plan)
         return plan
 
-    calls.make_plan = noted
+    call.make_plan = noted
 
 
 def compare_autocast(group) -> None:

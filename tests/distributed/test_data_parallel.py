@@ -46,6 +46,7 @@ def test_losses_and_gradients_are_those_of_one_process(world, tmp_path):
             }
         assert set(found["kinds"]) == {f"{x}, budget={b}" for x in every for b in BUDGETS}
         assert set(found["accumulated"]) == set(every)
+        assert set(found["distinct"]) == set(every) and min(found["distinct"].values()) > 0.2
         assert set(found["frozen"]) == {
             f"{kind}, {x}, budget={b}" for kind in kinds for x in frozen for b in BUDGETS
         }

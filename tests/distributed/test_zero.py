@@ -28,6 +28,8 @@ def test_losses_and_gradients_are_those_of_one_process(world, tmp_path):
             for stage in (2, 3) for tied in (False, True) for budget in BUDGETS
         }  # fmt: skip
         assert all(count >= 20 for count in found["attached"].values())
+        assert set(found["distinct"]) == {"stage 2", "stage 3"}
+        assert min(found["distinct"].values()) > 0.2
         assert "hold it for forward and backward" in found["functional"].pop("refused")
         assert set(found["functional"]) == {
             f"{way}, budget={budget}" for way in ("in a forward", "held") for budget in BUDGETS

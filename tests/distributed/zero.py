@@ -13,6 +13,7 @@ import torch.distributed as dist
 import transformers
 from data_parallel import (
     BUDGETS,
+    COMMON,
     OPTIONS,
     WithLoss,
     assert_same,
@@ -52,10 +53,10 @@ def gradients(model) -> dict:
     }
 
 
-def check(what: str, model, stage: int, expected) -> int:
+def check(what: str, model, stage: int, expected, step: int = 0) -> int:
     """Loss and gradients of one step."""
     wrapped = engine(model, stage)
-    loss = wrapped(**batch(dist.get_rank())).loss
+    loss = wrapped(**batch(dist.get_rank(), step)).loss
     wrapped.backward(loss)
     return assert_same(what, gradients(model), loss, expected)
 
@@ -70,6 +71,18 @@ def compare_attached() -> dict:
                 model = pk.attach(copy.deepcopy(alone), budget=budget, **OPTIONS)
                 what = f"stage {stage}, tied={tied}, budget={budget}"
                 found[what] = check(what, model, stage, expected)
+    return found
+
+
+def compare_distinct() -> dict:
+    """On distinct rows; what share was not run."""
+    found, alone = {}, make(False)
+    expected = in_one_process(alone, (COMMON,))
+    for stage in (2, 3):
+        model = pk.attach(copy.deepcopy(alone), rows="distinct", **OPTIONS)
+        rows = pk.distinct_rows(model)
+        check(f"distinct, stage {stage}", model, stage, expected, COMMON)
+        found[f"stage {stage}"] = rows.saved
     return found
 
 
@@ -164,6 +177,7 @@ def compare_loaded(folder: Path) -> dict:
 def find(folder: Path) -> dict:
     found = {
         "attached": compare_attached(),
+        "distinct": compare_distinct(),
         "functional": compare_functional(),
         "adapters": compare_adapters(),
         "loaded": compare_loaded(folder),

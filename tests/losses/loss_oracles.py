@@ -150,7 +150,12 @@ def oracle_pro(
         own = max(tau(prompt[k], c) for c in rest) * score(prompt[k])
         inside = mpf(eps) + exp(own)
         for c in rest:
-            if ties == "skip" and c.r is not None and c.r == prompt[k].r:
+            if (
+                ties == "skip"
+                and temperature == "reward"
+                and c.r is not None
+                and c.r == prompt[k].r
+            ):
                 continue
             inside += exp(score(c) * tau(prompt[k], c))
         total += log(inside) - own

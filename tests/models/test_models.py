@@ -10,8 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import pro_kernels as pk
+import trees
+from pro_kernels.distinct import tryout
+from pro_kernels.models.probe import FACTOR
 from pro_trainer import PROConfig, PROTrainer
-from pro_trainer.batch import masks, prefix
 from pro_trainer.cli import commands
 from pro_trainer.models import load
 from pro_trainer.options import ModelOptions
@@ -104,37 +107,37 @@ def test_inspect_shows_what_is_trained_on(smollm, tmp_path, capsys):
     assert [x["completion_ids"] for x in shown] == [row["completions"] for row in found]
 
 
-# ---- prefix sharing
+# ---- distinct rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sharing_is_accepted_and_planted_faults_are_refused(real, dtype, monkeypatch):
-    found, _, _ = dataset(real)
+def test_distinct_rows_are_accepted_and_planted_faults_are_refused(real, dtype, monkeypatch):
+    """Prints the numbers of docs/attach.md, "What counts as rounding" (``-s``)."""
     model = AutoModelForCausalLM.from_pretrained(real, dtype=dtype)
-    lists = [found[0], found[1]]
-    prefix.check_sharing(model, lists, 0)
-    prefix.check_sharing(model, lists, 0, form="packed")
+    agree, plain = tryout.agree, pk.TokenTree.from_sequences
+    what = iter(("renamed", "distinct", "further on"))
 
-    inputs, attends = prefix.model_inputs, masks.attends
-
-    def moved(batch, model):
-        if "segments" in batch:
-            own = batch["segments"] > 0
-            batch = {**batch, "position_ids": batch["position_ids"] + own}
-        return inputs(batch, model)
-
-    def leaking(query, query_position, key, key_position, window):
-        """Candidate 2 sees the first token of candidate 1."""
-        first = (key == 1) & (
-            key_position == key_position.masked_fill(key != 1, 9999).amin(-1)[..., None]
+    def printed(*args):
+        off, allowed = agree(*args)
+        print(
+            f"{type(model).__name__} {dtype} {next(what)}: {off:.2g}, noise {allowed / FACTOR:.2g}"
         )
-        return attends(query, query_position, key, key_position, window) | ((query == 2) & first)
+        return off, allowed
 
-    for name, fault in (("prefix.model_inputs", moved), ("masks.attends", leaking)):
+    monkeypatch.setattr(tryout, "agree", printed)
+    with pk.distinct_rows(model):
+        pass
+    for fault in (trees.moved, trees.leaking):
+        what = iter(("renamed", fault.__name__, "further on"))
         with monkeypatch.context() as planted:
-            planted.setattr(f"pro_trainer.batch.{name}", fault)
+            planted.setattr(pk.TokenTree, "from_sequences", lambda rows, f=fault: f(plain(rows)))
             with pytest.raises(ValueError, match="rounding accounts for"):
-                prefix.check_sharing(model, lists, 0)
+                pk.distinct_rows(model)
+
+
+def test_distinct_rows_in_fp16(smollm):
+    with pk.distinct_rows(AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float16)):
+        pass
 
 
 def test_gemma_in_fp16_is_refused_with_what_to_use(gemma, tmp_path):
@@ -162,7 +165,7 @@ def train(path: str, folder, steps: int = 10, loaded=None, **options):
 def test_ten_steps_fall_and_equal_the_plain_reference(real, tmp_path):
     trainer, fused = train(real, tmp_path / "fused")
     assert fused[-1] < 0.8 * fused[0]
-    _, plain = train(real, tmp_path / "plain", loss_impl="reference", prefix_sharing="off")
+    _, plain = train(real, tmp_path / "plain", loss_impl="reference", batching="padded")
     assert fused == pytest.approx(plain, rel=2e-3, abs=2e-3 * fused[0])
     assert fused[0] == pytest.approx(plain[0], rel=1e-5)
     # What is saved ranks as what was trained.
@@ -210,8 +213,44 @@ def test_quantised_weights_train_under_adapters(smollm, bits, tmp_path):
         lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
         trainer, losses = train(
             smollm, tmp_path / impl, 3, loaded=load(smollm, options), peft_config=lora,
-            loss_impl=impl, prefix_sharing="off",
+            loss_impl=impl, batching="padded",
         )  # fmt: skip
         found.append(losses)
         assert all("lora_" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
     assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0][-1] < found[0][0]
+
+
+def test_twenty_steps_of_trl_are_the_same_on_distinct_rows(smollm, shared, tmp_path):
+    """TRL's DPO on dialogues: as it is, with the fused head, on distinct rows. Prints (``-s``)."""
+    trl = pytest.importorskip("trl")
+    from datasets import load_dataset as load_records
+
+    from pro_kernels.models import trl as swap
+
+    path = str(shared / "data" / "hh-harmless-base-dev.jsonl.gz")
+    records = load_records("json", data_files=path, split="train").select(range(40))
+    found = {}
+    for rows in (None, "padded", "distinct"):
+        folder = tmp_path / str(rows)
+        config = trl.DPOConfig(
+            output_dir=str(folder), max_steps=20, per_device_train_batch_size=2, max_length=192,
+            learning_rate=1e-5, lr_scheduler_type="constant", logging_steps=1, report_to="none",
+            disable_tqdm=True, use_cpu=True, save_strategy="no", bf16=False,
+            gradient_checkpointing=False,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
+        if rows is not None:
+            swap.accelerate_trl(rows=rows)
+        try:
+            trainer = trl.DPOTrainer(
+                model, None, config, train_dataset=records,
+                processing_class=AutoTokenizer.from_pretrained(smollm),
+            )  # fmt: skip
+            seconds = trainer.train().metrics["train_runtime"]
+        finally:
+            swap.restore_trl()
+        found[rows] = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+        print(f"{rows or 'as it is'}: {seconds:.0f} s, {found[rows]}")
+    assert len(found[None]) == 20 and found[None][0] == pytest.approx(0.693, abs=1e-3)
+    for rows in ("padded", "distinct"):
+        assert found[rows] == pytest.approx(found[None], rel=1e-3)

@@ -121,7 +121,10 @@ def test_a_run_that_diverges_has_exit_code_1(data_file, tmp_path, capsys):
             "--learning_rte is no option of train; did you mean learning_rate?",
         ),
         (["--nothing_like_it"], "--nothing_like_it is no option of train"),
-        (["--padding_free"], "an option of TRL that has none here: give --packing true"),
+        (
+            ["--padding_free"],
+            "an option of TRL that has none here: leave it out: no padding is run",
+        ),
         (
             ["--dataset_test_split", "test", "--data", __file__],
             "give the held-out lists as --eval_data",
@@ -158,12 +161,10 @@ def test_yaml_is_checked_and_loaded_safely(text, wrong, tmp_path):
 
 def test_yaml_values_become_flags(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text(
-        "prefix_sharing: on\neval_strategy: no\nbf16: true\ndata: []\nseed: 3\nmodel:\n"
-    )
+    path.write_text("batching: lists\neval_strategy: no\nbf16: true\ndata: []\nseed: 3\nmodel:\n")
     found, where = flags.config_flags(str(path))
     assert flags.words(found) == [
-        "--prefix_sharing=on", "--eval_strategy=no", "--bf16=true", "--data", "--seed=3",
+        "--batching=lists", "--eval_strategy=no", "--bf16=true", "--data", "--seed=3",
     ]  # fmt: skip
     assert where["seed"] == f"{path}:5"
     path.write_text("")

@@ -14,10 +14,9 @@ from torch import Tensor
 
 import pro_kernels as pk
 from pro_trainer.batch.collate import PROCollator
-from pro_trainer.batch.masks import dense_mask
 
 PAD = 0
-FORMS = ("padded", "packed", "shared")
+FORMS = ("padded", "lists")
 FEATURES = [
     {
         "prompts": [[10, 11]],
@@ -52,14 +51,13 @@ def sequences(features: list[dict[str, Any]]) -> list[tuple[list[int], list[int]
 def read(batch: dict[str, Any]) -> list[tuple[tuple[int, ...], int]]:
     """What each scored token is predicted from: the ids in sight at its row, by position."""
     ids, layout = batch["input_ids"], batch["layout"]
-    if "segments" in batch:
-        position = batch["position_ids"]
-        sight = dense_mask(batch["segments"], position)[:, 0]
-    elif "position_ids" in batch:  # a sequence begins wherever the position is 0
-        position = batch["position_ids"]
-        number = (position == 0).cumsum(1)
-        causal = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
-        sight = causal & (number[:, :, None] == number[:, None, :])
+    if "tree" in batch:
+        position, index = batch["position_ids"], torch.arange(ids.shape[1])
+        first, end, last, _ = batch["tree"].segments.T
+        # A token is seen by what follows it in its segment and by that segment's descendants.
+        lasts = torch.repeat_interleave(last, end - first)
+        sight = (index[None] <= index[:, None]) & (index[:, None] < lasts[None])
+        sight = sight[None]
     else:
         position = torch.arange(ids.shape[1]).expand_as(ids)
         causal = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
@@ -140,30 +138,9 @@ def test_official_targets_in_every_form(features):
     for name in ("rows", "targets", "offsets", "lengths", "sequences"):
         assert getattr(padded["layout"], name).equal(getattr(reference, name)), name
     contexts = read(padded)
-    for form in ("packed", "shared"):
-        batch = PROCollator(PAD, form=form, official=True)(features)
-        assert read(batch) == contexts
-        assert batch["layout"].lengths.equal(reference.lengths)
-
-
-@given(features_())
-@settings(max_examples=60, deadline=None)
-def test_tokens_shared_are_the_common_start_of_the_prompts(features):
-    batch = PROCollator(PAD, form="shared")(features)
-    for row, one in enumerate(features):
-        common = 0
-        while (
-            all(common < len(p) for p in one["prompts"])
-            and len({p[common] for p in one["prompts"]}) == 1
-        ):
-            common += 1
-        assert (batch["segments"][row] == 0).sum() == common
-        own = [len(p) - common + len(c) for p, c in sequences([one])]
-        for i, length in enumerate(own, start=1):
-            assert (batch["segments"][row] == i).sum() == length
-        assert (batch["segments"][row] > len(own)).sum() == 0
-    real = int((batch["segments"] >= 0).sum())
-    assert batch["preferences"].num_positions == real
+    batch = PROCollator(PAD, form="lists", official=True)(features)
+    assert read(batch) == contexts
+    assert batch["layout"].lengths.equal(reference.lengths)
 
 
 def test_padded_batch():
@@ -190,37 +167,17 @@ def test_padded_batch():
     assert preferences.num_positions == 17 and preferences.num_prompts == 2
 
 
-def test_packed_batch():
-    batch = PROCollator(PAD, form="packed")(FEATURES)
-    assert batch.keys() == {"input_ids", "position_ids", "layout", "preferences"}
-    assert batch["input_ids"].tolist() == [
-        [10, 11, 20, 1, 10, 11, 21, 22, 1, 12, 30, 1, 12, 31, 12, 32, 1]
-    ]
-    assert batch["position_ids"].tolist() == [[*range(4), *range(5), *range(3), 0, 1, *range(3)]]
-    assert batch["layout"].rows.tolist() == [1, 2, 5, 6, 7, 9, 10, 12, 14, 15]
-    assert batch["preferences"].num_positions == 17
-
-
-def test_shared_batch():
-    batch = PROCollator(PAD, form="shared")(FEATURES)
-    assert batch.keys() == {"input_ids", "position_ids", "segments", "layout", "preferences"}
-    assert batch["input_ids"].tolist() == [[10, 11, 20, 1, 21, 22, 1], [12, 30, 1, 31, 32, 1, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 2, 1, 1, 2, 0]]
-    assert batch["segments"].tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 2, 3, 3, -1]]
-    assert batch["segments"].dtype == torch.int32
+def test_batch_of_lists():
+    long = [{**one, "prompts": [[*range(40, 50), *one["prompts"][0]]]} for one in FEATURES]
+    batch = PROCollator(PAD, form="lists")(long)
+    assert batch.keys() == {"input_ids", "position_ids", "tree", "layout", "preferences"}
+    start = list(range(40, 50))  # of both lists; what is shorter than 8 tokens is not shared
+    assert batch["input_ids"].tolist() == [[*start, 10, 11, 20, 1, 21, 22, 1, 12, 30, 1, 31, 32, 1]]
+    assert batch["position_ids"].tolist() == [[*range(14), 12, 13, 14, 10, 11, 12, 11, 11, 12]]
+    assert batch["tree"].as_mask().shape == (1, 1, 8, 4)
     # Both first completion tokens of a prompt are read from its last row.
-    assert batch["layout"].rows.tolist() == [1, 2, 1, 4, 5, 7, 8, 7, 7, 11]
-    assert batch["preferences"].num_positions == 13
-
-
-def test_shared_batch_of_prompts_that_differ():
-    one = feature([[7, 8, 9], [7, 8], [7, 8, 9, 5]], [[1, 2], [3], [4]])
-    batch = PROCollator(PAD, form="shared")([one])
-    # Shared are 7 and 8 alone: the second candidate has no 9 to share.
-    assert batch["input_ids"].tolist() == [[7, 8, 9, 1, 2, 3, 9, 5, 4]]
-    assert batch["segments"].tolist() == [[0, 0, 1, 1, 1, 2, 3, 3, 3]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 2, 3, 4]]
-    assert batch["layout"].rows.tolist() == [2, 3, 1, 7]
+    assert batch["layout"].rows.tolist() == [11, 12, 11, 14, 15, 17, 18, 17, 17, 21]
+    assert batch["preferences"].num_positions == 23
 
 
 def test_lists_without_rewards_descend():
@@ -236,7 +193,7 @@ def test_sft_index_is_the_best_where_a_list_names_none():
     assert preferences.sft_index.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("form", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_batch_of_none_runs_the_list_it_is_given_and_counts_nothing(form):
     collator = PROCollator(PAD, form=form, idle=FEATURES[1])
     batch, same = collator([]), collator([FEATURES[1]])
@@ -251,7 +208,7 @@ def test_a_batch_goes_to_a_device_by_itself():
     """As Trainer and Accelerate move it: the layout follows, preferences stay on the host."""
     from accelerate.utils import send_to_device
 
-    batch = PROCollator(PAD, form="shared")(FEATURES)
+    batch = PROCollator(PAD, form="lists")(FEATURES)
     moved = send_to_device(batch, "meta", non_blocking=True)
     assert moved["input_ids"].device.type == moved["layout"].device.type == "meta"
     assert moved["preferences"] is batch["preferences"]
@@ -259,7 +216,7 @@ def test_a_batch_goes_to_a_device_by_itself():
 
 def test_batches_come_from_data_sets_and_workers():
     """Rows of an Arrow table, collated in another process, are what they are here."""
-    collator = PROCollator(PAD, form="shared")
+    collator = PROCollator(PAD, form="lists")
     table = datasets.Dataset.from_list(FEATURES)
     here = collator([table[0], table[1]])
     again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(collator))(list(table))))
@@ -293,9 +250,7 @@ def test_bad_lists_are_named(features, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "ragged"}, "form must be padded, packed, shared or auto, got 'ragged'"),
-        ({"unshared": "shared"}, "unshared must be padded or packed, got 'shared'"),
-        ({"form": "auto"}, "form='auto' needs the cost model"),
+        ({"form": "ragged"}, "form must be padded or lists, got 'ragged'"),
         ({"pad_token_id": None}, "pad_token_id must be a token id .* got None"),
         ({"pad_token_id": -1}, "got -1"),
     ],

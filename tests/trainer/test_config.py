@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+import sys
 
 import pytest
 from trainer_runs import config
 
 from pro_kernels.losses import LOSSES
 from pro_trainer.train.config import PROConfig
-from pro_trainer.train.options import LOSS_SETTINGS
+from pro_trainer.train.losses import LOSS_SETTINGS, declared
 
 
 @pytest.mark.parametrize(
@@ -19,9 +19,12 @@ from pro_trainer.train.options import LOSS_SETTINGS
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"max_length": 8, "max_prompt_length": 8}, r"max_prompt_length must lie in \[1, max_"),
         ({"num_candidates": 1}, "num_candidates must be at least 2"),
-        ({"temperature": "warm"}, "temperature must be 'reward' or a number > 0, got 'warm'"),
+        (
+            {"temperature": "warm"},
+            r"temperature must be a number or one of \['reward'\], got 'warm'",
+        ),
         ({"temperature": "0"}, "temperature must be"),
-        ({"reward_scale": math.nan}, "reward_scale must be finite and > 0"),
+        ({"reward_scale": math.nan}, "reward_scale must be of a size in"),
         ({"ddp_timeout": 0}, "ddp_timeout must be finite and > 0, got 0"),
         ({"budget_mb": 0}, "budget_mb must be finite and > 0"),
         ({"loss_type": "best"}, "unknown loss 'best'"),
@@ -32,7 +35,7 @@ from pro_trainer.train.options import LOSS_SETTINGS
         ({"ref_model_mixup_alpha": 1.5}, r"ref_model_mixup_alpha must lie in \[0, 1\], got 1.5"),
         ({"compat": "offical"}, "compat must be one of 'none', 'official', got 'offical'"),
         ({"truncation_mode": "end"}, "truncation_mode must be one of 'keep_end', 'keep_start'"),
-        ({"prefix_sharing": "maybe"}, "prefix_sharing must be one of 'auto', 'on', 'off'"),
+        ({"batching": "maybe"}, "batching must be one of 'auto', 'lists', 'padded'"),
         ({"sample_steps": -1}, "sample_steps must be >= 0"),
         ({"remove_unused_columns": True}, "remove_unused_columns must stay False, got True"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must stay 0.0"),
@@ -40,6 +43,24 @@ from pro_trainer.train.options import LOSS_SETTINGS
 )
 def test_options_out_of_range_are_refused(options, wrong, tmp_path):
     with pytest.raises(ValueError, match=wrong):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"per_device_train_batch_size": 4},
+        {"train_sampling_strategy": "group_by_length"},
+        {"dataloader_drop_last": True},
+        {"accelerator_config": {"split_batches": True}},
+    ],
+    ids=str,
+)
+def test_two_ways_to_make_batches_are_refused(other, tmp_path):
+    options = {"per_device_train_batch_size": 8, "tokens_per_batch": 64, **other}
+    with pytest.raises(
+        ValueError, match="tokens_per_batch=64 says which lists are in a batch, and"
+    ):
         config(tmp_path, **options)
 
 
@@ -56,10 +77,27 @@ def test_each_of_several_processes_finds_no_batch_size_of_its_own(tmp_path, monk
 
 
 def test_every_option_of_every_loss_is_a_flag_and_no_other():
-    inputs = {"logps", "lengths", "rewards", "ref_logps", "mask", "sft_index", "prompt_weights",
-              "equal_rewards"}  # fmt: skip
-    taken = {n for loss in LOSSES.values() for n in inspect.signature(loss).parameters} - inputs
-    assert taken == set(LOSS_SETTINGS)
+    ours = {
+        name: loss
+        for name, loss in LOSSES.items()
+        if loss.body.__module__.startswith("pro_kernels.")
+    }
+    read = {
+        name: {option: (tuple(kind), default) for option, (kind, default) in options.items()}
+        for name, options in declared().items()
+    }
+    assert read == {
+        name: {
+            option: (tuple(kind), loss.defaults[option])
+            for option, kind in loss.types.items()
+            if kind.text
+        }
+        for name, loss in ours.items()
+    }
+    assert {
+        option for name, loss in ours.items() for option in loss.defaults.keys() - read[name].keys()
+    } == {"sft_index", "prompt_weights", "equal_rewards"}
+    assert {option for options in read.values() for option in options} == set(LOSS_SETTINGS)
 
 
 def test_a_loss_gets_what_was_given_and_keeps_its_own_defaults(tmp_path):
@@ -72,4 +110,46 @@ def test_a_loss_gets_what_was_given_and_keeps_its_own_defaults(tmp_path):
 
 
 def test_a_temperature_may_be_given_as_a_number(tmp_path):
-    assert config(tmp_path, temperature=2).fixed_temperature() == 2.0
+    assert config(tmp_path, temperature=2).given() == {"temperature": 2.0}
+
+
+OWN_LOSS = """
+from __future__ import annotations
+from dataclasses import dataclass
+from pro_kernels.losses import register
+from pro_kernels.option_types import Beta
+
+@dataclass
+class Kept:  # dataclasses look their module up
+    value: int = 1
+
+@register()
+def {name}(ranked, *, beta: Beta = 0.1, margin{hint} = 1.0):
+    return ranked.logps.sum(), {terms}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "hint", "terms", "options", "wrong"),
+    [
+        ("untyped", "", "{}", {}, "margin of loss untyped must be by keyword and have a type hint"),
+        ("bare", ": float", "", {}, "must return a scalar tensor and a dict"),
+        ("typed", ": float", "{}", {"margin": "a"}, "margin must be a number, got 'a'"),
+        ("twice", ": float", "{}", {"beta": 2}, "beta was given as a flag and in loss_options"),
+    ],
+)
+def test_a_wrong_loss_of_ones_own_is_named(tmp_path, name, hint, terms, options, wrong):
+    module = tmp_path / f"{name}.py"
+    module.write_text(
+        OWN_LOSS.replace("{name}", name).replace("{hint}", hint).replace("{terms}", terms)
+    )
+    given = {"loss_module": str(module), "loss_type": name, "beta": 1.0, "loss_options": options}
+    with pytest.raises(ValueError, match=wrong):
+        config(tmp_path, **given)
+    assert (str(module) in sys.modules) == bool(hint)
+    LOSSES.pop(name, None)
+
+
+def test_what_the_trainer_sets_is_no_option(tmp_path):
+    with pytest.raises(ValueError, match="equal_rewards='keep' is no option of loss_type='pro'"):
+        config(tmp_path, loss_options={"equal_rewards": "keep"})

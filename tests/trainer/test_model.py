@@ -14,6 +14,7 @@ import pro_kernels as pk
 from pro_trainer.models import (
     ModelOptions,
     causal_lm,
+    check_causal,
     different_ends,
     disable_dropout,
     load,
@@ -96,7 +97,7 @@ def test_an_open_model_may_be_attached_copied_and_adapted(tiny):
 
 def test_model_without_lm_head_is_refused(tmp_path, tiny):
     model, tokenizer = tiny
-    with pytest.raises(ValueError, match="got LlamaModel, which has no LM head"):
+    with pytest.raises(ValueError, match="LlamaModel has no LM head"):
         causal_lm(model.model)
     save(model.model, tokenizer, str(tmp_path))
     with pytest.raises(ValueError, match=r"lacks weights of LlamaForCausalLM \(lm_head.weight\)"):
@@ -214,7 +215,7 @@ def test_a_model_of_text_and_images_trains_on_text(name, tmp_path, tiny):
         model, _ = load(str(tmp_path / "model"), how)
         trainer = trainer_for(
             tmp_path / impl, model=model, loss_impl=impl, max_steps=2,
-            prefix_sharing="auto" if impl == "auto" else "off",
+            batching="auto" if impl == "auto" else "padded",
         )  # fmt: skip
         trainer.train()
         found.append(losses(trainer))
@@ -227,14 +228,55 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
         trainer_for(tmp_path, model=with_images("PaliGemma"))
 
 
-def test_packing_is_tried_before_it_is_used(tmp_path):
-    torch.manual_seed(0)
-    model = with_images("Qwen2_5_VL")
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(8 if weight.dim() == 2 else 1)
-    with pytest.raises(ValueError, match="cannot run packed sequences: its token log-probs differ"):
-        trainer_for(tmp_path, model=model, packing=True, prefix_sharing="off")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_look_ahead(dtype):
+    """Experts round otherwise beside other tokens; a hundredth of a later one is told from it."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4}
+    config = transformers.MixtralConfig(**SIZES | experts, **SPECIAL, initializer_range=0.3)
+    ids = torch.arange(3, 20)[None]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = transformers.MixtralForCausalLM(config).to(dtype)
+        check_causal(pk.OpenModel(model), ids)
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, out: out + 0.01 * out.roll(-1, 1)
+    )
+    with pytest.raises(ValueError, match="attends to later tokens"):
+        check_causal(pk.OpenModel(model), ids)
+
+
+def test_a_model_that_cannot_run_lists_is_named_or_runs_padded_rows(tmp_path, capsys):
+    config = transformers.MambaConfig(vocab_size=384, hidden_size=16, num_hidden_layers=2)
+    model = transformers.MambaForCausalLM(config)
+    with pytest.raises(ValueError, match="batching='lists': Mamba.* cannot run distinct rows"):
+        trainer_for(tmp_path, model=model, batching="lists")
+    trainer = trainer_for(tmp_path, model=model, max_steps=1)
+    assert "lists run as padded rows: MambaForCausalLM cannot" in capsys.readouterr().out
+    assert trainer.data_collator.form == "padded"
+    trainer.train()
+
+
+@pytest.mark.parametrize("fault", ["fails", "differs"])
+def test_a_whole_model_that_makes_another_thing_of_a_list(tmp_path, capsys, fault, monkeypatch):
+    """Its decoder does it right, and what the model does around it does not."""
+    plain = pk.OpenModel.run
+
+    def other(self, loss_of, **inputs):
+        if inputs.get("attention_mask", torch.zeros(0)).dim() == 4:
+            if fault == "fails":
+                raise RuntimeError("a mask of four dimensions")
+            inputs["position_ids"] = inputs["position_ids"] // 2
+        return plain(self, loss_of, **inputs)
+
+    monkeypatch.setattr(pk.OpenModel, "run", other)
+    trainer = trainer_for(tmp_path, max_steps=1)
+    said = {
+        "fails": "fails with RuntimeError: a mask of",
+        "differs": "makes another thing of a list",
+    }
+    assert "lists run as padded rows: LlamaForCausalLM" in (out := capsys.readouterr().out)
+    assert said[fault] in out and trainer.data_collator.form == "padded"
+    assert trainer.model.config._attn_implementation == "sdpa"
 
 
 def test_adapters_of_a_model_of_text_and_images_load_again(tmp_path, tiny):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 from trainer_runs import records
 
-from pro_trainer.batch.sampler import RankBatches
+from pro_trainer.batch.sampler import RankBatches, TokenBatches
 from pro_trainer.train import faults
 from pro_trainer.train.checkpoints import last_whole
 
@@ -164,8 +164,8 @@ def test_a_fault_of_one_rank_ends_all_and_the_last_checkpoint_goes_on(kind, whol
     assert refused.codes == [2, 2]
     for text in refused.printed:
         assert (
-            "8 (4 processes x 2 a batch x 1 accumulated) then, "
-            "12 (2 processes x 3 a batch x 2 accumulated) now" in text
+            "8 lists (4 processes x 2 a batch x 1 accumulated) then, "
+            "12 lists (2 processes x 3 a batch x 2 accumulated) now" in text
         ), text
 
 
@@ -226,3 +226,36 @@ def test_batches_are_dealt_out_once(lists, drop_last):
     assert [len(x) for x in found] == [rounds] * 4 == [len(RankBatches(batches, 0, 4))] * 4
     taken = [i for turn in zip(*found, strict=True) for batch in turn for i in batch]
     assert taken == list(range(8 * rounds if drop_last else lists))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_batches_of_tokens(padded):
+    """Each list once an epoch, none over the limit but by itself, and as many in every epoch."""
+    lists = [
+        {
+            "prompts": [[1] * (1 + i)],
+            "completions": [[2] * (1 + i * k % 7) for k in range(1 + i % 3)],
+        }
+        for i in range(40)
+    ]
+
+    def size(batch: list[int]) -> int:
+        chosen = [lists[i] for i in batch]
+        own = [len(x) for one in chosen for x in one["completions"]]
+        if not padded:
+            return sum(len(one["prompts"][0]) for one in chosen) + sum(own)
+        longest = [len(one["prompts"][0]) + len(x) for one in chosen for x in one["completions"]]
+        return len(own) * max(longest)
+
+    batches = TokenBatches(lists, 60, padded=padded, seed=3)
+    first = list(batches)
+    assert sorted(i for batch in first for i in batch) == list(range(40))
+    assert all(size(batch) <= 60 or len(batch) == 1 for batch in first)
+    assert len(first) == len(batches) < 40 and any(len(batch) > 1 for batch in first)
+    batches.set_epoch(1)
+    again = list(batches)
+    assert again != first and sorted(again) == sorted(first)
+    assert list(TokenBatches(lists, 60, padded=padded, seed=3)) == first
+    dealt = [list(RankBatches(batches, rank, 3)) for rank in range(3)]
+    assert sorted(x for turn in dealt for x in turn if x) == sorted(again)
+    assert len({len(turn) for turn in dealt}) == 1

@@ -64,11 +64,14 @@ def test_every_method_runs_with_its_seeds_and_learns_something(results):
         assert not torch.equal(scores.logps, base.logps), run["method"]
 
 
-def test_every_method_of_the_study_runs(paths):
+def test_every_method_of_the_study_runs(paths, results):
+    base = scores_from(results["runs"][0])
     assert {method for method, _ in Settings().seeds} == set(METHODS)
     for method in METHODS.keys() - {"sft", "pro_2"}:
         run = measure(*paths, SETTINGS, Run(method, 1))
-        assert torch.tensor(run["logps"]).isfinite().all() and run["log"], method
+        logps = scores_from(run).logps
+        assert logps.isfinite().all() and run["log"], method
+        assert torch.equal(logps, base.logps) == (method == "base"), method
 
 
 def test_a_run_is_repeatable(paths, results):

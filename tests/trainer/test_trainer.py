@@ -12,7 +12,6 @@ from trainer_runs import config, losses, records, trainer_for
 
 import pro_kernels as pk
 from pro_trainer.errors import TrainingError
-from pro_trainer.train.options import NEEDS_REFERENCE
 from pro_trainer.train.trainer import PROTrainer
 
 
@@ -62,22 +61,36 @@ def test_every_loss_type_trains_and_logs_what_it_minimises(loss_type, tmp_path):
     after = trainer.evaluate(trainer.train_dataset)
     assert after["eval_loss"] < before["eval_loss"]
     assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
-    assert (trainer.ref_model is not None) == (loss_type in NEEDS_REFERENCE)
+    assert (trainer.ref_model is not None) == trainer.args.needs_reference()
     entry = trainer.state.log_history[0]
     assert {"rewards/accuracies", "logps/chosen", "scored_share", "peak_memory_mb"} <= set(entry)
 
 
-@pytest.mark.parametrize("sharing", ["on", "off"])
+@pytest.mark.parametrize("batching", ["lists", "padded"])
 @pytest.mark.parametrize("loss_type", ["pro", "dpo"])
-def test_reference_and_fused_losses_take_the_same_steps(sharing, loss_type, tmp_path):
+def test_reference_and_fused_losses_take_the_same_steps(batching, loss_type, tmp_path):
     runs = []
     for impl in ("auto", "reference"):
         trainer = trainer_for(
-            tmp_path, loss_impl=impl, loss_type=loss_type, prefix_sharing=sharing, overwrite=True
+            tmp_path, loss_impl=impl, loss_type=loss_type, batching=batching, overwrite=True
         )
         trainer.train()
         runs.append(losses(trainer))
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("batching", ["lists", "padded"])
+def test_batches_of_tokens_weigh_every_list_the_same(batching, tmp_path):
+    """All lists in one step, as one batch or accumulated from several: the same steps."""
+    options = {"batching": batching, "max_steps": 3, "overwrite": True}
+    whole = trainer_for(tmp_path, per_device_train_batch_size=8, **options)
+    whole.train()
+    options |= {"per_device_train_batch_size": 8, "tokens_per_batch": 150}
+    trainer = trainer_for(tmp_path, gradient_accumulation_steps=20, **options)
+    batches = [batch["preferences"].num_prompts for batch in trainer.get_train_dataloader()]
+    assert sum(batches) == 8 and 1 < len(batches) < 8
+    trainer.train()
+    assert losses(trainer) == pytest.approx(losses(whole), rel=1e-5)
 
 
 @pytest.mark.parametrize("first", ["whole", "adapters"])
@@ -113,9 +126,7 @@ def test_lists_with_and_without_a_marked_candidate_go_together(tmp_path):
     assert evaluated["eval_sft_loss"] == pytest.approx(sft, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "layout", [{"prefix_sharing": "on"}, {"prefix_sharing": "off"}, {"packing": True}], ids=str
-)
+@pytest.mark.parametrize("layout", [{"batching": "auto"}, {"batching": "padded"}], ids=str)
 def test_the_reference_of_the_first_step_is_the_model_itself(layout, tmp_path):
     """Every margin is 0, so the loss is ln 2: in any form, with dropout on, with adapters."""
     from peft import LoraConfig
@@ -274,7 +285,7 @@ def test_refusals_before_any_work(tmp_path, tiny):
         PROTrainer(model, {}, records(), None, tokenizer)
     with pytest.raises(ValueError, match="train_dataset must be one data set, got a dict of .'a'"):
         PROTrainer(model, config(tmp_path), {"a": records()}, None, tokenizer)
-    with pytest.raises(ValueError, match="must be a transformers causal LM, got Linear"):
+    with pytest.raises(ValueError, match="must be a causal LM of transformers, got Linear"):
         PROTrainer(torch.nn.Linear(1, 1), config(tmp_path), records(), None, tokenizer)
     with pytest.raises(TypeError, match="peft_config must be a peft config, got dict"):
         trainer_for(tmp_path, peft_config={"r": 1})

@@ -131,7 +131,7 @@ def test_bf16_autocast_and_gradient_checkpointing_stay_near_plain_training(tmp_p
     [
         {"train_sampling_strategy": "group_by_length"},
         {"dataloader_num_workers": 2},
-        {"packing": True, "prefix_sharing": "off"},
+        {"batching": "padded"},
     ],
     ids=str,
 )

@@ -4,9 +4,10 @@ State: the tests passed on an H200. For sm_80, sm_100 and gfx942 the kernels are
 time, and what they compute is checked under Triton's interpreter (``TRITON_INTERPRET=1``) only.
 
 Files: ``rows.py`` (a program walks rows of logits) on ``elementwise.py``; ``prompts.py`` (one
-program a prompt); ``sides.py`` (gather, scatter, the target's logit); ``scoring.py`` (log-probs,
-no logit written); ``configs.py`` (launch configurations, as data); ``launch.py`` (checks,
-allocations, launches); ``aot.py`` (compile without a GPU: registers, shared memory, spills).
+program a prompt); ``gather_scatter.py`` (gather, scatter, the target's logit); ``scoring.py``
+(log-probs, no logit written); ``configs.py`` (launch configurations, as data); ``launch.py``
+(checks, allocations, launches); ``aot.py`` (compile without a GPU: registers, shared memory,
+spills).
 Contract: ``backends/torch.py``. Importing this package imports no Triton; the first use of one of
 the functions in ``__all__`` does.
 """
@@ -71,6 +72,11 @@ def unusable(device: torch.device) -> str | None:
     if device.type == "xpu":
         return None if torch.xpu.is_available() else "no XPU device is available"
     return f"device type {device.type} has no Triton compiler"
+
+
+def only_when_named(device: torch.device) -> str | None:
+    """Why ``auto`` leaves it to those who name it."""
+    return "on CPU tensors it runs interpreted, only when named" if device.type == "cpu" else None
 
 
 def details() -> dict[str, str]:

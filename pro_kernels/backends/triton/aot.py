@@ -7,58 +7,53 @@ one JSON object a line:
     python -m pro_kernels.backends.triton.aot sm_90 [--all]
 
 Without ``--all``: every launch configuration and dtype, with the flags all off and all on; with it,
-every combination of flags and of alignment that the launchers can produce.
+every combination of flags and of alignment that the launchers can produce. Each is what a launcher
+asks for when called with such tensors: nothing here restates a kernel's arguments.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 from pro_kernels.backends.triton import configs, interpreted
+from pro_kernels.options import LogitOptions, RankingOptions
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-# Types of the run-time arguments; ``*data`` is a pointer to the kernel's main dtype.
-_TYPES = {
-    **dict.fromkeys(("logits_ptr", "out_ptr", "x_ptr", "weight_ptr"), "*data"),
-    **dict.fromkeys(("source_ptr", "side_ptr", "bias_ptr"), "*data"),
-    **dict.fromkeys(("rows_ptr", "by_row_ptr"), "*i64"),
-    **dict.fromkeys(("weight_stride", "H", "tiles"), "i32"),
-    **dict.fromkeys(("targets_ptr", "offsets_ptr", "lengths_ptr", "order_ptr"), "*i64"),
-    "sft_rank_ptr": "*i64",
-    **dict.fromkeys(
-        ("stride", "out_stride", "N", "V", "first_column", "B", "S", "n", "terms_live"), "i32"
-    ),
-    **dict.fromkeys(("length_normalize", "skip_ties", "sft_mean"), "i32"),
-    **dict.fromkeys(("logit_scale", "softcap", "fixed_tau", "log_eps"), "fp32"),
-    **dict.fromkeys(("sft_weight", "single_weight"), "fp32"),
-}  # every other pointer: *fp32
-_OPTIONAL = {
-    "logp": ("exact_ptr", "entropy_ptr"),
-    "residual": ("exact_ptr",),
-    "logits_grad": ("exact_ptr", "weights_ptr", "entropy_ptr"),
-    "ranking": ("rewards_ptr",),
-    "gather": ("weights_ptr",),
-    "scatter": ("by_row_ptr",),
-    "target_logits": ("bias_ptr",),
-    "score": ("bias_ptr",),
-    "merge": (),
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRANSFORMS = {
+    "none": LogitOptions(),
+    "scale": LogitOptions(logit_scale=0.5),
+    "softcap": LogitOptions(softcap=30.0, logit_scale=0.5),
 }
+
+# The optional inputs and outputs of each kernel.
+_OPTIONAL = {
+    "logp": ("exact", "entropy"),
+    "residual": ("exact",),
+    "logits_grad": ("exact", "weights", "entropy"),
+    "ranking": ("rewards",),
+    "gather": ("weights",),
+    "scatter": ("by_row",),
+    "target_logits": ("bias",),
+    "score": ("bias",),
+}
+_HIDDEN, _WIDE = 1024, 1 << 17
 _SIDES = ("gather", "scatter", "target_logits")
-_DIVISIBLE = (
-    *("logits_ptr", "out_ptr", "x_ptr", "weight_ptr", "source_ptr", "side_ptr"),
-    *("stride", "out_stride", "weight_stride", "V", "H"),
-)
 
 
 @dataclass(frozen=True)
@@ -68,9 +63,9 @@ class Variant:
     kernel: str
     arch: str
     dtype: str  # of the logits or of the matmul's operands; "fp32" for ranking and merge
-    config: configs.RowConfig | configs.RankingConfig | configs.ScoreConfig | None
-    transform: int = 0
-    given: tuple[str, ...] = ()  # the optional pointers that are not None
+    config: Any  # RowConfig, RankingConfig or ScoreConfig; None where there is one block size
+    transform: str = "none"
+    given: tuple[str, ...] = ()  # the optional tensors that are not None
     aligned: bool = True  # pointers to 16 bytes, V and the strides to 16 elements
 
 
@@ -81,24 +76,22 @@ def variants(arch: str, exhaustive: bool = False) -> Iterator[Variant]:
     """
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {list(ARCHS)}, got {arch!r}")
-    target = _target(arch)
-    for kernel in configs.KERNELS:
-        for config, dtype in itertools.product(configs.ROWS[target.family][kernel], DTYPES):
-            # The second of them takes most registers: wide vectors, all pointers.
-            corners = [(0, (), True), (0, _OPTIONAL[kernel], True), (2, _OPTIONAL[kernel], False)]
-            every = itertools.product(range(3), _subsets(_OPTIONAL[kernel]), (True, False))
-            for transform, given, aligned in every if exhaustive else corners:
-                yield Variant(kernel, arch, dtype, config, transform, given, aligned)
-    for dtype, bytes_ in DTYPES.items():
-        flags = list(itertools.product(range(3), _subsets(_OPTIONAL["score"]), (True, False)))
-        corners = [(0, (), True), *((2, _OPTIONAL["score"], aligned) for aligned in (True, False))]
-        for transform, given, aligned in flags if exhaustive else corners:
-            score = configs.score_config(target.family, bytes_, aligned)
-            yield Variant("score", arch, dtype, score, transform, given, aligned)
-        for kernel in _SIDES:
-            for given, aligned in (((), True), (_OPTIONAL[kernel], False)):
-                yield Variant(kernel, arch, dtype, None, given=given, aligned=aligned)
-    for transform in range(3):
+    family = _target(arch).family
+    for kernel in (*configs.KERNELS, "score"):
+        given = _OPTIONAL[kernel]
+        # The second of them takes most registers: wide vectors, all pointers.
+        most = "softcap" if kernel == "score" else "none"
+        corners = [("none", (), True), (most, given, True), ("softcap", given, False)]
+        every = itertools.product(TRANSFORMS, _subsets(given), (True, False))
+        flags = list(every) if exhaustive else corners
+        tables = configs.ROWS[family].get(kernel, (None,))
+        for table, dtype, flag in itertools.product(tables, DTYPES, flags):
+            score = configs.score_config(family, DTYPES[dtype].itemsize, aligned=flag[2])
+            yield Variant(kernel, arch, dtype, table or score, *flag)
+    for kernel, dtype in itertools.product(_SIDES, DTYPES):
+        for given, aligned in (((), True), (_OPTIONAL[kernel], False)):
+            yield Variant(kernel, arch, dtype, None, given=given, aligned=aligned)
+    for transform in TRANSFORMS:
         yield Variant("merge", arch, "fp32", None, transform)
     for ranking in configs.RANKING:
         for given in _subsets(_OPTIONAL["ranking"]):
@@ -124,11 +117,11 @@ def resources(variant: Variant) -> dict[str, Any]:
         vectors = bool(re.search(r"(global|buffer)_load_dwordx4", text))
     return {
         "kernel": variant.kernel,
-        "config": _describe(variant),
+        "config": describe(variant),
         "arch": variant.arch,
         "dtype": variant.dtype,
-        "transform": ("none", "scale", "softcap")[variant.transform],
-        "given": [name.removesuffix("_ptr") for name in variant.given],
+        "transform": variant.transform,
+        "given": list(variant.given),
         "aligned": variant.aligned,
         "regs": regs,
         "smem": compiled.metadata.shared,
@@ -145,58 +138,88 @@ def compile_variant(variant: Variant) -> Any:
     """
     if interpreted():
         raise RuntimeError("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
+    with launches(variant.arch) as made:
+        _launch(variant)
+        return next(build for name, build in made if name == f"{variant.kernel}_kernel")()
+
+
+@contextlib.contextmanager
+def launches(arch: str) -> Iterator[list[tuple[str, Callable[[], Any]]]]:
+    """Make every launch, on CPU tensors, the one that a device of ``arch`` would get, but keep it.
+
+    Yields a list that grows by ``(the kernel's name, what compiles it)``, of use in here only.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
 
-    kernel = _kernel(variant.kernel)
-    constants = _constants(variant)
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        kind = _TYPES.get(name, "*fp32").replace("data", variant.dtype)
-        signature[name] = "constexpr" if name in constants else kind
-        if variant.aligned and name in _DIVISIBLE:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    cuda = variant.arch.startswith("sm_")
-    target = (
-        GPUTarget("cuda", int(variant.arch[3:]), 32) if cuda else GPUTarget("hip", variant.arch, 64)
-    )
-    chosen = variant.config
-    options = {} if chosen is None else {"num_warps": chosen.num_warps}
-    if isinstance(chosen, configs.RowConfig | configs.ScoreConfig):
-        options["num_stages"] = chosen.num_stages
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options)
+    cuda = arch.startswith("sm_")
+    target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
+    driver = mock.Mock()
+    driver.get_current_target.return_value = target
+    driver.get_current_device.return_value = arch  # binaries are kept by device
+    driver.get_current_stream.return_value = 0
+    made: list[tuple[str, Callable[[], Any]]] = []
+    compile_ = JITFunction.run
 
+    def run(kernel: Any, *arguments: Any, warmup: bool, **keywords: Any) -> None:
+        build = functools.partial(compile_, kernel, *arguments, warmup=True, **keywords)
+        made.append((kernel.__name__, build))
 
-def _kernel(name: str) -> Any:
-    from pro_kernels.backends.triton import prompts, rows, scoring, sides
-
-    home = {"ranking": prompts, "score": scoring, "merge": scoring, **dict.fromkeys(_SIDES, sides)}
-    return getattr(home.get(name, rows), f"{name}_kernel")
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(configs, "target_of", lambda *device: _target(arch)),
+    ):
+        yield made
 
 
-def _constants(variant: Variant) -> dict[str, Any]:
-    absent = dict.fromkeys(set(_OPTIONAL[variant.kernel]) - set(variant.given))
-    if variant.kernel == "logits_grad" and "entropy_ptr" in absent:
-        absent["by_ptr"] = None  # the weights of the entropy
-    config = variant.config
-    if config is None:
-        if variant.kernel in _SIDES:
-            return {**absent, "BLOCK": configs.SIDE_BLOCK}
-        return {"TRANSFORM": variant.transform, "BLOCK": configs.MERGE_BLOCK}
-    if isinstance(config, configs.RankingConfig):
-        blocks = {"BLOCK_K": config.block_k, "BLOCK_N": config.block_n, "BLOCK_T": config.block_t}
-        return {**absent, **blocks}
-    constants = {**absent, "TRANSFORM": variant.transform}
-    if isinstance(config, configs.ScoreConfig):
-        blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_H": config.block_h}
-        return {**constants, **blocks, "GROUP": config.group}
-    lanes, group = _tile(variant.arch, variant.dtype, variant.transform, config)
-    return {**constants, "LANES": lanes, "GROUP": group}
+def _launch(variant: Variant) -> None:
+    """Call the launcher such that it asks for this variant."""
+    from pro_kernels.backends.triton import launch
+
+    shift = int(not variant.aligned)
+    index, number = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+
+    def matrix(columns: int, rows: int = 1) -> torch.Tensor:
+        shape = rows, columns - shift
+        whole = torch.empty(shift + math.prod(shape), dtype=DTYPES[variant.dtype])
+        return whole[shift:].view(shape)
+
+    def given(name: str, value: Any) -> Any:
+        return value if name in variant.given else None
+
+    common = {"target_logits": given("exact", number), "options": TRANSFORMS[variant.transform]}
+    config, x, weights = variant.config, matrix(_HIDDEN), given("weights", number)
+    if isinstance(config, configs.RowConfig):
+        x = matrix(config.max_columns or _WIDE)
+    match variant.kernel:
+        case "logp":
+            launch.logp(x, index, entropy="entropy" in variant.given, **common)
+        case "residual":
+            launch.residual_(x, index, **common)
+        case "logits_grad":
+            entropy = given("entropy", (number, number))
+            launch.logits_grad(x, number, index, weights, out=x, entropy=entropy, **common)
+        case "ranking":
+            order, rewards = (t.expand(1, config.block_n) for t in (index, number))
+            rest = (index.expand(2), index, order, given("rewards", rewards), index, number)
+            launch.ranking(number, *rest, options=RankingOptions())
+        case "gather":
+            launch.gather_rows(x, index, weights, x.dtype)
+        case "scatter":
+            launch.scatter_rows(x, number, index, x, "by_row" in variant.given)
+        case "target_logits":
+            launch.target_logits(x, matrix(_HIDDEN, 2), given("bias", x[0]), index)
+        case _:  # score, then merge
+            weight = matrix(_HIDDEN, _HIDDEN - shift)
+            launch.score(
+                x, weight, given("bias", x[0]), index, **common | {"target_logits": number}
+            )
 
 
-def _describe(variant: Variant) -> str:
+def describe(variant: Variant) -> str:
+    """The configuration that a variant is launched with."""
     config = variant.config
     if config is None:
         block = configs.SIDE_BLOCK if variant.kernel in _SIDES else configs.MERGE_BLOCK
@@ -206,13 +229,10 @@ def _describe(variant: Variant) -> str:
     if isinstance(config, configs.ScoreConfig):
         shape = f"{config.block_n}x{config.block_v}x{config.block_h}"
         return f"{shape} warps={config.num_warps} stages={config.num_stages}"
-    lanes, group = _tile(variant.arch, variant.dtype, variant.transform, config)
+    target, softcap = _target(variant.arch), TRANSFORMS[variant.transform].softcap is not None
+    lanes, group = config.tile(DTYPES[variant.dtype].itemsize, target.warp_size, softcap)
     limit = "any V" if config.max_columns is None else f"V<={config.max_columns}"
     return f"{limit} BLOCK_V={lanes * group} warps={config.num_warps}"
-
-
-def _tile(arch: str, dtype: str, transform: int, config: configs.RowConfig) -> tuple[int, int]:
-    return config.tile(DTYPES[dtype], _target(arch).warp_size, softcap=transform == 2)
 
 
 def _target(arch: str) -> configs.Target:

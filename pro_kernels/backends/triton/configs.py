@@ -21,9 +21,19 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 VECTOR_BYTES = 16
 KERNELS = ("logp", "residual", "logits_grad")
+
+
+class Tile(NamedTuple):
+    """Columns that a row kernel reads at a time: vectors, and elements in a vector."""
+
+    # What a kernel is compiled with is a tuple: Triton's hooks write it as JSON.
+
+    lanes: int
+    group: int
 
 
 @dataclass(frozen=True)
@@ -36,14 +46,13 @@ class RowConfig:
     programs: int = 8  # in the grid, for each SM
     num_stages: int = 1  # nothing to pipeline through shared memory: a column is used once
 
-    def tile(self, itemsize: int, warp_size: int, softcap: bool) -> tuple[int, int]:
-        """``(LANES, GROUP)``: vectors in a tile, and elements in a vector of 16 bytes."""
+    def tile(self, itemsize: int, warp_size: int, softcap: bool) -> Tile:
+        """The tile for elements of this size."""
         vectors = 1 if softcap else self.vectors  # a tanh takes four times the registers
-        return vectors * self.num_warps * warp_size, VECTOR_BYTES // itemsize
+        return Tile(vectors * self.num_warps * warp_size, VECTOR_BYTES // itemsize)
 
 
-@dataclass(frozen=True)
-class RankingConfig:
+class RankingConfig(NamedTuple):
     """How the ranking kernel is launched for up to ``block_n`` candidates a prompt."""
 
     block_n: int
@@ -52,8 +61,7 @@ class RankingConfig:
     block_t: int  # tokens of every sequence read at a time
 
 
-@dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(NamedTuple):
     """Tiles of the score kernel: ``block_n`` rows by ``block_v`` columns, ``block_h`` at a time."""
 
     block_n: int
@@ -190,13 +198,12 @@ def row_programs(kernel: str, target: Target, config: RowConfig, row_bytes: int)
 
 def row_plan(
     kernel: str, device_type: str, index: int | None, columns: int, itemsize: int, softcap: bool
-) -> tuple[int, dict[str, int]]:
+) -> tuple[int, dict[str, Any]]:
     """The largest grid of a row kernel and its keyword arguments; none depends on the rows."""
     target = target_of(device_type, index)
     config = row_config(kernel, target, columns)
-    lanes, group = config.tile(itemsize, target.warp_size, softcap)
-    keywords = {"LANES": lanes, "GROUP": group}
-    keywords |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    tile = config.tile(itemsize, target.warp_size, softcap)
+    keywords = {"TILE": tile, "num_warps": config.num_warps, "num_stages": config.num_stages}
     return row_programs(kernel, target, config, columns * itemsize), keywords
 
 
@@ -226,14 +233,16 @@ def family(backend: str, arch: int | str) -> str:
 
 @functools.cache
 def target_of(device_type: str, index: int | None) -> Target:
-    """The target of a torch device, asked of the drivers once (it must be the current one)."""
+    """The target of a torch device, asked of the drivers once."""
     if device_type == "cpu":
         return Target("sm_90", 32)  # the interpreter: one SM, so that programs walk rows
     import torch
     import triton
 
-    found = triton.runtime.driver.active.get_current_target()
-    properties = getattr(torch, device_type).get_device_properties(index)
+    module = getattr(torch, device_type)
+    with module.device(index):
+        found = triton.runtime.driver.active.get_current_target()
+    properties = module.get_device_properties(index)
     # XPU counts its Xe cores under another name.
     sms = getattr(properties, "multi_processor_count", 0) or properties.gpu_subslice_count
     return Target(family(found.backend, found.arch), found.warp_size, sms)

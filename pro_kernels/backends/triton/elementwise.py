@@ -13,22 +13,18 @@ FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 # Under the interpreter a cast to bf16 truncates (Triton 3.6, 3.7); there it is rounded by hand.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# TRANSFORM: what the model does to raw logits.
-IDENTITY = tl.constexpr(0)
-SCALE = tl.constexpr(1)
-SOFTCAP = tl.constexpr(2)  # with the scale
-
 
 @triton.jit
-def transform(raw, logit_scale, softcap, TRANSFORM: tl.constexpr):
-    """``z`` and ``dz/draw`` (see ``LogitOptions``)."""
-    if TRANSFORM == IDENTITY:
-        return raw, 1.0
-    elif TRANSFORM == SCALE:
-        return raw * logit_scale, logit_scale
+def transform(raw, option):
+    """``z`` and ``dz/draw`` for the numbers of ``LogitOptions``, None where one does nothing."""
+    if option.softcap is None:
+        if option.logit_scale is None:
+            return raw, 1.0
+        else:
+            return raw * option.logit_scale, option.logit_scale
     else:
-        squashed, slope = tanh(raw * (logit_scale / softcap))
-        return softcap * squashed, logit_scale * slope
+        squashed, slope = tanh(raw * (option.logit_scale / option.softcap))
+        return option.softcap * squashed, option.logit_scale * slope
 
 
 @triton.jit

@@ -8,13 +8,16 @@ Legend: ``N`` rows, ``V`` columns, ``H`` hidden, ``R`` rows of the hidden states
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections import namedtuple
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pro_kernels.backends.triton import configs, elementwise, prompts, rows, scoring, sides
+from pro_kernels.backends.triton import configs, gather_scatter, prompts, rows, scoring
 from pro_kernels.options import LogitOptions, RankingOptions, setting
 
 
@@ -27,22 +30,9 @@ def logp(
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Read-only statistics of each row: ``(logp, lse, entropy or None)``, each ``(N,)`` fp32."""
-    logits = _unit_stride(logits)
-    count, columns = logits.shape
-    # Three tensors, not views of one: an op's outputs may not alias each other.
-    logps, lse = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
+    logps, lse = _per_row(logits, 2)
     extra = torch.empty_like(lse) if entropy else None
-    args = (
-        _flat(targets),
-        _flat(target_logits),
-        logps,
-        lse,
-        extra,
-        logits.stride(0),
-        count,
-        columns,
-    )
-    _launch_rows("logp", rows.logp_kernel, logits, *args, options=options)
+    _launch_rows("logp", (_read(logits),), (targets, target_logits, logps, lse, extra), options)
     return logps, lse, extra
 
 
@@ -54,11 +44,9 @@ def residual_(
     options: LogitOptions,
 ) -> tuple[Tensor, Tensor]:
     """Overwrite ``logits`` with ``d logp / d raw`` (unweighted); return ``(logp, lse)``."""
-    _require_unit_stride("logits", logits)
-    count, columns = logits.shape
-    logps, lse = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
-    args = (_flat(targets), _flat(target_logits), logps, lse, logits.stride(0), count, columns)
-    _launch_rows("residual", rows.residual_kernel, logits, *args, options=options)
+    matrices = (_written("logits", logits),)
+    logps, lse = _per_row(logits, 2)
+    _launch_rows("residual", matrices, (targets, target_logits, logps, lse), options)
     return logps, lse
 
 
@@ -80,18 +68,9 @@ def logits_grad(
     """
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _require_unit_stride("out", out)
-    source = _unit_stride(logits)
-    value, by = entropy or (None, None)
-    _launch_rows(
-        "logits_grad",
-        rows.logits_grad_kernel,
-        source,
-        *(_flat(lse), _flat(targets), _flat(weights), _flat(target_logits)),
-        *(_flat(value), _flat(by), out),
-        *(source.stride(0), out.stride(0), *source.shape, first_column),
-        options=options,
-    )
+    matrices = _read(logits), _written("out", out)
+    vectors = (lse, targets, weights, target_logits, *(entropy or (None, None)))
+    _launch_rows("logits_grad", matrices, vectors, options, first_column)
     return out
 
 
@@ -113,25 +92,18 @@ def ranking(
     sums = logps.new_empty((sequences,), dtype=torch.float32)
     # Zeros: the kernel writes only to sequences that are in ``order``.
     row_weights = logps.new_zeros((logps.shape[0],), dtype=torch.float32)
-    if batch + sequences == 0 or n == 0:
+    if n == 0:
         return terms, sums.zero_(), row_weights
     config = configs.ranking_config(n)
-    tensors = (logps, offsets, lengths, order, rewards, sft_rank, prompt_weights)
-    with _on_device(logps.device):
-        prompts.ranking_kernel[(batch + -(-sequences // config.block_n),)](
-            *(_flat(t) for t in tensors),
-            *(terms, sums, row_weights, batch, sequences, n),
-            n if options.top_k is None else min(options.top_k, n),
-            *(int(options.length_normalize), int(options.skip_ties), int(options.sft_mean)),
-            float(options.tau),
-            math.log(options.eps) if options.eps > 0 else -math.inf,
-            float(options.sft_weight),
-            float(options.sft_weight) if options.single_sft else 0.0,
-            BLOCK_K=config.block_k,
-            BLOCK_N=config.block_n,
-            BLOCK_T=config.block_t,
-            num_warps=config.num_warps,
-        )
+    _launch(
+        prompts.ranking_kernel,
+        logps.device,
+        (batch + -(-sequences // config.block_n),),
+        vectors=(logps, offsets, lengths, order, rewards, sft_rank, prompt_weights, sums),
+        numbers=((terms, row_weights), sequences, n, _ranking_numbers(options)),
+        CONFIG=config,
+        num_warps=config.num_warps,
+    )
     return terms, sums, row_weights
 
 
@@ -142,16 +114,10 @@ def gather_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     """``weights * source[rows]`` (N, H), computed in fp32 and rounded once to ``dtype``."""
-    source = _unit_stride(source)
     count, hidden = rows.shape[0], source.shape[1]
     out = source.new_empty((count, hidden), dtype=dtype)
-    if out.numel() == 0:
-        return out
-    with _on_device(source.device):
-        sides.gather_kernel[(count,)](
-            *(source, _flat(rows), _flat(weights), out, source.stride(0), hidden),
-            BLOCK=configs.SIDE_BLOCK,
-        )
+    kernel, vectors = gather_scatter.gather_kernel, (rows, weights, out)
+    _launch_side(kernel, (count,), (_read(source),), vectors, (hidden,))
     return out
 
 
@@ -166,20 +132,13 @@ def scatter_rows(
 
     Without ``shared`` all rows are distinct and what ``out`` holds in them is overwritten.
     """
-    _require_unit_stride("out", out, "H")
-    side = _unit_stride(side)
-    if side.numel() == 0:
-        return
     by_row = None
     if shared:
         rows, by_row = torch.sort(rows, stable=True)
     count, hidden = side.shape
-    with _on_device(side.device):
-        sides.scatter_kernel[(count, -(-hidden // configs.SIDE_BLOCK))](
-            *(side, _flat(weights), _flat(rows), by_row, out),
-            *(side.stride(0), out.stride(0), count, hidden),
-            BLOCK=configs.SIDE_BLOCK,
-        )
+    grid = (count, -(-hidden // configs.SIDE_BLOCK))
+    matrices, vectors = (_read(side), _written("out", out, "H")), (weights, rows, by_row)
+    _launch_side(gather_scatter.scatter_kernel, grid, matrices, vectors, (count, hidden))
 
 
 def target_logits(
@@ -189,16 +148,10 @@ def target_logits(
     targets: Tensor,  # (N,) int64; negative = 0
 ) -> Tensor:
     """The raw logit of each row's target as an fp32 dot product, (N,) fp32."""
-    x, weight = _unit_stride(x), _unit_stride(weight)
-    out = x.new_empty(x.shape[0], dtype=torch.float32)
-    if out.numel() == 0:
-        return out
-    with _on_device(x.device):
-        sides.target_logits_kernel[(x.shape[0],)](
-            *(x, weight, _flat(bias), _flat(targets), out),
-            *(x.stride(0), weight.stride(0), *weight.shape),
-            BLOCK=configs.SIDE_BLOCK,
-        )
+    (out,) = _per_row(x, 1)
+    matrices, vectors = (_read(x), _read(weight)), (bias, targets, out)
+    kernel, grid = gather_scatter.target_logits_kernel, (x.shape[0],)
+    _launch_side(kernel, grid, matrices, vectors, weight.shape)
     return out
 
 
@@ -212,38 +165,35 @@ def score(
     options: LogitOptions,
 ) -> tuple[Tensor, Tensor]:
     """``(logp, lse)``, each (N,) fp32, of ``x weight^T + bias`` without writing a logit."""
-    x, weight, targets = _unit_stride(x), _unit_stride(weight), targets.contiguous()
-    (count, hidden), vocab = x.shape, weight.shape[0]
     exact = _target_logits(x, weight, bias, targets) if target_logits is None else target_logits
-    logps, lse = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
-    if count == 0:
-        return logps, lse
-    with _on_device(x.device):
-        target = configs.target_of(x.device.type, x.device.index)
-        operands = (hidden, x.stride(0), weight.stride(0), x.data_ptr(), weight.data_ptr())
-        aligned = all(number % 16 == 0 for number in operands)  # as Triton sees it
-        config = configs.score_config(target.family, x.element_size(), aligned)
-        tiles = -(-vocab // config.block_v)
-        tops, totals = x.new_empty((2, count, tiles), dtype=torch.float32)
-        exact = exact.contiguous()
-        transform = _transform_of(options)
-        numbers = (tiles, float(options.logit_scale), float(options.softcap or 1.0))
-        scoring.score_kernel[(-(-count // config.block_n) * tiles,)](
-            *(x, weight, _flat(bias), targets, exact, tops, totals),
-            *(x.stride(0), weight.stride(0), count, vocab, hidden, *numbers),
-            TRANSFORM=transform,
-            BLOCK_N=config.block_n,
-            BLOCK_V=config.block_v,
-            BLOCK_H=config.block_h,
-            GROUP=config.group,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        scoring.merge_kernel[(count,)](
-            *(tops, totals, targets, exact, logps, lse, *numbers),
-            TRANSFORM=transform,
-            BLOCK=configs.MERGE_BLOCK,
-        )
+    logps, lse = _per_row(x, 2)
+    (count, hidden), vocab, matrices = x.shape, weight.shape[0], (_read(x), _read(weight))
+    sizes = [hidden, *(size for side, stride in matrices for size in (stride, side.data_ptr()))]
+    aligned = all(size % 16 == 0 for size in sizes)  # as Triton sees it
+    family = configs.target_of(x.device.type, x.device.index).family
+    config = configs.score_config(family, x.element_size(), aligned)
+    tiles = -(-vocab // config.block_v)
+    tops, totals = x.new_empty((2, count, tiles), dtype=torch.float32)
+    numbers = _logit_numbers(options)
+    _launch(
+        scoring.score_kernel,
+        x.device,
+        (-(-count // config.block_n) * tiles,),
+        matrices,
+        (bias, targets, exact, tops, totals),
+        (count, vocab, hidden, tiles, numbers),
+        CONFIG=config,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    _launch(
+        scoring.merge_kernel,
+        x.device,
+        (count,),
+        vectors=(tops, totals, targets, exact, logps, lse),
+        numbers=(tiles, numbers),
+        BLOCK=configs.MERGE_BLOCK,
+    )
     return logps, lse
 
 
@@ -263,40 +213,78 @@ def scores_fused(
     choice = setting("PRO_KERNELS_SCORE", ("fused", "matmul", "auto"), "auto")
     if choice != "auto":
         return choice == "fused"
-    with _on_device(device):
-        family = configs.target_of(device.type, device.index).family
+    family = configs.target_of(device.type, device.index).family
     return hidden <= configs.SCORE_UP_TO_HIDDEN.get((family, dtype.itemsize), 0)
 
 
-def _transform_of(options: LogitOptions) -> int:
-    """The kernels' TRANSFORM for these options."""
-    if options.softcap is not None:
-        return _SOFTCAP
-    return _IDENTITY if options.logit_scale == 1.0 else _SCALE
+def _named(options: type, *derived: str) -> Any:
+    return namedtuple(options.__name__, [*(f.name for f in fields(options)), *derived])
 
 
-_IDENTITY, _SCALE, _SOFTCAP = (
-    x.value for x in (elementwise.IDENTITY, elementwise.SCALE, elementwise.SOFTCAP)
-)
+# Options as the kernels take them: the fields of their dataclasses, by name, as fp32 run-time
+# numbers. No value of a float has Triton compile anew (a schedule of ``sft_weight`` must not); an
+# integer in a tuple would, at 1 and at multiples of 16.
+_LogitNumbers = _named(LogitOptions)
+_RankingNumbers = _named(RankingOptions, "log_eps")
 
 
-def _launch_rows(name: str, kernel: Any, logits: Tensor, *args: Any, options: LogitOptions) -> None:
-    count, columns = logits.shape
-    if count == 0:
-        return
-    device, softcap = logits.device, options.softcap
-    with _on_device(device):
-        programs, keywords = configs.row_plan(
-            name, device.type, device.index, columns, logits.element_size(), softcap is not None
-        )
-        kernel[(min(count, programs),)](
-            logits,
-            *args,
-            float(options.logit_scale),
-            1.0 if softcap is None else float(softcap),
-            TRANSFORM=_transform_of(options),
-            **keywords,
-        )
+@functools.cache  # a model's own: few in a process
+def _logit_numbers(options: LogitOptions) -> tuple:
+    """None where a field has its default, which does nothing: no code is compiled for it.
+
+    Beside a softcap all are numbers: code for it alone would be one more binary, and spills.
+    """
+    idle = () if options.softcap is not None else [f.default for f in fields(options)]
+    values = [getattr(options, f.name) for f in fields(options)]
+    return _LogitNumbers(*(None if value in idle else float(value) for value in values))
+
+
+def _ranking_numbers(options: RankingOptions) -> tuple:
+    """A flag is 0 or 1, no limit is infinity; ``log_eps`` takes a logarithm better than fp32's."""
+    values = (getattr(options, name) for name in _RankingNumbers._fields[:-1])
+    numbers = (math.inf if value is None else float(value) for value in values)
+    log_eps = math.log(options.eps) if options.eps > 0 else -math.inf
+    return _RankingNumbers(*numbers, log_eps)
+
+
+_ROW_KERNELS = {name: getattr(rows, f"{name}_kernel") for name in configs.KERNELS}
+
+
+def _launch_rows(
+    name: str, matrices: tuple, vectors: tuple, options: LogitOptions, *numbers: int
+) -> None:
+    logits = matrices[0][0]
+    device, (count, columns) = logits.device, logits.shape
+    programs, keywords = configs.row_plan(
+        *(name, device.type, device.index, columns, logits.element_size()),
+        options.softcap is not None,
+    )
+    grid = (min(count, programs),)
+    rest = (*numbers, count, columns, _logit_numbers(options))
+    _launch(_ROW_KERNELS[name], device, grid, matrices, vectors, rest, **keywords)
+
+
+def _launch_side(
+    kernel: Any, grid: tuple[int, ...], matrices: tuple, vectors: tuple, numbers: tuple[int, ...]
+) -> None:
+    device = matrices[0][0].device
+    _launch(kernel, device, grid, matrices, vectors, numbers, BLOCK=configs.SIDE_BLOCK)
+
+
+def _launch(
+    kernel: Any,
+    device: torch.device,
+    grid: tuple[int, ...],
+    matrices: tuple[tuple[Tensor, int], ...] = (),  # each with its row stride
+    vectors: tuple[Tensor | None, ...] = (),  # made contiguous
+    numbers: tuple = (),
+    **constants: Any,
+) -> None:
+    """Launch, unless the grid is empty; a kernel takes its arguments in this order."""
+    if 0 not in grid:
+        flat = [None if x is None else x.contiguous() for x in vectors]
+        with _on_device(device):
+            kernel[grid](*matrices, *flat, *numbers, **constants)
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
@@ -310,17 +298,22 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
 _HERE = contextlib.nullcontext()
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _per_row(x: Tensor, count: int) -> list[Tensor]:
+    # Not views of one tensor: an op's outputs may not alias each other.
+    return [x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(count)]
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+def _read(x: Tensor) -> tuple[Tensor, int]:
+    """A matrix to read, copied unless its rows have unit stride, and its row stride."""
+    x = x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    return x, x.stride(0)
 
 
-def _require_unit_stride(name: str, x: Tensor, along: str = "V") -> None:
+def _written(name: str, x: Tensor, along: str = "V") -> tuple[Tensor, int]:
+    """A matrix to write, whose rows must have unit stride, and its row stride."""
     if x.stride(1) != 1 and x.shape[1] > 1:
         raise ValueError(
             f"{name} must have unit stride along {along} to be written, got shape "
             f"{tuple(x.shape)} with strides {tuple(x.stride())}"
         )
+    return x, x.stride(0)

@@ -26,16 +26,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# One binary per power of two of n, with and without rewards: everything else is a run-time number.
-_VARYING = [
-    "B", "S", "n", "terms_live", "length_normalize", "skip_ties", "sft_mean",
-    "fixed_tau", "log_eps", "sft_weight", "single_weight",
-]  # fmt: skip
-_UNALIGNED = ["logps_ptr", "offsets_ptr", "lengths_ptr", "order_ptr", "rewards_ptr", "sft_rank_ptr",
-              "prompt_weights_ptr", "terms_ptr", "sums_ptr", "row_weights_ptr"]  # fmt: skip
+# One binary per power of two of n, with and without rewards: everything else is a run-time number,
+# the option too, so that a schedule of one compiles nothing.
+_UNALIGNED = ["logps_ptr", "offsets_ptr", "lengths_ptr", "order_ptr", "rewards_ptr", "sft_rank_ptr"]
+_UNALIGNED += ["prompt_weights_ptr", "sums_ptr"]
 
 
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
+@triton.jit(do_not_specialize=["S", "n"], do_not_specialize_on_alignment=_UNALIGNED)
 def ranking_kernel(
     logps_ptr,  # (N,) fp32
     offsets_ptr,  # (S + 1,) int64
@@ -44,26 +41,19 @@ def ranking_kernel(
     rewards_ptr,  # (B, n) fp32 or None
     sft_rank_ptr,  # (B,) int64
     prompt_weights_ptr,  # (B,) fp32
-    terms_ptr,  # (B, n) fp32
     sums_ptr,  # (S,) fp32
-    row_weights_ptr,  # (N,) fp32, zeros on entry
-    B,
+    outputs,  # pointers to terms (B, n) and row weights (N,), zeros on entry: fp32
     S,
     n,
-    terms_live,  # top_k, or n
-    length_normalize,
-    skip_ties,
-    sft_mean,
-    fixed_tau,
-    log_eps,  # -inf for eps = 0
-    sft_weight,
-    single_weight,  # SFT factor of a prompt with one candidate
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    option,  # RankingOptions as fp32 numbers, with log_eps
+    CONFIG: tl.constexpr,  # configs.RankingConfig
 ):
     """Write terms, sums and the row weights of the sequences in ``order``."""
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    BLOCK_T: tl.constexpr = CONFIG.block_t
+    terms_ptr, row_weights_ptr = outputs
     program = tl.program_id(0)
+    B = tl.num_programs(0) - tl.cdiv(S, BLOCK_N)
     if program < B:
         rewards_of_prompt = rewards_ptr
         if rewards_ptr is not None:
@@ -72,23 +62,23 @@ def ranking_kernel(
             logps_ptr, offsets_ptr, lengths_ptr, order_ptr + program.to(tl.int64) * n,
             rewards_of_prompt, tl.load(sft_rank_ptr + program),
             tl.load(prompt_weights_ptr + program), terms_ptr + program.to(tl.int64) * n,
-            row_weights_ptr, n, terms_live, length_normalize, skip_ties, sft_mean,
-            fixed_tau, log_eps, sft_weight, single_weight, BLOCK_K, BLOCK_N, BLOCK_T,
+            row_weights_ptr, n, option, CONFIG,
         )  # fmt: skip
     else:
         sequence = (program - B).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         start, end = _segments(offsets_ptr, sequence, sequence < S)
-        tl.store(sums_ptr + sequence, _segment_sums(logps_ptr, start, end, BLOCK_T), sequence < S)
+        sums = _segment_sums(logps_ptr, start, end, BLOCK_T)
+        tl.store(sums_ptr + sequence, sums, sequence < S)
 
 
 @triton.jit
 def _prompt(
     logps_ptr, offsets_ptr, lengths_ptr, order_ptr, rewards_ptr, sft_rank, prompt_weight,
-    terms_ptr, row_weights_ptr, n, terms_live, length_normalize, skip_ties, sft_mean,
-    fixed_tau, log_eps, sft_weight, single_weight,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    terms_ptr, row_weights_ptr, n, option, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """One prompt; order, rewards and terms point at its own rows."""
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    BLOCK_T: tl.constexpr = CONFIG.block_t
     i = tl.arange(0, BLOCK_N)
     candidate = tl.load(order_ptr + i, mask=i < n, other=-1)
     valid = candidate >= 0
@@ -97,16 +87,16 @@ def _prompt(
     total = _segment_sums(logps_ptr, start, end, BLOCK_T)
     length = tl.load(lengths_ptr + candidate, mask=valid, other=1)
     norm = tl.maximum(length.to(tl.float32), 1.0)
-    score_norm = tl.where(length_normalize != 0, norm, 1.0)
+    score_norm = tl.where(option.length_normalize != 0, norm, 1.0)
 
-    d_score = _rank_terms(
-        total / score_norm, rewards_ptr, terms_ptr, n, count, tl.minimum(count - 1, terms_live),
-        skip_ties, fixed_tau, log_eps, BLOCK_K, BLOCK_N,
-    )  # fmt: skip
+    score = total / score_norm
+    d_score = _rank_terms(score, rewards_ptr, terms_ptr, n, count, option, CONFIG)
     pairs = (count - 1).to(tl.float32)
-    factor = tl.where(count == 1, single_weight, sft_weight * pairs * pairs)
+    factor = option.sft_weight * pairs * pairs
+    single = tl.where(option.single_sft != 0, option.sft_weight, 0.0)
+    factor = tl.where(count == 1, single, factor)
     is_sft = (i == sft_rank) & valid
-    sft_scale = tl.where(is_sft, factor / tl.where(sft_mean != 0, norm, 1.0), 0.0)
+    sft_scale = tl.where(is_sft, factor / tl.where(option.sft_mean != 0, norm, 1.0), 0.0)
     sft_term = -tl.sum(tl.where(is_sft, sft_scale * total, 0.0), axis=0)
     tl.store(terms_ptr + n - 1, sft_term)
 
@@ -118,12 +108,12 @@ def _prompt(
 
 
 @triton.jit
-def _rank_terms(
-    score, rewards_ptr, terms_ptr, n, count, live_terms, skip_ties, fixed_tau, log_eps,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _rank_terms(score, rewards_ptr, terms_ptr, n, count, option, CONFIG: tl.constexpr):
     """Store the rank terms (0 where not live) and return ``d sum_k L_k / d score``."""
+    BLOCK_K: tl.constexpr = CONFIG.block_k
+    BLOCK_N: tl.constexpr = CONFIG.block_n
     i = tl.arange(0, BLOCK_N)[None, :]
+    live_terms = tl.minimum(count - 1, option.top_k).to(tl.int32)
     reward = 0.0
     if rewards_ptr is not None:
         reward = tl.load(rewards_ptr + i, mask=i < count, other=0.0)
@@ -140,19 +130,19 @@ def _rank_terms(
             tau = tl.where(later, reward_k - reward, 0.0)
             # The largest of term k's inverse temperatures is its own.
             tau_own = tl.max(tl.where(later, tau, -float("inf")), axis=1)
-            keep = keep & ~((skip_ties != 0) & later & (tau == 0.0))
+            keep = keep & ~((option.skip_ties != 0) & later & (tau == 0.0))
             tau = tl.where(own, tau_own[:, None], tau)
         else:
-            tau = tl.zeros((BLOCK_K, BLOCK_N), tl.float32) + fixed_tau
+            tau = tl.zeros((BLOCK_K, BLOCK_N), tl.float32) + option.tau
         z = tl.where(keep, score[None, :] * tau, -float("inf"))
         z_own = tl.sum(tl.where(own, z, 0.0), axis=1)
-        top = tl.maximum(tl.max(z, axis=1), log_eps)
+        top = tl.maximum(tl.max(z, axis=1), option.log_eps)
         top = tl.where(top == -float("inf"), 0.0, top)  # no entry, or a score of -inf
         # A score of -inf at a negative temperature is +inf: all others are 0 beside it.
         top = tl.where(top == float("inf"), 3.4028234663852886e38, top)
         e = tl.where(keep, tl.exp(z - top[:, None]), 0.0)
         # 1 - p_kk = others / sum: no cancellation where p_kk is close to 1.
-        others = tl.sum(tl.where(own, 0.0, e), axis=1) + tl.exp(log_eps - top)
+        others = tl.sum(tl.where(own, 0.0, e), axis=1) + tl.exp(option.log_eps - top)
         own_e = tl.sum(tl.where(own, e, 0.0), axis=1)
         total = tl.where(rank < live_terms, others + own_e, 1.0)
         own_slope = tl.where((own_e == 0.0) & (others > 0.0), -1.0, -others / total)

@@ -6,8 +6,8 @@ How a row is added up depends on V and the dtype only, so neither N nor G change
 The compiler is told to hoist nothing out of that loop: a tile's offsets and masks, kept in
 registers from row to row, spill.
 
-Legend: ``N`` rows, ``V`` columns, ``LANES x GROUP`` = BLOCK_V the tile: GROUP columns
-side by side are one 16-byte vector, held by one thread. Bytes moved, logits of ``b`` bytes each:
+Legend: ``N`` rows, ``V`` columns, ``TILE`` lanes x group = BLOCK_V: a group of columns side by
+side is one 16-byte vector, held by one thread. Bytes moved, logits of ``b`` bytes each:
 
     logp           N V b          one read
     residual       2 N V b        one read and one write; the second read is meant to hit L2
@@ -23,7 +23,7 @@ With ``z`` the logits after scale and softcap, ``M = max_v z_v`` and ``s = sum_v
 The maximum and the sums are running ones, kept per lane and combined once at the end of the row.
 A scalar maximum per tile would take a trip through shared memory and a barrier in every iteration.
 A maximum per element would double the exponentials: of the 16 an SM does in a cycle, bf16 logits
-read at 3.35 TB/s already take 8. Per lane it is one more exponential per GROUP elements and no
+read at 3.35 TB/s already take 8. Per lane it is one more exponential per vector and no
 exchange between threads. Its sums are accurate too: short chains, then a tree.
 
 Each lane's maximum is kept inside the finite range, so that ``(-inf) - (-inf)`` never occurs: a row
@@ -37,7 +37,6 @@ import triton.language as tl
 
 from pro_kernels.backends.triton.elementwise import (
     FLOAT_MAX,
-    IDENTITY,
     at_most_zero,
     exp,
     one_minus_exp,
@@ -45,32 +44,30 @@ from pro_kernels.backends.triton.elementwise import (
     transform,
 )
 
-# Numbers that differ from call to call without being worth a compilation. ``V`` and the strides
-# keep their specialisation (a multiple of 16 or not): vector loads need it. The pointers to one
-# number a row need no alignment.
-_VARYING = ["N", "first_column", "logit_scale", "softcap"]
+# Numbers that differ from call to call without being worth a compilation. ``V``, the matrices and
+# their strides keep their specialisation (a multiple of 16 or not): vector loads need it. What a
+# tuple holds always has it, so the pointers to one number a row, which need no alignment, stay
+# outside. An option, fp32, has none.
+_VARYING = ["N", "first_column"]
 _UNALIGNED = ["targets_ptr", "exact_ptr", "weights_ptr", "lse_ptr", "logp_ptr", "entropy_ptr"]
 _UNALIGNED += ["by_ptr"]
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def logp_kernel(
-    logits_ptr,  # (N, V)
+    logits,  # pointer to (N, V) and its row stride
     targets_ptr,  # (N,) int64
     exact_ptr,  # (N,) fp32 or None
     logp_ptr,  # (N,) fp32
     lse_ptr,  # (N,) fp32
     entropy_ptr,  # (N,) fp32 or None
-    stride,
     N,
     V,
-    logit_scale,
-    softcap,
-    TRANSFORM: tl.constexpr,
-    LANES: tl.constexpr,
-    GROUP: tl.constexpr,
+    option,  # LogitOptions, see ``elementwise.transform``
+    TILE: tl.constexpr,
 ):
     """Write logp, lse and, if asked for, the entropy of each row."""
+    logits_ptr, stride = logits
     step = tl.num_programs(0)
     first = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
     target = tl.load(targets_ptr + first)
@@ -83,10 +80,10 @@ def logp_kernel(
         if target >= 0:
             row_ptr = logits_ptr + row * stride
             raw_t = _target_logit(row_ptr, exact_ptr, row, target, V)
-            z_t, _ = transform(raw_t, logit_scale, softcap, TRANSFORM)
+            z_t, _ = transform(raw_t, option)
             top, total, moment = _row_sums(
-                row_ptr, V, target.to(tl.int32), raw_t, logit_scale, softcap, exact_ptr is not None,
-                TRANSFORM, entropy_ptr is not None, "evict_first", LANES, GROUP,
+                row_ptr, V, target.to(tl.int32), raw_t, option,
+                exact_ptr is not None, entropy_ptr is not None, "evict_first", TILE,
             )  # fmt: skip
             log_total = tl.log(total)
             logp = at_most_zero((z_t - top) - log_total)
@@ -101,21 +98,18 @@ def logp_kernel(
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def residual_kernel(
-    logits_ptr,  # (N, V), overwritten
+    logits,  # pointer to (N, V), overwritten, and its row stride
     targets_ptr,  # (N,) int64
     exact_ptr,  # (N,) fp32 or None
     logp_ptr,  # (N,) fp32
     lse_ptr,  # (N,) fp32
-    stride,
     N,
     V,
-    logit_scale,
-    softcap,
-    TRANSFORM: tl.constexpr,
-    LANES: tl.constexpr,
-    GROUP: tl.constexpr,
+    option,  # LogitOptions, see ``elementwise.transform``
+    TILE: tl.constexpr,
 ):
     """Overwrite each row with d logp / d raw; write logp and lse."""
+    logits_ptr, stride = logits
     step = tl.num_programs(0)
     first = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
     target = tl.load(targets_ptr + first)
@@ -126,21 +120,20 @@ def residual_kernel(
         logp = 0.0
         lse = 0.0
         if target < 0:
-            _write_zeros(row_ptr, V, LANES, GROUP)
+            _write_zeros(row_ptr, V, TILE)
         else:
             column = target.to(tl.int32)
             raw_t = _target_logit(row_ptr, exact_ptr, row, target, V)
-            z_t, slope_t = transform(raw_t, logit_scale, softcap, TRANSFORM)
+            z_t, slope_t = transform(raw_t, option)
             top, total, _ = _row_sums(
-                row_ptr, V, column, raw_t, logit_scale, softcap,
-                exact_ptr is not None, TRANSFORM, False, "evict_last", LANES, GROUP,
-            )  # fmt: skip
+                row_ptr, V, column, raw_t, option, exact_ptr is not None, False, "evict_last", TILE
+            )
             log_total = tl.log(total)
             logp = at_most_zero((z_t - top) - log_total)
             lse = top + log_total
             _write_gradient(
                 row_ptr, row_ptr, V, column, top, -1.0 / total, 0.0, one_minus_exp(logp) * slope_t,
-                logit_scale, softcap, False, TRANSFORM, LANES, GROUP,
+                option, False, TILE,
             )  # fmt: skip
         tl.store(logp_ptr + row, logp)
         tl.store(lse_ptr + row, lse)
@@ -149,29 +142,26 @@ def residual_kernel(
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def logits_grad_kernel(
-    logits_ptr,  # (N, V)
+    logits,  # pointer to (N, V) and its row stride
+    out,  # the same of the result, may be ``logits``
     lse_ptr,  # (N,) fp32
     targets_ptr,  # (N,) int64, in terms of the whole vocabulary
     weights_ptr,  # (N,) fp32 or None
     exact_ptr,  # (N,) fp32 or None
     entropy_ptr,  # (N,) fp32 or None
     by_ptr,  # (N,) fp32 or None: upstream gradient of the entropy
-    out_ptr,  # (N, V), may be logits_ptr
-    stride,
-    out_stride,
+    first_column,
     N,
     V,
-    first_column,
-    logit_scale,
-    softcap,
-    TRANSFORM: tl.constexpr,
-    LANES: tl.constexpr,
-    GROUP: tl.constexpr,
+    option,  # LogitOptions, see ``elementwise.transform``
+    TILE: tl.constexpr,
 ):
     """Write weights * d logp / d raw for columns first_column ... first_column + V.
 
     With an entropy, plus ``by`` times ``d entropy / d raw``.
     """
+    logits_ptr, stride = logits
+    out_ptr, out_stride = out
     step = tl.num_programs(0)
     first = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
     target = tl.load(targets_ptr + first)
@@ -180,7 +170,7 @@ def logits_grad_kernel(
         following = tl.load(targets_ptr + row + step, mask=row + step < N, other=-1)
         out_row_ptr = out_ptr + row * out_stride
         if target < 0:
-            _write_zeros(out_row_ptr, V, LANES, GROUP)
+            _write_zeros(out_row_ptr, V, TILE)
         else:
             row_ptr = logits_ptr + row * stride
             lse = tl.load(lse_ptr + row)
@@ -194,7 +184,7 @@ def logits_grad_kernel(
                 raw_t = _target_logit(row_ptr, exact_ptr, row, local, V)
             # In place, a slow warp must not read the target's logit after a fast one overwrote it.
             tl.debug_barrier()
-            z_t, slope_t = transform(raw_t, logit_scale, softcap, TRANSFORM)
+            z_t, slope_t = transform(raw_t, option)
             log_p = at_most_zero(z_t - lse)
             grad_t = one_minus_exp(log_p) * slope_t * weight
             factor = -weight
@@ -207,31 +197,32 @@ def logits_grad_kernel(
                 grad_t += tilt * exp(log_p) * (tl.maximum(log_p, -1e4) + entropy) * slope_t
             _write_gradient(
                 row_ptr, out_row_ptr, V, column, lse, factor, tilt, grad_t,
-                logit_scale, softcap, entropy_ptr is not None, TRANSFORM, LANES, GROUP,
+                option, entropy_ptr is not None, TILE,
             )  # fmt: skip
         target = following
 
 
 @triton.jit
 def _row_sums(
-    row_ptr, V, column, raw_t, logit_scale, softcap,
-    EXACT: tl.constexpr, TRANSFORM: tl.constexpr, ENTROPY: tl.constexpr, POLICY: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr,
+    row_ptr, V, column, raw_t, option,
+    EXACT: tl.constexpr, ENTROPY: tl.constexpr, POLICY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """``M``, ``s = sum exp(z - M)`` and, with ENTROPY, ``sum exp(z - M)(z - M)``."""
+    LANES: tl.constexpr = TILE.lanes
+    GROUP: tl.constexpr = TILE.group
     top = tl.full((LANES,), -FLOAT_MAX, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     moment = tl.zeros((LANES,), tl.float32)
     for start in range(0, V, LANES * GROUP):
-        cols = start + _tile(LANES, GROUP)
+        cols = start + _tile(TILE)
         inside = cols < V
         raw = tl.load(row_ptr + cols, mask=inside, other=-float("inf"), eviction_policy=POLICY).to(
             tl.float32
         )
         if EXACT:
             raw = tl.where(cols == column, raw_t, raw)
-        z, _ = transform(raw, logit_scale, softcap, TRANSFORM)
-        if TRANSFORM != IDENTITY:
+        z, _ = transform(raw, option)
+        if option.softcap is not None or option.logit_scale is not None:
             z = tl.where(inside, z, -float("inf"))
         new_top = tl.minimum(tl.maximum(top, tl.max(z, axis=1)), FLOAT_MAX)
         below = z - new_top[:, None]
@@ -254,42 +245,44 @@ def _row_sums(
 
 @triton.jit
 def _write_gradient(
-    row_ptr, out_ptr, V, column, reference, factor, tilt, grad_t, logit_scale, softcap,
-    TILT: tl.constexpr, TRANSFORM: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    row_ptr, out_ptr, V, column, reference, factor, tilt, grad_t, option,
+    TILT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write ``factor * exp(z - reference) * dz/draw``, and ``grad_t`` in the target's column.
 
     With TILT the factor is ``factor + tilt * (z - reference)``.
     """
+    LANES: tl.constexpr = TILE.lanes
+    GROUP: tl.constexpr = TILE.group
     last = (V - 1) // (LANES * GROUP) * (LANES * GROUP)
     # Backwards: what was read last is the likeliest to be in the L2 cache still.
     for back in range(0, V, LANES * GROUP):
-        cols = last - back + _tile(LANES, GROUP)
+        cols = last - back + _tile(TILE)
         inside = cols < V
         raw = tl.load(row_ptr + cols, mask=inside, other=0.0, eviction_policy="evict_first")
-        z, slope = transform(raw.to(tl.float32), logit_scale, softcap, TRANSFORM)
+        z, slope = transform(raw.to(tl.float32), option)
         below = z - reference
         if TILT:  # bounded so that -inf columns are 0 * finite
             grad = exp(below) * (factor + tilt * tl.maximum(below, -1e4))
         else:
             grad = exp(below) * factor
-        if TRANSFORM != IDENTITY:
-            grad *= slope
-        grad = tl.where(cols == column, grad_t, grad)
+        grad = tl.where(cols == column, grad_t, grad * slope)
         tl.store(out_ptr + cols, rounded(grad, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _write_zeros(out_ptr, V, LANES: tl.constexpr, GROUP: tl.constexpr):
+def _write_zeros(out_ptr, V, TILE: tl.constexpr):
+    LANES: tl.constexpr = TILE.lanes
+    GROUP: tl.constexpr = TILE.group
     zeros = tl.zeros((LANES, GROUP), out_ptr.dtype.element_ty)
     for start in range(0, V, LANES * GROUP):
-        cols = start + _tile(LANES, GROUP)
+        cols = start + _tile(TILE)
         tl.store(out_ptr + cols, zeros, mask=cols < V)
 
 
 @triton.jit
-def _tile(LANES: tl.constexpr, GROUP: tl.constexpr):
-    return tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+def _tile(TILE: tl.constexpr):
+    return tl.arange(0, TILE.lanes)[:, None] * TILE.group + tl.arange(0, TILE.group)[None, :]
 
 
 @triton.jit

@@ -28,32 +28,31 @@ _UNALIGNED = ["targets_ptr", "exact_ptr", "bias_ptr", "tops_ptr", "totals_ptr"]
 
 
 @triton.jit(
-    do_not_specialize=["N", "tiles", "logit_scale", "softcap"],
+    do_not_specialize=["N", "tiles"],
     do_not_specialize_on_alignment=_UNALIGNED,
 )
 def score_kernel(
-    x_ptr,  # (N, H)
-    weight_ptr,  # (V, H)
+    x,  # pointer to (N, H) and its row stride
+    weight,  # pointer to (V, H) and its row stride
     bias_ptr,  # (V,) or None
     targets_ptr,  # (N,) int64
     exact_ptr,  # (N,) fp32, raw target logits
     tops_ptr,  # (N, T) fp32
     totals_ptr,  # (N, T) fp32
-    stride,
-    weight_stride,
     N,
     V,
     H,
     tiles,  # T
-    logit_scale,
-    softcap,
-    TRANSFORM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    GROUP: tl.constexpr,
+    option,  # LogitOptions, see ``elementwise.transform``
+    CONFIG: tl.constexpr,  # configs.ScoreConfig
 ):
     """Write the maximum and the sum of one tile, for each of its rows."""
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    BLOCK_V: tl.constexpr = CONFIG.block_v
+    BLOCK_H: tl.constexpr = CONFIG.block_h
+    GROUP: tl.constexpr = CONFIG.group
+    x_ptr, stride = x
+    weight_ptr, weight_stride = weight
     # GROUP tiles of rows go through the columns together: each weight tile is read once for them.
     program = tl.program_id(0)
     row_tiles = tl.cdiv(N, BLOCK_N)
@@ -72,16 +71,16 @@ def score_kernel(
     z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for start in range(0, H, BLOCK_H):
         h = start + inner
-        x = tl.load(at_x + h[None, :], mask=h[None, :] < H, other=0.0)
-        w = tl.load(at_w + h[:, None], mask=h[:, None] < H, other=0.0)
-        z = _add_product(z, x, w)
+        x_tile = tl.load(at_x + h[None, :], mask=h[None, :] < H, other=0.0)
+        w_tile = tl.load(at_w + h[:, None], mask=h[:, None] < H, other=0.0)
+        z = _add_product(z, x_tile, w_tile)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + column, mask=column < V, other=0.0)
         z += bias.to(tl.float32)[None, :]
     target = tl.load(targets_ptr + row, mask=live, other=-1)
     exact = tl.load(exact_ptr + row, mask=live, other=0.0)
     z = tl.where(column[None, :] == target[:, None], exact[:, None], z)
-    z, _ = transform(z, logit_scale, softcap, TRANSFORM)
+    z, _ = transform(z, option)
     z = tl.where(column[None, :] < V, z, -float("inf"))
     top, total = _sums(z)
     at = row64 * tiles + tile
@@ -90,7 +89,7 @@ def score_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["tiles", "logit_scale", "softcap"],
+    do_not_specialize=["tiles"],
     do_not_specialize_on_alignment=[*_UNALIGNED, "logp_ptr", "lse_ptr"],
 )
 def merge_kernel(
@@ -101,9 +100,7 @@ def merge_kernel(
     logp_ptr,  # (N,) fp32
     lse_ptr,  # (N,) fp32
     tiles,  # T
-    logit_scale,
-    softcap,
-    TRANSFORM: tl.constexpr,
+    option,
     BLOCK: tl.constexpr,
 ):
     """Merge the pairs of one row: lane after lane, then a tree over the lanes."""
@@ -113,7 +110,7 @@ def merge_kernel(
     if tl.load(targets_ptr + row) >= 0:
         row_top, total = _merged(tops_ptr + row * tiles, totals_ptr + row * tiles, tiles, BLOCK)
         log_total = tl.log(total)
-        z_t, _ = transform(tl.load(exact_ptr + row), logit_scale, softcap, TRANSFORM)
+        z_t, _ = transform(tl.load(exact_ptr + row), option)
         logp = at_most_zero((z_t - row_top) - log_total)
         lse = row_top + log_total
     tl.store(logp_ptr + row, logp)

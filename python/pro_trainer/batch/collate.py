@@ -1,11 +1,11 @@
-"""From tokenised lists to batches: ids, positions, segments and the ``Layout``, all on the CPU.
+"""From tokenised lists to batches: token ids, the ``Layout`` and what the loss needs, on the CPU.
 
 Token ids decide where a completion begins, so the boundary is exact; position t predicts token
-t + 1, and the last prompt token predicts the first completion token. What is scored, and for which
-token, is said in padded coordinates (``sequences``) and is the same in every form of a batch; only
-the rows it is read from differ.
+t + 1, and the last prompt token predicts the first completion token. A batch is padded, or it is
+the row of the lists' distinct tokens (``pro_kernels.TokenTree``); what is scored is the same.
 
-Legend: ``B`` prompts, ``n`` candidates, ``T`` tokens of the longest sequence.
+Legend: ``B`` prompts, ``n`` candidates, ``R`` sequences, ``K`` tokens of all of them, ``T`` tokens
+of the longest.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_trainer.batch.cost import SharingCost
-from pro_trainer.batch.rows import FORMS, RowMap, Sequences, read_sequences
 
 
 @dataclass(frozen=True)
@@ -64,44 +62,34 @@ class PROCollator:
     """Makes batches of tokenised lists; a ``data_collator`` for transformers' Trainer.
 
     Args:
-        pad_token_id: fills up rows; padding is never attended to. With ``official`` it is also the
-            label after the last token of a padded row.
-        form: how sequences are laid out (``sequences``). Under ``"auto"`` a batch shares prefixes
-            where ``cost`` says that it pays.
-        unshared: the form under ``"auto"`` of a batch that does not share.
-        cost: the model's cost, needed by ``"auto"``.
+        pad_token_id: fills up padded rows. With ``official`` it is also the label after the last
+            token of a padded row.
+        form: "padded", one row for each sequence; or "lists", one row of the distinct tokens, for
+            a model that runs distinct rows (``pro_kernels.distinct_rows``).
         official: score as the official code does: the position of a last token too, with the
             padding id as its label, where that sequence is shorter than T.
         ranks_only: the loss takes only the order from rewards, so lists with and without them mix.
         idle: the list that is run for a batch of none, which a rank gets that no list is left for.
 
     Raises:
-        ValueError: an unknown form; ``"auto"`` without ``cost``; ``pad_token_id`` not an id.
+        ValueError: an unknown form; ``pad_token_id`` not an id.
     """
 
     def __init__(
         self,
         pad_token_id: int,
         *,
-        form: Literal["padded", "packed", "shared", "auto"] = "padded",
-        unshared: Literal["padded", "packed"] = "padded",
-        cost: SharingCost | None = None,
+        form: Literal["padded", "lists"] = "padded",
         official: bool = False,
         ranks_only: bool = False,
         idle: Mapping[str, Any] | None = None,
     ) -> None:
-        if form not in (*FORMS, "auto"):
-            raise ValueError(f"form must be padded, packed, shared or auto, got {form!r}")
-        if unshared not in ("padded", "packed"):
-            raise ValueError(f"unshared must be padded or packed, got {unshared!r}")
-        if form == "auto" and cost is None:
-            raise ValueError("form='auto' needs the cost model: cost=SharingCost.from_model(model)")
+        if form not in ("padded", "lists"):
+            raise ValueError(f"form must be padded or lists, got {form!r}")
         if not isinstance(pad_token_id, int) or pad_token_id < 0:
             raise ValueError(f"pad_token_id must be a token id (>= 0), got {pad_token_id!r}")
         self.pad_token_id = pad_token_id
         self.form = form
-        self.unshared = unshared
-        self.cost = cost
         self.official = official
         self.ranks_only = ranks_only
         self.idle = idle
@@ -114,10 +102,9 @@ class PROCollator:
         ``sft_index`` (or None) and, where they were computed, ``ref_logps`` (n numbers).
 
         Returns:
-            ``input_ids`` (rows, length) int64; ``attention_mask`` (padded) or ``position_ids``
-            (packed, shared) of the same shape, int64; ``segments`` (shared) int32: 0 on the shared
-            prefix, i >= 1 on candidate i, -1 on padding; ``layout``, the scored rows of the
-            flattened (rows * length, H) hidden states; ``preferences``.
+            ``input_ids`` int64, (R, T) or (1, S); padded, ``attention_mask`` of the same shape; as
+            lists, ``position_ids`` of the same shape and ``tree``; ``layout``, the scored rows of
+            the flattened hidden states; ``preferences``.
 
         Raises:
             ValueError: no features (and no ``idle``); lists with and without rewards in one batch;
@@ -129,53 +116,36 @@ class PROCollator:
             features = [self.idle]
         rewards, candidate_mask, by_order = _rewards(features, self.ranks_only)
         sequences = read_sequences(features)
-        row_map = FORMS[self._form(sequences)](sequences)
-        rows = row_map.rows(sequences)
-        batch, num_positions = self._inputs(sequences, row_map, rows)
-        batch["layout"] = self._layout(sequences, row_map, rows)
+        batch, rows = self._inputs(sequences)
+        size = batch["input_ids"].numel()
+        batch["layout"] = self._layout(sequences, rows, size)
         batch["preferences"] = Preferences(
             rewards,
             candidate_mask,
             _sft_index(features),
             by_order,
-            num_positions,
+            size if self.form == "lists" else len(rows),
             idle,
             _ref_logps(features),
         )
         return batch
 
-    def _form(self, sequences: Sequences) -> str:
-        """The form of this batch."""
-        if self.form != "auto" or self.cost is None:
-            return self.form
-        packed = self.unshared == "packed"
-        return "shared" if self.cost.pays_for(sequences.shapes(), packed) else self.unshared
+    def _inputs(self, sequences: Sequences) -> tuple[dict[str, Any], np.ndarray]:
+        """The decoder's tensors, and each token's row of the flattened hidden states, (K,)."""
+        if self.form == "lists":
+            tree = pk.TokenTree.from_packed(sequences.ids, sequences.lengths)
+            ids, positions = tree.input_ids[None], tree.position_ids[None]
+            return {"input_ids": ids, "position_ids": positions, "tree": tree}, tree.places.numpy()
+        shape = len(sequences.lengths), int(sequences.lengths.max())
+        rows = sequences.sequence * shape[1] + sequences.position
+        input_ids = np.full(shape, self.pad_token_id)
+        mask = np.zeros(shape, dtype=np.int64)
+        input_ids.reshape(-1)[rows] = sequences.ids
+        mask.reshape(-1)[rows] = 1
+        arrays = {"input_ids": input_ids, "attention_mask": mask}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}, rows
 
-    def _inputs(
-        self, sequences: Sequences, row_map: RowMap, rows: np.ndarray
-    ) -> tuple[dict[str, Any], int]:
-        """The decoder's tensors, and how many of their positions are not padding."""
-
-        def spread(values: np.ndarray | int, empty: int, dtype: type = np.int64) -> np.ndarray:
-            # Candidates write what they share once each, all of them the same.
-            spread = np.full(row_map.shape, empty, dtype=dtype)
-            spread.reshape(-1)[rows] = values
-            return spread
-
-        filled = spread(1, 0)
-        arrays = {"input_ids": spread(sequences.ids, self.pad_token_id)}
-        if row_map.form == "padded":
-            arrays["attention_mask"] = filled
-        else:
-            arrays["position_ids"] = spread(sequences.position, 0)
-        if row_map.form == "shared":
-            own = sequences.position >= row_map.cut[sequences.sequence]
-            segment = np.where(own, (1 + sequences.number)[sequences.sequence], 0)
-            arrays["segments"] = spread(segment, -1, np.int32)
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return tensors, int(np.count_nonzero(filled))
-
-    def _layout(self, sequences: Sequences, row_map: RowMap, rows: np.ndarray) -> pk.Layout:
+    def _layout(self, sequences: Sequences, rows: np.ndarray, size: int) -> pk.Layout:
         """The scored tokens, each read from the row of the position before it."""
         s, t = sequences.sequence, sequences.position
         lengths = sequences.lengths
@@ -191,9 +161,79 @@ class PROCollator:
             torch.from_numpy(targets),
             torch.from_numpy(offsets),
             sequences.counts.tolist(),
-            num_rows=row_map.shape[0] * row_map.shape[1],
-            shared_rows=row_map.form == "shared",
+            num_rows=size,
+            shared_rows=self.form == "lists",
         )
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """All sequences of a batch, end to end; those of a prompt are consecutive.
+
+    Attributes:
+        ids: (K,) int64, the tokens.
+        sequence: (K,) int64, the sequence of each token.
+        position: (K,) int64, its position in the sequence.
+        starts: (R + 1,) int64, where each sequence begins among the K tokens.
+        prompt_lengths: (R,) int64, tokens before the completion.
+        counts: (B,) int64, candidates of each prompt.
+    """
+
+    ids: np.ndarray
+    sequence: np.ndarray
+    position: np.ndarray
+    starts: np.ndarray
+    prompt_lengths: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(R,) tokens of each sequence."""
+        return np.diff(self.starts)
+
+
+def read_sequences(features: Sequence[Mapping[str, Any]]) -> Sequences:
+    """The sequences of some tokenised lists.
+
+    Raises:
+        ValueError: an empty prompt or completion, or one that is not token ids; a number of
+            prompts other than 1 and n.
+    """
+    parts, lengths, prompt_lengths, counts = [], [], [], []
+    for number, feature in enumerate(features):
+        prompts = [_ids(ids, "prompt", number) for ids in feature["prompts"]]
+        completions = [_ids(ids, "completion", number) for ids in feature["completions"]]
+        n = len(completions)
+        if len(prompts) not in (1, n) or n == 0:
+            raise ValueError(
+                f"list {number} of the batch: {n} completions need 1 prompt or {n}, "
+                f"got {len(prompts)}; and at least 1 completion"
+            )
+        for i, completion in enumerate(completions):
+            prompt = prompts[i if len(prompts) > 1 else 0]
+            parts += [prompt, completion]
+            lengths.append(len(prompt) + len(completion))
+            prompt_lengths.append(len(prompt))
+        counts.append(n)
+    starts = np.append(0, np.cumsum(lengths))
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    return Sequences(
+        ids=np.concatenate(parts),
+        sequence=sequence,
+        position=np.arange(starts[-1]) - starts[sequence],
+        starts=starts,
+        prompt_lengths=np.asarray(prompt_lengths),
+        counts=np.asarray(counts),
+    )
+
+
+def _ids(ids: Any, what: str, number: int) -> np.ndarray:
+    array = np.asarray(ids)
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"list {number} of the batch: a {what} must be one or more token ids, got {ids!r}"
+        )
+    return array.astype(np.int64, copy=False)
 
 
 def _rewards(

@@ -34,7 +34,8 @@ from pro_trainer.text.options import ListOptions
 from pro_trainer.train import distributed
 from pro_trainer.train.checkpoints import IDENTITY, read_identity
 from pro_trainer.train.config import PROConfig
-from pro_trainer.train.options import LOSS_SETTINGS, LossOptions
+from pro_trainer.train.losses import LOSS_SETTINGS
+from pro_trainer.train.options import LossOptions
 
 
 def train(argv: Sequence[str] | None = None, loss_type: str | None = None) -> int:
@@ -183,7 +184,7 @@ def run_flags(given: flags.Flags) -> flags.Flags:
     names = {name for name, _ in given}
     options = {name: run[name] for name in known if run.get(name) is not None}
     if "loss_type" in names:  # what belongs to the run's own loss goes with it
-        own = ("loss_type", "compat", *LOSS_SETTINGS)
+        own = ("loss_type", "loss_module", "loss_options", "compat", *LOSS_SETTINGS)
         options = {name: x for name, x in options.items() if name not in own}
     options = {name: x for name, x in options.items() if name not in names}
     taken = _listed((name, x) for name, x in options.items() if x != known[name])

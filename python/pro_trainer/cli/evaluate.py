@@ -41,7 +41,7 @@ from pro_trainer.train import checkpoints, faults
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.inputs import check_lists
 from pro_trainer.train.objective import Scores, describe_backend, list_losses, score_metrics
-from pro_trainer.train.options import NEEDS_REFERENCE, LossOptions
+from pro_trainer.train.options import LossOptions
 from pro_trainer.train.trainer import PROTrainer
 
 _SHOWN_ANSWERS = 4  # on the terminal; the files hold all
@@ -93,7 +93,7 @@ def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
         scores[name] = trainer.score(trainer.eval_dataset)
         if arguments.generate and trainer.is_world_process_zero():
             answers[name] = _answers(trainer.model, tokenizer, arguments, config, reward_model)
-    if config.loss_type in NEEDS_REFERENCE:
+    if config.needs_reference():
         reference = scores["base"].logps
         scores = {name: replace(found, ref_logps=reference) for name, found in scores.items()}
     result = {
@@ -139,7 +139,7 @@ def _base(arguments: EvalArguments, config: PROConfig) -> str | None:
     base = None if arguments.base == "none" else arguments.base
     if base and Path(base).resolve() == Path(arguments.model or "").resolve():
         base = None  # the same weights
-    if config.loss_type in NEEDS_REFERENCE and not base:
+    if config.needs_reference() and not base:
         raise ValueError(
             f"loss_type {config.loss_type!r} compares with the model that training started from: "
             "give it as --base"

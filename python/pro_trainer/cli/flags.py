@@ -20,7 +20,7 @@ _LOSSES = {"sigmoid": "dpo"}
 _SPLITS = ("dataset_train_split", "dataset_test_split")
 # Options of TRL's DPO that have no counterpart -> what to do.
 _WITHOUT = {
-    "padding_free": "give --packing true",
+    "padding_free": "leave it out: no padding is run",
     "dataset_num_proc": "leave it out: lists are tokenised in one process",
     "dataset_streaming": "leave it out: hub data sets are streamed while they are read",
     "dataset_config": "save that configuration with datasets' save_to_disk and give the folder",

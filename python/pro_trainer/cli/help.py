@@ -95,6 +95,8 @@ COMMANDS = {
     ),
 }
 
+# Of ``StepOptions``; the others are of the run.
+_OF_BATCHES = ("batching", "tokens_per_batch", "disable_dropout")
 # Options of transformers that are met most; the others come with --help all.
 _OF_TRANSFORMERS = {
     "batch": [
@@ -219,7 +221,7 @@ def options(command: str) -> dict[str, list[Option]]:
 def _group(kind: type, name: str) -> str:
     """The group of the class that declares the field; what lists are shown at last, of the run."""
     owner = next(c for c in kind.__mro__ if name in vars(c).get("__annotations__", ()))
-    if owner is StepOptions and name not in ("prefix_sharing", "packing", "disable_dropout"):
+    if owner is StepOptions and name not in _OF_BATCHES:
         return "run"
     return owner.group
 

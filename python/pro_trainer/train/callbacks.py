@@ -114,8 +114,13 @@ class TermHint(TrainerCallback):
 
 def _advice(name: str, args: Any) -> str:
     if name == "sft_loss":
-        change = {"cpo": "a lower --cpo_alpha", "orpo": "a higher --beta"}
-        how = change.get(args.loss_type, "a lower --sft_weight or --sft_reduction mean")
+        change = {
+            "sft_weight": "a lower --sft_weight or --sft_reduction mean",
+            "cpo_alpha": "a lower --cpo_alpha",
+            "beta": "a higher --beta",
+        }
+        own = args.loss().types
+        how = next((change[name] for name in change if name in own), "another loss_type")
         return f"the ranking hardly counts; {how} changes that"
     return "the other ranks hardly count; --temperature 1 weighs them alike"
 

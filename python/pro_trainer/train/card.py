@@ -13,6 +13,7 @@ import pro_kernels as pk
 from pro_trainer.models import causal_lm
 from pro_trainer.text.options import ListOptions
 from pro_trainer.train.callbacks import held_out_names
+from pro_trainer.train.checkpoints import step_size
 from pro_trainer.train.options import LossOptions
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def write(folder: Path, trainer: Trainer) -> None:
         base_model=base if is_hub_name else None,
         tags=["preference-optimization", "pro", "pro-kernels", args.loss_type],
     )
+    kind, size = next(iter(step_size(args).items()))
     facts = {
         "base model": base if is_hub_name else Path(base).name or "random weights",
         "data": ", ".join(trainer.data_names) or None,
@@ -51,7 +53,7 @@ def write(folder: Path, trainer: Trainer) -> None:
         **_not_default(LossOptions, args, ("loss_type", "loss_impl", "budget_mb")),
         "LoRA": None if peft is None else _lora(peft),
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
-        "lists a step": trainer.get_total_train_batch_size(args),
+        f"{kind} a step": size,
         "steps": _step(trainer),
         "seed": args.seed,
         "versions": f"pro-kernels {pk.__version__}, transformers {transformers.__version__}, "

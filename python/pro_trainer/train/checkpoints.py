@@ -46,6 +46,7 @@ def run_identity(
     names = [f.name for part in (LossOptions, ListOptions) for f in fields(part)]
     identity: dict[str, Any] = {n: getattr(args, n) for n in names if n not in _FREE}
     identity["step"] = step_size(args)
+    identity["tokens_per_batch"] = args.tokens_per_batch
     identity |= {n: getattr(args, n, None) for n in _ORDER} | {"optim": str(args.optim)}
     identity["model"] = f"{type(model).__name__}, {model.num_parameters()} parameters"
     base = model.config._name_or_path
@@ -57,13 +58,13 @@ def run_identity(
 
 
 def step_size(args: PROConfig) -> dict[str, int]:
-    """How the lists of a step are made up, and ``lists``, how many they are."""
+    """How many lists (or tokens) a step has, first, and how they are made up."""
     made = {
         "processes": args.world_size,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "a batch": args.tokens_per_batch or args.per_device_train_batch_size,
+        "accumulated": args.gradient_accumulation_steps,
     }
-    return {"lists": math.prod(made.values()), **made}
+    return {"tokens" if args.tokens_per_batch else "lists": math.prod(made.values()), **made}
 
 
 def write_identity(folder: Path, identity: dict[str, Any]) -> None:
@@ -275,11 +276,11 @@ def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> int:
     step_then, step_now = then.pop("step", {}), now.pop("step")
     for run in (then, now):
         run.pop("base_model", None)  # a model may be moved
-    if step_then.get("lists") != step_now["lists"]:
+    if [*step_then.items()][:1] != [*step_now.items()][:1]:
         raise ValueError(
             f"{checkpoint}: its steps were of other lists: {_shown(step_then)} then, "
-            f"{_shown(step_now)} now; per_device_train_batch_size x gradient_accumulation_steps "
-            "must make up for another number of processes"
+            f"{_shown(step_now)} now; per_device_train_batch_size (or tokens_per_batch) x "
+            "gradient_accumulation_steps must make up for another number of processes"
         )
     differ = [k for k in now.keys() | then.keys() if now.get(k) != then.get(k)]
     if differ:
@@ -289,7 +290,6 @@ def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> int:
 
 
 def _shown(step: dict[str, int]) -> str:
-    lists, *made = step.values() or ("unknown",)
-    names = ("processes", "a batch", "accumulated")
-    product = " x ".join(f"{n} {name}" for n, name in zip(made, names, strict=False))
-    return f"{lists} ({product})"
+    (kind, total), *made = step.items() or (("lists", "unknown"),)
+    product = " x ".join(f"{n} {name}" for name, n in made)
+    return f"{total} {kind} ({product})"

@@ -64,8 +64,28 @@ class PROConfig(LossOptions, StepOptions, ListOptions, TrainingArguments):
                 f"auto_find_batch_size is for one process: of {self.world_size} each would find "
                 "a batch size of its own"
             )
+        self._check_tokens_per_batch()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to copy to; torch would warn
+
+    def _check_tokens_per_batch(self) -> None:
+        if self.tokens_per_batch is None:
+            return
+        plain = {
+            "per_device_train_batch_size": 8,
+            "auto_find_batch_size": False,
+            "train_sampling_strategy": "random",
+            "dataloader_drop_last": False,
+        }
+        given = {name: getattr(self, name, default) for name, default in plain.items()}
+        for name in ("split_batches", "dispatch_batches"):
+            plain[name], given[name] = False, bool(getattr(self.accelerator_config, name, None))
+        for name, default in plain.items():
+            if given[name] != default:
+                raise ValueError(
+                    f"tokens_per_batch={self.tokens_per_batch} says which lists are in a batch, "
+                    f"and so does {name}={given[name]!r}: choose one"
+                )
 
     @property
     def device(self) -> torch.device:

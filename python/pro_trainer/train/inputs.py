@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
+import pro_kernels as pk
 from pro_trainer.batch.collate import PROCollator
-from pro_trainer.batch.cost import SharingCost
-from pro_trainer.batch.prefix import check_sharing
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import causal_lm, pad_id
 from pro_trainer.text.store import load_dataset
 from pro_trainer.train.config import PROConfig
+from pro_trainer.train.objective import run_rows
 from pro_trainer.train.options import LossOptions
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase, args: PROConfig) -> Any:
@@ -105,58 +108,83 @@ def longest_sequence(example: Mapping[str, Any]) -> int:
 
 
 def make_collator(
-    model: PreTrainedModel,
+    opened: pk.OpenModel,
+    models: Sequence[nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     args: PROConfig,
     example: Mapping[str, Any],
 ) -> PROCollator:
-    """The collator for ``args``; whether the model can share prefixes is tried on ``example``.
+    """The collator for ``args``; whether all models can run distinct rows is tried out.
+
+    ``models``: that which is opened, and the reference model where there is one.
 
     Raises:
-        ValueError: ``prefix_sharing="on"`` or ``packing`` with a model that cannot.
+        ValueError: ``batching="lists"`` with a model that cannot.
     """
-    pad = pad_id(tokenizer)
-    if args.packing:
-        check_sharing(model, [example], pad, form="packed")
-    reason = None
-    if args.prefix_sharing != "off":
-        reason = _why_not_shared(model, example, pad)
-    if reason and args.prefix_sharing == "on":
-        raise ValueError(f"prefix_sharing='on': {reason}")
-    if reason and args.should_log:
-        print(f"prefixes are not shared: {reason}")
-    unshared = "packed" if args.packing else "padded"
-    form = {"on": "shared", "off": unshared, "auto": unshared if reason else "auto"}
+    reason = "" if args.batching != "padded" else "batching='padded'"
+    with contextlib.ExitStack() as entered:
+        try:
+            if args.neftune_noise_alpha:
+                raise ValueError("NEFTune's noise goes by the length of a row")
+            for model in () if reason else models:
+                entered.enter_context(pk.distinct_rows(model))
+            if not reason:
+                _check_lists(opened, example, pad_id(tokenizer))
+        except ValueError as error:
+            reason = str(error)
+        if args.world_size > 1:  # ranks that differ would deal out other batches
+            reason = next(filter(None, gather_object([reason])), "")
+        if not reason:
+            entered.pop_all()  # they stay so
+    if reason and args.batching == "lists":
+        raise ValueError(f"batching='lists': {reason}")
+    if reason and args.batching == "auto" and args.should_log:
+        print(f"lists run as padded rows: {reason}")
+    form: Literal["padded", "lists"] = "padded" if reason else "lists"
     return PROCollator(
-        pad,
-        form=form[args.prefix_sharing],
-        unshared=unshared,
-        cost=SharingCost.from_model(model),
+        pad_id(tokenizer),
+        form=form,
         official=args.compat == "official",
         ranks_only=args.ranks_only(),
         idle=example,
     )
 
 
-def _why_not_shared(model: PreTrainedModel, example: Mapping[str, Any], pad: int) -> str | None:
-    """Why the model cannot share prefixes; None where it just did, with the right result.
+def _check_lists(opened: pk.OpenModel, example: Mapping[str, Any], pad: int) -> None:
+    """Raise ValueError where the whole model makes another thing of a short list than of its rows.
 
-    On a GPU FlexAttention, which skips what the mask forbids, is tried before the model's own
-    attention under a dense mask.
+    ``distinct_rows`` tried its decoder, and a model may do something of its own before that.
     """
-    own = model.config.get_text_config()._attn_implementation
-    if model.device.type == "cuda" and own != "flex_attention":
+    prompts, completions = ([x[:32] for x in example[k]][:3] for k in ("prompts", "completions"))
+    short = {"prompts": prompts, "completions": completions, "rewards": None, "sft_index": None}
+
+    def hidden(form: Literal["padded", "lists"]) -> Tensor:
+        batch = PROCollator(pad, form=form)([short])
+        rows = batch["layout"].rows.to(opened.model.device)
+        inputs = {k: x.to(rows.device) for k, x in batch.items() if isinstance(x, Tensor)}
+        out = run_rows(
+            opened, {**batch, **inputs}, lambda h: (h.hidden.sum(), {"scores": h.hidden[rows]})
+        )
+        return out.scores
+
+    def in_one_row() -> Tensor:
         try:
-            model.set_attn_implementation("flex_attention")
-            check_sharing(model, [example], pad)
-            return None
-        except (ValueError, ImportError):
-            model.set_attn_implementation(own)
-    try:
-        check_sharing(model, [example], pad)
-    except ValueError as error:
-        return str(error)
-    return None
+            return hidden("lists")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{name} cannot run a list as one row: it fails with {type(error).__name__}: "
+                f"{error}"
+            ) from error
+
+    name = type(opened.model).__name__
+    off, allowed = opened.compare(lambda: hidden("padded"), in_one_row)
+    if not off <= allowed:
+        raise ValueError(
+            f"{name} makes another thing of a list in one row: hidden states differ by {off:.2g}, "
+            f"and rounding accounts for {allowed:.2g}"
+        )
 
 
 def _parts(data: Sequence[Any]) -> Iterator[datasets.Dataset]:

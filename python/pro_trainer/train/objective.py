@@ -19,7 +19,6 @@ from torch import Tensor
 
 import pro_kernels as pk
 from pro_trainer.batch.collate import Preferences
-from pro_trainer.batch.prefix import model_inputs
 from pro_trainer.evaluate.metrics import ranking_metrics
 from pro_trainer.train.options import LossOptions
 
@@ -123,15 +122,32 @@ def sequence_logps(
 def _run(
     model: pk.OpenModel, batch: Mapping[str, Any], loss_of: Callable[[Head], BatchLoss]
 ) -> BatchLoss:
-    def of_rows(head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden = head.hidden.flatten(0, 1)  # (rows * length, H)
-        if not torch.is_autocast_enabled(hidden.device.type):  # there the kernels cast both
-            hidden = hidden.to(head.weight.dtype)
-        found = loss_of(head._replace(hidden=hidden))
+    def of_head(head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        found = loss_of(head)
         return found.loss, {"logps": found.logps, "lengths": found.lengths}
 
-    out = model.run(of_rows, **model_inputs(batch, model.model), use_cache=False)
+    out = run_rows(model, batch, of_head)
     return BatchLoss(out.loss, out.logps, out.lengths)
+
+
+def run_rows(
+    model: pk.OpenModel,
+    batch: Mapping[str, Any],
+    loss_of: Callable[[Head], tuple[Tensor, dict[str, Tensor]]],
+) -> Any:
+    """The model on a batch as ``OpenModel.run`` runs it; ``hidden`` is rows, (R * T, H)."""
+
+    def of_rows(head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = head.hidden.flatten(0, 1)
+        if not torch.is_autocast_enabled(hidden.device.type):  # there the kernels cast both
+            hidden = hidden.to(head.weight.dtype)
+        return loss_of(head._replace(hidden=hidden))
+
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name] for name in names if name in batch}
+    if "tree" in batch:
+        inputs["attention_mask"] = batch["tree"].as_mask()
+    return model.run(of_rows, **inputs, use_cache=False)
 
 
 def _pro_loss(
@@ -164,7 +180,7 @@ def _loss_on_scores(
 ) -> BatchLoss:
     preferences = batch["preferences"]
     logps, lengths = _sequence_logps(head, batch, config)
-    loss, _ = pk.losses.get_loss(config.loss_type)(
+    loss, _ = config.loss()(
         logps,
         lengths,
         rewards=None if preferences.by_order else preferences.rewards.to(logps.device),
@@ -203,12 +219,12 @@ def list_losses(scores: Scores, config: LossOptions) -> Tensor:
 
 
 def _loss_of(scores: Scores, config: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
-    options = _options(config, scores.by_order)
-    if config.loss_type == "pro":
-        options |= {"sft_index": scores.sft_index, "equal_rewards": "keep"}
-        if config.compat == "official":
-            options |= {"eps": OFFICIAL_EPS, "sft_reduction": options.get("sft_reduction", "sum")}
-    return pk.losses.get_loss(config.loss_type)(
+    loss, options = config.loss(), config.given()
+    inputs = {"sft_index": scores.sft_index, "equal_rewards": "keep"}
+    options |= {name: value for name, value in inputs.items() if name in loss.defaults}
+    if config.compat == "official":
+        options |= {"eps": OFFICIAL_EPS, "sft_reduction": options.get("sft_reduction", "sum")}
+    return loss(
         scores.logps,
         scores.lengths,
         rewards=None if scores.by_order else scores.rewards,
@@ -294,6 +310,6 @@ def _backend(config: LossOptions) -> dict[str, Any]:
 def _options(config: LossOptions, by_order: bool) -> dict[str, Any]:
     """What the loss is told; lists without rewards have no differences to divide by."""
     options = config.given()
-    if config.loss_type == "pro" and by_order and options.get("temperature", "reward") == "reward":
+    if by_order and options.get("temperature", "reward") == "reward":
         options["temperature"] = 1.0
     return options

@@ -2,75 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import contextlib
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pro_trainer.options import check_choices, check_positive, option
+from pro_trainer.train.losses import LOSS_SETTINGS, MIXED, LossSettings
 
-_INPUTS = ("logps", "lengths", "rewards", "ref_logps", "mask", "sft_index", "prompt_weights",
-           "equal_rewards")  # fmt: skip
-NEEDS_REFERENCE = ("dpo", "ipo", "dpo_pl", "s_dpo")
+if TYPE_CHECKING:
+    from pro_kernels.losses import Loss
+
+# Options that every loss of ours is given by the trainer.
+SET_BY_TRAINER = {"equal_rewards"}
 
 
 @dataclass
-class LossOptions:
+class LossOptions(LossSettings):
     """What is minimised, and by which implementation.
 
     An option that is None takes the default of the loss (``pro_kernels.losses``); one that the loss
     does not have is refused.
     """
 
-    group: ClassVar[str] = "loss"
-
-    loss_type: str = option(
-        "pro",
-        "The loss on sequence log-probs: pro, plackett_luce, dpo, dpo_pl, s_dpo, ipo, simpo, cpo, "
-        "orpo, rrhf, slic, listnet or lipo_lambda.",
-    )
-    beta: float | None = option(
-        None, "Inverse temperature of dpo, ipo, dpo_pl, s_dpo, simpo, cpo, orpo, lipo_lambda."
-    )
-    sft_weight: float | None = option(
+    loss_module: str | None = option(
         None,
-        "Weight of the SFT term on the best candidate (pro, 0.05 by default, times (n - 1)^2; "
-        "rrhf, slic).",
+        "Python file or module to import first, which registers a loss of your own "
+        "(pro_kernels.losses.register).",
     )
-    sft_reduction: Literal["sum", "mean", "tokens"] | None = option(
-        None,
-        "SFT term: log-probabilities of the best candidate summed, or their mean (pro, cpo, orpo, "
-        "rrhf, slic); tokens: over the tokens of a batch (all of these but pro).",
+    loss_options: str | None = option(
+        None, 'Options of such a loss that are no flags here, as JSON: {"margin": 2.0}.'
     )
-    length_normalize: bool | None = option(
-        None,
-        "Score is the mean log-probability of a token (default) or their sum (pro, plackett_luce, "
-        "ipo, listnet, slic).",
-    )
-    temperature: str | None = option(
-        None,
-        "pro. 'reward', the default: reward differences are the inverse temperatures (the paper). "
-        "A number T: 1 / T for every pair, rewards only order the list. Lists without rewards use "
-        "T = 1 under 'reward'.",
-    )
-    reward_scale: float | None = option(None, "pro: rewards are multiplied by this number (> 0).")
-    ties: Literal["zero", "skip"] | None = option(
-        None,
-        "pro: a tied candidate adds exp(0) to the denominator (zero, the paper) or leaves it.",
-    )
-    eps: float | None = option(
-        None, "pro: constant inside the log of each rank term (official code: 1e-10)."
-    )
-    top_k: int | None = option(None, "pro, plackett_luce: only the first so many rank terms.")
-    pairs: Literal["all", "best"] | None = option(
-        None, "dpo, ipo, simpo, cpo, orpo, slic: all pairs of a list, or the best with the rest."
-    )
-    label_smoothing: float | None = option(None, "dpo: share of labels taken to be wrong.")
-    gamma: float | None = option(None, "simpo: target margin.")
-    cpo_alpha: float | None = option(None, "cpo: weight of its SFT term.")
-    delta: float | None = option(None, "slic: margin.")
-    gain: Literal["exp2", "linear"] | None = option(None, "lipo_lambda: gain of a reward.")
-    reward_temperature: float | None = option(None, "listnet: temperature of the rewards.")
     compat: Literal["none", "official"] = option(
         "none", "official: the meaning of the authors' code, quirks included (pro only)."
     )
@@ -86,99 +53,117 @@ class LossOptions:
     def check_loss_options(self) -> None:
         """Raise ValueError for an option out of range, or of another loss."""
         check_choices(self, LossOptions)
-        own = self._own_options()
         if self.compat == "official" and self.loss_type != "pro":
             raise ValueError(
                 f"compat='official' is a meaning of loss_type='pro', got {self.loss_type!r}"
             )
         check_positive(self, "budget_mb")
-        self.fixed_temperature()
-        if self.temperature is not None:
-            self.temperature = str(self.temperature)
-        for name in LOSS_SETTINGS:
-            if getattr(self, name) is not None and name not in own:
+        for name in MIXED:
+            if getattr(self, name) is not None:
+                setattr(self, name, str(getattr(self, name)))
+        if self.loss_module and self.loss_module.endswith(".py"):
+            self.loss_module = str(Path(self.loss_module).resolve())
+        if isinstance(self.loss_options, Mapping):
+            self.loss_options = json.dumps(self.loss_options)
+        own = [name for name in self.loss().types if name not in SET_BY_TRAINER]
+        for name in self._further().keys() & self._flags().keys():
+            raise ValueError(f"{name} was given as a flag and in loss_options: choose one")
+        for name, value in self.given().items():
+            if name not in own:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is no option of loss_type={self.loss_type!r}, "
-                    f"which has {', '.join(own)}"
+                    f"{name}={value!r} is no option of loss_type={self.loss_type!r}, "
+                    f"which has {', '.join(own) or 'none'}"
                 )
         self._try_out()
 
     def _try_out(self) -> None:
-        """Let the loss check its options, on one list of two."""
+        """Let the loss check its options, on one list of two, and look at what it returns."""
         import torch
 
-        import pro_kernels as pk
-
         logps = torch.tensor([[-1.0, -2.0]])
-        pk.losses.get_loss(self.loss_type)(
-            logps,
-            torch.ones_like(logps),
-            rewards=torch.tensor([[1.0, 0.0]]),
-            ref_logps=logps,
-            **self.given(),
+        rewards = torch.tensor([[1.0, 0.0]])
+        try:
+            found = self.loss()(
+                logps, torch.ones_like(logps), rewards=rewards, ref_logps=logps, **self.given()
+            )
+        except TypeError as error:
+            raise ValueError(f"loss_type={self.loss_type!r}: {error}") from error
+        match found:
+            case (torch.Tensor(ndim=0), dict()):
+                return
+        raise ValueError(
+            f"loss_type={self.loss_type!r} must return a scalar tensor and a dict, got {found!r}"
         )
 
-    def _own_options(self) -> dict[str, Any]:
-        """What the loss can be told beside its inputs, with its defaults."""
-        import inspect
+    def loss(self) -> Loss:
+        """The loss that is meant.
 
-        import pro_kernels as pk
+        Raises:
+            ValueError: there is none of that name, or no such ``loss_module``.
+        """
+        from pro_kernels.losses import get_loss
 
-        parameters = inspect.signature(pk.losses.get_loss(self.loss_type)).parameters
-        return {name: p.default for name, p in parameters.items() if name not in _INPUTS}
+        if self.loss_module:
+            import_module(self.loss_module)
+        return get_loss(self.loss_type)
 
     def given(self) -> dict[str, Any]:
         """The options of the loss that were given, as it takes them."""
-        found = {name: getattr(self, name) for name in LOSS_SETTINGS}
-        if self.temperature is not None:
-            found["temperature"] = self.fixed_temperature() or "reward"
-        return {name: value for name, value in found.items() if value is not None}
+        return self._flags() | self._further()
+
+    def _flags(self) -> dict[str, Any]:
+        found = {
+            name: value for name in LOSS_SETTINGS if (value := getattr(self, name)) is not None
+        }
+        for name in MIXED & found.keys():
+            with contextlib.suppress(ValueError):
+                found[name] = float(found[name])
+        return found
+
+    def _further(self) -> dict[str, Any]:
+        try:
+            further = json.loads(self.loss_options or "{}")
+        except ValueError as error:
+            raise ValueError(f"loss_options must be JSON, got {self.loss_options!r}") from error
+        if not isinstance(further, dict):
+            raise ValueError(f"loss_options must be a JSON object, got {self.loss_options!r}")
+        return further
 
     def scores_are_means(self) -> bool:
         """Whether the loss, and so the ranking, is on mean log-probabilities of a token."""
-        own = self._own_options()
-        return bool(self.given().get("length_normalize", own.get("length_normalize", True)))
+        defaults = {"length_normalize": True, **self.loss().defaults}
+        return bool({**defaults, **self.given()}["length_normalize"])
+
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference model."""
+        return self.loss().needs_reference
 
     def reward_fault(self, rewards: Sequence[float]) -> str | None:
         """Why the loss cannot take these rewards of a list, or None."""
-        if self.ranks_only():
-            return None
-        from pro_kernels.losses import MAX_EXPONENT, gap_fault
-
-        exponents = self.loss_type == "lipo_lambda" and self.gain != "linear"
-        if exponents and max(rewards) > MAX_EXPONENT:
-            return (
-                f"too large for the gain 2^reward of lipo_lambda, which takes {MAX_EXPONENT} at "
-                "most: scale them to [0, 1], or give gain='linear'"
-            )
-        return gap_fault(max(rewards) - min(rewards), self.reward_scale or 1.0)
+        return self.loss().reward_fault(rewards, **self.given())
 
     def ranks_only(self) -> bool:
         """Whether the loss takes only the order from rewards, and not their gaps."""
-        if self.loss_type == "pro":
-            return self.compat == "none" and self.fixed_temperature() is not None
-        return self.loss_type not in ("listnet", "lipo_lambda")
-
-    def fixed_temperature(self) -> float | None:
-        """The temperature where it is a number; None under ``'reward'``."""
-        if self.temperature in (None, "reward"):
-            return None
-        try:
-            value = float(self.temperature)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(
-                f"temperature must be 'reward' or a number > 0, got {self.temperature!r}"
-            )
-        return value
+        return self.compat == "none" and not self.loss().uses_gaps(**self.given())
 
 
-# What each loss may be told, its own defaults aside.
-LOSS_SETTINGS = tuple(
-    name for name, f in LossOptions.__dataclass_fields__.items() if f.default is None
-    and name != "budget_mb"
-)  # fmt: skip
+def import_module(name: str) -> None:
+    """Import a module, or a Python file, once.
+
+    Raises:
+        ValueError: there is none, or it cannot be imported.
+    """
+    try:
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+        elif name not in sys.modules:  # a file is a module under its path
+            spec = importlib.util.spec_from_file_location(name, name)
+            assert spec is not None and spec.loader is not None
+            sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    except (ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
+        sys.modules.pop(name, None)
+        raise ValueError(f"loss_module {name} cannot be imported: {error}") from error
 
 
 @dataclass
@@ -187,19 +172,21 @@ class StepOptions:
 
     group: ClassVar[str] = "batch"
 
-    prefix_sharing: Literal["auto", "on", "off"] = option(
+    batching: Literal["auto", "lists", "padded"] = option(
         "auto",
-        "Run each prompt once for all its candidates: where the cost model says it pays (auto), "
-        "always (on: an error for models that cannot), or never.",
+        "lists: a step runs each distinct token of its lists once, and no padding; padded: a row "
+        "for each candidate; auto: lists, where the model can.",
     )
-    packing: bool = option(
-        False, "Where prefixes are not shared: sequences end to end in one row instead of padded."
+    tokens_per_batch: int | None = option(
+        None,
+        "In place of per_device_train_batch_size: as many lists as have up to so many tokens, a "
+        "prompt counted once for all its candidates (padded rows: rows times the longest).",
     )
     disable_dropout: bool = option(True, "Train without dropout.")
     precompute_ref_log_probs: bool = option(
         False,
-        f"Score the lists by the reference model ({', '.join(NEEDS_REFERENCE)}) once, before "
-        "training, and keep the scores in output_dir; then no second model stays in memory.",
+        "Score the lists by the reference model (of a loss that has one) once, before training, "
+        "and keep the scores in output_dir; then no second model stays in memory.",
     )
     sync_ref_model: bool = option(
         False, "Move the reference model towards the trained one every ref_model_sync_steps steps."
@@ -219,6 +206,7 @@ class StepOptions:
         """Raise ValueError for an option out of range."""
         check_choices(self, StepOptions)
         check_positive(self, "sample_prompts", "sample_tokens", "ref_model_sync_steps")
+        check_positive(self, "tokens_per_batch")
         if self.sample_steps < 0:
             raise ValueError(f"sample_steps must be >= 0, got {self.sample_steps}")
         if not 0 <= self.ref_model_mixup_alpha <= 1:

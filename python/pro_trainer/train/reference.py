@@ -17,7 +17,6 @@ from pro_trainer.files import appearing
 from pro_trainer.models import quiet
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.distributed import describe_lists
-from pro_trainer.train.options import NEEDS_REFERENCE
 
 if TYPE_CHECKING:
     import datasets
@@ -33,7 +32,7 @@ def check(args: PROConfig, ref_model: Any, adapted: bool) -> None:
     """
     if ref_model is not None and not isinstance(ref_model, nn.Module):
         raise TypeError(f"ref_model must be a model, got {type(ref_model).__name__}")
-    if args.loss_type not in NEEDS_REFERENCE:
+    if not args.needs_reference():
         given = [n for n in ("sync_ref_model", "precompute_ref_log_probs") if getattr(args, n)]
         if given or ref_model is not None:
             raise ValueError(

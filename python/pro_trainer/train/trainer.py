@@ -37,7 +37,7 @@ from transformers.trainer_utils import TrainOutput
 
 import pro_kernels as pk
 from pro_trainer.batch.collate import Preferences
-from pro_trainer.batch.sampler import dealt
+from pro_trainer.batch.sampler import TokenBatches, dealt
 from pro_trainer.errors import TrainingError
 from pro_trainer.files import appearing
 from pro_trainer.models import (
@@ -71,7 +71,6 @@ from pro_trainer.train.objective import (
     score_metrics,
     sequence_logps,
 )
-from pro_trainer.train.options import NEEDS_REFERENCE
 from pro_trainer.train.reference import SyncReference
 from pro_trainer.train.usage import Activations, Usage
 
@@ -82,7 +81,7 @@ class PROTrainer(Trainer):
     """Train a causal LM so that its ranking of n candidates follows the preference ranking.
 
     PRO (arXiv 2306.17492) or any other loss of ``pro_kernels.losses.LOSSES``, through the fused
-    kernels; each prompt is run once for all its candidates where that pays.
+    kernels; each distinct token of a batch is run once, where the model can.
 
     Args:
         model: a transformers causal LM, a PEFT model, or the folder or hub name of one.
@@ -157,22 +156,23 @@ class PROTrainer(Trainer):
         if peft_config is not None:
             model = _with_peft(model, peft_config, args)
         # What is only scored is not compared with itself.
-        self._referring = args.loss_type in NEEDS_REFERENCE and not (
+        self._referring = args.needs_reference() and not (
             ref_model is None and train_dataset is None
         )
         if self._referring and not adapted and not args.precompute_ref_log_probs:
             ref_model = ref_model or copy.deepcopy(model)
+        if args.disable_dropout:
+            disable_dropout(model)
         with gathered(model):
             ids = torch.tensor([example["prompts"][0] + example["completions"][0]])
             some = ids[:, :_TRIED_TOKENS].to(lm.device)
             self._opened = pk.OpenModel(model, example={"input_ids": some})
-            check_causal(lm, some)
-            collator = make_collator(lm, processing_class, args, example)
+            check_causal(self._opened, some)
+            models = [model] if ref_model is None else [model, ref_model]
+            collator = make_collator(self._opened, models, processing_class, args, example)
         said = different_ends(processing_class, lm.generation_config, lm.config)
         if said and args.should_log:
             print(said)
-        if args.disable_dropout:
-            disable_dropout(model)
         if args.dataloader_num_workers:  # else those that are killed leave folders behind
             multiprocessing.util.get_temp_dir()
         super().__init__(
@@ -322,7 +322,15 @@ class PROTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """``Trainer``'s; several processes take what one would take, no list twice."""
-        return dealt(super().get_train_dataloader())
+        args, batches = self.args, None
+        if args.tokens_per_batch is not None:
+            batches = TokenBatches(
+                self.train_dataset,
+                args.tokens_per_batch,
+                padded=self.data_collator.form == "padded",
+                seed=args.seed if args.data_seed is None else args.data_seed,
+            )
+        return dealt(super().get_train_dataloader(), batches)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """``Trainer``'s, of files and records too."""

@@ -1,0 +1,101 @@
+// What crosses the C ABI of both libraries. Each struct is a list of fields, one line a field: from
+// it come the struct and its description (pk_layout.h), which pro_kernels/backends/native.py
+// compares with its own when it loads a library.
+//
+// N token rows, V vocabulary columns, S sequences, B prompts, n candidates. Pointers are to memory
+// of the device that computes, sizes and strides count elements, everything is contiguous but
+// matrices, whose rows have unit stride. `dtype`: 0 fp32, 1 bf16, 2 fp16 (DType in cpu/dtype.h).
+// What is computed from them is written in pro_kernels/backends/torch.py.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define PK_EXPORT extern "C" __declspec(dllexport)
+#else
+#define PK_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// Options are the fields of the dataclasses in pro_kernels/options.py, those of 8 bytes first (so
+// there is no padding), otherwise in their order: float is double, `int | None` is int64_t with -1
+// for None, `float | None` is double with 0 for None, bool is int32_t.
+#define PK_LOGIT_OPTIONS(FIELD) \
+  FIELD(double, softcap)        \
+  FIELD(double, logit_scale)
+
+#define PK_RANKING_OPTIONS(FIELD)  \
+  FIELD(double, tau)               \
+  FIELD(double, eps)               \
+  FIELD(double, sft_weight)        \
+  FIELD(int64_t, top_k)            \
+  FIELD(int32_t, length_normalize) \
+  FIELD(int32_t, skip_ties)        \
+  FIELD(int32_t, sft_mean)         \
+  FIELD(int32_t, single_sft)
+
+// Rows of logits. A negative target: the row is not read, its results are 0. A target >= V:
+// log-probability NaN.
+#define PK_ROWS(FIELD)                                                                     \
+  FIELD(void*, logits) /* (N, V) */                                                        \
+  FIELD(int32_t, dtype)                                                                    \
+  FIELD(int64_t, rows)                                                                     \
+  FIELD(int64_t, columns)                                                                  \
+  FIELD(int64_t, stride)                                                                   \
+  FIELD(const int64_t*, targets)     /* (N,) */                                            \
+  FIELD(const float*, target_logits) /* (N,) exact raw logits of the targets, or null */   \
+  FIELD(float*, logp)                /* (N,) out; logits_grad has no use for it */         \
+  FIELD(float*, lse)                 /* (N,) out; logits_grad reads it */                  \
+  FIELD(float*, entropy)             /* (N,) out, or null; logits_grad reads it */         \
+  /* Of logits_grad alone. */                                                              \
+  FIELD(const float*, weights)         /* (N,) or null: 1 */                               \
+  FIELD(const float*, entropy_weights) /* (N,) where there is an entropy */                \
+  FIELD(int64_t, first_column)         /* of the vocabulary, to which the targets refer */ \
+  FIELD(void*, out)                    /* (N, V), may be logits */                         \
+  FIELD(int64_t, out_stride)
+
+#define PK_RANKING_BATCH(FIELD)                            \
+  FIELD(const float*, logps) /* (N,) */                    \
+  FIELD(int64_t, tokens)                                   \
+  FIELD(const int64_t*, offsets) /* (S + 1,) */            \
+  FIELD(const int64_t*, lengths) /* (S,) */                \
+  FIELD(int64_t, sequences)                                \
+  FIELD(const int64_t*, order) /* (B, n) */                \
+  FIELD(int64_t, prompts)                                  \
+  FIELD(int64_t, candidates)                               \
+  FIELD(const float*, rewards)        /* (B, n) or null */ \
+  FIELD(const int64_t*, sft_rank)     /* (B,) */           \
+  FIELD(const float*, prompt_weights) /* (B,) */           \
+  FIELD(float*, terms)                /* (B, n) out */     \
+  FIELD(float*, sums)                 /* (S,) out */       \
+  FIELD(float*, row_weights)          /* (N,) out */
+
+#define PK_MATRIX(FIELD)  \
+  FIELD(void*, data)      \
+  FIELD(int32_t, dtype)   \
+  FIELD(int64_t, rows)    \
+  FIELD(int64_t, columns) \
+  FIELD(int64_t, stride)
+
+#define PK_STRUCTS(STRUCT)                   \
+  STRUCT(LogitOptions, PK_LOGIT_OPTIONS)     \
+  STRUCT(RankingOptions, PK_RANKING_OPTIONS) \
+  STRUCT(Rows, PK_ROWS)                      \
+  STRUCT(RankingBatch, PK_RANKING_BATCH)     \
+  STRUCT(Matrix, PK_MATRIX)
+
+namespace pk {
+
+// Raised whenever a function changes its arguments or their meaning; of a struct that changes, the
+// description tells.
+constexpr int kAbi = 1;
+
+#define PK_MEMBER(type, name) type name;
+#define PK_STRUCT(Name, FIELDS) \
+  struct Name {                 \
+    FIELDS(PK_MEMBER)           \
+  };
+PK_STRUCTS(PK_STRUCT)
+#undef PK_STRUCT
+#undef PK_MEMBER
+
+}  // namespace pk

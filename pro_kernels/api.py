@@ -1,0 +1,448 @@
+"""The public functions.
+
+Legend: ``B`` prompts, ``n`` candidates, ``T`` positions, ``H`` hidden, ``V`` vocabulary. Targets
+say what each position predicts, ``ignore_index`` where nothing is scored; with ``shift=True`` they
+are unshifted labels, as transformers has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pro_kernels import validate
+from pro_kernels.backends import resolve
+from pro_kernels.fused import autograd, ranks, shards
+from pro_kernels.fused.call import Call, Candidates, planned
+from pro_kernels.fused.planner import Plan
+from pro_kernels.fused.rank_order import make_output, rank_candidates
+from pro_kernels.layout import Layout, mark_unscored, shift_targets
+from pro_kernels.options import CallOptions, LogitOptions, Options, PROOptions
+from pro_kernels.output import GradFilter, PROOutput, TokenStats
+
+_NOT_OF_LOGITS = ("logits_dtype", "grad_filter", "budget", "process_group")
+_TOKENS = Options(LogitOptions, CallOptions, without=("inplace_backward", "sequence_group"))
+_STATS = Options(
+    LogitOptions,
+    CallOptions,
+    without=("inplace_backward", "sequence_group", "grad_filter", "process_group"),
+)
+_LOGITS = Options(LogitOptions, CallOptions, without=(*_NOT_OF_LOGITS, "sequence_group"))
+_PRO = Options(PROOptions, LogitOptions, CallOptions, without=("inplace_backward",))
+_PRO_OF_LOGITS = Options(PROOptions, LogitOptions, CallOptions, without=_NOT_OF_LOGITS)
+
+
+@_TOKENS
+def linear_token_logps(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,
+    return_dropped: bool = False,
+    return_entropy: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each target under ``softmax(head(hidden))``, without holding all logits.
+
+    Rows whose target is ``ignore_index`` never reach the head. Any upstream gradient is served at
+    three head matmuls in all.
+
+    Args:
+        hidden: (..., H), float64/32/16 or bfloat16.
+        weight: (V, H), the dtype of hidden (under autocast both are cast). A DTensor (FSDP2, HSDP),
+            sharded or replicated, is gathered in the forward and its gradient averaged over the
+            mesh, as that of every other parameter is.
+        targets: (...), integer.
+        bias: (V,) or None, possibly a DTensor.
+        return_dropped: also return what each row's gradient lost to ``grad_filter``, as (3, ...)
+            fp32: the probability, the norm of its dropped ``dZ0``, and a bound of the norm of its
+            share of dHidden, for an upstream gradient of 1.
+        return_entropy: also return the entropy of each row's distribution in nats, (...) fp32, 0
+            where nothing is scored; differentiable. No matmul more where logits and a gradient as
+            large fit the budget; rows that do not fit are computed again. The backward needs the
+            weight. Not with ``grad_filter``.
+        **options: of the call.
+
+    Returns:
+        (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``. With
+        ``return_dropped`` or ``return_entropy`` a pair.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices, dtypes or values that do not fit, a target outside [0, V).
+    """
+    tau = options.get("grad_filter")
+    if return_entropy and options.get("process_group") is not None:
+        raise ValueError("return_entropy cannot be had with a process_group, got True")
+    if return_entropy and (tau is not None or return_dropped):
+        raise ValueError(
+            "return_entropy=True needs grad_filter=None and return_dropped=False (every column "
+            f"counts in an entropy), got grad_filter={tau}, return_dropped={return_dropped}"
+        )
+    given = _TOKENS, options
+    stats, dropped = _token_stats(hidden, weight, targets, bias, given, return_entropy)
+    if return_entropy:
+        return stats[0], stats[1]
+    if not return_dropped:
+        return stats[0]
+    if not dropped.numel():
+        dropped = stats[0].new_zeros((3, *targets.shape), dtype=torch.float32)
+    return stats[0], dropped
+
+
+@_STATS
+def linear_token_stats(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,
+    extra: bool = False,
+    **options: Any,
+) -> TokenStats:
+    """Log-probability of each target and entropy of each row, both differentiable.
+
+    What ``linear_token_logps(..., return_entropy=True)`` returns, and with ``extra`` three numbers
+    more without gradient, in plain PyTorch a block of rows at a time: what policy-gradient trainers
+    log.
+
+    Args and errors as there.
+    """
+    stats, _ = _token_stats(hidden, weight, targets, bias, (_STATS, options), True, extra)
+    if not extra:
+        return TokenStats(stats[0], stats[1])
+    logps, entropy, square, mean, top = stats
+    return TokenStats(logps, entropy, square, mean, top > 0)
+
+
+def _token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    given: tuple[Options, dict[str, Any]],
+    entropy: bool,
+    extra: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """Log-probs and what else is asked for, and what a filter dropped, in the shape of targets."""
+    taken, options = given
+    weight, bias, group = shards.head_here(weight, bias, options.get("process_group"))
+
+    def check() -> ranks.Door:
+        """This rank's arguments."""
+        logits, how = taken.split(options)
+        compute = _check_head(hidden, weight, bias, how)
+        validate.check_targets_of(targets, "hidden", hidden, "hidden.shape[:-1]")
+        vocab = weight.shape[0] if group is None else None
+        scored = _scored(targets, how).reshape(1, 1, -1)
+        layout = Layout.of_targets(scored, how.ignore_index, vocab)
+        call = _call(hidden, compute, logits, how, weight, entropy=entropy, extra=extra)
+        return call, layout, how, None
+
+    call, layout, how, _ = ranks.agreed(check, (group, None), (hidden, weight, bias))
+    call = planned(call, hidden, weight, bias, layout, how.budget)
+    logps, dropped, *more = autograd.Head.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout.rows, layout.targets, call
+    )
+    found = [logps, *more[:1], *(more[1] if extra else [])]
+    stats = [layout.by_position(x).view(targets.shape) for x in found]
+    if dropped.numel():
+        dropped = layout.by_position(dropped).view(3, *targets.shape)
+    return stats, dropped
+
+
+@_LOGITS
+def token_logps(
+    logits: Tensor,  # (..., V)
+    targets: Tensor,  # (...)
+    *,
+    return_entropy: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each target under ``softmax(logits)``; unscored rows are never read.
+
+    Args:
+        logits: (..., V), float64/32/16 or bfloat16.
+        targets: (...), integer.
+        return_entropy: also return the entropy of each row in nats, (...) fp32, differentiable; 0
+            where nothing is scored.
+        **options: of the call.
+
+    Returns:
+        (...) fp32 (fp64 for fp64 logits); 0 where the target is ``ignore_index``. With
+        ``return_entropy`` a pair.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, a target outside [0, V).
+    """
+    transform, how = _LOGITS.split(options)
+    _check_logits(logits, targets)
+    flat = mark_unscored(_scored(targets, how), how.ignore_index).reshape(-1)
+    call = _call(logits, logits.dtype, transform, how, entropy=return_entropy)
+    logps, entropy = autograd.Logps.apply(_rows(logits), flat, how.inplace_backward, call)
+    logps = logps.view(targets.shape)
+    return (logps, entropy.view(targets.shape)) if return_entropy else logps
+
+
+@_PRO
+def linear_pro_loss(
+    hidden: Tensor,  # (B, n, T, H), or (R, H) with a layout
+    weight: Tensor,  # (V, H)
+    targets: Tensor | None,  # (B, n, T); None with a layout
+    rewards: Tensor | None,  # (B, n)
+    *,
+    bias: Tensor | None = None,
+    candidate_mask: Tensor | None = None,
+    prompt_weights: Tensor | None = None,
+    sft_index: Tensor | None = None,
+    layout: Layout | None = None,
+    **options: Any,
+) -> PROOutput:
+    """PRO loss (arXiv 2306.17492) from hidden states and LM-head weight, logits never all held.
+
+    ``L = mean over prompts of sum_k [ logsumexp_{i>=k}(s_i tau_ki) - s_k tau_kk ] - w (n-1)^2
+    s_best`` with ``s_i = S_i / m_i``, ``tau_ki = r_k - r_i``, ``tau_kk = max_i tau_ki``; without
+    rewards every tau is 1 (Plackett-Luce over the columns, best first).
+
+    Args:
+        hidden: (B, n, T, H), or (R, H) when ``layout`` is given.
+        weight: (V, H), the dtype of hidden, possibly a DTensor, as in ``linear_token_logps``.
+        targets: (B, n, T) integer; None when ``layout`` is given.
+        rewards: (B, n), higher is better; candidates are stable-sorted by them. Best kept on the
+            CPU, where they are checked without waiting for a device. None: columns are the order.
+        bias: (V,) or None, possibly a DTensor.
+        candidate_mask: (B, n) bool, candidates that exist: what stands in place of others is not
+            read. One without a scored token leaves the ranking too: n shrinks.
+        prompt_weights: (B,), >= 0; the mean over prompts is weighted by them.
+        sft_index: (B,) column of the candidate that carries the SFT term; None: the best one.
+        layout: which rows are scored, made with the batch (``Layout.from_padded`` and others).
+        **options: of the call.
+
+    Returns:
+        ``PROOutput``; only ``loss`` carries a gradient. No scored candidate at all: loss 0. Its
+        ``grad_filter`` tells what that option lost.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit; rewards not finite, or all equal
+            within a prompt (with ``temperature="reward"``); a target outside [0, V).
+    """
+    weight, bias, group = shards.head_here(weight, bias, options.get("process_group"))
+    by_candidate = {
+        "rewards": rewards,
+        "candidate_mask": candidate_mask,
+        "prompt_weights": prompt_weights,
+        "sft_index": sft_index,
+    }
+
+    def check() -> ranks.Door:
+        """This rank's arguments."""
+        loss, logits, how = _PRO.split(options)
+        compute = _check_head(hidden, weight, bias, how)
+        vocab = weight.shape[0] if group is None else None
+        found = _lists(hidden, targets, layout, candidate_mask, how, vocab)
+        return _call(hidden, compute, logits, how, weight, loss, found), found, how, loss
+
+    def source(call: Call, scored: Layout, how: CallOptions, scalar_loss: bool) -> tuple:
+        """As ``ranks.Source``."""
+        call = planned(call, hidden, weight, bias, scored, how.budget, scalar_loss)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if layout is not None and candidate_mask is not None and scored.candidate_tokens is None:
+            rows = scored.blanked(rows)
+        head = (rows, weight, bias, scored.rows, scored.targets)
+        return (
+            call,
+            lambda: autograd.Head.apply(*head, call)[:2],
+            lambda candidates: autograd.LinearPRO.apply(*head, *candidates, call),
+        )
+
+    return _pro(check, source, (hidden, weight, bias), (group, options), by_candidate)
+
+
+@_PRO_OF_LOGITS
+def pro_loss(
+    logits: Tensor,  # (B, n, T, V)
+    targets: Tensor,  # (B, n, T)
+    rewards: Tensor | None,  # (B, n)
+    *,
+    candidate_mask: Tensor | None = None,
+    prompt_weights: Tensor | None = None,
+    sft_index: Tensor | None = None,
+    **options: Any,
+) -> PROOutput:
+    """PRO loss from logits; extra memory is the logits' gradient.
+
+    Args:
+        logits: (B, n, T, V).
+        targets: (B, n, T) integer.
+        rewards: (B, n); this and the following as in ``linear_pro_loss``.
+        candidate_mask: (B, n) bool.
+        prompt_weights: (B,).
+        sft_index: (B,).
+        **options: of the call.
+
+    Returns, raises: as ``linear_pro_loss``.
+    """
+    by_candidate = {
+        "rewards": rewards,
+        "candidate_mask": candidate_mask,
+        "prompt_weights": prompt_weights,
+        "sft_index": sft_index,
+    }
+
+    def check() -> ranks.Door:
+        """This rank's arguments."""
+        loss, transform, how = _PRO_OF_LOGITS.split(options)
+        _check_logits(logits, targets, lists=True)
+        found = Layout.dense(_scored(targets, how, candidate_mask), how.ignore_index)
+        return _call(logits, logits.dtype, transform, how, None, loss, found), found, how, loss
+
+    def source(call: Call, layout: Layout, how: CallOptions, _: bool) -> tuple:
+        """As ``ranks.Source``."""
+        args = (_rows(logits), layout.targets, how.inplace_backward, call)
+
+        def logps() -> tuple[Tensor, None]:
+            return autograd.Logps.apply(*args)[0], None
+
+        def loss(candidates: Candidates) -> tuple:
+            return *autograd.Ranking.apply(logps()[0], *candidates, call), None
+
+        return call, logps, loss
+
+    return _pro(check, source, (logits, None, None), (None, options), by_candidate)
+
+
+def _pro(
+    check: Callable[[], ranks.Door],
+    source: ranks.Source,
+    tensors: ranks.Tensors,
+    given: tuple[Any, dict[str, Any]],  # process group, options
+    by_candidate: dict[str, Any],
+) -> PROOutput:
+    """The loss of candidates, whatever their log-probs come from, and on however many ranks."""
+    group, options = given
+    tokens_of = shards.group_of("sequence_group", options.get("sequence_group"))
+    call, layout, how, loss = ranks.agreed(check, (group, tokens_of), tensors, by_candidate)
+    assert loss is not None
+    call, logps, pro = source(call, layout, how, tokens_of is None)
+    lists = layout
+    if tokens_of is not None:
+        lists, pro = ranks.across(tokens_of, layout, call, logps)
+    scored = ranks.by_score(by_candidate)
+    candidates = rank_candidates(lists, **scored, options=loss, dtype=call.acc_dtype)
+    value, per_rank, sums, row_weights, dropped = pro(candidates)
+    out = make_output(value, per_rank, sums, lists, loss)
+    if call.grad_filter is None or dropped is None:
+        return out
+    mass, norm, bound = dropped
+    lost = GradFilter(call.grad_filter, mass, norm, bound, layout.rows, row_weights)
+    return out._replace(grad_filter=lost)
+
+
+def _call(
+    x: Tensor,  # hidden states or logits
+    compute: torch.dtype,
+    logits: LogitOptions,
+    how: CallOptions,
+    weight: Tensor | None = None,
+    loss: PROOptions | None = None,
+    layout: Layout | None = None,
+    entropy: bool = False,
+    extra: bool = False,
+) -> Call:
+    """The description of a call but for its plan."""
+    dtype = compute if how.logits_dtype is None else how.logits_dtype
+    ranking: dict[str, Any] = {}
+    if loss is not None and layout is not None:
+        ranks_with = resolve(how.backend, x.device, dtype, layout.shape[1])
+        ranking = {"ranking": loss.ranking(), "ranks_with": ranks_with}
+        ranking["final_dtype"] = loss.final_dtype
+    return Call(
+        backend=resolve(how.backend, x.device, dtype),
+        logits=logits,
+        plan=Plan("T0", 1),
+        compute_dtype=compute,
+        logits_dtype=dtype,
+        weight_dtype=compute if weight is None else weight.dtype,
+        vocab=x.shape[-1] if weight is None else weight.shape[0],
+        **ranking,
+        grad_filter=how.grad_filter,
+        entropy=entropy,
+        extra=extra,
+    )
+
+
+def _check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, how: CallOptions
+) -> torch.dtype:
+    """Dtype of the matmuls."""
+    compute = validate.check_head(hidden, weight, bias)
+    validate.check_logits_dtype(how.logits_dtype, compute)
+    validate.check_grad_filter(how.grad_filter)
+    return compute
+
+
+def _check_logits(logits: Tensor, targets: Tensor, lists: bool = False) -> None:
+    """Logits (..., V) of at least two dimensions; of lists (B, n, T, V)."""
+    validate.check_float("logits", logits)
+    fits = logits.dim() == 4 and logits.shape[1] > 0 if lists else logits.dim() >= 2
+    shape, legend = ("B, n, T", "(B, n, T)") if lists else ("...", "logits.shape[:-1]")
+    if not fits or logits.shape[-1] < 1:
+        raise ValueError(f"logits must have shape ({shape}, V), got {tuple(logits.shape)}")
+    validate.check_targets_of(targets, "logits", logits, legend)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """(N, V), unit stride along V."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _lists(
+    hidden: Tensor,
+    targets: Tensor | None,
+    layout: Layout | None,
+    candidate_mask: Tensor | None,
+    how: CallOptions,
+    vocab: int | None,
+) -> Layout:
+    """The layout given, or one made from targets, both checked, less what the mask leaves out."""
+    if layout is not None:
+        if not isinstance(layout, Layout):
+            raise TypeError(f"layout must be a Layout or None, got {type(layout).__name__}")
+        if targets is not None:
+            raise ValueError("targets must be None when layout is given (it holds them)")
+        if how.shift:
+            raise ValueError("shift must be False when layout is given (shift when making it)")
+        rows = hidden.numel() // hidden.shape[-1]
+        if rows != layout.num_rows:
+            raise ValueError(
+                f"hidden must have {layout.num_rows} rows as the layout says, got {rows} in shape "
+                f"{tuple(hidden.shape)}"
+            )
+        validate.check_device("layout", layout.targets, "hidden", hidden)
+        return layout.present(candidate_mask)
+    if targets is None:
+        raise TypeError("targets must be an integer tensor when no layout is given, got None")
+    if hidden.dim() != 4 or hidden.shape[1] == 0:
+        raise ValueError(
+            f"hidden must have shape (B, n, T, H) without a layout, got {tuple(hidden.shape)}"
+        )
+    validate.check_targets_of(targets, "hidden", hidden, "(B, n, T)")
+    return Layout.of_targets(_scored(targets, how, candidate_mask), how.ignore_index, vocab)
+
+
+def _scored(targets: Tensor, how: CallOptions, candidate_mask: Tensor | None = None) -> Tensor:
+    """Targets, shifted if asked for, nothing scored of candidates outside the mask (B, n)."""
+    if how.shift:
+        targets = shift_targets(targets, how.ignore_index)
+    if candidate_mask is None:
+        return targets
+    validate.check_candidate_mask(candidate_mask, tuple(targets.shape[:2]))
+    there = candidate_mask.to(targets.device, non_blocking=True)[..., None]
+    return torch.where(there, targets, how.ignore_index)

@@ -1,0 +1,1 @@
+"""Run only the distinct tokens of a batch: common prefixes once, padding never."""

@@ -1,0 +1,221 @@
+"""One call, described once: what goes from the public functions to the kernels beside tensors.
+
+``Call`` is made and checked at the door (``api.py``). Its fields travel as they are, or encoded for
+``torch.library``, whose ops take plain arguments: as a text of all that is fixed, and as lists of
+the floats and of the integers, which may differ from call to call without another compilation.
+
+Legend: ``N`` scored rows, ``V`` vocabulary, ``S`` sequences, ``B`` prompts, ``n`` candidates.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pro_kernels import backends
+from pro_kernels.backends.protocol import Backend
+from pro_kernels.fused.planner import Plan, make_plan
+from pro_kernels.fused.shards import Shard
+from pro_kernels.layout import Layout
+from pro_kernels.options import LogitOptions, RankingOptions, constant_while_compiling
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call is made of besides its tensors.
+
+    Attributes:
+        backend: name of the one that serves it.
+        ranks_with: name of that which ranks: another where a prompt has too many candidates.
+        logits: what the model does to its logits.
+        plan: tier and chunks; until they are chosen, and of logits, none.
+        compute_dtype: of the matmuls.
+        logits_dtype: of the logits they leave.
+        weight_dtype: of the head's weight, and so of its gradient.
+        vocab: V, columns of the head on this rank.
+        ranking: of the loss; None of a call for log-probs.
+        final_dtype: to which the loss's terms are cast, or None.
+        prompt_tokens: tier T2 only, tokens of each prompt.
+        grad_filter: probability mass that columns may lose, or None.
+        targets_checked: whether all targets are known to lie in the vocabulary.
+        shared_rows: whether a row of the hidden states is read by several tokens.
+        entropy: whether that of each row is wanted too.
+        extra: the further statistics of ``output.TokenStats``.
+        shard: this rank's part of a head that is split over ranks.
+    """
+
+    backend: str
+    logits: LogitOptions
+    plan: Plan
+    compute_dtype: torch.dtype = torch.float32
+    logits_dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    vocab: int = 0
+    ranking: RankingOptions | None = None
+    ranks_with: str = ""
+    final_dtype: torch.dtype | None = None
+    prompt_tokens: tuple[int, ...] = ()
+    grad_filter: float | None = None
+    targets_checked: bool = False
+    shared_rows: bool = False
+    entropy: bool = False
+    extra: bool = False
+    shard: Shard | None = None
+
+    def but(self, **changes: Any) -> Call:
+        """The same with other values of some fields: ``replace``, in a fifth of its time."""
+        if torch.compiler.is_compiling():
+            return replace(self, **changes)
+        made = object.__new__(Call)
+        vars(made).update(vars(self), **changes)
+        return made
+
+    @property
+    def kernels(self) -> Backend:
+        """The backend's functions."""
+        return backends.get(self.backend)
+
+    def rank(self, logps: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor, Tensor]:
+        """The backend's ``ranking`` of these candidates."""
+        assert self.ranking is not None
+        backend = backends.get(self.ranks_with or self.backend)
+        return backend.ranking(logps, *candidates, options=self.ranking)
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        """Dtype of log-probs and statistics."""
+        return acc_dtype(self.compute_dtype)
+
+    @property
+    def rounds_logits(self) -> bool:
+        """Whether logits are held in 16 bits, so that a target's own is kept exactly beside."""
+        return self.logits_dtype.itemsize < 4
+
+
+class Candidates(NamedTuple):
+    """The candidates of each prompt in rank order, as ``ranking`` of the backends takes them."""
+
+    offsets: Tensor  # (S + 1,) int64, tokens of each sequence
+    lengths: Tensor  # (S,) int64
+    order: Tensor  # (B, n) int64, the sequence at each rank
+    rewards: Tensor | None  # (B, n) at those ranks, scaled
+    sft_rank: Tensor  # (B,) int64
+    weights: Tensor  # (B,) summing to 1, or all 0 where nothing is scored
+
+    def part(self, prompts: slice) -> Candidates:
+        """The same for these prompts."""
+        here = [None if x is None else x[prompts] for x in self[2:]]
+        return Candidates(self.offsets, self.lengths, *here)  # type: ignore[arg-type]
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of log-probs and statistics: fp32, or fp64 for fp64 logits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def planned(
+    call: Call,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    budget: int | None,
+    scalar_loss: bool = False,
+) -> Call:
+    """The call with its tier and chunks; ``scalar_loss``: its result is one loss over prompts."""
+    grads, compute, shard = torch.is_grad_enabled(), call.compute_dtype, call.shard
+    wide = call.logits_dtype != compute
+    may_chunk = scalar_loss and not wide and weight.requires_grad and shard is None
+    vocab = weight.shape[0] if shard is None else shard.most  # all ranks take the same chunks
+    fixed = vocab * weight.shape[1] * compute.itemsize if weight.dtype != compute else 0
+    if layout.shared_rows and hidden.requires_grad and hidden.itemsize < 4:
+        fixed += 4 * hidden.numel()  # dHidden is summed in fp32
+    plan = make_plan(
+        layout.num_tokens,
+        (vocab, weight.shape[1], compute),
+        hidden.device,
+        need_hidden=grads and hidden.requires_grad,
+        need_weight=grads and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        budget=budget if shard is None else shard.budget,
+        prompt_tokens=layout.prompt_tokens if may_chunk else None,
+        fixed=fixed,
+        hidden_rows=layout.num_rows,
+        wide_logits=wide,
+        filtered=call.grad_filter is not None,
+        grad_size=weight.itemsize if weight.requires_grad else 0,
+        entropy=call.entropy,
+    )
+    return call.but(
+        plan=plan,
+        prompt_tokens=layout.prompt_tokens if plan.tier == "T2" else (),
+        grad_filter=call.grad_filter if plan.need_hidden or plan.need_weight else None,
+        targets_checked=layout.checked_for(weight.shape[0] if shard is None else shard.vocab),
+        shared_rows=layout.shared_rows,
+    )
+
+
+# ---- as ops take it
+
+_KINDS = {cls.__name__: cls for cls in (Call, LogitOptions, Plan, RankingOptions, Shard)}
+_NAMES: dict[type, tuple[str, ...]] = {
+    cls: tuple(f.name for f in fields(cls)) for cls in _KINDS.values()
+}
+_FLOAT, _INT = "<float>", "<int>"
+Encoded = tuple[str, Sequence[float], Sequence[int]]
+
+
+def encode(call: Call) -> Encoded:
+    """Text, floats and integers of a call; ``torch.compile`` traces through it."""
+    floats: list[float] = []
+    integers: list[int] = []
+    return _text(_words(call, floats, integers)), floats, integers
+
+
+def decode(text: str, floats: Sequence[float], integers: Sequence[int]) -> Call:
+    """The call that ``encode`` made these of."""
+    numbers = {_FLOAT: iter(floats), _INT: iter(integers)}
+
+    def build(word: Any) -> Any:
+        if isinstance(word, list):
+            parts = [build(part) for part in word[1:]]
+            return _KINDS[word[0]](*parts) if word[0] else tuple(parts)
+        return next(numbers[word]) if word in numbers else word
+
+    return build(_parsed(text))
+
+
+def _words(x: Any, floats: list[float], integers: list[int]) -> Any:
+    """``x`` as nested tuples of constants, its numbers moved to the lists."""
+    if type(x) in _NAMES:
+        name, parts = type(x).__name__, [getattr(x, name) for name in _NAMES[type(x)]]
+        return (name, *[_words(part, floats, integers) for part in parts])
+    if isinstance(x, tuple):
+        return ("", *[_words(part, floats, integers) for part in x])
+    if isinstance(x, float):
+        floats.append(x)
+        return _FLOAT
+    if isinstance(x, int) and not isinstance(x, bool):
+        integers.append(x)
+        return _INT
+    return x
+
+
+@constant_while_compiling
+def _text(words: tuple) -> str:
+    return _dumped(words)
+
+
+@functools.lru_cache
+def _dumped(words: tuple) -> str:
+    return json.dumps(words, default=lambda dtype: {"dtype": str(dtype).removeprefix("torch.")})
+
+
+@functools.lru_cache
+def _parsed(text: str) -> list:
+    return json.loads(text, object_hook=lambda found: getattr(torch, found["dtype"]))

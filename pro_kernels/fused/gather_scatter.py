@@ -1,0 +1,97 @@
+"""The thin (N, H) sides of the head matmuls: hidden states gathered, gradients scattered.
+
+By the backend's own kernels where it has them, else in plain PyTorch.
+
+Legend: ``N`` scored rows, ``R`` rows of the hidden states, ``H`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pro_kernels.fused import matmul
+from pro_kernels.fused.call import Call
+
+
+def operand_dtype(call: Call, like: Tensor) -> torch.dtype:
+    """Dtype in which the matmuls really run."""
+    upcasts = matmul.upcasts(call.compute_dtype, like.device.type)
+    return torch.float32 if upcasts else call.compute_dtype
+
+
+def side_dtype(call: Call, like: Tensor) -> torch.dtype:
+    """Dtype of dZ0 W: fp32 where the matmul can leave its sums so, rounded with w once."""
+    return matmul.sums_dtype(call.compute_dtype, like.device.type)
+
+
+def rows_of(call: Call, hidden: Tensor, rows: Tensor) -> Tensor:
+    """The hidden states of these rows, in the dtype of the matmuls."""
+    if call.kernels.gather_rows:
+        return call.kernels.gather_rows(hidden, rows, None, call.compute_dtype)
+    return hidden.index_select(0, rows).to(call.compute_dtype)
+
+
+def weighted_rows(call: Call, hidden: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """``w * X`` for the dW matmul, rounded once, and only as far as that matmul reads it."""
+    operand = operand_dtype(call, hidden)
+    if call.kernels.gather_rows:
+        return call.kernels.gather_rows(hidden, rows, weights, operand)
+    x = hidden.index_select(0, rows).to(weights.dtype)
+    return x.mul_(weights[:, None]).to(operand)
+
+
+def target_logits(
+    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor | None:
+    """Raw target logits as fp32 dot products, where the logits themselves are rounded."""
+    if not call.rounds_logits:
+        return None
+    if call.kernels.target_logits:
+        return call.kernels.target_logits(x, weight, bias, targets)
+    exact = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    for i in range(0, x.shape[0], 1024):
+        at = slice(i, i + 1024)
+        w = weight.index_select(0, targets[at]).float()
+        torch.sum(w.mul_(x[at]), 1, out=exact[at])
+    return exact if bias is None else exact + bias[targets].float()
+
+
+def scatter_rows(
+    call: Call,
+    side: Tensor,  # (N, H): dZ0 W
+    weights: Tensor,  # (N,)
+    rows: Tensor,  # (N,)
+    out: Tensor,  # (R, H), zeros on entry
+) -> None:
+    """``out[rows] += weights * side``; in fp32, in a fixed order, where rows are shared."""
+    shared = call.shared_rows
+    if call.kernels.scatter_rows:
+        call.kernels.scatter_rows(side, weights, rows, out, shared)
+        return
+    acc = out.float() if shared and out.itemsize < 4 else out
+    for i in range(0, rows.shape[0], 4096):
+        at = slice(i, i + 4096)
+        part = (side[at].to(weights.dtype) * weights[at, None]).to(acc.dtype)
+        if shared and acc.is_cuda:  # sorted, so in a fixed order; index_add_ would be atomic there
+            acc.index_put_((rows[at],), part, accumulate=True)
+        elif shared:  # row after row; index_put_ is atomic here
+            acc.index_add_(0, rows[at], part)
+        else:
+            acc.index_copy_(0, rows[at], part)
+    if acc is not out:
+        out.copy_(acc)
+
+
+def empty_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised ``(rows, columns)``, the rows 16 bytes apart or a multiple of it.
+
+    What cuBLAS and vector loads are fast with, and what makes the CUDA kernels split every row
+    alike: a row's bits must not depend on where it stands.
+    """
+    step = max(1, 16 // dtype.itemsize)
+    memory = like.new_empty((rows, -(-columns // step) * step), dtype=dtype)
+    # oneDNN's bf16 matmul on AMX reads what lies between rows, and times 0 a NaN there is a NaN.
+    if memory.device.type == "cpu" and memory.shape[1] > columns:
+        memory[:, columns:] = 0
+    return memory[:, :columns]

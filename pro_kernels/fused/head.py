@@ -1,0 +1,201 @@
+"""The chunk loop around the head matmul: log-probs, and what the backward will need.
+
+For scored row r with upstream weight w_r (any sign), target t and ``dZ0 = onehot - softmax``:
+
+    logp_r   = z_t - lse
+    dHidden  = w * (dZ0 W)        dW = dZ0^T (w * X)        dbias = dZ0^T w
+
+dZ0 stays unweighted, in the logits' own memory and dtype; the signed scalar goes into the thin
+(N, H) sides, so one dZ0 serves every upstream gradient and loses nothing to rounding w into it.
+``dZ0 W`` is made in the forward, with W at hand: a backward with dZ0 retained needs X, not W.
+
+Where the entropy of each row is wanted too,
+
+    d entropy / d raw_v = -p_v (log p_v + entropy) dz_v/draw_v
+
+is no multiple of dZ0. Then the forward keeps logits, and the backward makes one dZ of both upstream
+gradients: still three head matmuls for rows whose logits were kept, and a fourth, which computes
+them again, for the others. ``dZ W`` is made there, so it needs the weight.
+
+Legend: ``N`` scored rows, ``R`` rows of the hidden states, ``H`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pro_kernels.fused import matmul
+from pro_kernels.fused.call import Call, acc_dtype
+from pro_kernels.fused.columns import Kept
+from pro_kernels.fused.gather_scatter import empty_rows, rows_of, target_logits
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward."""
+
+    stats: Tensor  # (1 to 3, N): log-sum-exp, entropy if wanted, raw target logit if rounded
+    kept: Tensor  # (retained, V): dZ0, or logits where the entropy is wanted
+    side: Tensor  # (N or 0, H): dZ0 W
+    filter: Kept
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], call: Call) -> Saved:
+        """What ``tensors`` were made of."""
+        stats, kept, side, *of_filter = tensors
+        return cls(stats, kept, side, Kept(call.grad_filter, *of_filter))
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All of it, in the order of the ops."""
+        f = self.filter
+        return self.stats, self.kept, self.side, f.columns, f.counts, f.dropped
+
+    def exact(self, call: Call, at: slice) -> Tensor | None:
+        """Raw target logits of these rows, where the logits themselves are rounded."""
+        return self.stats[-1, at] if call.rounds_logits else None
+
+
+def forward(
+    call: Call,
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H) in compute_dtype
+    bias: Tensor | None,  # (V,) in compute_dtype
+    rows: Tensor,  # (N,)
+    targets: Tensor,  # (N,)
+    values: Tensor,  # (1, 2 or 5, N) fp32 to fill: log-prob, entropy, ``_extra``
+    saved: Saved,  # to fill
+) -> None:
+    """Log-probs of all rows, chunk by chunk, and what the backward will need."""
+    n, plan = rows.shape[0], call.plan
+    if plan.tier == "T0" and _score(call, hidden, weight, bias, rows, targets, values, saved):
+        return
+    retained = min(saved.kept.shape[0], n)
+    scratch = None
+    for i, (start, stop) in enumerate(chunks_of(n, plan.chunk, retained)):
+        keep, at = start < retained, slice(start, stop)
+        x, t = rows_of(call, hidden, _part(rows, at)), _part(targets, at)
+        exact = None if call.shard else target_logits(call, x, weight, bias, t)
+        if keep and saved.kept.dtype == call.logits_dtype:
+            logits = _part(saved.kept, at)
+        else:
+            if scratch is None:
+                shape = min(plan.chunk, n), call.vocab
+                scratch = empty_rows(saved.kept, *shape, call.logits_dtype)
+            logits = scratch[: stop - start]
+        matmul.logits_into(logits, x, weight, bias)
+        if call.entropy:
+            logp, lse, entropy = call.kernels.logp(
+                logits, t, target_logits=exact, options=call.logits, entropy=True
+            )
+            assert entropy is not None
+            values[1, at] = saved.stats[1, at] = entropy
+            if call.extra:
+                values[2:, at] = _extra(call, logits, t, exact, lse)
+        elif call.shard:
+            write = plan.need_hidden or keep
+            logp, lse, exact = _across_ranks(call, x, weight, bias, t, logits, write)
+        elif plan.need_hidden or keep or call.grad_filter is not None:
+            logp, lse = call.kernels.residual_(logits, t, target_logits=exact, options=call.logits)
+        else:
+            logp, lse, _ = call.kernels.logp(logits, t, target_logits=exact, options=call.logits)
+        values[0, at], saved.stats[0, at] = logp, lse
+        if exact is not None:
+            saved.stats[-1, at] = exact
+        if call.entropy:
+            continue
+        dz, w = logits, weight
+        if call.grad_filter is not None:
+            dz, w = saved.filter.choose(i, logits, t, weight, call.logits.logit_scale, at)
+        if keep and saved.kept.dtype != call.logits_dtype:
+            dz = saved.kept[at, : dz.shape[1]].copy_(dz)
+        if plan.need_hidden:
+            matmul.hidden_grad(dz.to(call.compute_dtype), w, _part(saved.side, at))
+
+
+def _score(call, hidden, weight, bias, rows, targets, values, saved) -> bool:
+    """``forward`` without a backward by the backend's fused kernel; False where that is slower."""
+    fused, n = call.kernels.scores_fused, rows.shape[0]
+    if not fused or call.shard or call.entropy:
+        return False
+    if not fused(n, hidden.shape[1], call.vocab, call.compute_dtype, hidden.device):
+        return False
+    for i in range(0, n, call.plan.chunk):
+        at = slice(i, i + call.plan.chunk)
+        values[0, at], saved.stats[0, at] = call.kernels.score(
+            rows_of(call, hidden, rows[at]), weight, bias, targets[at], options=call.logits
+        )
+    return True
+
+
+def _across_ranks(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logits: Tensor,
+    write: bool,  # dZ0 over the logits
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-prob and log-sum-exp of each row over the columns of all ranks.
+
+    Then the raw logits of the targets where logits are rounded, exact as of ``target_logits``.
+    """
+    shard = call.shard
+    assert shard is not None
+    local = targets - shard.first
+    mine = (local >= 0) & (local < logits.shape[1])
+    local = torch.where(mine, local, 0)
+    raw = logits.gather(1, local[:, None])[:, 0].to(acc_dtype(logits.dtype))
+    exact = target_logits(call, x, weight, bias, local)
+    if exact is not None:  # the first column stands for a target of another rank: as it is
+        raw = torch.where(mine, exact, raw)
+    _, own, _ = call.kernels.logp(
+        logits, local, target_logits=None if exact is None else raw, options=call.logits
+    )
+    top = shard.max_(own.clone())
+    total, raw = shard.sum_(torch.stack([torch.exp(own - top), torch.where(mine, raw, 0.0)]))
+    log_total = torch.log(total)
+    logp = ((call.logits.transform(raw) - top) - log_total).clamp_max(0)
+    lse, exact = top + log_total, None if exact is None else raw
+    if write:
+        call.kernels.logits_grad(
+            logits, lse, targets, None,
+            target_logits=exact, first_column=shard.first, options=call.logits, out=logits,
+        )  # fmt: skip
+    return logp, lse, exact
+
+
+def _extra(
+    call: Call, logits: Tensor, targets: Tensor, exact: Tensor | None, lse: Tensor
+) -> Tensor:
+    """``log sum_v p_v^2``, mean z, and 1 where the target is the first of the largest; (3, N)."""
+    out = lse.new_empty((3, logits.shape[0]))
+    step = max(1, matmul.workspace(logits.device.type) // (4 * logits.shape[1]))
+    for i in range(0, logits.shape[0], step):
+        at = slice(i, i + step)
+        z = logits[at].to(lse.dtype)
+        index = targets[at, None]
+        # All of them rounded alike, or the target would win what rounds to a tie.
+        top = (z if call.logits.logit_scale > 0 else -z).argmax(1, keepdim=True)
+        if exact is not None:
+            z.scatter_(1, index, exact[at, None].to(z.dtype))
+        z = call.logits.transform(z)
+        out[0, at] = torch.logsumexp(2 * z, 1) - 2 * lse[at]
+        out[1, at] = z.mean(1)
+        out[2, at] = (top == index)[:, 0].to(out.dtype)
+    return out
+
+
+def chunks_of(n: int, chunk: int, retained: int) -> list[tuple[int, int]]:
+    """Row ranges of at most ``chunk`` rows, with a border where retention ends."""
+    starts = [*range(0, retained, chunk), *range(retained, n, chunk)]
+    return list(zip(starts, [*starts[1:], n], strict=False)) if n else []
+
+
+def _part(x: Tensor, at: slice) -> Tensor:
+    """``x[at]``; itself where that is all of it, as a single chunk has it."""
+    return x if at.stop - at.start == x.shape[0] else x[at]

@@ -1,0 +1,356 @@
+"""The ops: what runs inside each, and its fake implementation; backends load when first used.
+
+Sizes of outputs never depend on data: a call without a compact layout (``rows=None``) gets outputs
+for all N tokens and drops the unscored ones inside. Gradients are wired in ``autograd.py``.
+
+Legend: ``R`` rows of the hidden states, ``N`` tokens, ``H`` hidden, ``V`` vocabulary, ``S``
+sequences, ``B`` prompts, ``n`` candidates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pro_kernels.fused import backward, head, prompts
+from pro_kernels.fused.call import Call, Candidates, acc_dtype
+from pro_kernels.fused.columns import Kept
+from pro_kernels.fused.gather_scatter import empty_rows, side_dtype
+from pro_kernels.fused.registry import fake, op
+from pro_kernels.layout import raise_bad_target
+from pro_kernels.options import IGNORE_INDEX
+
+
+@op()
+def logps(
+    logits: Tensor,  # (N, V)
+    targets: Tensor,  # (N,), IGNORE_INDEX where not scored
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of each target, log-sum-exp and entropy (or nothing) of each row, ``(N,)`` fp32."""
+    check_range(targets, logits.shape[1])
+    logp, lse, third = call.kernels.logp(logits, targets, options=call.logits, entropy=call.entropy)
+    return logp, lse, lse.new_empty(0) if third is None else third
+
+
+@fake(logps)
+def _(logits, targets, call):
+    out = logits.new_empty(targets.shape, dtype=acc_dtype(logits.dtype))
+    return out, torch.empty_like(out), out.new_empty(out.shape if call.entropy else 0)
+
+
+@op()
+def logits_grad(
+    logits: Tensor,  # (N, V)
+    lse: Tensor,  # (N,)
+    targets: Tensor,  # (N,)
+    weights: Tensor,  # (N,) upstream gradient of each log-prob
+    entropy: Tensor | None,  # (N,)
+    entropy_weights: Tensor | None,  # (N,) upstream gradient of each entropy
+    call: Call,
+) -> Tensor:
+    """Gradient with respect to the logits; rows that are not scored become 0 without being read."""
+    rows = (lse, targets, weights, entropy, entropy_weights)
+    return _logits_grad(logits, *rows, call, out=None)
+
+
+@fake(logits_grad)
+def _(logits, lse, targets, weights, entropy, entropy_weights, call):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@op(mutates_args=("logits",))
+def logits_grad_(
+    logits: Tensor,
+    lse: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    entropy: Tensor | None,
+    entropy_weights: Tensor | None,
+    call: Call,
+) -> None:
+    """``logits_grad`` written over the logits."""
+    rows = (lse, targets, weights, entropy, entropy_weights)
+    _logits_grad(logits, *rows, call, out=logits)
+    # Kernels write through pointers, which autograd does not see; it must find logits that another
+    # node saved, or a second backward of this one, changed.
+    if not logits.is_inference():
+        torch.autograd.graph.increment_version(logits)
+
+
+@fake(logits_grad_)
+def _(logits, lse, targets, weights, entropy, entropy_weights, call):
+    return None
+
+
+def _logits_grad(logits, lse, targets, weights, entropy, by, call, out):
+    return call.kernels.logits_grad(
+        logits,
+        lse,
+        targets,
+        weights,
+        options=call.logits,
+        out=out,
+        entropy=None if entropy is None else (entropy, by),
+    )
+
+
+@op()
+def ranking(
+    logps: Tensor,  # (N,) fp32
+    offsets: Tensor,  # (S + 1,)
+    lengths: Tensor,  # (S,)
+    order: Tensor,  # (B, n)
+    rewards: Tensor | None,  # (B, n)
+    sft_rank: Tensor,  # (B,)
+    weights: Tensor,  # (B,)
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss terms (B, n), sequence sums (S,) and ``d loss / d logps`` (N,); see the backends."""
+    return call.rank(logps, Candidates(offsets, lengths, order, rewards, sft_rank, weights))
+
+
+@fake(ranking)
+def _(logps, offsets, lengths, order, rewards, sft_rank, weights, call):
+    return (
+        logps.new_empty(order.shape),
+        logps.new_empty(lengths.shape),
+        logps.new_empty(logps.shape),
+    )
+
+
+# ``head``, but the module has that name.
+@op()
+def head_forward(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,); None: token i is row i, unscored ones are dropped here
+    targets: Tensor,  # (N,)
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of the scored rows, and what the backward needs.
+
+    Returns ``values`` (1, 2 or 5, N): log-prob and, with ``call.entropy``, the entropy and, with
+    ``call.extra``, ``log sum p^2``, the mean logit and whether the target is the largest. Then
+    ``head.Saved``, whose rows are in compact order.
+    """
+    with _autocast_off(hidden):
+        if not call.targets_checked:
+            check_range(targets, call.shard.vocab if call.shard else call.vocab)
+        values, saved = _head_buffers(hidden, targets, call)
+        live, rows, kept_targets = _compact(rows, targets)
+        n = rows.shape[0]
+        compact = values if live is None else values.new_empty(values.shape[0], n)
+        head.forward(
+            call,
+            hidden,
+            *_cast(weight, bias, call),
+            rows,
+            kept_targets,
+            compact,
+            saved._replace(stats=saved.stats[:, :n]),
+        )
+        if live is not None:
+            values.zero_().index_copy_(1, live, compact)
+            saved.filter.spread_dropped(live)
+        return values, *saved.tensors
+
+
+@fake(head_forward)
+def _(hidden, weight, bias, rows, targets, call):
+    values, saved = _head_buffers(hidden, targets, call)
+    return values, *saved.tensors
+
+
+@op()
+def head_backward(
+    grad: Tensor,  # (N,) upstream gradient of each log-prob
+    entropy_grad: Tensor | None,  # (N,) of each entropy
+    hidden: Tensor,  # (R, H)
+    weight: Tensor | None,  # (V, H); None where all of dZ0 was retained
+    bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,)
+    targets: Tensor,  # (N,)
+    saved: Sequence[Tensor],  # of ``head_forward``
+    needs: Sequence[bool],  # whether dHidden, dW and dbias are wanted
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DHidden (R, H), dW (V, H) and dbias (V,); those not needed are empty."""
+    with _autocast_off(hidden):
+        grads = _grad_buffers(hidden, call, needs)
+        live, rows, targets = _compact(rows, targets)
+        upstream = [
+            None if x is None else _live(x.to(call.acc_dtype), live) for x in (grad, entropy_grad)
+        ]
+        kept = head.Saved.of(saved, call)
+        kept = kept._replace(stats=kept.stats[:, : rows.shape[0]])
+        wanted = [x if need else None for x, need in zip(grads, needs, strict=True)]
+        gradients = backward.backward_of_both if call.entropy else backward.backward
+        gradients(call, hidden, *_cast(weight, bias, call), rows, targets, kept, upstream, wanted)
+        return grads
+
+
+@fake(head_backward)
+def _(grad, entropy_grad, hidden, weight, bias, rows, targets, saved, needs, call):
+    return _grad_buffers(hidden, call, needs)
+
+
+@op()
+def linear_pro(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,)
+    targets: Tensor,  # (N,)
+    candidates: Sequence[Tensor | None],  # of ``call.Candidates``
+    need_bias: bool,
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tier T2: loss terms (B, n), sequence sums (S,), and dHidden, dW, dbias of the loss.
+
+    Then the row weights (N,) and, with a filter, ``dropped`` of ``columns.Kept``.
+    """
+    with _autocast_off(hidden):
+        if not call.targets_checked:
+            check_range(targets, call.vocab)
+        grads = _t2_grads(hidden, call, need_bias, call.acc_dtype)
+        ranked = Candidates(*candidates)  # type: ignore[arg-type]
+        live, rows, kept_targets = _compact(rows, targets)
+        tokens = prompts.chunk_tokens(call)
+        if live is not None:  # dense: the token list shrinks, and the offsets with it
+            before = torch.nn.functional.pad((targets >= 0).cumsum(0), (1, 0))
+            ends = torch.tensor([0, *tokens], device=before.device).cumsum(0)
+            ranked = ranked._replace(offsets=before[ranked.offsets])
+            tokens = before[ends].diff().tolist()
+        kept = Kept.empty(call.grad_filter, len(tokens), call.vocab, targets.shape[0], hidden)
+        terms, sums, row_weights = prompts.pro_forward(
+            call,
+            hidden,
+            *_cast(weight, bias, call),
+            rows,
+            kept_targets,
+            ranked,
+            tokens,
+            [x.zero_() if x.numel() else None for x in grads],
+            kept,
+        )
+        if live is not None:
+            compact, row_weights = row_weights, row_weights.new_zeros(targets.shape[0])
+            row_weights.index_copy_(0, live, compact)
+            kept.spread_dropped(live)
+        d_hidden, d_weight, d_bias = grads
+        # dbias is small: it stays in fp32 until it is scaled, and is rounded once.
+        made = (d_hidden, d_weight.to(call.weight_dtype), d_bias)
+        return terms, sums, *made, row_weights, kept.dropped
+
+
+@fake(linear_pro)
+def _(hidden, weight, bias, rows, targets, candidates, need_bias, call):
+    acc, n = call.acc_dtype, targets.shape[0]
+    d_hidden, d_weight, d_bias = _t2_grads(hidden, call, need_bias, call.weight_dtype)
+    ranked = Candidates(*candidates)
+    return (
+        hidden.new_empty(ranked.order.shape, dtype=acc),
+        hidden.new_empty(ranked.lengths.shape, dtype=acc),
+        *(d_hidden, d_weight, d_bias.to(acc)),
+        hidden.new_empty(n, dtype=acc),
+        hidden.new_empty((3, 0 if call.grad_filter is None else n), dtype=torch.float32),
+    )
+
+
+@op()
+def scaled(x: Tensor, by: Tensor, call: Call) -> Tensor:
+    """``by * x`` in x's dtype, multiplied in fp32 (fp64): neither factor is rounded before."""
+    acc = acc_dtype(x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    flat, source = out.view(-1), x.reshape(-1)
+    for i in range(0, flat.numel(), 1 << 22):
+        at = slice(i, i + (1 << 22))
+        flat[at] = source[at].to(acc) * by.to(acc)
+    return out
+
+
+@fake(scaled)
+def _(x, by, call):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def check_range(targets: Tensor, vocab: int) -> None:
+    """Raise ValueError for a target outside [0, V) that is not IGNORE_INDEX.
+
+    On a GPU the check is queued with ``torch._assert_async`` (as ``cross_entropy`` does with its
+    device-side assertion): nothing waits, and the error surfaces at the next synchronisation.
+    """
+    on_cpu = targets.device.type == "cpu"
+    if on_cpu and targets.numel():
+        low, high = map(int, targets.aminmax())
+        if low >= 0 and high < vocab:
+            return
+    bad = (targets >= vocab) | ((targets < 0) & (targets != IGNORE_INDEX))
+    if on_cpu:
+        if bad.any():
+            raise_bad_target(targets, int(bad.nonzero()[0]), vocab, IGNORE_INDEX)
+    elif targets.device.type != "meta":
+        torch._assert_async(~bad.any(), f"targets must lie in [0, {vocab})")
+
+
+def _cast(weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Any, Any]:
+    """Weight and bias in the dtype of the matmuls."""
+    dtype = call.compute_dtype
+    return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _head_buffers(hidden: Tensor, targets: Tensor, call: Call) -> tuple[Tensor, head.Saved]:
+    n, plan, acc = targets.shape[0], call.plan, call.acc_dtype
+    chunks = -(-plan.retained // plan.chunk) - (-n // plan.chunk) + 1
+    statistics = 1 + call.entropy + call.rounds_logits
+    kept_dtype = call.logits_dtype if call.entropy else call.compute_dtype
+    side = n if plan.need_hidden and not call.entropy else 0
+    return hidden.new_empty((1 + call.entropy + 3 * call.extra, n), dtype=acc), head.Saved(
+        hidden.new_empty((statistics, n), dtype=acc),
+        empty_rows(hidden, plan.retained, call.vocab, kept_dtype),
+        hidden.new_empty((side, hidden.shape[1]), dtype=side_dtype(call, hidden)),
+        Kept.empty(call.grad_filter, chunks, call.vocab, n, hidden),
+    )
+
+
+def _grad_buffers(
+    hidden: Tensor, call: Call, needs: Sequence[bool], weight_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    width, dtype = hidden.shape[1], weight_dtype or call.weight_dtype
+    need_hidden, need_weight, need_bias = needs
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0, width)),
+        hidden.new_empty((call.vocab if need_weight else 0, width), dtype=dtype),
+        hidden.new_empty(call.vocab if need_bias else 0, dtype=dtype),
+    )
+
+
+def _t2_grads(
+    hidden: Tensor, call: Call, need_bias: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _grad_buffers(hidden, call, (call.plan.need_hidden, True, need_bias), dtype)
+
+
+def _live(x: Tensor, live: Tensor | None) -> Tensor:
+    return x if live is None else x[live]
+
+
+def _compact(rows: Tensor | None, targets: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Positions of live tokens (None: all of them), their rows and their targets."""
+    if rows is not None:
+        return None, rows, targets
+    live = (targets >= 0).nonzero()[:, 0]
+    return live, live, targets[live]
+
+
+def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+    """Dtypes are chosen before the op; autocast must not change them again inside."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

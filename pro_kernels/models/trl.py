@@ -1,0 +1,192 @@
+"""TRL's trainers on the fused kernels.
+
+TRL 1.16 scores tokens under DPO, KTO, GRPO, RLOO and SFT through one autograd Function,
+``ChunkedLogProbFunction``. ``accelerate_trl()`` puts another in its place, with the same arguments
+and the same outputs: three head matmuls instead of four, and none for positions that are not scored
+(TRL itself scores every position where it has no Triton kernel). And every trainer of TRL then runs
+its models on distinct rows (``distinct_rows``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pro_kernels.api import linear_token_logps, linear_token_stats
+from pro_kernels.distinct.decoder import Distinct, distinct_rows
+from pro_kernels.validate import check_choice
+
+OLDEST = (1, 16)
+_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# What stood where something of ours stands: (thing, name, value), None for what it inherits.
+_saved: list[tuple[Any, str, Any]] = []
+_PADDED = "_pro_kernels_padded"  # the attribute of a trainer that says why models run padded rows
+_RUNS = ("train", "evaluate", "predict")  # methods of a trainer that run its models
+
+
+class FusedLogProbs:
+    """Stands in for ``ChunkedLogProbFunction``; ``apply`` is all that TRL calls."""
+
+    backend = "auto"
+    budget: int | None = None
+
+    @classmethod
+    def apply(
+        cls,
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,)
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = _OUTPUTS,
+    ) -> tuple[Tensor | None, ...]:
+        """Log-probs and entropies (N,), both differentiable; log sum p^2, mean logit, top-1.
+
+        What is not in ``outputs`` is None. ``chunk_size`` is TRL's; here the budget decides.
+        """
+        if hasattr(weight, "ds_id"):  # of DeepSpeed ZeRO-3: TRL gathers it again in its backward
+            from trl.kernels import ChunkedLogProbFunction
+
+            return ChunkedLogProbFunction.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
+                logit_scale, outputs,
+            )  # fmt: skip
+        if not torch.is_autocast_enabled(hidden.device.type):
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
+        options: dict[str, Any] = {"bias": bias, "backend": cls.backend, "budget": cls.budget}
+        options["logit_scale"] = logit_scale / temperature
+        if final_logit_softcapping is not None:  # cap(z) / T = (c / T) tanh((z / T) / (c / T))
+            options["softcap"] = final_logit_softcapping / temperature
+        wanted = [name in outputs for name in _OUTPUTS]
+        if not any(wanted):
+            logps: Any = linear_token_logps(hidden, weight, targets, **options)
+            return logps, *[None] * 4
+        stats = linear_token_stats(hidden, weight, targets, extra=any(wanted[1:]), **options)
+        rest = (x if keep else None for keep, x in zip(wanted, stats[1:], strict=True))
+        return stats.logps, *rest
+
+
+_ARGUMENTS = tuple(inspect.signature(FusedLogProbs.apply).parameters)
+
+
+def accelerate_trl(
+    *, rows: str = "distinct", backend: str = "auto", budget: int | None = None
+) -> None:
+    """Run TRL's trainers on the fused kernels and on distinct rows, in this process.
+
+    Models, trainers and their arguments stay as they are; call it before training. Positions that
+    are not scored leave the head matmul on every device. Padding is not run, and what several rows
+    of a batch begin with is run once; the end of the training says how much that left out.
+
+    Args:
+        rows: "distinct", or "padded" to run batches as TRL makes them. A model that cannot run
+            distinct rows runs padded ones, and it is said why.
+        backend: "auto" or a backend's name.
+        budget: bytes a call may take beyond the inputs' gradients; None for a default.
+
+    Raises:
+        ImportError: TRL is missing, or of a version whose function has other arguments.
+        ValueError: TRL is accelerated already, or ``rows`` is neither.
+    """
+    check_choice("rows", rows, ("distinct", "padded"))
+    utils = _trl_utils()
+    if _saved:
+        raise ValueError("TRL is accelerated already; call restore_trl() first")
+    FusedLogProbs.backend, FusedLogProbs.budget = backend, budget
+    new: list[tuple[Any, str, Any]] = [
+        (utils, "_ChunkedLogProbFunction", FusedLogProbs),
+        (utils, "_use_triton", lambda device: True),
+    ]
+    if rows == "distinct":
+        from trl.trainer.base_trainer import _BaseTrainer as trainer
+
+        new += [(trainer, name, _on_distinct_rows(getattr(trainer, name))) for name in _RUNS]
+    for thing, name, value in new:
+        _saved.append((thing, name, vars(thing).get(name)))
+        setattr(thing, name, value)
+
+
+def restore_trl() -> None:
+    """Undo ``accelerate_trl``; nothing happens where it was not called."""
+    while _saved:
+        thing, name, value = _saved.pop()
+        if value is None:
+            delattr(thing, name)
+        else:
+            setattr(thing, name, value)
+
+
+def _on_distinct_rows(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a trainer, whose models run distinct rows meanwhile."""
+
+    @functools.wraps(method)
+    def run(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        say = print if trainer.is_world_process_zero() else lambda _: None
+        padded = trainer.__dict__.setdefault(_PADDED, {})  # a refused model is not tried again
+        with contextlib.ExitStack() as stack:
+            begun: Distinct | None = None
+            for name in ("model", "ref_model"):
+                model = getattr(trainer, name, None)
+                if model is None or name in padded:
+                    continue
+                try:
+                    if reason := _no_distinct_rows(trainer):
+                        raise ValueError(reason)
+                    rows = distinct_rows(trainer.accelerator.unwrap_model(model))
+                except ValueError as reason:
+                    padded[name] = reason
+                    say(f"pro_kernels: {name} runs padded rows: {reason}")
+                    continue
+                stack.enter_context(rows)
+                begun = rows if name == "model" and rows.users == 1 else begun
+            result = method(trainer, *args, **kwargs)
+            if begun is not None:
+                say(
+                    f"pro_kernels: {begun.run_tokens} of {begun.padded_tokens} tokens were run "
+                    f"({begun.saved:.0%} saved)"
+                )
+            return result
+
+    return run
+
+
+def _no_distinct_rows(trainer: Any) -> str | None:
+    """Why the models of a trainer cannot run distinct rows, whatever they are."""
+    if trainer.args.n_gpu > 1:
+        return "torch.nn.DataParallel splits batches; start one process a GPU"
+    split = getattr(trainer.accelerator, "parallelism_config", None)
+    if split is not None and (split.cp_enabled or split.sp_enabled):
+        return "context and sequence parallelism split rows over ranks"
+    return None
+
+
+def _trl_utils() -> ModuleType:
+    """``trl.trainer.utils``, checked to be the one this module was written for."""
+    try:
+        import trl
+        import trl.trainer.utils as utils
+        from trl.kernels import ChunkedLogProbFunction
+    except ImportError as error:
+        raise ImportError(
+            f"accelerate_trl needs TRL >= {'.'.join(map(str, OLDEST))} (pip install trl): {error}"
+        ) from error
+    version = tuple(int(x) for x in trl.__version__.split(".")[:2])
+    found = tuple(inspect.signature(ChunkedLogProbFunction.forward).parameters)[1:]
+    names = ("_ChunkedLogProbFunction", "_use_triton")
+    if version < OLDEST or found != _ARGUMENTS or not all(hasattr(utils, x) for x in names):
+        raise ImportError(
+            f"TRL {trl.__version__} computes token log-probs in another way than 1.16, for which "
+            f"accelerate_trl was written (arguments {_ARGUMENTS}, found {found}); install trl==1.16"
+        )
+    return utils

@@ -1,1 +1,0 @@
-"""The trust report (``pro-kernels check --full``): every path here, and peers, against fp64."""

@@ -1,0 +1,170 @@
+"""A loss from outside the package: one file, no edit of anything."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import torch
+
+from pro_kernels.losses import LOSSES, differences, get_loss, pair_sum, register
+from pro_kernels.losses.ranked import Ranked
+from pro_kernels.option_types import Beta, LengthNormalize, Limits
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
+TOY = re.search(r"## A loss.*?```python\n(.*?)```", PAGE.read_text(), re.S)[1]
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """The file of the loss; what it registers is forgotten afterwards."""
+    known = dict(LOSSES)
+    path = tmp_path / "gap_hinge.py"
+    path.write_text(TOY)
+    yield path
+    LOSSES.clear()
+    LOSSES.update(known)
+    sys.modules.pop(str(path), None)
+
+
+@pytest.fixture
+def forgotten(toy):
+    """The same for losses of a test's own."""
+
+
+def config(tmp_path, **options):
+    from pro_trainer.train.config import PROConfig
+
+    return PROConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **options)
+
+
+def test_it_is_a_loss_as_the_others_are(toy):
+    exec(compile(TOY, str(toy), "exec"), {"__name__": "gap_hinge"})
+    loss = get_loss("gap_hinge")
+    assert list(LOSSES)[-1] == "gap_hinge" and loss.uses_gaps() and not loss.needs_reference
+    logps = torch.tensor([[-4.0, -1.0, -9.0]], requires_grad=True)
+    rewards, mask = torch.tensor([[0.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])
+    value, metrics = loss(logps, torch.tensor([[2, 1, 3]]), rewards=rewards, mask=mask, slope=2.0)
+    value.backward()
+    assert value.item() == pytest.approx(2 * 3 - (-1 + 2)) and metrics["rewards/margins"] == 1
+    assert logps.grad.tolist() == [[0.5, -1.0, 0.0]]
+    with pytest.raises(ValueError, match="slope must be > 0, got 0"):
+        loss(logps, torch.ones(1, 3), slope=0)
+    assert loss.reward_fault([-100.0, 0.0]) == "low" and loss.reward_fault([1.0, 0.0]) is None
+    assert "too far apart" in loss.reward_fault([3e38, -3.0])
+
+
+def test_the_trainer_takes_it_and_does_not_mix_order_with_gaps(toy, tmp_path):
+    from pro_trainer.data.report import DataReport
+    from pro_trainer.train.inputs import check_lists
+
+    args = config(
+        tmp_path, loss_type="gap_hinge", loss_module=str(toy), loss_options={"slope": 0.5}
+    )
+    assert args.given() == {"slope": 0.5} and args.scores_are_means()
+    assert not args.ranks_only() and not args.needs_reference()
+    assert args.reward_fault([-100.0, 1.0]) == "low"
+    mixed = DataReport()
+    mixed.lists, mixed.with_rewards = 2, 1
+    with pytest.raises(ValueError, match="1 of 2 lists have rewards, the others only an order"):
+        check_lists(mixed, args)
+    check_lists(mixed, config(tmp_path, loss_type="simpo"))
+    with pytest.raises(ValueError, match="slope must be > 0"):
+        config(tmp_path, loss_type="gap_hinge", loss_options='{"slope": -1}')
+    with pytest.raises(ValueError, match="slop=1 is no option of loss_type='gap_hinge', .* slope"):
+        config(tmp_path, loss_type="gap_hinge", loss_options={"slop": 1})
+    with pytest.raises(ValueError, match="loss_options must be JSON, got 'slope'"):
+        config(tmp_path, loss_type="gap_hinge", loss_options="slope")
+    with pytest.raises(ValueError, match="loss_module .*nowhere.py cannot be imported"):
+        config(tmp_path, loss_module=str(tmp_path / "nowhere.py"))
+
+
+def test_the_command_trains_and_evaluates_with_it(toy, tmp_path, capsys):
+    from pro_trainer.cli.main import main
+
+    run = tmp_path / "run"
+    argv = ["train", "--demo", "--loss_module", str(toy), "--loss_type", "gap_hinge"]
+    argv += ["--loss_options", '{"slope": 0.5}', "--output_dir", str(run), "--max_steps", "2"]
+    argv += ["--logging_steps", "1", "--max_length", "64", "--use_cpu", "true"]
+    assert main(argv) == 0, capsys.readouterr().err
+    identity = json.loads((run / "pro_run.json").read_text())
+    assert identity["loss_type"] == "gap_hinge" and identity["loss_module"] == str(toy)
+    assert "loss" in capsys.readouterr().out
+    assert main([*argv, "--loss_options", '{"slope": -1}', "--overwrite", "true"]) == 2
+    assert "slope must be > 0, got -1" in capsys.readouterr().err
+
+
+def test_what_is_needed_is_asked_for(forgotten):
+    @register(needs=["ref_logps"], uses_gaps=lambda beta, **_: beta > 1)
+    def toy_ratio(ranked: Ranked, *, beta: Beta = 0.1):
+        implicit = beta * ranked.log_ratios()
+        return ranked.result(pair_sum(-differences(implicit), ranked.better()), implicit)
+
+    assert toy_ratio.needs_reference and toy_ratio.__doc__ is None
+    assert (toy_ratio.uses_gaps(), toy_ratio.uses_gaps(beta=2.0)) == (False, True)
+    assert toy_ratio.reward_fault([3e38, -3e38]) is None
+    ones = torch.ones(1, 2)
+    with pytest.raises(ValueError, match="toy_ratio needs ref_logps: expected a .* tensor, got No"):
+        toy_ratio(ones, ones)
+    assert toy_ratio(ones, ones, ref_logps=ones)[0] == 0
+
+
+def test_an_integer_option_has_limits_of_its_own(forgotten):
+    @register()
+    def toy_ratio(
+        ranked: Ranked, *, k: Annotated[int, Limits(at_least=0, at_most=4), "Terms."] = 2
+    ):
+        return ranked.result(k * ranked.logps.sum(1), ranked.logps)
+
+    ones = torch.ones(1, 2)
+    assert [toy_ratio(ones, ones, k=k)[0] for k in (0, 4)] == [0, 8]
+    for k, error in ((5, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"k must be an integer >= 0 and <= 4, got {k}"):
+            toy_ratio(ones, ones, k=k)
+
+
+def positional(ranked, beta=0.1):
+    return ranked.result(ranked.logps.sum(1), ranked.logps)
+
+
+def without_default(ranked, *, beta: Beta):
+    return ranked.result(ranked.logps.sum(1), ranked.logps)
+
+
+def bad_default(ranked, *, beta: Beta = -1.0):
+    return ranked.result(ranked.logps.sum(1), ranked.logps)
+
+
+def dpo(ranked, *, normalize: LengthNormalize = True, t: Annotated[float, Limits()] = 1.0):
+    return ranked.result(ranked.logps.sum(1), ranked.logps)
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "error", "message"),
+    [
+        (
+            positional,
+            {},
+            TypeError,
+            "beta of loss positional must be by keyword",
+        ),
+        (without_default, {}, TypeError, "beta of loss without_default must be by"),
+        (bad_default, {}, ValueError, "beta must be > 0, got -1.0"),
+        (dpo, {}, ValueError, "there is a loss 'dpo' already, of pro_kernels.losses.dpo"),
+        (
+            dpo,
+            {"needs": ["mask"]},
+            ValueError,
+            "must be one of ['rewards', 'ref_logps'], got 'mask'",
+        ),
+        (print, {}, TypeError, "a loss is registered from a function"),
+    ],
+)
+def test_what_cannot_be_registered(body, options, error, message, forgotten):
+    with pytest.raises(error, match=re.escape(message)):
+        register(**options)(body)
+    assert body.__name__ not in LOSSES or LOSSES[body.__name__].body is not body
