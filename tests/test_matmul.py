@@ -299,3 +299,41 @@ def test_nothing_uninitialised_lies_between_rows_on_a_cpu(columns, poison):
     between = rows.as_strided((5, rows.stride(0)), (rows.stride(0), 1))[:, columns:]
     assert rows.shape == (5, columns) and rows.isnan().all()  # poisoned
     assert between.equal(torch.zeros_like(between))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"grad_filter": 0.03}, {"budget": 1}, {"grad_filter": 0.03, "budget": 1},
+])  # fmt: skip
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=["same", "fp32"])
+def test_no_matmul_has_nan_between_the_rows_of_its_operands(
+    monkeypatch, poison, options, logits_dtype
+):
+    seen = []
+
+    def looked_at(name):
+        run = getattr(matmul, name)
+
+        def wrapped(*operands, **given):
+            for x in operands[1:3] if name == "logits_into" else operands[:2]:
+                rows, columns = x.shape
+                gap = min(64 // x.itemsize, x.stride(0) - columns)
+                if x.dtype == torch.bfloat16 and gap > 0:
+                    behind = x.as_strided((rows - 1, columns + gap), x.stride(), x.storage_offset())
+                    assert not behind[:, columns:].isnan().any()
+                    seen.append(name)
+            return run(*operands, **given)
+
+        monkeypatch.setattr(matmul, name, wrapped)
+
+    for name in ("logits_into", "hidden_grad", "weight_grad"):
+        looked_at(name)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 3, 8, 16, generator=g).bfloat16().requires_grad_()
+    weight = (3 * torch.randn(301, 16, generator=g)).bfloat16().requires_grad_()
+    targets = torch.randint(0, 301, (2, 3, 8), generator=g)
+    out = pk.linear_pro_loss(
+        hidden, weight, targets, torch.randn(2, 3, generator=g), logits_dtype=logits_dtype,
+        **options,
+    )  # fmt: skip
+    out.loss.backward()
+    assert {"hidden_grad", "weight_grad"} & set(seen)

@@ -91,7 +91,14 @@ def empty_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Ten
     """
     step = max(1, 16 // dtype.itemsize)
     memory = like.new_empty((rows, -(-columns // step) * step), dtype=dtype)
-    # oneDNN's bf16 matmul on AMX reads what lies between rows, and times 0 a NaN there is a NaN.
-    if memory.device.type == "cpu" and memory.shape[1] > columns:
-        memory[:, columns:] = 0
+    clear_behind(memory, columns)
     return memory[:, :columns]
+
+
+def clear_behind(memory: Tensor, columns: int) -> None:
+    """Zeros behind the first ``columns`` of each row, where they are to be multiplied on a CPU.
+
+    oneDNN's bf16 matmul on AMX reads what lies between rows, and times 0 a NaN there is a NaN.
+    """
+    if memory.device.type == "cpu" and memory.shape[1] > columns:
+        memory[:, columns : columns + 64 // memory.itemsize] = 0  # a row of an AMX tile

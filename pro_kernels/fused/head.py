@@ -31,7 +31,7 @@ from torch import Tensor
 from pro_kernels.fused import matmul
 from pro_kernels.fused.call import Call, acc_dtype
 from pro_kernels.fused.columns import Kept
-from pro_kernels.fused.gather_scatter import empty_rows, rows_of, target_logits
+from pro_kernels.fused.gather_scatter import clear_behind, empty_rows, rows_of, target_logits
 
 
 class Saved(NamedTuple):
@@ -111,6 +111,7 @@ def forward(
         if call.grad_filter is not None:
             dz, w = saved.filter.choose(i, logits, t, weight, call.logits.logit_scale, at)
         if keep and saved.kept.dtype != call.logits_dtype:
+            clear_behind(saved.kept[at], dz.shape[1])
             dz = saved.kept[at, : dz.shape[1]].copy_(dz)
         if plan.need_hidden:
             matmul.hidden_grad(dz.to(call.compute_dtype), w, _part(saved.side, at))
