@@ -15,6 +15,7 @@ from torch import nn
 
 import pro_kernels as pk
 from pro_kernels.fused import call
+from pro_kernels.models.lazy import LazyLogits
 from pro_kernels.models.probe import FACTOR, allowed, last_bits_off, rms
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
@@ -90,7 +91,7 @@ def test_cross_entropy_is_the_models_own(name):
     want = grads(model, plain.loss)
     assert pk.attach(model) is model
     out = model(**inputs)
-    assert out.logits is None and isinstance(out, type(plain))
+    assert isinstance(out.logits, LazyLogits) and isinstance(out, type(plain))
     torch.testing.assert_close(out.loss, plain.loss, rtol=1e-5, atol=1e-6)
     assert_same_grads(grads(model, out.loss), want)
     logps = plain.logits[:, :-1].log_softmax(-1)
@@ -117,7 +118,7 @@ def test_ranking_loss_is_that_of_the_logits(name):
     for field in ("scores", "logps", "rank_losses", "sft_loss"):
         torch.testing.assert_close(getattr(out, field), getattr(reference, field), rtol=1e-4,
                                    atol=1e-4)  # fmt: skip
-    assert out.lengths.equal(reference.lengths) and out.logits is None
+    assert out.lengths.equal(reference.lengths) and isinstance(out.logits, LazyLogits)
 
 
 def test_order_only_and_layout_and_masked_candidates():
@@ -189,10 +190,12 @@ def test_detach_restores_and_copies_are_attached():
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.lm_head.weight.mul_(2)
-    assert other(**inputs).loss != model(**inputs).loss and other(**inputs).logits is None
+    assert other(**inputs).loss != model(**inputs).loss and isinstance(
+        other(**inputs).logits, LazyLogits
+    )
     assert pk.detach(model) is model
     assert model.__dict__.keys() == before.keys() and model(**inputs).logits is not None
-    assert other(**inputs).logits is None
+    assert isinstance(other(**inputs).logits, LazyLogits)
     assert not model._forward_hooks and not model._forward_pre_hooks
     pk.attach(model)
     with pytest.raises(TypeError, match="detach\\(model\\) before, or save its state_dict"):
@@ -222,7 +225,7 @@ def test_a_forward_wrapped_before_is_kept():
     model.forward = wrapper
     pk.attach(model)
     calls.clear()
-    assert model(**inputs).logits is None and calls
+    assert isinstance(model(**inputs).logits, LazyLogits) and calls
     pk.detach(model)
     assert model.forward is wrapper
 
@@ -616,7 +619,10 @@ def test_a_call_within_a_call_is_refused_and_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="within a call of its own or from two threads"):
         model(**inputs)
     handle.remove()
-    assert model(**inputs).logits is None and model(inputs["input_ids"]).logits.shape[-1] == 67
+    assert (
+        isinstance(model(**inputs).logits, LazyLogits)
+        and model(inputs["input_ids"]).logits.shape[-1] == 67
+    )
 
 
 def test_arguments_that_cannot_be_matched():
@@ -828,7 +834,7 @@ def test_accelerate_before_and_after(own_accelerate_state):
         if not first:
             pk.attach(prepared)
         out = prepared(**inputs, rewards=rewards)
-        assert out.logits is None
+        assert isinstance(out.logits, LazyLogits)
         accelerator.backward(out.loss)
         losses.append(out.loss.detach())
         assert all(p.grad is not None for p in model.parameters())
@@ -858,7 +864,7 @@ def test_functional_call_uses_the_parameters_given():
     model, inputs = pk.attach(make("Llama")), batch()
     other = {k: p * 1.1 for k, p in model.named_parameters()}
     moved = torch.func.functional_call(model, other, kwargs=inputs)
-    assert moved.logits is None and moved.loss != model(**inputs).loss
+    assert isinstance(moved.logits, LazyLogits) and moved.loss != model(**inputs).loss
     leaves = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
     torch.func.functional_call(model, leaves, kwargs=inputs).loss.backward()
     want = grads(model, model(**inputs).loss)

@@ -80,7 +80,11 @@ ALLOWED = {
     "models": set(),
     "models.head": {"options"},
     "models.probe": {"models.head", "option_types"},
-    "models.opened": {"fused.shards", "models.head", "models.probe"},
+    "models.lazy": {"api", "models.head"},
+    "models.answers": {"models.lazy"},
+    "models.opened": {
+        "fused.shards", "models.answers", "models.head", "models.lazy", "models.probe",
+    },
     "models.forward": {"api", "fused.shards", "layout", "models.head", "models.opened", "options"},
     "models.tryout": {"models.forward", "models.head", "models.opened", "models.probe", "options"},
     "models.attach": {

@@ -48,12 +48,12 @@ def attach(
     budget: int | None = None,
     process_group: Any = None,
     rows: str = "padded",
+    lazy_logits: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Give a causal LM of transformers the fused loss; everything else of it stays as it was.
 
     A call with ``labels`` then builds no logits and returns the model's own output class with
-    ``logits=None`` and
 
     - with ``rewards`` (B, n), ``num_candidates=n`` or ``layout``: ``loss`` and the other fields of
       ``PROOutput``, candidates being the rows, n of each prompt after another
@@ -66,8 +66,14 @@ def attach(
     gives NaN, its mean over no tokens: an empty micro-batch must not poison a run.
 
     Labels are unshifted, as transformers has them; ``shift_labels`` are taken as they are. What the
-    model adds to its loss (a router's auxiliary loss) is added as before. A call without labels,
-    ``generate`` among them, runs the original forward. Under ``no_grad`` no gradient work is done.
+    model adds to its loss (a router's auxiliary loss) is added as before. Under ``no_grad`` no
+    gradient work is done.
+
+    ``logits``, of calls with labels and without, are not made yet (``LazyLogits``): what trainers
+    make of them (``gather``, ``log_softmax``, ``logsumexp``, ``cross_entropy``, ...) is answered by
+    the fused path, everything else by the real ones. ``generate``, a compiled model, a head that
+    FSDP2 or ZeRO-3 gathers by itself, and a few rows without gradient have plain logits (with
+    labels, where those are not wanted, None).
 
     Attach before the model is wrapped by DDP, FSDP, ``torch.compile`` or accelerate; PEFT may come
     before or after. A deep copy is attached too; pickling is refused.
@@ -87,6 +93,7 @@ def attach(
             is a DTensor is gathered.
         rows: "distinct" runs only the distinct tokens of each padded batch, as ``distinct_rows``
             does until ``detach``; "padded" runs batches as they are.
+        lazy_logits: False: a call without labels returns plain logits, one with labels None.
         options: of ``linear_pro_loss``: ``sft_weight``, ``temperature``, ``ties``, ...,
             ``logits_dtype``, ``grad_filter``. The last two count for the cross-entropy too.
 
@@ -108,6 +115,7 @@ def attach(
         raise TypeError(f"attach got options {unknown}; there are {sorted(OPTIONS)}")
     check_choice("loss", loss, LOSSES)
     check_choice("rows", rows, ("padded", "distinct"))
+    check_choice("lazy_logits", lazy_logits, (True, False))
     loss_options(options)
     group_of("process_group", process_group)
     options |= {"backend": backend, "budget": budget}
@@ -123,6 +131,7 @@ def attach(
             lm.accepts_loss_kwargs = False
         if rows == "distinct":
             opened.rows = distinct_rows(lm)
+        opened.lazy = lazy_logits
     except BaseException:
         _restore(opened)
         raise

@@ -96,7 +96,7 @@ def _forward(opened: Opened, kwargs: dict[str, Any]) -> Any:
     if labels is None and shifted is None and "layout" not in ranking:
         if ranking:
             raise ValueError(f"{sorted(ranking)} need labels (or a layout), got labels=None")
-        return opened.original(**kwargs)
+        return opened.run_without_labels(kwargs)
     kwargs.pop("shift_labels", None)
     asked = Asked(
         labels if shifted is None else shifted,

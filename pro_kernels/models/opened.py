@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pro_kernels.fused.shards import is_dtensor
+from pro_kernels.models import answers  # noqa: F401  (they register themselves)
 from pro_kernels.models.head import HeadInputs, gathers_itself, own_of_head, resolve, unfit
+from pro_kernels.models.lazy import lazy_logits, worth
 from pro_kernels.models.probe import configs_of, exchanged, only, replaced
 
 # From what the head multiplies to the loss, a scalar, and further fields of the output.
@@ -84,6 +86,7 @@ class Opened:
     process_group: Any = None  # as given; of a head that is a DTensor
     own: dict[str, Any] = field(default_factory=dict)  # what attributes that attach sets were
     hooks: list[Any] = field(default_factory=list)  # handles of attach's
+    lazy: bool = False  # a call without labels returns ``LazyLogits``
     rows: Any = None  # ``Distinct``, where attach began that
     logits: dict[str, Any] = field(default_factory=dict)  # softcap and logit_scale of HeadInputs
     calls_loss_function: bool = True  # else the loss is added to the output here
@@ -163,6 +166,7 @@ class Opened:
             kwargs["return_dict"] = True
         captured: list[Tensor] = []
         strange: list[str] = []
+        logits: list[Tensor] = []
         extras: dict[str, Tensor] = {}
 
         def stub(hidden: Tensor, *args: Any, **others: Any) -> Tensor:
@@ -181,7 +185,10 @@ class Opened:
                         "own; leave it to the root (no fully_shard(model.lm_head))"
                     )
                 hidden = hidden.full_tensor()
-            return loss_of(resolve(head, hidden)._replace(**self.logits))
+            inputs = resolve(head, hidden)._replace(**self.logits)
+            if self.lazy and not (apart or torch.compiler.is_compiling() or is_dtensor(inputs[1])):
+                logits.append(self._not_made(inputs, hidden.dtype, hidden.dtype))
+            return loss_of(inputs)
 
         def loss_function(*_: Any, **__: Any) -> Tensor:
             hidden = only(captured, self.lm)
@@ -223,8 +230,74 @@ class Opened:
                 "adapters chosen row by row, say), which the fused path does not know"
             )
         values = {name: value for name, value in out.items() if name not in ("loss", "logits")}
+        values["logits"] = logits[0] if logits else None
         result = _output_class(type(out))(loss=loss, **values, **extras)
         return result.to_tuple() if as_tuple else result
+
+    def run_without_labels(self, kwargs: dict[str, Any]) -> Any:
+        """The original forward, whose logits are not made where that is known to come to the same.
+
+        See ``LazyLogits``.
+        """
+        head = self.lm.get_output_embeddings()
+        if not self._stays_lazy(head, kwargs):
+            return self.original(**kwargs)
+        wanted = kwargs.get("return_dict")
+        as_tuple = not (getattr(self.lm.config, "return_dict", True) if wanted is None else wanted)
+        forward = head.forward
+        calls: list[HeadInputs | None] = []  # None: made as ever
+        made = torch.float32
+
+        def stub(hidden: Tensor, *args: Any, **others: Any) -> Tensor:
+            nonlocal made
+            calls.append(None)
+            if len(calls) > 1 or args or any(x is not None for x in others.values()):
+                return forward(hidden, *args, **others)
+            try:
+                inputs = resolve(head, hidden)._replace(**self.logits)
+            except ValueError:
+                return forward(hidden)
+            if is_dtensor(hidden) or is_dtensor(inputs.weight) or not worth(*inputs[:2]):
+                return forward(hidden)
+            calls[0] = inputs
+            kind = hidden.device.type
+            made = hidden.dtype
+            if torch.is_autocast_enabled(kind):
+                made = torch.get_autocast_dtype(kind)
+            return hidden.new_empty((*hidden.shape[:-1], 0), dtype=made)
+
+        try:
+            with self._alone(), replaced(head, "forward", stub):
+                out = self.original(**{**kwargs, "return_dict": True})
+        except Exception:
+            if not any(calls):
+                raise
+            out = {}
+        if any(calls):
+            logits, inputs = out.get("logits"), calls[0]
+            assert inputs is not None
+            shape = (*inputs.hidden.shape[:-1], 0)
+            if len(calls) > 1 or logits is None or logits.shape != shape:
+                self.lazy = False  # the model makes more of them than it returns
+                return self.original(**kwargs)
+            out["logits"] = self._not_made(inputs, made, logits.dtype)
+        return out.to_tuple() if as_tuple else out
+
+    def _not_made(self, inputs: HeadInputs, made: torch.dtype, dtype: torch.dtype) -> Tensor:
+        options = {name: self.options[name] for name in ("backend", "budget")}
+        return lazy_logits(inputs, made, dtype, options)
+
+    def _stays_lazy(self, head: nn.Module, kwargs: dict[str, Any]) -> bool:
+        if not self.lazy or self.running or torch.compiler.is_compiling() or gathers_itself(head):
+            return False
+        if kwargs.get("past_key_values") is not None or torch.jit.is_tracing():  # it generates
+            return False
+        try:
+            self._check_head(head)
+            self.check_unchanged()
+        except ValueError:
+            return False
+        return True
 
     def _alone(self) -> contextlib.AbstractContextManager:
         """One call at a time: the stub is the module's for all threads."""

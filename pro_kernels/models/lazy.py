@@ -1,0 +1,504 @@
+"""Logits that are not there: what a model that is called without labels returns under ``attach``.
+
+``LazyLogits`` has the shape, dtype and device of the logits, and holds hidden states and head
+instead. What is asked of it is answered by the fused path where ``answers.py`` knows how. All else
+makes the logits of just those rows, and says so once. So nothing is wrong, only not always faster.
+
+Legend: ``N`` rows of hidden states, ``H`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pro_kernels.api import linear_token_logps, linear_token_stats
+from pro_kernels.models.head import HeadInputs
+
+# Without gradients logits smaller than this are made: generation, a look at some rows.
+_FEW = 64 << 20
+_BLOCK = 64 << 20  # bytes of logits at a time, where a number is made of whole rows
+NO_TARGET = -(1 << 31)  # no id of a token, so that -100 is refused as plain logits refuse it
+# Attributes and methods of a tensor that do not look at its values.
+_VALUES = {"T", "mT", "H", "mH", "real", "imag", "data"}
+_METADATA = {
+    "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device",
+    "__len__", "__hash__", "__format__", "requires_grad_", "is_inference", "is_shared", "is_conj",
+    "is_neg", "_is_view",
+}  # fmt: skip
+# By the name of an operation; what it cannot answer, it answers with NotImplemented.
+ANSWERS: dict[str, Callable[..., Any]] = {}
+# Rows that lazy logits stood for in this process, and rows of which logits were made after all.
+counts = {"rows": 0, "made": 0}
+_said: set[str] = set()
+
+
+@dataclass(eq=False)
+class Source:
+    """Rows that views share, as views of one tensor share its memory."""
+
+    head: HeadInputs  # hidden (N, H)
+    numbers: Tensor  # (N,), of the rows
+    dtype: torch.dtype  # in which the head would leave logits
+    autocast: torch.dtype | None
+    options: dict[str, Any]  # backend and budget
+    count: int  # rows of the view it was made for
+    divisor: float = 1.0
+    changes: int = 0  # by operations in place
+    real: Tensor | None = None  # (N, V), where one of them has no other answer
+    hooks: list[Callable[[Tensor], Any]] = field(default_factory=list)
+    shared: dict[Any, Tensor] = field(default_factory=dict)  # with copies, of the same rows
+    versions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.versions = self.versions or _versions(self.head)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Autocast as it was when the model ran.
+
+        Raises:
+            RuntimeError: the head has been changed since.
+        """
+        if self.versions != _versions(self.head):
+            raise RuntimeError(
+                "the logits of an attached model are asked for after its head was changed, by an "
+                "optimizer's step: ask before that, or attach(model, lazy_logits=False)"
+            )
+        on = self.autocast is not None
+        with torch.autocast(self.head.hidden.device.type, dtype=self.autocast, enabled=on):
+            yield
+
+    @property
+    def mean_logit(self) -> Tensor:
+        """(N,) fp32 (fp64 of such), of raw logits."""
+        key = torch.is_grad_enabled() and self.head.hidden.requires_grad
+        if key not in self.shared:
+            wide = torch.promote_types(self.head.hidden.dtype, torch.float32)
+            with self.computing():
+                mean = self.head.hidden.to(wide) @ self.head.weight.mean(0, dtype=wide)
+                if self.head.bias is not None:
+                    mean = mean + self.head.bias.mean(dtype=wide)
+            self.shared[key] = mean
+        return self.shared[key]
+
+
+def _versions(head: HeadInputs) -> tuple[int, ...]:
+    return tuple(x._version for x in head[:3] if x is not None and not x.is_inference())
+
+
+class Pass(NamedTuple):
+    """One run of the head over some rows; 0 at the others."""
+
+    key: tuple[float, int]
+    ids: Tensor  # (N,)
+    logps: Tensor  # (N,)
+    entropy: Tensor | None  # (N,)
+
+
+class LazyLogits(Tensor):
+    """Logits, log-probs or probabilities (..., V) of some rows, not yet made."""
+
+    source: Source
+    rows: Tensor  # (...) int64, each at most once
+    what: str  # "logits", "log_probs", "probs", and of their products "p_log_p", "p_logits"
+    divisor: float  # by which they were divided, beside the source's
+    parent: LazyLogits | None  # whose rows these are among
+    scope: LazyLogits | None  # with what it was split off, all of which will be asked for
+    passes: list[Pass]
+
+    @property
+    def key(self) -> tuple[float, int]:
+        """What results of these rows go by."""
+        return self.divisor * self.source.divisor, self.source.changes
+
+    @classmethod
+    @torch._disable_dynamo
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN206, D102
+        name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
+        attribute = name == "__get__" and func.__self__.__name__ not in _VALUES
+        if attribute or name in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in ANSWERS and not _any_wrapped(args, kwargs):
+                with contextlib.suppress(TypeError):  # a form of the call that is not known here
+                    found = ANSWERS[name](*args, **kwargs)
+                    if found is not NotImplemented:
+                        return found
+            return _plainly(func, name, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN206, D102
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, what={self.what!r})"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return real(self).detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return real(self).__deepcopy__(memo)
+
+
+def lazy_logits(
+    head: HeadInputs, made: torch.dtype, dtype: torch.dtype, options: dict[str, Any]
+) -> LazyLogits:
+    """The logits of a head's call, not made.
+
+    Args:
+        head: of the call; hidden (..., H).
+        made: the dtype in which the head would leave them.
+        dtype: the one they would be returned in.
+        options: ``backend`` and ``budget`` of the calls that answer for them.
+    """
+    shape, kind = head.hidden.shape[:-1], head.hidden.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    head = head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
+    rows = torch.arange(head.hidden.shape[0], device=head.hidden.device)
+    counts["rows"] += rows.numel()
+    source = Source(head, rows, made, autocast, options, rows.numel())
+    return _view(source, rows=rows.view(shape), dtype=dtype)
+
+
+def worth(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether logits of these hidden states are better not made."""
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return True
+    return hidden[..., 0].numel() * weight.shape[0] * hidden.itemsize > _FEW
+
+
+# ---- views
+
+
+class _Made(torch.autograd.Function):
+    """A view, in the graph: what knows nothing of it gets dense gradients to it right, too."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, dtype, fields):  # noqa: D102
+        shape = (*fields["rows"].shape, weight.shape[0])
+        made = Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=hidden.device)
+        vars(made).update(fields)
+        ctx.fields, ctx.dtype = fields, dtype
+        ctx.set_materialize_grads(False)
+        return made
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102
+        if grad is None:
+            return (None,) * 5
+        source, rows = ctx.fields["source"], ctx.fields["rows"]
+
+        def values(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            head = source.head._replace(hidden=hidden, weight=weight, bias=bias)
+            changed = replace(source, head=head)
+            return _values({**ctx.fields, "source": changed}, rows, ctx.dtype)
+
+        return *_again(ctx, source.head, values, grad), None, None
+
+
+def _again(
+    ctx: Any, head: HeadInputs, values: Callable[..., Tensor], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of hidden states, weight and bias, through ``values`` of them run once more."""
+    inputs = [None if x is None else x.detach() for x in head[:3]]
+    with torch.enable_grad():
+        needs = zip(inputs, ctx.needs_input_grad, strict=False)
+        wanted = [x.requires_grad_() for x, need in needs if need and x is not None]
+        found = torch.autograd.grad(values(*inputs), wanted, grad)
+    by_input = {id(x): y for x, y in zip(wanted, found, strict=True)}
+    return [by_input.get(id(x)) for x in inputs]
+
+
+def _view(source: Source, *, dtype: torch.dtype, **fields: Any) -> LazyLogits:
+    if not torch.is_grad_enabled():
+        inputs = {k: getattr(source.head, k) for k in ("hidden", "weight", "bias")}
+        inputs = {k: None if x is None else x.detach() for k, x in inputs.items()}
+        source = replace(source, head=source.head._replace(**inputs))
+    known = {"what": "logits", "divisor": 1.0, "parent": None, "scope": None, "passes": []}
+    return _Made.apply(*source.head[:3], dtype, {**known, **fields, "source": source})
+
+
+def like(x: LazyLogits, rows: Tensor | None = None, **changes: Any) -> LazyLogits:
+    """Some rows of ``x``, or all of them as something else."""
+    fields: dict[str, Any] = {"rows": x.rows if rows is None else rows, "dtype": x.dtype}
+    fields |= {"what": x.what, "divisor": x.divisor, "parent": x, "scope": x.scope, **changes}
+    source = x.source
+    if rows is None or rows.untyped_storage().data_ptr() != x.rows.untyped_storage().data_ptr():
+        source = replace(source, count=fields["rows"].numel())  # no view of x's memory
+    return _view(source, **fields)
+
+
+def apart(x: LazyLogits, hidden: Tensor) -> LazyLogits:
+    """The same of hidden states (..., H) of its own, which the graph of x's leads to."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    rows, head = torch.arange(flat.shape[0], device=flat.device), x.source.head
+    source = replace(
+        x.source, head=head._replace(hidden=flat), numbers=rows, count=rows.numel(), shared={},
+        versions=(),
+    )  # fmt: skip
+    rows = rows.view(hidden.shape[:-1])
+    return _view(source, rows=rows, dtype=x.dtype, what=x.what, divisor=x.divisor)
+
+
+def is_whole(x: LazyLogits) -> bool:
+    """Whether its rows are those of the source, one after another."""
+    rows, numbers = x.rows, x.source.numbers
+    same = rows.data_ptr() == numbers.data_ptr() and rows.numel() == numbers.numel()
+    return same and rows.is_contiguous()
+
+
+def hidden_of(x: LazyLogits) -> Tensor:
+    """(..., H)."""
+    hidden = x.source.head.hidden
+    return hidden.view(*x.rows.shape, -1) if is_whole(x) else hidden[x.rows]
+
+
+# ---- the real thing
+
+
+def real(x: LazyLogits) -> Tensor:
+    """What ``x`` stands for, as a plain tensor, differentiable."""
+    counts["made"] += x.rows.numel()
+    return _values(vars(x), x.rows, x.dtype)
+
+
+def _values(view: dict[str, Any], rows: Tensor, dtype: torch.dtype) -> Tensor:
+    source: Source = view["source"]
+    if source.real is not None:
+        return source.real[rows]
+    head = source.head._replace(hidden=source.head.hidden[rows])
+    with source.computing():
+        z = head.after(head.raw_logits()).to(source.dtype).to(dtype)
+    divisor, what = view["divisor"] * source.divisor, view["what"]
+    z = z if divisor == 1.0 else z / divisor
+    if what in ("logits", "log_probs"):
+        return z if what == "logits" else z.log_softmax(-1)
+    factor = {"probs": 1, "p_logits": z}.get(what)
+    return z.softmax(-1) * (z.log_softmax(-1) if factor is None else factor)
+
+
+def by_blocks(x: LazyLogits, number: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+    """Tensors that ``number`` makes of the real rows, some at a time, without gradient."""
+    flat = x.rows.reshape(-1)
+    size = max(1, _BLOCK // (x.shape[-1] * x.dtype.itemsize))
+    with torch.no_grad():
+        parts = [number(_values(vars(x), at, x.dtype)) for at in flat.split(size)]
+    whole = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return [y.view(*x.rows.shape, *y.shape[1:]) for y in whole]
+
+
+def _plain(x: Any) -> Any:
+    return real(x) if isinstance(x, LazyLogits) else x
+
+
+def _any_wrapped(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether another autograd Function returned one of them, which has to see its gradient."""
+    for x in (*args, *kwargs.values()):
+        if any(map(_is_wrapped, x)) if isinstance(x, list | tuple) else _is_wrapped(x):
+            return True
+    return False
+
+
+def _is_wrapped(x: Any) -> bool:
+    node = x.grad_fn if isinstance(x, LazyLogits) else None
+    if node is None or isinstance(node, _Made._backward_cls):
+        return False
+    module = getattr(node, "ddp_weakref", lambda: None)()  # of DDP: only a static graph needs it
+    return module is None or module.static_graph
+
+
+def _plainly(func: Callable[..., Any], name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The operation on real logits."""
+    first = args[0] if args else None
+    if isinstance(first, LazyLogits):
+        _say(name, first)
+        inner = name.strip("_")
+        if name == "__setitem__" or name == f"{inner}_" or name == f"__{inner}__" and (
+            inner[0] == "i" and inner not in ("invert", "int", "index")
+        ):  # fmt: skip
+            return _in_place(first, func, args[1:], kwargs)
+    if _any_wrapped(args, kwargs):  # through the graph, below which logits are made
+        return func(*args, **kwargs)
+    return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+
+
+def _in_place(x: LazyLogits, func: Callable[..., Any], args: tuple, kwargs: dict) -> LazyLogits:
+    source, values = x.source, real(x)
+    func(values, *tree_map(_plain, args), **tree_map(_plain, kwargs))
+    whole = _values(vars(x), source.numbers, x.dtype) if source.real is None else source.real
+    source.real = whole.index_put((x.rows,), values)
+    source.changes += 1
+    return x
+
+
+def _say(name: str, x: LazyLogits) -> None:
+    explain = os.environ.get("PRO_KERNELS_EXPLAIN") == "1"
+    if name in _said and not explain:
+        return
+    _said.add(name)
+    text = f"{x.what} of shape {tuple(x.shape)} were made for {name}"
+    if not explain:
+        warnings.warn(
+            f"{text}, to which pro_kernels has no faster answer (PRO_KERNELS_EXPLAIN=1 shows "
+            "where)",
+            stacklevel=4,
+        )
+        return
+    stack = traceback.extract_stack()
+    frames = [f for f in stack if f"{os.sep}torch{os.sep}" not in f.filename]
+    shown = traceback.format_list([f for f in frames if f.filename != __file__][-3:])
+    print(f"pro_kernels: {text}:\n{''.join(shown)}", end="", file=sys.stderr)
+
+
+# ---- numbers of whole rows, in fp32
+
+
+class _TargetLogits(torch.autograd.Function):
+    """Logits (n, k) of ids ``(n, k)`` at ``rows (n,)``: products of rows, no head matmul."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rows, ids, head, dtype):  # noqa: D102
+        ctx.given = (rows, ids, dtype, head)
+        return _products(hidden, weight, bias, *ctx.given)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102
+        # As a rule 0: of a target's logit less its log-sum-exp, which the pass has.
+        found: list[Tensor | None] = [None] * 3
+        if grad.any():
+            head = ctx.given[3]
+            found = _again(ctx, head, lambda *inputs: _products(*inputs, *ctx.given), grad)
+        return *found, None, None, None, None
+
+
+def _products(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    ids: Tensor,
+    dtype: torch.dtype,
+    head: HeadInputs,
+) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    x, w = (y.to(dtype).to(wide) for y in (hidden[rows], weight[ids]))
+    z = torch.einsum("nh,nkh->nk", x, w)
+    return head.after(z if bias is None else z + bias[ids].to(dtype))
+
+
+def target_logits(x: LazyLogits, ids: Tensor) -> Tensor:
+    """(n, k) of ids (n, k), one row after another."""
+    head = x.source.head
+    dtype = x.source.autocast or head.hidden.dtype
+    rows = x.rows.reshape(-1)
+    return _TargetLogits.apply(*head[:3], rows, ids, head, dtype) / x.key[0]
+
+
+def _of_rows(x: LazyLogits, full: Tensor) -> Tensor:
+    """What stands in (N,) for the rows, in their shape."""
+    out = full.view(x.rows.shape) if is_whole(x) else full[x.rows]
+    out = out if x.requires_grad else out.detach()
+    for hook in x.source.hooks:
+        if out.requires_grad:
+            out.register_hook(hook)
+    return out
+
+
+def log_probs(x: LazyLogits, ids: Tensor, keep: bool = True) -> Tensor:
+    """Of one id a row."""
+    return _of_rows(x, run_head(x, ids, keep=keep).logps)
+
+
+def logsumexp(x: LazyLogits) -> Tensor:
+    """Of each row."""
+    made = run_head(x)
+    ids = made.ids[x.rows].reshape(-1, 1)
+    return target_logits(x, ids).view(x.rows.shape) - _of_rows(x, made.logps)
+
+
+def entropy(x: LazyLogits) -> Tensor:
+    """Of each row, in nats."""
+    found = run_head(x, entropy=True).entropy
+    assert found is not None
+    return _of_rows(x, found)
+
+
+def mean(x: LazyLogits) -> Tensor | None:
+    """The mean logit of each row; None where a softcap keeps it from being the weight's mean."""
+    head = x.source.head
+    if head.softcap is not None:
+        return None
+    return _of_rows(x, x.source.mean_logit) * (head.logit_scale / x.key[0])
+
+
+def run_head(
+    x: LazyLogits, ids: Tensor | None = None, entropy: bool = False, keep: bool = True
+) -> Pass:
+    """A pass over the rows of ``x``, or one of before that serves.
+
+    Args:
+        x: of any kind.
+        ids: of each row's target; None: any.
+        entropy: whether entropies are wanted too.
+        keep: whether it may serve later; not where some rows have no target.
+    """
+    known = _known(x, ids)
+    for made in known:
+        if not entropy or made.entropy is not None:
+            return made
+    over = x
+    if ids is None and x.scope is not None and x.scope.key == x.key:
+        over = x.scope
+    if ids is None and known:
+        targets = known[0].ids
+    else:
+        targets = torch.full_like(x.source.numbers, NO_TARGET)
+        targets[over.rows] = 0 if ids is None else ids
+    head, by = x.source.head, x.key[0]
+    options: dict[str, Any] = {
+        "bias": head.bias,
+        "ignore_index": NO_TARGET,
+        "logit_scale": head.logit_scale / by,
+        # cap(z) / T = (c / T) tanh((z / T) / (c / T))
+        "softcap": None if head.softcap is None else head.softcap / by,
+        **x.source.options,
+    }
+    function: Any = linear_token_stats if entropy else linear_token_logps
+    with x.source.computing():
+        found = function(head.hidden, head.weight, targets, **options)
+    made = Pass(x.key, targets, *(found[:2] if entropy else (found, None)))
+    if keep:
+        over.passes.append(made)
+    return made
+
+
+def _known(x: LazyLogits, ids: Tensor | None) -> list[Pass]:
+    """Passes over the rows of ``x`` that were run for it or for what it is a part of."""
+    found, memory = [], x.source.head.hidden.data_ptr()
+    view: LazyLogits | None = x
+    while view is not None and view.source.head.hidden.data_ptr() == memory:
+        for made in view.passes:
+            lost = x.requires_grad and torch.is_grad_enabled() and not made.logps.requires_grad
+            if not lost and made.key == x.key and (
+                ids is None or torch.equal(made.ids[x.rows], ids)
+            ):  # fmt: skip
+                found.append(made)
+        view = view.parent
+    return found

@@ -1,0 +1,404 @@
+"""``LazyLogits``: what trainers make of logits is right to rounding, and made without logits."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+import pro_kernels as pk
+from bench.memory import CHILD_ENV
+from pro_kernels.models import lazy
+from pro_kernels.models.lazy import LazyLogits
+from test_attach import make
+
+V, B, T = 67, 4, 9
+g = torch.Generator().manual_seed(0)
+IDS = torch.randint(0, V, (B, T), generator=g)
+NEXT = torch.randint(0, V, (B, T - 1), generator=g)
+UP = torch.randn(B, T - 1, generator=g, dtype=torch.float64)
+MASK = UP > 0
+IGNORED = NEXT.where(MASK, -100).flatten()
+
+
+# ---- how trainers compute log-probs and entropies, in our own words
+
+
+def row_by_row(z, ids):
+    """TRL's ``selective_log_softmax`` for fp32, verl's v2."""
+    chosen = torch.gather(z, dim=-1, index=ids.unsqueeze(-1)).squeeze(-1)
+    return chosen - torch.stack([torch.logsumexp(row, dim=-1) for row in z])
+
+
+def softmax_by_row(z, ids):
+    """The same for 16 bits."""
+    rows = [
+        F.log_softmax(row, dim=-1).gather(dim=-1, index=i.unsqueeze(-1)).squeeze(-1)
+        for row, i in zip(z, ids, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def whole(z, ids):
+    """LLaMA-Factory, ms-swift, TRL before 0.12."""
+    return torch.gather(z.log_softmax(-1), dim=2, index=ids.unsqueeze(2)).squeeze(2)
+
+
+def by_chunks(z, ids):
+    """OpenRLHF: the log-sum-exp a few rows at a time."""
+    flat = z.reshape(-1, z.size(-1))
+    sums = torch.cat([torch.logsumexp(part, dim=-1) for part in flat.split(5)])
+    return z.gather(dim=-1, index=ids.unsqueeze(-1)).squeeze(-1) - sums.view(ids.shape)
+
+
+def by_loss(z, ids):
+    """Torchtune, transformers: cross-entropy of flattened rows."""
+    return -F.cross_entropy(z.reshape(-1, z.shape[-1]), ids.reshape(-1), reduction="none").view(
+        ids.shape
+    )
+
+
+def by_index(z, ids):
+    flat = F.log_softmax(z.reshape(-1, z.shape[-1]), dim=-1)
+    return flat[torch.arange(ids.numel()), ids.flatten()].view(ids.shape)
+
+
+def entropy_by_chunks(z):
+    """TRL."""
+    parts = []
+    for part in z.reshape(-1, z.shape[-1]).split(5, dim=0):
+        logps = F.log_softmax(part, dim=-1)
+        parts.append(-(torch.exp(logps) * logps).sum(-1))
+    return torch.cat(parts).reshape(z.shape[:-1])
+
+
+def entropy(z):
+    """OpenRLHF, verl."""
+    probs = torch.softmax(z, dim=-1)
+    return torch.logsumexp(z, dim=-1) - torch.sum(probs * z, dim=-1)
+
+
+def changed(z, how):
+    how(z)
+    return z
+
+
+LOGPS = [row_by_row, softmax_by_row, whole, by_chunks, by_loss, by_index]
+WAYS = {f"{way.__name__}": lambda z, way=way: (way(z[:, :-1], NEXT) * UP).sum() for way in LOGPS}
+WAYS |= {
+    "entropy": lambda z: (entropy(z[:, :-1]) * UP).sum(),
+    "entropy by chunks": lambda z: (entropy_by_chunks(z[:, :-1]) * UP).sum(),
+    "entropy beside log-probs": lambda z: (
+        row_by_row(z[:, :-1], NEXT) * UP + entropy(z[:, :-1])
+    ).sum(),
+    "halves": lambda z: sum(
+        (row_by_row(half[:, :-1], ids) * up).sum()
+        for half, ids, up in zip(z.split(2), NEXT.split(2), UP.split(2), strict=True)
+    ),
+    "mask": lambda z: (
+        z[:, :-1][MASK].log_softmax(-1).gather(-1, NEXT[MASK][:, None])[:, 0] * UP[MASK]
+    ).sum(),
+    "rows twice": lambda z: (whole(z[torch.tensor([2, 0, 1, 1])][:, :-1], NEXT) * UP).sum(),
+    "cat": lambda z: (row_by_row(torch.cat([z[2:, :-1], z[:2, :-1]]), NEXT) * UP).sum(),
+    "stack": lambda z: (row_by_row(torch.stack([*z])[:, :-1], NEXT) * UP).sum(),
+    "temperature": lambda z: (row_by_row(z[:, :-1] / 0.7, NEXT) * UP).sum(),
+    "temperature in place": lambda z: (
+        row_by_row(changed(z.squeeze(0), lambda x: x.div_(0.7))[:, :-1], NEXT) * UP
+    ).sum(),
+    "temperature of rows": lambda z: (
+        row_by_row(z[:, :-1] / (UP.abs() + 0.5).unsqueeze(-1), NEXT) * UP
+    ).sum(),
+    "times 2": lambda z: (row_by_row(2 * z[:, :-1], NEXT) * UP).sum(),
+    "some labels": lambda z: F.cross_entropy(z[:, :-1].flatten(0, 1), IGNORED),
+    "sum of losses": lambda z: F.cross_entropy(
+        z[:, :-1].flatten(0, 1), NEXT.flatten(), reduction="sum"
+    ),
+    "weights of classes": lambda z: F.cross_entropy(
+        z[:, :-1].flatten(0, 1), IGNORED, weight=torch.linspace(0.1, 1, V, dtype=z.dtype)
+    ),
+    "nll_loss": lambda z: F.nll_loss(z[:, :-1].flatten(0, 1).log_softmax(-1), IGNORED),
+    "gather twice": lambda z: (
+        z.logsumexp(-1).square().sum() + 2 * z.gather(-1, IDS[..., None]).square().sum()
+        + z.gather(-1, IDS[..., None].expand(-1, -1, 3)).sum()
+    ),
+    "most likely": lambda z: (z.max(-1).values + z.topk(3).values.sum(-1)).sum()
+    + (z.argmax(-1) == IDS).sum(),
+    "columns": lambda z: z[..., 5].square().sum() + z[:, -1, -7].sum(),
+    "rows in another order": lambda z: (
+        F.log_softmax(z[:, :-1].transpose(0, 1).reshape(-1, V), -1).gather(
+            1, NEXT.t().reshape(-1, 1)
+        )[:, 0] * UP.t().reshape(-1)
+    ).sum(),
+}  # fmt: skip
+# A mean over the vocabulary is one of the weight's, where no softcap is between.
+LINEAR = {
+    "means": lambda z: z.mean() + z[:, :2].mean(-1).square().sum() + z[:, :-1][MASK].mean(),
+    "label smoothing": lambda z: F.cross_entropy(
+        z[:, :-1].flatten(0, 1), IGNORED, label_smoothing=0.1
+    ),
+}
+
+
+def softmaxed(z):
+    return z[:, :2].softmax(-1).square().sum()
+
+
+def with_loss(model, way, on: bool) -> list[torch.Tensor]:
+    model._pro_kernels.lazy = on
+    model.zero_grad()
+    z = model(input_ids=IDS, use_cache=False).logits
+    assert isinstance(z, LazyLogits) is on
+    loss = way(z)
+    assert type(loss) is torch.Tensor
+    loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    return [loss.detach(), *(x.clone() for x in grads if x is not None)]
+
+
+def assert_alike(model, way, rtol: float) -> int:
+    """How many rows of logits were made."""
+    plain = with_loss(model, way, False)
+    before = lazy.counts["made"]
+    for a, b in zip(plain, with_loss(model, way, True), strict=True):
+        assert (a - b).norm() <= rtol * (a.norm() + 1e-3 * plain[1].norm())
+    return lazy.counts["made"] - before
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return pk.attach(make("Llama").double())
+
+
+@pytest.fixture(scope="module")
+def capped():
+    return pk.attach(make("Gemma2").double())
+
+
+@pytest.mark.parametrize("way", [*WAYS, *LINEAR])
+def test_no_logits_are_made(llama, way):
+    assert assert_alike(llama, (WAYS | LINEAR)[way], 1e-9) == 0
+
+
+@pytest.mark.parametrize("way", [x for x in WAYS if x != "temperature of rows"])
+def test_no_logits_are_made_under_a_softcap(capped, way):
+    assert assert_alike(capped, WAYS[way], 1e-9) == 0
+
+
+@pytest.mark.parametrize("name", ["Cohere", "Granite", "GPTJ"])  # a scale, a divisor, a bias
+@pytest.mark.parametrize("way", [row_by_row, entropy_by_chunks], ids=lambda way: way.__name__)
+def test_what_models_do_to_their_logits(name, way):
+    def loss(z):
+        z = z[:, :-1]
+        return ((way(z, NEXT) if way is row_by_row else way(z)) * UP).sum()
+
+    # The scale was read off logits, to fp32's last bits.
+    assert assert_alike(pk.attach(make(name).double()), loss, 1e-6) == 0
+
+
+@pytest.mark.parametrize("way", LOGPS, ids=lambda way: way.__name__)
+def test_in_16_bits(way):
+    """As exact as fp32 until the result is rounded; plain logits are rounded before."""
+    model = pk.attach(make("Llama"))
+    exact = with_loss(model, lambda z: (way(z[:, :-1], NEXT) * UP.float()).sum(), False)
+    model = pk.attach(make("Llama").bfloat16())
+    losses = [with_loss(model, lambda z: (way(z[:, :-1], NEXT) * UP.bfloat16()).sum(), on)
+              for on in (False, True)]  # fmt: skip
+    plain, ours = ((x[0].double() - exact[0]).abs() for x in losses)
+    assert losses[0][0].dtype == losses[1][0].dtype == torch.bfloat16
+    assert ours <= plain + 2**-7 * exact[0].abs()
+
+
+@pytest.mark.filterwarnings("ignore:.*were made for")
+@pytest.mark.parametrize("way", {
+    "softmax": softmaxed,
+    "in place": lambda z: softmaxed(changed(z, lambda x: x.mul_(2).tanh_())),
+    "written to": lambda z: (
+        row_by_row(changed(z, lambda x: x.__setitem__((..., 3), -5.0))[:, :-1], NEXT) * UP
+    ).sum(),
+    "by a part in place": lambda z: (
+        row_by_row(changed(z, lambda x: x[:2].div_(2.0))[:, :-1], NEXT) * UP
+    ).sum(),
+    "class in the middle": lambda z: F.cross_entropy(z[:, :-1].transpose(1, 2), NEXT),
+    "hook": lambda z: changed(z, lambda x: x.register_hook(lambda g: 2 * g)).log_softmax(-1)[
+        ..., 1
+    ].sum(),
+    "Function": lambda z: whole(_Tripled.apply(z)[:, :-1], NEXT).sum(),
+}.items(), ids=lambda way: way[0])  # fmt: skip
+def test_everything_else_is_done_to_the_real_logits(llama, way):
+    assert assert_alike(llama, way[1], 1e-12) > 0
+
+
+class _Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+def test_only_rows_asked_for_are_made_and_it_is_said_once(llama, monkeypatch, capsys):
+    monkeypatch.setattr(lazy, "_said", set())
+    with pytest.warns(UserWarning, match=r"probs of shape \(4, 2, 67\) were made for square"):
+        assert (
+            assert_alike(llama, lambda z: softmaxed(z) + row_by_row(z[:, :-1], NEXT).sum(), 1e-9)
+            == 8
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with_loss(llama, softmaxed, True)
+    monkeypatch.setenv("PRO_KERNELS_EXPLAIN", "1")
+    with_loss(llama, softmaxed, True)
+    assert "in softmaxed" in capsys.readouterr().err
+
+
+def test_a_tensor_to_whoever_looks(llama):
+    llama._pro_kernels.lazy = True
+    out = llama(input_ids=IDS)
+    z = out.logits
+    assert z.shape == (B, T, V) and z.dtype == torch.float64 and z.requires_grad
+    assert len(z) == B and z.size(-1) == V and z.dim() == z.ndim == 3 and z.numel() == B * T * V
+    assert "shape=(4, 9, 67)" in f"{z}" and "LazyLogits" in str(out)
+    assert llama(input_ids=IDS, return_dict=False)[0].shape == z.shape
+    assert type(pickle.loads(pickle.dumps(z.detach()))) is torch.Tensor
+    file = io.BytesIO()
+    torch.save(z, file)
+    file.seek(0)
+    llama._pro_kernels.lazy = False
+    plain = llama(input_ids=IDS).logits
+    assert torch.load(file).equal(plain) and z.detach().equal(plain.detach())
+    assert z.tolist() == plain.tolist()
+    assert copy.deepcopy(z.detach()).equal(plain)
+    with pytest.raises(ValueError, match="got -100"):  # and not a score of 0
+        z.gather(-1, torch.full((B, T, 1), -100))
+
+
+def test_a_call_with_labels_has_them_too(llama):
+    llama._pro_kernels.lazy = True
+    out = llama(input_ids=IDS, labels=IDS)
+    assert isinstance(out.logits, LazyLogits)
+    logps = row_by_row(out.logits[:, :-1], IDS[:, 1:])
+    torch.testing.assert_close(logps, out.token_logps[:, :-1])
+    assert llama(input_ids=IDS, labels=IDS, return_dict=False)[1].shape == (B, T, V)
+
+
+def test_asked_after_the_optimizers_step(llama):
+    llama._pro_kernels.lazy = True
+    model = copy.deepcopy(llama)
+    z = model(input_ids=IDS).logits
+    row_by_row(z[:, :-1], NEXT).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    for ask in (softmaxed, lambda z: z.argmax(-1), lambda z: z.gather(-1, IDS[..., None])):
+        with pytest.raises(RuntimeError, match="ask before that"):
+            ask(z)
+
+
+def test_under_no_grad(llama, monkeypatch):
+    llama._pro_kernels.lazy = True
+    with torch.no_grad():
+        assert type(llama(input_ids=IDS).logits) is torch.Tensor  # few rows
+        monkeypatch.setattr(lazy, "_FEW", 0)
+        z = llama(input_ids=IDS).logits
+        assert isinstance(z, LazyLogits)
+        assert not row_by_row(z[:, :-1], NEXT).requires_grad
+    z = llama(input_ids=IDS).logits
+    with torch.no_grad():
+        entropies = entropy(z)
+        logps = row_by_row(z[:, :-1], NEXT)
+    assert not entropies.requires_grad and not logps.requires_grad
+    assert row_by_row(z[:, :-1], NEXT).requires_grad
+    assert not row_by_row(z.detach()[:, :-1], NEXT).requires_grad
+
+
+def test_plain_where_it_is_compiled_generates_or_is_told_to(llama):
+    llama._pro_kernels.lazy = True
+    kinds = []
+    handle = llama.register_forward_hook(lambda m, a, out: kinds.append(type(out.logits)))
+    try:
+        llama.generate(IDS[:, :3], max_new_tokens=3, do_sample=False)
+    finally:
+        handle.remove()
+    assert set(kinds) == {torch.Tensor}
+    compiled = torch.compile(llama, backend="eager")
+    assert type(compiled(input_ids=IDS).logits) is torch.Tensor
+    off = pk.attach(make("Llama"), lazy_logits=False)
+    assert type(off(input_ids=IDS).logits) is torch.Tensor
+    hooked = pk.attach(make("Llama"))
+    hooked.lm_head.register_forward_hook(lambda m, a, out: out + 1)
+    assert type(hooked(input_ids=IDS).logits) is torch.Tensor
+
+
+def test_a_compiled_loss(llama):
+    @torch.compile(backend="eager")
+    def loss(z):
+        return (row_by_row(z[:, :-1], NEXT) * UP).sum()
+
+    assert assert_alike(llama, loss, 1e-9) == 0
+
+
+def test_autocast_and_accelerate(llama):
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model = pk.attach(make("Llama"))
+    found = []
+    for on in (False, True):
+        model._pro_kernels.lazy = on
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            z = convert_outputs_to_fp32(model.forward)(input_ids=IDS, use_cache=False).logits
+        assert z.dtype == torch.float32
+        (row_by_row(z[:, :-1], NEXT) * UP).sum().backward()  # outside of autocast
+        found.append(model.lm_head.weight.grad)
+    assert (found[0] - found[1]).norm() <= 0.02 * found[0].norm()
+
+
+def test_lora_on_the_head():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make("Llama").double(), config)
+    pk.attach(model)
+    base = model.get_base_model()
+    base.requires_grad_(True)
+    assert assert_alike(base, WAYS["row_by_row"], 1e-9) == 0
+    base.gradient_checkpointing_enable()
+    base.train()
+    assert assert_alike(base, WAYS["row_by_row"], 1e-9) == 0
+
+
+PEAK = """
+import sys, torch, pro_kernels as pk, warnings
+from transformers import LlamaConfig, LlamaForCausalLM
+from test_lazy_logits import LOGPS, entropy_by_chunks
+rows, V = 2048, 32768  # 256 MB of logits
+lm = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=16,
+    num_hidden_layers=1, num_attention_heads=2))
+pk.attach(lm, budget=32 << 20)
+def peak(n, way):
+    ids = torch.randint(0, V, (4, n // 4))
+    open("/proc/self/clear_refs", "w").write("5")
+    way(lm(input_ids=ids).logits[:, :-1], ids[:, 1:]).sum().backward()
+    with open("/proc/self/status") as f:
+        return next(int(x.split()[1]) << 10 for x in f if x.startswith("VmHWM"))
+warnings.simplefilter("error")
+before = peak(64, LOGPS[0])
+ways = [*LOGPS[:2], lambda z, ids: entropy_by_chunks(z)]
+print([peak(rows, way) - before for way in ways])
+"""
+
+
+def test_peak_memory():
+    """Far below the logits, and no tensor [rows, V] was made."""
+    env = {**os.environ, **CHILD_ENV, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", PEAK], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert max(json.loads(run.stdout)) < 100 << 20  # logits and their gradient: 512 MB
