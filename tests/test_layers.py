@@ -75,13 +75,16 @@ ALLOWED = {
     },
     "distinct.decoder": {
         "distinct.interface", "distinct.row", "distinct.states", "distinct.tryout",
-        "models.opened",
+        "models.counts", "models.opened",
     },
     "models": set(),
+    "models.counts": set(),
     "models.head": {"options"},
     "models.probe": {"models.head", "option_types"},
     "models.opened": {"fused.shards", "models.head", "models.probe"},
-    "models.forward": {"api", "fused.shards", "layout", "models.head", "models.opened", "options"},
+    "models.forward": {
+        "api", "fused.shards", "layout", "models.counts", "models.head", "models.opened", "options",
+    },
     "models.tryout": {"models.forward", "models.head", "models.opened", "models.probe", "options"},
     "models.attach": {
         "distinct.decoder", "fused.shards", "models.forward", "models.head", "models.opened",

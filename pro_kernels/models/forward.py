@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pro_kernels.api import linear_pro_loss, linear_token_logps
 from pro_kernels.fused.shards import is_dtensor
 from pro_kernels.layout import Layout
+from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.head import HeadInputs
 from pro_kernels.models.opened import FIELDS, Opened
 from pro_kernels.options import IGNORE_INDEX, CallOptions, Options, PROOptions
@@ -111,7 +112,13 @@ def _forward(opened: Opened, kwargs: dict[str, Any]) -> Any:
     if not torch.compiler.is_compiling():
         opened.check_unchanged()
     loss = ranking_loss if ranking else cross_entropy
-    return opened.run(lambda head: loss(opened, head, asked), kwargs)
+
+    def loss_of(head: HeadInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        if not torch.compiler.is_compiling():
+            COUNTS["labelled_tokens"] += head.hidden.shape[:-1].numel()
+        return loss(opened, head, asked)
+
+    return opened.run(loss_of, kwargs)
 
 
 def before_call(lm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
