@@ -90,6 +90,8 @@ ALLOWED = {
         "distinct.decoder", "fused.shards", "models.forward", "models.head", "models.opened",
         "models.probe", "models.tryout", "options", "validate",
     },
+    "models.loaded": {"models.attach", "models.counts", "models.forward"},
+    "hook": {"models.loaded"},
     "models.official": {"models.attach", "options", "reference"},
     "models.trl": {"api", "distinct.decoder", "validate"},
     "selfcheck": {
