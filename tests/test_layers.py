@@ -75,12 +75,13 @@ ALLOWED = {
     },
     "distinct.decoder": {
         "distinct.interface", "distinct.row", "distinct.states", "distinct.tryout",
-        "models.opened",
+        "models.counts", "models.opened",
     },
     "models": set(),
+    "models.counts": set(),
     "models.head": {"options"},
     "models.probe": {"models.head", "option_types"},
-    "models.lazy": {"api", "models.head"},
+    "models.lazy": {"api", "models.counts", "models.head"},
     "models.answers": {"models.lazy"},
     "models.opened": {
         "fused.shards", "models.answers", "models.head", "models.lazy", "models.probe",
@@ -91,6 +92,8 @@ ALLOWED = {
         "distinct.decoder", "fused.shards", "models.forward", "models.head", "models.opened",
         "models.probe", "models.tryout", "options", "validate",
     },
+    "models.loaded": {"models.attach", "models.counts", "models.forward"},
+    "hook": {"models.loaded"},
     "models.official": {"models.attach", "options", "reference"},
     "models.trl": {"api", "distinct.decoder", "validate"},
     "selfcheck": {

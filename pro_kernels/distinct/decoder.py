@@ -18,6 +18,7 @@ from torch import nn
 from pro_kernels.distinct import interface, states
 from pro_kernels.distinct.row import row_of, run_row
 from pro_kernels.distinct.tryout import cannot, carriers, refusal, try_out
+from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.opened import unwrapped
 
 STATE = "_pro_kernels_distinct"  # the attribute of a decoder that holds its ``Distinct``
@@ -192,6 +193,8 @@ def _distinct_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if tokens:
             state.padded_tokens += given["input_ids"].numel()
             state.run_tokens += tokens
+            COUNTS["padded_tokens"] += given["input_ids"].numel()
+            COUNTS["run_tokens"] += tokens
         return run(**given) if row is None else run_row(run, row, given)
 
     return forward

@@ -109,7 +109,9 @@ def attach(
     """
     lm = causal_lm(model)
     if STATE in lm.__dict__:
-        raise ValueError(f"{type(lm).__name__} is attached already; detach(model) first")
+        if not getattr(lm, STATE).loaded:
+            raise ValueError(f"{type(lm).__name__} is attached already; detach(model) first")
+        detach(lm)
     _check_whole(lm)
     if unknown := sorted(set(options) - OPTIONS):
         raise TypeError(f"attach got options {unknown}; there are {sorted(OPTIONS)}")

@@ -93,6 +93,8 @@ def _forward(opened: Opened, kwargs: dict[str, Any]) -> Any:
     ranking = {name: kwargs.pop(name, None) for name in RANKING}
     ranking = {name: value for name, value in ranking.items() if value is not None}
     labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+    if opened.loaded and labels is not None and not (ranking or torch.is_grad_enabled()):
+        return opened.original(**kwargs)  # metrics look at logits
     if labels is None and shifted is None and "layout" not in ranking:
         if ranking:
             raise ValueError(f"{sorted(ranking)} need labels (or a layout), got labels=None")

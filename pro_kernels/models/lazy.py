@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pro_kernels.api import linear_token_logps, linear_token_stats
+from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.head import HeadInputs
 
 # Without gradients logits smaller than this are made: generation, a look at some rows.
@@ -39,8 +40,6 @@ _METADATA = {
 }  # fmt: skip
 # By the name of an operation; what it cannot answer, it answers with NotImplemented.
 ANSWERS: dict[str, Callable[..., Any]] = {}
-# Rows that lazy logits stood for in this process, and rows of which logits were made after all.
-counts = {"rows": 0, "made": 0}
 _said: set[str] = set()
 
 
@@ -172,7 +171,7 @@ def lazy_logits(
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     head = head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
     rows = torch.arange(head.hidden.shape[0], device=head.hidden.device)
-    counts["rows"] += rows.numel()
+    COUNTS["lazy_rows"] += rows.numel()
     source = Source(head, rows, made, autocast, options, rows.numel())
     return _view(source, rows=rows.view(shape), dtype=dtype)
 
@@ -275,7 +274,7 @@ def hidden_of(x: LazyLogits) -> Tensor:
 
 def real(x: LazyLogits) -> Tensor:
     """What ``x`` stands for, as a plain tensor, differentiable."""
-    counts["made"] += x.rows.numel()
+    COUNTS["made_rows"] += x.rows.numel()
     return _values(vars(x), x.rows, x.dtype)
 
 

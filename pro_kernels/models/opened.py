@@ -88,6 +88,7 @@ class Opened:
     hooks: list[Any] = field(default_factory=list)  # handles of attach's
     lazy: bool = False  # a call without labels returns ``LazyLogits``
     rows: Any = None  # ``Distinct``, where attach began that
+    loaded: bool = False  # attached by ``pro-kernels run``; who attaches it anew may
     logits: dict[str, Any] = field(default_factory=dict)  # softcap and logit_scale of HeadInputs
     calls_loss_function: bool = True  # else the loss is added to the output here
     divides_by_items: bool = True  # the model's own loss knows num_items_in_batch

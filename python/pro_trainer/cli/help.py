@@ -148,6 +148,9 @@ def overview() -> str:
     lines += [
         "  dpo      The same as train --loss_type dpo; it takes a command line of TRL's dpo.",
         "",
+        "Train with another program:",
+        "  run      Run a training command with the fused loss in the models that it loads.",
+        "",
         "The kernels:",
         "  env      Say what is built and usable here, and why the rest is not.",
         "  check    Compare the fused path with the reference on this machine.",

@@ -37,8 +37,12 @@ def _run(argv: Sequence[str] | None) -> int:
         from pro_kernels.__main__ import main as of_kernels
 
         return of_kernels(argv)
+    if command == "run":
+        from pro_trainer.cli.run import run
+
+        return run(rest)
     if command not in texts.COMMANDS:
-        known = [*texts.COMMANDS, "dpo", "env", "check", "bench"]
+        known = [*texts.COMMANDS, "dpo", "run", "env", "check", "bench"]
         print(f"error: no command {command!r}{near(command, known)}", file=sys.stderr)
         return 2
     topic = texts.asked(rest)
