@@ -84,7 +84,8 @@ ALLOWED = {
     "models.lazy": {"api", "models.counts", "models.head"},
     "models.answers": {"models.lazy"},
     "models.opened": {
-        "fused.shards", "models.answers", "models.head", "models.lazy", "models.probe",
+        "distinct.row", "fused.shards", "models.answers", "models.head", "models.lazy",
+        "models.probe",
     },
     "models.forward": {"api", "fused.shards", "layout", "models.head", "models.opened", "options"},
     "models.tryout": {"models.forward", "models.head", "models.opened", "models.probe", "options"},

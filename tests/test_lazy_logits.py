@@ -205,6 +205,33 @@ def test_what_models_do_to_their_logits(name, way):
     assert assert_alike(pk.attach(make(name).double()), loss, 1e-6) == 0
 
 
+@pytest.mark.parametrize("way", [
+    "row_by_row", "by_index", "entropy", "halves", "mask", "rows twice", "temperature in place",
+    "temperature of rows", "some labels", "most likely", "means",
+])  # fmt: skip
+def test_of_distinct_rows(way):
+    """The head multiplies each distinct hidden state once, with each of its targets."""
+    model = pk.attach(make("Llama").double())
+    ids = IDS.clone()
+    ids[:2, :4], ids[3] = ids[0, :4], ids[2]
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    losses, made = [], COUNTS["made_rows"]
+    with pk.distinct_rows(model):
+        for on in (False, True):
+            model._pro_kernels.lazy = on
+            model.zero_grad()
+            z = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            if on:
+                assert z.source.head.hidden.shape[0] == 4 * T - 4 - 9 - 3 + 1
+            loss = (WAYS | LINEAR)[way](z)
+            loss.backward()
+            losses.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*losses, strict=True):
+        assert (a - b).norm() <= 1e-9 * a.norm() + 1e-12
+    assert COUNTS["made_rows"] == made
+
+
 @pytest.mark.parametrize("way", LOGPS, ids=lambda way: way.__name__)
 def test_in_16_bits(way):
     """As exact as fp32 until the result is rounded; plain logits are rounded before."""

@@ -13,6 +13,8 @@ from pro_kernels.distinct.tree import TokenTree
 
 # A batch is run as it is where less than this share of it would be left out.
 _WORTH = 0.05
+# An attribute of hidden states: those of the row, with one for padding, and each one's place there.
+SPREAD = "_pro_kernels_spread"
 _OURS = ("input_ids", "attention_mask", "position_ids", "use_cache", "past_key_values",
          "cache_position", "return_dict")  # fmt: skip
 
@@ -75,6 +77,15 @@ def row_of(decoder: Any, relative: bool, given: Mapping[str, Any]) -> tuple[int,
     return tree.num_tokens, Row.of(tree, ids_there, mask)
 
 
+def spread_from(hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What hidden states (R, T, H) of a padded batch were spread from: (S + 1, H) and (R, T)."""
+    whole = hidden if hidden._base is None else hidden._base
+    found = getattr(whole, SPREAD, None)
+    if found is None or hidden.numel() != whole.numel() or not hidden.is_contiguous():
+        return None
+    return found[0], found[1].view(hidden.shape[:-1])
+
+
 def run_row(run: Callable[..., Any], row: Row, given: Mapping[str, Any]) -> Any:
     """The decoder on the distinct tokens, and its output as of the padded batch."""
     shape = given["input_ids"].shape
@@ -95,7 +106,10 @@ def run_row(run: Callable[..., Any], row: Row, given: Mapping[str, Any]) -> Any:
             return x
         if x.dim() > 2:  # (1, S, ...)
             rows = nn.functional.pad(x[0], (0, 0) * (x.dim() - 2) + (0, 1))
-            return rows.index_select(0, row.places.to(x.device)).unflatten(0, shape)
+            places = row.places.to(x.device)
+            whole = rows.index_select(0, places)
+            setattr(whole, SPREAD, (rows, places))
+            return whole.unflatten(0, shape)
         rows = nn.functional.pad(x, (0, 0, 0, 1))  # a router's, (S, E)
         return rows.index_select(0, row.places.to(x.device))
 

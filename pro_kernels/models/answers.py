@@ -26,11 +26,11 @@ from pro_kernels.models.lazy import (
     is_whole,
     like,
     log_probs,
+    logits_of,
     logsumexp,
     mean,
     real,
-    run_head,
-    target_logits,
+    target_logits_of,
 )
 
 _ANY = ("logits", "log_probs", "probs", "p_log_p", "p_logits")
@@ -142,13 +142,16 @@ def _columns(x: LazyLogits, index: list[Any], column: Any) -> Any:
     """One number a row: ``x[rows, ids]``, ``x[..., id]``."""
     if isinstance(column, int):
         x = like(x, x.rows[tuple(index)])
-        column = torch.full_like(x.rows, column)
-    elif isinstance(column, Tensor) and column.dim() and column.dtype == torch.int64:
+        column = column + x.shape[-1] if column < 0 else column
+        if x.what != "logits" or not 0 <= column < x.shape[-1]:
+            return NotImplemented
+        return _number(x, logits_of(x, torch.full_like(x.rows, column)[..., None])[..., 0])
+    if isinstance(column, Tensor) and column.dim() and column.dtype == torch.int64:
         if not all(isinstance(i, int | Tensor) for i in index):
             return NotImplemented
         rows, column = torch.broadcast_tensors(x.rows[tuple(index)], column)
         if not (is_whole(x) and rows.shape == x.rows.shape and torch.equal(rows, x.rows)):
-            x = apart(x, x.source.head.hidden[rows])
+            x = apart(x, x.source.at(x.source.head.hidden, rows))
     else:
         return NotImplemented
     ids = torch.where(column < 0, column + x.shape[-1], column)
@@ -256,9 +259,8 @@ def _divided_(x: LazyLogits, other: Any) -> Any:
     if isinstance(other, int | float) and other:
         source.divisor *= other
     elif (hidden := _cooled(x, other)) is not None:
-        whole = torch.zeros_like(source.head.hidden).index_put((x.rows,), hidden)
-        source.head = source.head._replace(hidden=whole)
-        source.shared = {}
+        whole = hidden.new_zeros(source.numbers.numel(), hidden.shape[-1])
+        source.put(whole.index_put((x.rows,), hidden))
     else:
         return NotImplemented
     source.changes += 1
@@ -328,8 +330,8 @@ def _gather(x: LazyLogits, dim: Any, index: Tensor, *, sparse_grad: bool = False
     if index.shape[-1] == 1 and x.what == "log_probs":
         return _number(x, log_probs(x, index[..., 0]), keepdim=True)
     if index.shape[-1] == 1:
-        run_head(x, index[..., 0])  # from which the log-sum-exp will be taken
-    chosen = target_logits(x, index.reshape(-1, index.shape[-1])).view(index.shape)
+        return _number(x, target_logits_of(x, index[..., 0]), keepdim=True)
+    chosen = logits_of(x, index)
     return (chosen if x.what == "logits" else chosen - logsumexp(x)[..., None]).to(x.dtype)
 
 
@@ -435,7 +437,7 @@ def _largest(x: LazyLogits, number: Callable[[Tensor], Any]) -> Any:
     """Values, differentiable, and their indices."""
     values, ids = by_blocks(x, number)
     if x.requires_grad and torch.is_grad_enabled():
-        values = target_logits(x, ids.reshape(-1, ids.shape[-1])).view(ids.shape).to(x.dtype)
+        values = logits_of(x, ids).to(x.dtype)
     return values, ids
 
 

@@ -10,13 +10,14 @@ Legend: ``N`` rows of hidden states, ``H`` hidden, ``V`` vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,9 @@ _said: set[str] = set()
 class Source:
     """Rows that views share, as views of one tensor share its memory."""
 
-    head: HeadInputs  # hidden (N, H)
+    head: HeadInputs
     numbers: Tensor  # (N,), of the rows
+    places: Tensor | None  # (N,), of each row in the hidden states; None: row i is the i-th
     dtype: torch.dtype  # in which the head would leave logits
     autocast: torch.dtype | None
     options: dict[str, Any]  # backend and budget
@@ -89,21 +91,42 @@ class Source:
                 mean = self.head.hidden.to(wide) @ self.head.weight.mean(0, dtype=wide)
                 if self.head.bias is not None:
                     mean = mean + self.head.bias.mean(dtype=wide)
-            self.shared[key] = mean
+            self.shared[key] = self.at(mean, self.numbers)
         return self.shared[key]
+
+    def put(self, hidden: Tensor) -> None:
+        """Other hidden states (N, H) for the rows, in place."""
+        self.head = self.head._replace(hidden=hidden)
+        self.places, self.shared, self.versions = None, {}, _versions(self.head)
+
+    def at(self, x: Tensor, rows: Tensor) -> Tensor:
+        """What belongs to these rows, of something by hidden state."""
+        return x[rows if self.places is None else self.places[rows]]
 
 
 def _versions(head: HeadInputs) -> tuple[int, ...]:
     return tuple(x._version for x in head[:3] if x is not None and not x.is_inference())
 
 
-class Pass(NamedTuple):
+@dataclass(eq=False)
+class Pass:
     """One run of the head over some rows; 0 at the others."""
 
+    source: Source
     key: tuple[float, int]
     ids: Tensor  # (N,)
+    pairs: Tensor  # (P, 2), a hidden state and an id, of those that differ
+    pair_of: Tensor | None  # (N,); None: row i has the i-th pair
     logps: Tensor  # (N,)
     entropy: Tensor | None  # (N,)
+
+    @functools.cached_property
+    def chosen(self) -> Tensor:
+        """(N,), the target's logit: one tensor, at which gradients of opposite sign cancel."""
+        with torch.set_grad_enabled(self.logps.requires_grad):
+            places, ids = self.pairs.unbind(1)
+            found = target_logits(self.source, places, ids[:, None])[:, 0] / self.key[0]
+            return found if self.pair_of is None else found[self.pair_of]
 
 
 class LazyLogits(Tensor):
@@ -157,22 +180,29 @@ class LazyLogits(Tensor):
 
 
 def lazy_logits(
-    head: HeadInputs, made: torch.dtype, dtype: torch.dtype, options: dict[str, Any]
+    head: HeadInputs,
+    options: dict[str, Any],
+    made: torch.dtype,
+    dtype: torch.dtype,
+    places: Tensor | None = None,
 ) -> LazyLogits:
     """The logits of a head's call, not made.
 
     Args:
-        head: of the call; hidden (..., H).
+        head: of the call; hidden (..., H), of the logits or, with ``places``, (S, H).
+        options: ``backend`` and ``budget`` of the calls that answer for them.
         made: the dtype in which the head would leave them.
         dtype: the one they would be returned in.
-        options: ``backend`` and ``budget`` of the calls that answer for them.
+        places: (...), which hidden state each of the logits' rows is of.
     """
-    shape, kind = head.hidden.shape[:-1], head.hidden.device.type
+    kind = head.hidden.device.type
+    shape = head.hidden.shape[:-1] if places is None else places.shape
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     head = head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
-    rows = torch.arange(head.hidden.shape[0], device=head.hidden.device)
+    places = None if places is None else places.reshape(-1)
+    rows = torch.arange(shape.numel(), device=head.hidden.device)
     COUNTS["lazy_rows"] += rows.numel()
-    source = Source(head, rows, made, autocast, options, rows.numel())
+    source = Source(head, rows, places, made, autocast, options, rows.numel())
     return _view(source, rows=rows.view(shape), dtype=dtype)
 
 
@@ -249,8 +279,8 @@ def apart(x: LazyLogits, hidden: Tensor) -> LazyLogits:
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows, head = torch.arange(flat.shape[0], device=flat.device), x.source.head
     source = replace(
-        x.source, head=head._replace(hidden=flat), numbers=rows, count=rows.numel(), shared={},
-        versions=(),
+        x.source, head=head._replace(hidden=flat), numbers=rows, places=None, count=rows.numel(),
+        shared={}, versions=(),
     )  # fmt: skip
     rows = rows.view(hidden.shape[:-1])
     return _view(source, rows=rows, dtype=x.dtype, what=x.what, divisor=x.divisor)
@@ -266,7 +296,9 @@ def is_whole(x: LazyLogits) -> bool:
 def hidden_of(x: LazyLogits) -> Tensor:
     """(..., H)."""
     hidden = x.source.head.hidden
-    return hidden.view(*x.rows.shape, -1) if is_whole(x) else hidden[x.rows]
+    if is_whole(x) and x.source.places is None:
+        return hidden.view(*x.rows.shape, -1)
+    return x.source.at(hidden, x.rows)
 
 
 # ---- the real thing
@@ -282,7 +314,7 @@ def _values(view: dict[str, Any], rows: Tensor, dtype: torch.dtype) -> Tensor:
     source: Source = view["source"]
     if source.real is not None:
         return source.real[rows]
-    head = source.head._replace(hidden=source.head.hidden[rows])
+    head = source.head._replace(hidden=source.at(source.head.hidden, rows))
     with source.computing():
         z = head.after(head.raw_logits()).to(source.dtype).to(dtype)
     divisor, what = view["divisor"] * source.divisor, view["what"]
@@ -370,20 +402,21 @@ def _say(name: str, x: LazyLogits) -> None:
 
 
 class _TargetLogits(torch.autograd.Function):
-    """Logits (n, k) of ids ``(n, k)`` at ``rows (n,)``: products of rows, no head matmul."""
+    """Logits (n, k) of ids ``(n, k)`` at ``places (n,)``: products of rows, no head matmul."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, ids, head, dtype):  # noqa: D102
-        ctx.given = (rows, ids, dtype, head)
+    def forward(ctx, hidden, weight, bias, places, ids, dtype, head):  # noqa: D102
+        ctx.given = (places, ids, dtype, head)
         return _products(hidden, weight, bias, *ctx.given)
 
     @staticmethod
     def backward(ctx, grad):  # noqa: D102
-        # As a rule 0: of a target's logit less its log-sum-exp, which the pass has.
         found: list[Tensor | None] = [None] * 3
-        if grad.any():
-            head = ctx.given[3]
-            found = _again(ctx, head, lambda *inputs: _products(*inputs, *ctx.given), grad)
+        # All 0 as a rule: of a target's logit less its log-sum-exp, which the pass has.
+        if len(at := grad.any(1).nonzero()[:, 0]):
+            places, ids, *others = ctx.given
+            given = (places[at], ids[at], *others)
+            found = _again(ctx, others[-1], lambda *inputs: _products(*inputs, *given), grad[at])
         return *found, None, None, None, None
 
 
@@ -391,23 +424,23 @@ def _products(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Tensor,
+    places: Tensor,
     ids: Tensor,
     dtype: torch.dtype,
     head: HeadInputs,
 ) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
-    x, w = (y.to(dtype).to(wide) for y in (hidden[rows], weight[ids]))
+    x, w = (y.to(dtype).to(wide) for y in (hidden[places], weight[ids]))
     z = torch.einsum("nh,nkh->nk", x, w)
     return head.after(z if bias is None else z + bias[ids].to(dtype))
 
 
-def target_logits(x: LazyLogits, ids: Tensor) -> Tensor:
-    """(n, k) of ids (n, k), one row after another."""
-    head = x.source.head
-    dtype = x.source.autocast or head.hidden.dtype
-    rows = x.rows.reshape(-1)
-    return _TargetLogits.apply(*head[:3], rows, ids, head, dtype) / x.key[0]
+def target_logits(source: Source, places: Tensor, ids: Tensor) -> Tensor:
+    """(n, k) of ids (n, k) of hidden states (n,), not divided."""
+    head = source.head
+    dtype = source.autocast or head.hidden.dtype
+    with source.computing():
+        return _TargetLogits.apply(*head[:3], places, ids, dtype, head)
 
 
 def _of_rows(x: LazyLogits, full: Tensor) -> Tensor:
@@ -425,11 +458,23 @@ def log_probs(x: LazyLogits, ids: Tensor, keep: bool = True) -> Tensor:
     return _of_rows(x, run_head(x, ids, keep=keep).logps)
 
 
+def target_logits_of(x: LazyLogits, ids: Tensor) -> Tensor:
+    """Of one id a row, in one pass with the log-sum-exp of the row."""
+    return _of_rows(x, run_head(x, ids).chosen)
+
+
+def logits_of(x: LazyLogits, ids: Tensor) -> Tensor:
+    """Of ids (..., k) of each row."""
+    rows = x.rows.reshape(-1)
+    places = rows if x.source.places is None else x.source.places[rows]
+    found = target_logits(x.source, places, ids.reshape(-1, ids.shape[-1]))
+    return found.view(ids.shape) / x.key[0]
+
+
 def logsumexp(x: LazyLogits) -> Tensor:
     """Of each row."""
     made = run_head(x)
-    ids = made.ids[x.rows].reshape(-1, 1)
-    return target_logits(x, ids).view(x.rows.shape) - _of_rows(x, made.logps)
+    return _of_rows(x, made.chosen - made.logps)
 
 
 def entropy(x: LazyLogits) -> Tensor:
@@ -479,13 +524,35 @@ def run_head(
         "softcap": None if head.softcap is None else head.softcap / by,
         **x.source.options,
     }
-    function: Any = linear_token_stats if entropy else linear_token_logps
-    with x.source.computing():
-        found = function(head.hidden, head.weight, targets, **options)
-    made = Pass(x.key, targets, *(found[:2] if entropy else (found, None)))
+    made = _run(x.source, targets, x.key, options, entropy)
     if keep:
         over.passes.append(made)
     return made
+
+
+def _run(
+    source: Source, targets: Tensor, key: tuple, options: dict[str, Any], entropy: bool
+) -> Pass:
+    hidden, pair_of, at = source.head.hidden, None, None
+    if source.places is None:
+        pairs = torch.stack([source.numbers, targets.clamp_min(0)], 1)
+    else:  # each hidden state with each of its ids once
+        at = (targets != NO_TARGET).nonzero()[:, 0]
+        vocab = source.head.weight.shape[0]
+        codes, inverse = (source.places[at] * vocab + targets[at]).unique(return_inverse=True)
+        pairs = torch.stack([codes // vocab, codes % vocab], 1)
+        hidden = hidden[pairs[:, 0]]
+        pair_of = torch.zeros_like(targets)
+        pair_of[at] = inverse
+    function: Any = linear_token_stats if entropy else linear_token_logps
+    with source.computing():
+        ids = targets if at is None else pairs[:, 1]
+        found = function(hidden, source.head.weight, ids, **options)
+    numbers = list(found[:2]) if entropy else [found]
+    if pair_of is not None:
+        zeros = numbers[0].new_zeros(targets.shape)
+        numbers = [zeros.index_copy(0, at, y[inverse]) for y in numbers]
+    return Pass(source, key, targets, pairs, pair_of, *(numbers if entropy else (*numbers, None)))
 
 
 def _known(x: LazyLogits, ids: Tensor | None) -> list[Pass]:

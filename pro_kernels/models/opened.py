@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pro_kernels.distinct.row import spread_from
 from pro_kernels.fused.shards import is_dtensor
 from pro_kernels.models import answers  # noqa: F401  (they register themselves)
 from pro_kernels.models.head import HeadInputs, gathers_itself, own_of_head, resolve, unfit
@@ -247,15 +248,17 @@ class Opened:
         as_tuple = not (getattr(self.lm.config, "return_dict", True) if wanted is None else wanted)
         forward = head.forward
         calls: list[HeadInputs | None] = []  # None: made as ever
-        made = torch.float32
+        made, places = torch.float32, None
 
         def stub(hidden: Tensor, *args: Any, **others: Any) -> Tensor:
-            nonlocal made
+            nonlocal made, places
             calls.append(None)
             if len(calls) > 1 or args or any(x is not None for x in others.values()):
                 return forward(hidden, *args, **others)
+            spread = spread_from(hidden)  # of distinct rows: each is multiplied once
+            row, places = (hidden, None) if spread is None else spread
             try:
-                inputs = resolve(head, hidden)._replace(**self.logits)
+                inputs = resolve(head, row)._replace(**self.logits)
             except ValueError:
                 return forward(hidden)
             if is_dtensor(hidden) or is_dtensor(inputs.weight) or not worth(*inputs[:2]):
@@ -277,16 +280,16 @@ class Opened:
         if any(calls):
             logits, inputs = out.get("logits"), calls[0]
             assert inputs is not None
-            shape = (*inputs.hidden.shape[:-1], 0)
+            shape = (*(inputs.hidden.shape[:-1] if places is None else places.shape), 0)
             if len(calls) > 1 or logits is None or logits.shape != shape:
                 self.lazy = False  # the model makes more of them than it returns
                 return self.original(**kwargs)
-            out["logits"] = self._not_made(inputs, made, logits.dtype)
+            out["logits"] = self._not_made(inputs, made, logits.dtype, places)
         return out.to_tuple() if as_tuple else out
 
-    def _not_made(self, inputs: HeadInputs, made: torch.dtype, dtype: torch.dtype) -> Tensor:
+    def _not_made(self, inputs: HeadInputs, *more: Any) -> Tensor:
         options = {name: self.options[name] for name in ("backend", "budget")}
-        return lazy_logits(inputs, made, dtype, options)
+        return lazy_logits(inputs, options, *more)
 
     def _stays_lazy(self, head: nn.Module, kwargs: dict[str, Any]) -> bool:
         if not self.lazy or self.running or torch.compiler.is_compiling() or gathers_itself(head):
