@@ -69,7 +69,7 @@ def _original(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]
     from transformers import AttentionInterface
 
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return AttentionInterface().get_interface(name, eager)
+    return AttentionInterface().get(name, eager)  # ``get_interface`` is of transformers 5
 
 
 def over_tree(

@@ -54,6 +54,7 @@ class Source:
     dtype: torch.dtype  # in which the head would leave logits
     autocast: torch.dtype | None
     options: dict[str, Any]  # backend and budget
+    habits: dict[str, Any]  # what was asked of logits of this model before
     count: int  # rows of the view it was made for
     divisor: float = 1.0
     changes: int = 0  # by operations in place
@@ -182,6 +183,7 @@ class LazyLogits(Tensor):
 def lazy_logits(
     head: HeadInputs,
     options: dict[str, Any],
+    habits: dict[str, Any],
     made: torch.dtype,
     dtype: torch.dtype,
     places: Tensor | None = None,
@@ -191,6 +193,7 @@ def lazy_logits(
     Args:
         head: of the call; hidden (..., H), of the logits or, with ``places``, (S, H).
         options: ``backend`` and ``budget`` of the calls that answer for them.
+        habits: of the model, to be kept from call to call.
         made: the dtype in which the head would leave them.
         dtype: the one they would be returned in.
         places: (...), which hidden state each of the logits' rows is of.
@@ -202,7 +205,7 @@ def lazy_logits(
     places = None if places is None else places.reshape(-1)
     rows = torch.arange(shape.numel(), device=head.hidden.device)
     COUNTS["lazy_rows"] += rows.numel()
-    source = Source(head, rows, places, made, autocast, options, rows.numel())
+    source = Source(head, rows, places, made, autocast, options, habits, rows.numel())
     return _view(source, rows=rows.view(shape), dtype=dtype)
 
 
@@ -507,6 +510,9 @@ def run_head(
     for made in known:
         if not entropy or made.entropy is not None:
             return made
+    habits = x.source.habits
+    if entropy and known:  # the next time it comes with the log-probs
+        habits["entropy"] = True
     over = x
     if ids is None and x.scope is not None and x.scope.key == x.key:
         over = x.scope
@@ -517,21 +523,24 @@ def run_head(
         targets[over.rows] = 0 if ids is None else ids
     head, by = x.source.head, x.key[0]
     options: dict[str, Any] = {
-        "bias": head.bias,
         "ignore_index": NO_TARGET,
         "logit_scale": head.logit_scale / by,
         # cap(z) / T = (c / T) tanh((z / T) / (c / T))
         "softcap": None if head.softcap is None else head.softcap / by,
         **x.source.options,
     }
-    made = _run(x.source, targets, x.key, options, entropy)
+    # All rows once, then the ones that have a gradient thrice; or all of them thrice.
+    late = keep and habits.get("live", 0.0) < 2 / 3
+    if late:
+        entropy = entropy or "entropy" in habits
+    made = _run(x.source, targets, x.key, options, entropy, late)
     if keep:
         over.passes.append(made)
     return made
 
 
 def _run(
-    source: Source, targets: Tensor, key: tuple, options: dict[str, Any], entropy: bool
+    source: Source, targets: Tensor, key: tuple, options: dict[str, Any], entropy: bool, late: bool
 ) -> Pass:
     hidden, pair_of, at = source.head.hidden, None, None
     if source.places is None:
@@ -544,15 +553,58 @@ def _run(
         hidden = hidden[pairs[:, 0]]
         pair_of = torch.zeros_like(targets)
         pair_of[at] = inverse
-    function: Any = linear_token_stats if entropy else linear_token_logps
-    with source.computing():
-        ids = targets if at is None else pairs[:, 1]
-        found = function(hidden, source.head.weight, ids, **options)
-    numbers = list(found[:2]) if entropy else [found]
-    if pair_of is not None:
+    ids = targets if at is None else pairs[:, 1]
+
+    def run(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, entropy: bool = entropy
+    ) -> tuple[Tensor, ...]:
+        function: Any = linear_token_stats if entropy else linear_token_logps
+        with source.computing():
+            found = function(hidden, weight, ids, bias=bias, **options)
+        return found[:2] if entropy else (found,)
+
+    _, weight, bias = source.head[:3]
+    if late:
+        numbers = _Late.apply(hidden, weight, bias, run, ids, source)
+    else:
+        numbers = run(hidden, weight, bias, ids)
+    if at is not None:
         zeros = numbers[0].new_zeros(targets.shape)
-        numbers = [zeros.index_copy(0, at, y[inverse]) for y in numbers]
-    return Pass(source, key, targets, pairs, pair_of, *(numbers if entropy else (*numbers, None)))
+        numbers = tuple(zeros.index_copy(0, at, y[inverse]) for y in numbers)
+    return Pass(source, key, targets, pairs, pair_of, *numbers, *[None] * (not entropy))
+
+
+class _Late(torch.autograd.Function):
+    """Numbers of rows; the backward computes the rows again that have a gradient, and only those.
+
+    A trainer asks for all rows and masks most of them afterwards: prompts and padding.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, run, ids, source):  # noqa: D102
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.given = run, ids, source
+        ctx.set_materialize_grads(False)
+        return run(hidden, weight, bias, ids)
+
+    @staticmethod
+    def backward(ctx, *grads):  # noqa: D102
+        run, ids, source = ctx.given
+        given = [g for g in grads if g is not None]
+        if not given:
+            return (None,) * 6
+        live = functools.reduce(torch.logical_or, [g != 0 for g in given])
+        source.habits["live"] = live.float().mean().item()
+        ids = torch.where(live, ids, NO_TARGET)
+        hidden, *others = ctx.saved_tensors
+
+        def total(*inputs: Any) -> Tensor:
+            found = run(*inputs, ids, entropy=len(grads) > 1 and grads[1] is not None)
+            parts = [(x * g).sum() for x, g in zip(found, grads, strict=False) if g is not None]
+            return sum(parts[1:], parts[0])
+
+        head = source.head._replace(hidden=hidden)
+        return *_again(ctx, head, total, torch.ones_like(given[0][0])), None, None, None
 
 
 def _known(x: LazyLogits, ids: Tensor | None) -> list[Pass]:

@@ -88,6 +88,7 @@ class Opened:
     own: dict[str, Any] = field(default_factory=dict)  # what attributes that attach sets were
     hooks: list[Any] = field(default_factory=list)  # handles of attach's
     lazy: bool = False  # a call without labels returns ``LazyLogits``
+    habits: dict[str, Any] = field(default_factory=dict)  # of who asks them
     rows: Any = None  # ``Distinct``, where attach began that
     loaded: bool = False  # attached by ``pro-kernels run``; who attaches it anew may
     logits: dict[str, Any] = field(default_factory=dict)  # softcap and logit_scale of HeadInputs
@@ -289,7 +290,7 @@ class Opened:
 
     def _not_made(self, inputs: HeadInputs, *more: Any) -> Tensor:
         options = {name: self.options[name] for name in ("backend", "budget")}
-        return lazy_logits(inputs, options, *more)
+        return lazy_logits(inputs, options, self.habits, *more)
 
     def _stays_lazy(self, head: nn.Module, kwargs: dict[str, Any]) -> bool:
         if not self.lazy or self.running or torch.compiler.is_compiling() or gathers_itself(head):
