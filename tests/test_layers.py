@@ -96,7 +96,7 @@ ALLOWED = {
     "models.loaded": {"models.attach", "models.counts", "models.forward"},
     "hook": {"models.loaded"},
     "models.official": {"models.attach", "options", "reference"},
-    "models.trl": {"api", "distinct.decoder", "validate"},
+    "models.trl": {"api", "distinct.decoder", "models.attach", "models.opened", "validate"},
     "selfcheck": {
         "_version", "api", "backends", "fused.matmul", "fused.planner", "options", "reference",
         "selfcheck",
