@@ -354,8 +354,11 @@ def _is_wrapped(x: Any) -> bool:
     node = x.grad_fn if isinstance(x, LazyLogits) else None
     if node is None or isinstance(node, _Made._backward_cls):
         return False
-    module = getattr(node, "ddp_weakref", lambda: None)()  # of DDP: only a static graph needs it
-    return module is None or module.static_graph
+    module = getattr(node, "ddp_weakref", lambda: None)()
+    if module is None or module.static_graph or x.parent is None:
+        return True
+    x.source = x.parent.source  # DDP cloned it, which only a static graph has to see a gradient of
+    return False
 
 
 def _plainly(func: Callable[..., Any], name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
