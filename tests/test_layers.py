@@ -81,7 +81,7 @@ ALLOWED = {
     "models.counts": set(),
     "models.head": {"options"},
     "models.probe": {"models.head", "option_types"},
-    "models.lazy": {"api", "models.counts", "models.head"},
+    "models.lazy": {"api", "fused.autograd", "models.counts", "models.head"},
     "models.answers": {"models.lazy"},
     "models.opened": {
         "distinct.row", "fused.shards", "models.answers", "models.head", "models.lazy",
