@@ -25,7 +25,6 @@ def first_order(backward: Callable) -> Callable:
     ``once_differentiable`` alone is silent where the upstream gradient is a constant: of a penalty
     on gradients that is added to the loss, nothing would be left.
     """
-
     once = once_differentiable(backward)
 
     @functools.wraps(backward)

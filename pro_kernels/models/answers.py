@@ -269,18 +269,19 @@ def _divided(x: LazyLogits, other: Any, *, rounding_mode: Any = None) -> Any:
 
 @_answers("div_", "__itruediv__")
 def _divided_(x: LazyLogits, other: Any) -> Any:
-    source = x.source
-    if x.rows.numel() != source.base.numel():  # others of its memory would not see it
-        return NotImplemented
+    source, number = x.source, isinstance(other, int | float)
+    if number and other == 1:
+        return x
     if source.graph and not (x.requires_grad and torch.is_grad_enabled()):
         return NotImplemented
-    if isinstance(other, int | float) and _is_scale(x, other):
+    if number and x.rows.numel() == source.base.numel() and _is_scale(x, other):
         source.divisor *= other
-    elif (hidden := _cooled(x, other)) is not None:
-        whole = hidden.new_zeros(source.numbers.numel(), hidden.shape[-1])
-        source.put(whole.index_put((x.rows,), hidden))
-    else:
-        return NotImplemented
+    else:  # for these rows alone
+        by = torch.tensor(other, dtype=source.head.hidden.dtype) if number else other
+        hidden = _cooled(x, by)
+        if hidden is None:
+            return NotImplemented
+        source.put(source.at(source.head.hidden, source.numbers).index_put((x.rows,), hidden))
     source.changes = next(_changes)
     return x
 
