@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 import pro_kernels as pk
 from pro_kernels.models import official
 from pro_kernels.models import trl as swap
+from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.lazy import LazyLogits
 from pro_trainer.train.official import official_batch, official_loss
 
@@ -285,34 +287,47 @@ def test_a_weight_that_zero_3_split_is_trls_own_matter(trl, monkeypatch):
     assert seen == [(*tensors, targets, 0.7, 32, 4.0, 0.5, ("entropy",))]
 
 
-def test_twice_and_another_version_are_refused(trl, monkeypatch):
+def test_twice_is_refused_and_a_function_of_other_arguments_stays_trls_own(trl, monkeypatch):
+    import trl.trainer.utils as utils
+
     swap.accelerate_trl()
     with pytest.raises(ValueError, match="accelerated already"):
         swap.accelerate_trl()
     swap.restore_trl()
     swap.restore_trl()
-    monkeypatch.setattr(trl, "__version__", "1.9.0")
-    with pytest.raises(ImportError, match=r"TRL 1.9.0 computes .*install trl==1.16"):
-        swap.accelerate_trl()
-    kernels = importlib.import_module("trl.kernels")
-    monkeypatch.setattr(trl, "__version__", "1.17.0")
 
     class Other:
         @staticmethod
         def forward(ctx, hidden):
             return hidden
 
-    monkeypatch.setattr(kernels, "ChunkedLogProbFunction", Other)
-    with pytest.raises(ImportError, match=r"TRL 1.17.0 computes token log-probs in another way"):
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Other)
+    with pytest.warns(UserWarning, match="computes token log-probs with the arguments"):
         swap.accelerate_trl()
+    assert utils._ChunkedLogProbFunction is Other
+
+
+def test_a_release_without_that_function_has_its_models_attached(trl, tmp_path, monkeypatch):
+    """As of TRL before 1.16, whose trainers work on logits; ORPO's of today still does."""
+    import trl.trainer.base_trainer as base
     import trl.trainer.utils as utils
 
-    assert utils._ChunkedLogProbFunction is not swap.FusedLogProbs
+    plain = trl_run(trl, tmp_path, "ORPO")
+    monkeypatch.setattr(base, "BaseTrainer", base._BaseTrainer, raising=False)
+    monkeypatch.delattr(base, "_BaseTrainer")
+    monkeypatch.delattr(utils, "_ChunkedLogProbFunction")
+    before = COUNTS["lazy_rows"], COUNTS["made_rows"]
+    swap.accelerate_trl()
+    fused = trl_run(trl, tmp_path, "ORPO")
+    assert fused[0] == pytest.approx(plain[0], rel=1e-5)
+    assert COUNTS["lazy_rows"] > before[0] and COUNTS["made_rows"] == before[1]
+    swap.restore_trl()
+    monkeypatch.setitem(sys.modules, "trl.trainer.base_trainer", None)
+    with pytest.raises(ImportError, match="before the trainer is made does the same"):
+        swap.accelerate_trl()
 
 
 def test_a_missing_trl_is_named(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ImportError, match="accelerate_trl needs TRL >= 1.16"):
+    with pytest.raises(ImportError, match="accelerate_trl needs TRL "):
         swap.accelerate_trl()

@@ -81,7 +81,7 @@ ALLOWED = {
     "models.counts": set(),
     "models.head": {"options"},
     "models.probe": {"models.head", "option_types"},
-    "models.lazy": {"api", "models.counts", "models.head"},
+    "models.lazy": {"api", "fused.autograd", "models.counts", "models.head"},
     "models.answers": {"models.lazy"},
     "models.opened": {
         "distinct.row", "fused.shards", "models.answers", "models.head", "models.lazy",
@@ -96,7 +96,7 @@ ALLOWED = {
     "models.loaded": {"models.attach", "models.counts", "models.forward"},
     "hook": {"models.loaded"},
     "models.official": {"models.attach", "options", "reference"},
-    "models.trl": {"api", "distinct.decoder", "validate"},
+    "models.trl": {"api", "distinct.decoder", "models.attach", "models.opened", "validate"},
     "selfcheck": {
         "_version", "api", "backends", "fused.matmul", "fused.planner", "options", "reference",
         "selfcheck",

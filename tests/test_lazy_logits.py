@@ -430,3 +430,83 @@ def test_peak_memory():
     run = subprocess.run([sys.executable, "-c", PEAK], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert max(json.loads(run.stdout)) < 100 << 20  # logits and their gradient: 512 MB
+
+
+def under_no_grad(z, how):
+    with torch.no_grad():
+        return how(z)
+
+
+UP3 = UP.abs().unsqueeze(-1) + 0.5
+# Programs in which lazy logits once differed from plain ones.
+FOUND = {
+    "a detached factor": lambda z: (z.log_softmax(-1) * z.softmax(-1).detach()).sum(-1)[0].sum(),
+    "a factor under no_grad": lambda z: (
+        under_no_grad(z, lambda z: z.softmax(-1)) * z
+    ).sum(-1).square().sum(),
+    "a view in place": lambda z: changed(z, lambda z: z[:, 1:].div_(2)).logsumexp(-1).sum(),
+    "rows in place": lambda z: changed(z, lambda z: z.view(-1, V)[::2].mul_(2)).logsumexp(-1).sum(),
+    "detached in place": lambda z: changed(z, lambda z: z.detach().mul_(2)).logsumexp(-1).sum(),
+    "in place under no_grad": lambda z: under_no_grad(
+        z, lambda z: changed(z, lambda z: z.squeeze(0).div_(2))
+    ).logsumexp(-1).sum(),
+    "a contiguous copy in place": lambda z: z.logsumexp(-1).sum() + (
+        changed(z[:, 1:].contiguous(), lambda y: y.view(-1, V).div_(2)).logsumexp(-1).square().sum()
+    ),
+    "a clone in place": lambda z: z.logsumexp(-1).sum() + (
+        changed(z[:, :-1].clone(), lambda y: y.reshape(-1, V).div_(2)).logsumexp(-1).square().sum()
+    ),
+    "tuples as rows": lambda z: z[(0, 0),].gather(-1, IDS[:2][..., None]).sum(),
+    "a new dimension": lambda z: (z.unsqueeze(-2).logsumexp(-1) * torch.arange(9.0)[:, None]).sum(),
+    "a mean under no_grad first": lambda z: under_no_grad(z, torch.mean) * 0 + z.mean(),
+    "a hook of a part": lambda z: changed(
+        z[:, :-1], lambda v: v.register_hook(lambda g: 2 * g)
+    ).logsumexp(-1).sum(),
+    "max with a tensor": lambda z: torch.max(z, torch.tensor(-1.0, dtype=z.dtype)).sum(),
+    "nothing counts, smoothed": lambda z: z.mean() + F.cross_entropy(
+        z.flatten(0, 1), torch.full((B * T,), -100), label_smoothing=0.1, reduction="sum"
+    ),
+    "two copies divided": lambda z: (
+        changed(z[:, :-1].clone(), lambda a: a.div_(UP3)).softmax(-1)
+        * changed(z[:, :-1].clone(), lambda b: b.div_(2 * UP3)).log_softmax(-1)
+    ).sum(-1).sum(),
+    "dtype by position": lambda z: torch.log_softmax(z, -1, torch.float64)[..., 0].sum(),
+    "no rows": lambda z: z[torch.empty(0, dtype=torch.int64)].logsumexp(-1).sum() + z.mean(),
+    "a row": lambda z: z[0, 0].gather(0, torch.tensor(3)) + sum(p.sum() for p in z[0, 0].chunk(2)),
+    "a negative divisor": lambda z: (z / -2).logsumexp(-1).sum() + (z * -2).logsumexp(-1).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*were made for")
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+def test_as_plain_logits(llama, capped, kind, name):
+    assert_alike(llama if kind == "Llama" else capped, FOUND[name], 1e-9)
+
+
+def test_errors_of_plain_logits_are_errors(llama):
+    llama._pro_kernels.lazy = True
+    z = llama(input_ids=IDS).logits
+    for ids in (IDS - V, IDS + V, torch.full_like(IDS, -100)):
+        for k in (1, 2):
+            with pytest.raises((IndexError, ValueError, RuntimeError)):
+                z.gather(-1, ids[..., None].expand(-1, -1, k))
+    with pytest.raises(RuntimeError, match="cannot be done in place"):
+        z[:1].squeeze_(0)
+    with pytest.raises(RuntimeError, match=r"out=\.\.\.\) cannot be done in place"):
+        torch.div(z.detach(), 2, out=z.detach())
+    for ask in (lambda z: z.logsumexp(-1), lambda z: z.log_softmax(-1).gather(-1, IDS[..., None])):
+        with pytest.raises(RuntimeError, match="first order only"):
+            torch.autograd.grad(ask(z).sum(), llama.lm_head.weight, create_graph=True)
+    with pk.distinct_rows(llama):
+        same = llama(input_ids=IDS[:1].expand(3, -1)).logits
+        with pytest.raises(IndexError, match="must lie in"):
+            same.gather(-1, IDS[:1, :, None].expand(3, -1, -1) - V)
+
+
+def test_a_gradient_of_the_logits_themselves(llama):
+    llama._pro_kernels.lazy = True
+    z = llama(input_ids=IDS).logits
+    z.retain_grad()
+    z.logsumexp(-1).sum().backward()
+    assert z.grad.shape == z.shape and z.grad.sum().item() == pytest.approx(B * T)

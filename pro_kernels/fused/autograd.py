@@ -1,13 +1,13 @@
 """The autograd Functions: each pairs a forward op with its backward op.
 
 A Function gets its tensors first and the ``Call`` last, so every backward returns one gradient per
-tensor and trailing ``None``s. Gradients are of first order: the backward of the backward is refused
-by PyTorch with its own message (``once_differentiable``).
+tensor and trailing ``None``s. Gradients are of first order: ``create_graph=True`` is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,27 @@ from pro_kernels.fused import ops, shards
 from pro_kernels.fused.call import Call
 from pro_kernels.fused.registry import run
 from pro_kernels.layout import by_token
+
+
+def first_order(backward: Callable) -> Callable:
+    """A backward that has none itself, and says so.
+
+    ``once_differentiable`` alone is silent where the upstream gradient is a constant: of a penalty
+    on gradients that is added to the loss, nothing would be left.
+    """
+
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):  # noqa: ANN001, ANN002, ANN202
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "pro_kernels has gradients of first order only (create_graph=True was asked for); "
+                "compute the loss from plain logits for a gradient of a gradient"
+            )
+        return once(ctx, *grads)
+
+    return checked
 
 
 class Head(torch.autograd.Function):
@@ -40,7 +61,7 @@ class Head(torch.autograd.Function):
         return values[0], dropped, values[1], extra
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, _dropped, entropy_grad=None, _extra=None):  # noqa: D102
         if grad is None and entropy_grad is None:
             return (None,) * 6
@@ -63,7 +84,7 @@ class Logps(torch.autograd.Function):
         return logps, entropies
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, entropy_grad):  # noqa: D102
         if not ctx.call.entropy:
             entropy_grad = None
@@ -92,7 +113,7 @@ class Ranking(torch.autograd.Function):
         return _loss(ctx, weights, terms, call, sums, row_weights)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, *_others):  # noqa: D102
         if grad is None:
             return (None,) * 8
@@ -123,7 +144,7 @@ class SequenceSums(torch.autograd.Function):
         return sums, counts
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, _counts):  # noqa: D102
         if grad is None:
             return (None,) * 6
@@ -159,7 +180,7 @@ class LinearPRO(torch.autograd.Function):
         return _loss(ctx, weights, terms, call, sums, row_weights, dropped)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, *_others):  # noqa: D102
         call = ctx.call
         if grad is None:

@@ -8,6 +8,7 @@ pass of the head, as a log-prob and a product of two vectors a row.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from pro_kernels.models.lazy import (
     apart,
     by_blocks,
     entropy,
+    fix,
     hidden_of,
     is_whole,
     like,
@@ -36,6 +38,7 @@ from pro_kernels.models.lazy import (
 _ANY = ("logits", "log_probs", "probs", "p_log_p", "p_logits")
 # Ids a row, above which the products with them are no longer cheap.
 _MANY = 64
+_changes = itertools.count(1)
 
 
 def _answers(*names: str, of: tuple[str, ...] = ("logits",)) -> Callable[[Callable], Callable]:
@@ -53,13 +56,16 @@ def _answers(*names: str, of: tuple[str, ...] = ("logits",)) -> Callable[[Callab
 
 
 def _is_open(x: Any, *kinds: str) -> bool:
-    return isinstance(x, LazyLogits) and x.what in kinds and x.source.real is None
+    """Whether it is of these kinds, has rows, and nothing made it real."""
+    if not isinstance(x, LazyLogits) or x.what not in kinds or not x.rows.numel():
+        return False
+    return x.source.real is None and x.fixed is None
 
 
 def _is_last(x: LazyLogits, dim: Any) -> bool:
     """Whether that dimension is the vocabulary."""
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-    return dim in (-1, x.rows.dim()) and not isinstance(dim, bool)
+    return type(dim) is int and dim in (-1, x.rows.dim())
 
 
 def _number(x: LazyLogits, value: Tensor, keepdim: bool = False) -> Tensor:
@@ -78,7 +84,7 @@ _DIMS = {
 
 def _on_rows(name: str, x: Any, *args: Any, **kwargs: Any) -> Any:
     """An operation on leading dimensions."""
-    if not isinstance(x, LazyLogits):
+    if not isinstance(x, LazyLogits) or x.fixed is not None or not x.rows.dim():
         return NotImplemented
     given, last = list(args), x.rows.dim()
     names = [k for k in kwargs if "dim" in k]
@@ -86,8 +92,10 @@ def _on_rows(name: str, x: Any, *args: Any, **kwargs: Any) -> Any:
         (kwargs, k) for k in names
     ]
     for holder, at in places:
-        dim = holder[at] + last + 1 if holder[at] < 0 else holder[at]
-        if not 0 <= dim < last:
+        if type(holder[at]) is not int:
+            return NotImplemented
+        dim = holder[at] + last + 1 + (name == "unsqueeze") if holder[at] < 0 else holder[at]
+        if not 0 <= dim < last + (name == "unsqueeze"):
             return NotImplemented
         holder[at] = dim
     if name == "flatten" and len(places) < 2:  # to the end
@@ -117,7 +125,10 @@ def _reshaped(x: LazyLogits, *shape: Any, **named: Any) -> Any:
 @_answers("__getitem__", of=_ANY)
 def _indexed(x: LazyLogits, index: Any) -> Any:
     index = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(i, list | range) or i is True or i is False for i in index):
+    plain = (int, slice, Tensor, type(None), type(Ellipsis))
+    if not all(isinstance(i, plain) and not isinstance(i, bool) for i in index):
+        return NotImplemented
+    if any(isinstance(i, Tensor) and i.dtype not in (torch.bool, torch.int64) for i in index):
         return NotImplemented
     masks = [isinstance(i, Tensor) and i.dtype == torch.bool for i in index]
     dims = [i.dim() if mask else i is not None and i is not Ellipsis
@@ -173,6 +184,7 @@ def _joined(name: str, tensors: Any, dim: int = 0) -> Any:
     def fits(x: Any) -> bool:
         return (
             _is_open(x, "logits") and not x.source.hooks
+            and x.requires_grad == first.requires_grad
             and (x.key[0], x.dtype, x.source.dtype, x.source.autocast)
             == (first.key[0], first.dtype, first.source.dtype, first.source.autocast)
             and all(a is b for a, b in zip(x.source.head[1:], first.source.head[1:], strict=True))
@@ -195,7 +207,9 @@ ANSWERS.update({name: functools.partial(_joined, name) for name in ("cat", "stac
 
 @_answers("contiguous", of=_ANY)
 def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
-    return x if memory_format is torch.contiguous_format else NotImplemented
+    if memory_format is not torch.contiguous_format:
+        return NotImplemented
+    return x if x.rows.is_contiguous() else like(x)
 
 
 @_answers("clone", of=_ANY)
@@ -206,12 +220,14 @@ def _cloned(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
 @_answers("detach", of=_ANY)
 def _detached(x: LazyLogits) -> LazyLogits:
     with torch.no_grad():
-        return like(x)
+        return like(x, x.rows)
 
 
 @_answers("to", of=_ANY)
 def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     args = tuple(a.dtype if isinstance(a, LazyLogits) else a for a in args)
+    if "copy" in kwargs or sum(isinstance(a, bool) for a in args) > 1:
+        return NotImplemented
     device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
     if device is not None and device not in (x.device, torch.device(x.device.type)):
         return NotImplemented
@@ -246,7 +262,7 @@ def _divided(x: LazyLogits, other: Any, *, rounding_mode: Any = None) -> Any:
     if rounding_mode is not None:
         return NotImplemented
     if isinstance(other, int | float):
-        return like(x, divisor=x.divisor * other) if other else NotImplemented
+        return like(x, divisor=x.divisor * other) if _is_scale(x, other) else NotImplemented
     hidden = _cooled(x, other)
     return NotImplemented if hidden is None else apart(x, hidden)
 
@@ -254,17 +270,25 @@ def _divided(x: LazyLogits, other: Any, *, rounding_mode: Any = None) -> Any:
 @_answers("div_", "__itruediv__")
 def _divided_(x: LazyLogits, other: Any) -> Any:
     source = x.source
-    if x.rows.numel() != source.count:  # others of its memory would not see it
+    if x.rows.numel() != source.base.numel():  # others of its memory would not see it
         return NotImplemented
-    if isinstance(other, int | float) and other:
+    if source.graph and not (x.requires_grad and torch.is_grad_enabled()):
+        return NotImplemented
+    if isinstance(other, int | float) and _is_scale(x, other):
         source.divisor *= other
     elif (hidden := _cooled(x, other)) is not None:
         whole = hidden.new_zeros(source.numbers.numel(), hidden.shape[-1])
         source.put(whole.index_put((x.rows,), hidden))
     else:
         return NotImplemented
-    source.changes += 1
+    source.changes = next(_changes)
     return x
+
+
+def _is_scale(x: LazyLogits, by: float) -> bool:
+    """Whether logits may be divided by it before they are made."""
+    fits = 1e-4 < abs(by * x.key[0]) < 1e4
+    return fits and (by > 0 or x.source.head.softcap is None)
 
 
 def _cooled(x: LazyLogits, by: Any) -> Tensor | None:
@@ -274,22 +298,23 @@ def _cooled(x: LazyLogits, by: Any) -> Tensor | None:
         return None
     if head.softcap is not None or head.bias is not None or head.hidden.itemsize < 4:
         return None  # 16 bits would round them
-    fits = torch.broadcast_shapes(by.shape, shape) == shape
-    return hidden_of(x) / by if fits else None
+    fits = torch.broadcast_shapes(by.shape, shape) == shape and by.dtype == head.hidden.dtype
+    return hidden_of(x) / by if fits and bool((by != 0).all()) else None
 
 
 @_answers("mul", "__mul__", "__rmul__", of=("logits", "log_probs", "probs"))
 def _multiplied(x: LazyLogits, other: Any) -> Any:
     if isinstance(other, int | float):
-        scaled = x.what == "logits" and other
+        scaled = x.what == "logits" and other and _is_scale(x, 1 / other)
         return like(x, divisor=x.divisor / other) if scaled else NotImplemented
-    if not _is_open(other, "logits", "log_probs", "probs") or x.rows is not other.rows:
+    if not _is_open(other, "logits", "log_probs", "probs") or x.which is not other.which:
         return NotImplemented
     kind = {"log_probs": "p_log_p", "logits": "p_logits"}.get(({x.what, other.what} - {"probs"}
                                                               or {""}).pop())  # fmt: skip
     if "probs" not in (x.what, other.what) or kind is None:
         return NotImplemented
-    same = (x.key, x.dtype) == (other.key, other.dtype)
+    same = (x.key, x.dtype, x.requires_grad) == (other.key, other.dtype, other.requires_grad)
+    same = same and x.source.head.hidden is other.source.head.hidden
     return like(x, what=kind) if same else NotImplemented
 
 
@@ -298,15 +323,19 @@ def _multiplied(x: LazyLogits, other: Any) -> Any:
 
 @_answers("log_softmax")
 def _log_softmax(x: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-    return _normalised(x, "log_probs", dim, dtype)
+    return _normalised(x, "log_probs", dim, _stacklevel, dtype)
 
 
 @_answers("softmax")
 def _softmax(x: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-    return _normalised(x, "probs", dim, dtype)
+    return _normalised(x, "probs", dim, _stacklevel, dtype)
 
 
-def _normalised(x: LazyLogits, what: str, dim: Any, dtype: Any) -> Any:
+def _normalised(x: LazyLogits, what: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:
+    if isinstance(stacklevel, torch.dtype):  # ``torch.softmax(x, dim, dtype)``
+        dtype = stacklevel
+    if dtype is None and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        dtype = torch.float32
     x = _cast(x, dtype)
     return like(x, what=what) if x is not NotImplemented and _is_last(x, dim) else NotImplemented
 
@@ -321,7 +350,9 @@ def _exp(x: LazyLogits) -> LazyLogits:
 
 @_answers("gather", of=("logits", "log_probs"))
 def _gather(x: LazyLogits, dim: Any, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    if not _is_last(x, dim) or index.dtype != torch.int64 or index.shape[-1] > _MANY:
+    if not _is_last(x, dim) or index.dtype != torch.int64 or index.dim() != x.rows.dim() + 1:
+        return NotImplemented
+    if not 0 < index.shape[-1] <= _MANY or not index.numel():
         return NotImplemented
     if index.shape[:-1] != x.rows.shape:  # of fewer rows
         x = like(x, x.rows[tuple(slice(n) for n in index.shape[:-1])])
@@ -357,14 +388,21 @@ def _cross_entropy(
     if x.rows.dim() > 1 or target.dtype != torch.int64 or target.shape != x.rows.shape:
         return NotImplemented
     average = mean(x) if eps else None
-    if eps and (weight is not None or average is None):
+    if eps and (weight is not None or average is None or not 0 < eps <= 1):
         return NotImplemented
+    if weight is not None and (
+        weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.requires_grad
+    ):
+        return NotImplemented
+    if torch.is_autocast_enabled(x.device.type):
+        x = _cast(x, torch.promote_types(x.dtype, torch.float32))
     counted = target != ignore_index
     # Rows that do not count are left out, unless their log-sum-exp is wanted too.
     ids = torch.where(counted, target, 0 if eps else NO_TARGET)
     losses = -log_probs(x, ids, keep=bool(eps))
     if average is not None:
-        losses = ((1 - eps) * losses + eps * (logsumexp(x) - average)) * counted
+        losses = (1 - eps) * losses + eps * (logsumexp(x) - average)
+        losses = torch.where(counted, losses, 0.0)
     weights = counted.to(losses.dtype)
     if weight is not None:
         weights = weights * weight[torch.where(counted, target, 0)]
@@ -428,7 +466,7 @@ def _max(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
 
 @_answers("topk")
 def _topk(x: LazyLogits, k: int, dim: Any = -1, largest: bool = True, sorted: bool = True) -> Any:  # noqa: A002
-    if not _is_last(x, dim) or k > _MANY:
+    if not _is_last(x, dim) or not 0 < k <= _MANY:
         return NotImplemented
     return torch.return_types.topk(_largest(x, lambda z: tuple(z.topk(k, -1, largest, sorted))))
 
@@ -444,15 +482,19 @@ def _largest(x: LazyLogits, number: Callable[[Tensor], Any]) -> Any:
 @_answers("register_hook", of=_ANY)
 def _register_hook(x: LazyLogits, hook: Callable[[Tensor], Any]) -> Any:
     """FSDP's waits for any gradient of an output and hands it on; others see the real one."""
-    if getattr(hook, "__module__", "").startswith("torch.distributed."):
-        x.source.hooks.append(hook)
-        return None
-    if not is_whole(x):
-        return NotImplemented
-    values = x.source.real = real(x).flatten(0, -2)
+    if not getattr(hook, "__module__", "").startswith("torch.distributed."):
+        if x.passes:
+            raise RuntimeError("register_hook comes after these logits were used; do it before")
+        return fix(x).register_hook(hook)
+    x.source.hooks.append(hook)
+    return None
 
-    def of_rows(grad: Tensor) -> Tensor | None:
-        found = hook(grad.view(x.shape))
-        return None if found is None else found.reshape(grad.shape)
 
-    return values.register_hook(of_rows)
+@_answers("retain_grad", of=_ANY)
+def _retain_grad(x: LazyLogits) -> None:
+    fix(x).retain_grad()
+
+
+@_answers("requires_grad_", of=_ANY)
+def _requires_grad_(x: LazyLogits, requires_grad: bool = True) -> Tensor:
+    return x if x.requires_grad == requires_grad else real(x).requires_grad_(requires_grad)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pro_kernels.api import linear_token_logps, linear_token_stats
+from pro_kernels.fused.autograd import first_order
 from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.head import HeadInputs
 
@@ -36,12 +37,26 @@ _VALUES = {"T", "mT", "H", "mH", "real", "imag", "data"}
 _METADATA = {
     "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset",
     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device",
-    "__len__", "__hash__", "__format__", "requires_grad_", "is_inference", "is_shared", "is_conj",
+    "__len__", "__hash__", "__format__", "is_inference", "is_shared", "is_conj",
     "is_neg", "_is_view",
 }  # fmt: skip
 # By the name of an operation; what it cannot answer, it answers with NotImplemented.
 ANSWERS: dict[str, Callable[..., Any]] = {}
 _said: set[str] = set()
+_OF_SHAPE = {
+    "squeeze_",
+    "unsqueeze_",
+    "transpose_",
+    "t_",
+    "detach_",
+    "resize_",
+    "set_",
+    "swapaxes_",
+}
+_NOT_IN_PLACE = (
+    "cannot be done in place to the logits of an attached model; do it out of place, or "
+    "attach(model, lazy_logits=False)"
+)
 
 
 @dataclass(eq=False)
@@ -55,16 +70,19 @@ class Source:
     autocast: torch.dtype | None
     options: dict[str, Any]  # backend and budget
     habits: dict[str, Any]  # what was asked of logits of this model before
-    count: int  # rows of the view it was made for
+    base: Tensor  # (count,) contiguous: the rows of its memory, of which views are made
+    graph: bool  # whether its logits have a gradient
     divisor: float = 1.0
-    changes: int = 0  # by operations in place
-    real: Tensor | None = None  # (N, V), where one of them has no other answer
+    changes: int = 0  # names the last operation in place
+    real: Tensor | None = None  # (count, V), where one of them has no other answer
     hooks: list[Callable[[Tensor], Any]] = field(default_factory=list)
     shared: dict[Any, Tensor] = field(default_factory=dict)  # with copies, of the same rows
-    versions: tuple[int, ...] = ()
+    watched: tuple[tuple[Tensor, int], ...] = ()  # what logits are made of, and its version
 
     def __post_init__(self) -> None:
-        self.versions = self.versions or _versions(self.head)
+        if not self.watched:
+            given = (x for x in self.head[:3] if x is not None and not x.is_inference())
+            self.watched = tuple((x, x._version) for x in given)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -73,7 +91,7 @@ class Source:
         Raises:
             RuntimeError: the head has been changed since.
         """
-        if self.versions != _versions(self.head):
+        if any(x._version != version for x, version in self.watched):
             raise RuntimeError(
                 "the logits of an attached model are asked for after its head was changed, by an "
                 "optimizer's step: ask before that, or attach(model, lazy_logits=False)"
@@ -82,10 +100,9 @@ class Source:
         with torch.autocast(self.head.hidden.device.type, dtype=self.autocast, enabled=on):
             yield
 
-    @property
     def mean_logit(self) -> Tensor:
         """(N,) fp32 (fp64 of such), of raw logits."""
-        key = torch.is_grad_enabled() and self.head.hidden.requires_grad
+        key = torch.is_grad_enabled()
         if key not in self.shared:
             wide = torch.promote_types(self.head.hidden.dtype, torch.float32)
             with self.computing():
@@ -98,15 +115,11 @@ class Source:
     def put(self, hidden: Tensor) -> None:
         """Other hidden states (N, H) for the rows, in place."""
         self.head = self.head._replace(hidden=hidden)
-        self.places, self.shared, self.versions = None, {}, _versions(self.head)
+        self.places, self.shared = None, {}
 
     def at(self, x: Tensor, rows: Tensor) -> Tensor:
         """What belongs to these rows, of something by hidden state."""
         return x[rows if self.places is None else self.places[rows]]
-
-
-def _versions(head: HeadInputs) -> tuple[int, ...]:
-    return tuple(x._version for x in head[:3] if x is not None and not x.is_inference())
 
 
 @dataclass(eq=False)
@@ -140,6 +153,8 @@ class LazyLogits(Tensor):
     parent: LazyLogits | None  # whose rows these are among
     scope: LazyLogits | None  # with what it was split off, all of which will be asked for
     passes: list[Pass]
+    which: object  # the same of tensors of the same rows
+    fixed: Tensor | None  # the real one, where somebody wants its gradient
 
     @property
     def key(self) -> tuple[float, int]:
@@ -150,8 +165,10 @@ class LazyLogits(Tensor):
     @torch._disable_dynamo
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN206, D102
         name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
-        attribute = name == "__get__" and func.__self__.__name__ not in _VALUES
-        if attribute or name in _METADATA:
+        attribute = func.__self__.__name__ if name == "__get__" else None
+        if attribute == "grad" and args[0].fixed is not None:
+            return args[0].fixed.grad
+        if attribute and attribute not in _VALUES or name in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             if name in ANSWERS and not _any_wrapped(args, kwargs):
@@ -205,7 +222,9 @@ def lazy_logits(
     places = None if places is None else places.reshape(-1)
     rows = torch.arange(shape.numel(), device=head.hidden.device)
     COUNTS["lazy_rows"] += rows.numel()
-    source = Source(head, rows, places, made, autocast, options, habits, rows.numel())
+    inputs = [x for x in head[:3] if x is not None]
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    source = Source(head, rows, places, made, autocast, options, habits, rows, graph)
     return _view(source, rows=rows.view(shape), dtype=dtype)
 
 
@@ -232,6 +251,7 @@ class _Made(torch.autograd.Function):
         return made
 
     @staticmethod
+    @first_order
     def backward(ctx, grad):  # noqa: D102
         if grad is None:
             return (None,) * 5
@@ -259,22 +279,24 @@ def _again(
 
 
 def _view(source: Source, *, dtype: torch.dtype, **fields: Any) -> LazyLogits:
-    if not torch.is_grad_enabled():
-        inputs = {k: getattr(source.head, k) for k in ("hidden", "weight", "bias")}
-        inputs = {k: None if x is None else x.detach() for k, x in inputs.items()}
-        source = replace(source, head=source.head._replace(**inputs))
-    known = {"what": "logits", "divisor": 1.0, "parent": None, "scope": None, "passes": []}
-    return _Made.apply(*source.head[:3], dtype, {**known, **fields, "source": source})
+    known: dict[str, Any] = {"what": "logits", "divisor": 1.0, "parent": None, "scope": None}
+    known |= {"fixed": None, "which": object()}
+    fields = {**known, "passes": [], **fields, "source": source}
+    return _Made.apply(*source.head[:3], dtype, fields)
 
 
 def like(x: LazyLogits, rows: Tensor | None = None, **changes: Any) -> LazyLogits:
-    """Some rows of ``x``, or all of them as something else."""
-    fields: dict[str, Any] = {"rows": x.rows if rows is None else rows, "dtype": x.dtype}
-    fields |= {"what": x.what, "divisor": x.divisor, "parent": x, "scope": x.scope, **changes}
+    """A view of ``x`` with these rows; without them, or of rows of their own, another tensor."""
+    fields: dict[str, Any] = {"dtype": x.dtype, "what": x.what, "divisor": x.divisor}
+    fields |= {"parent": x, "scope": x.scope, **changes}
+    if rows is None:
+        fields["which"] = x.which
     source = x.source
     if rows is None or rows.untyped_storage().data_ptr() != x.rows.untyped_storage().data_ptr():
-        source = replace(source, count=fields["rows"].numel())  # no view of x's memory
-    return _view(source, **fields)
+        rows = (x.rows if rows is None else rows).contiguous()
+        source = replace(source, base=rows.view(-1), graph=source.graph and torch.is_grad_enabled())
+    with computing_grad(x):
+        return _view(source, rows=rows, **fields)
 
 
 def apart(x: LazyLogits, hidden: Tensor) -> LazyLogits:
@@ -282,11 +304,17 @@ def apart(x: LazyLogits, hidden: Tensor) -> LazyLogits:
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows, head = torch.arange(flat.shape[0], device=flat.device), x.source.head
     source = replace(
-        x.source, head=head._replace(hidden=flat), numbers=rows, places=None, count=rows.numel(),
-        shared={}, versions=(),
+        x.source, head=head._replace(hidden=flat), numbers=rows, places=None, base=rows, shared={},
+        graph=x.source.graph and torch.is_grad_enabled(),
     )  # fmt: skip
     rows = rows.view(hidden.shape[:-1])
-    return _view(source, rows=rows, dtype=x.dtype, what=x.what, divisor=x.divisor)
+    with computing_grad(x):
+        return _view(source, rows=rows, dtype=x.dtype, what=x.what, divisor=x.divisor)
+
+
+def computing_grad(x: LazyLogits) -> torch.set_grad_enabled:
+    """Gradients are on, where they are now and ``x`` has one."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad)
 
 
 def is_whole(x: LazyLogits) -> bool:
@@ -298,7 +326,7 @@ def is_whole(x: LazyLogits) -> bool:
 
 def hidden_of(x: LazyLogits) -> Tensor:
     """(..., H)."""
-    hidden = x.source.head.hidden
+    hidden = x.source.head.hidden if x.requires_grad else x.source.head.hidden.detach()
     if is_whole(x) and x.source.places is None:
         return hidden.view(*x.rows.shape, -1)
     return x.source.at(hidden, x.rows)
@@ -310,13 +338,24 @@ def hidden_of(x: LazyLogits) -> Tensor:
 def real(x: LazyLogits) -> Tensor:
     """What ``x`` stands for, as a plain tensor, differentiable."""
     COUNTS["made_rows"] += x.rows.numel()
-    return _values(vars(x), x.rows, x.dtype)
+    if x.fixed is not None:
+        return x.fixed
+    with computing_grad(x):
+        if x.source.real is None:
+            return _values(vars(x), x.rows, x.dtype)
+    view = _in_memory(x, x.source.real)
+    return view if x.requires_grad else view.detach()
+
+
+def _in_memory(x: LazyLogits, memory: Tensor) -> Tensor:
+    """The part of its source's real logits that a view is."""
+    shift, vocab = x.rows.storage_offset() - x.source.base.storage_offset(), memory.shape[-1]
+    strides = [n * vocab for n in x.rows.stride()]
+    return memory.as_strided((*x.rows.shape, vocab), (*strides, 1), shift * vocab)
 
 
 def _values(view: dict[str, Any], rows: Tensor, dtype: torch.dtype) -> Tensor:
     source: Source = view["source"]
-    if source.real is not None:
-        return source.real[rows]
     head = source.head._replace(hidden=source.at(source.head.hidden, rows))
     with source.computing():
         z = head.after(head.raw_logits()).to(source.dtype).to(dtype)
@@ -354,32 +393,49 @@ def _is_wrapped(x: Any) -> bool:
     node = x.grad_fn if isinstance(x, LazyLogits) else None
     if node is None or isinstance(node, _Made._backward_cls):
         return False
-    module = getattr(node, "ddp_weakref", lambda: None)()  # of DDP: only a static graph needs it
-    return module is None or module.static_graph
+    module = getattr(node, "ddp_weakref", lambda: None)()
+    if module is None or module.static_graph or x.parent is None:
+        return True
+    x.source = x.parent.source  # DDP cloned it, which only a static graph has to see a gradient of
+    return False
 
 
 def _plainly(func: Callable[..., Any], name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The operation on real logits."""
     first = args[0] if args else None
+    wrapped = _any_wrapped(args, kwargs)
     if isinstance(first, LazyLogits):
         _say(name, first)
         inner = name.strip("_")
         if name == "__setitem__" or name == f"{inner}_" or name == f"__{inner}__" and (
             inner[0] == "i" and inner not in ("invert", "int", "index")
         ):  # fmt: skip
+            if wrapped or name in _OF_SHAPE:
+                raise RuntimeError(f"{name} {_NOT_IN_PLACE}")
             return _in_place(first, func, args[1:], kwargs)
-    if _any_wrapped(args, kwargs):  # through the graph, below which logits are made
+    if isinstance(kwargs.get("out"), LazyLogits):
+        raise RuntimeError(f"{name}(out=...) {_NOT_IN_PLACE}")
+    if wrapped:  # through the graph, below which logits are made
         return func(*args, **kwargs)
     return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
 
 def _in_place(x: LazyLogits, func: Callable[..., Any], args: tuple, kwargs: dict) -> LazyLogits:
-    source, values = x.source, real(x)
-    func(values, *tree_map(_plain, args), **tree_map(_plain, kwargs))
-    whole = _values(vars(x), source.numbers, x.dtype) if source.real is None else source.real
-    source.real = whole.index_put((x.rows,), values)
-    source.changes += 1
+    source = x.source
+    args, kwargs = tree_map(_plain, args), tree_map(_plain, kwargs)
+    if source.real is None:
+        with torch.set_grad_enabled(source.graph):
+            source.real = _values(vars(x), source.base, x.dtype).clone()
+    view = _in_memory(x, source.real)
+    func(view if x.requires_grad or not source.graph else view.detach(), *args, **kwargs)
     return x
+
+
+def fix(x: LazyLogits) -> Tensor:
+    """The real one from now on."""
+    if x.fixed is None:
+        x.fixed = real(x)
+    return x.fixed
 
 
 def _say(name: str, x: LazyLogits) -> None:
@@ -413,6 +469,7 @@ class _TargetLogits(torch.autograd.Function):
         return _products(hidden, weight, bias, *ctx.given)
 
     @staticmethod
+    @first_order
     def backward(ctx, grad):  # noqa: D102
         found: list[Tensor | None] = [None] * 3
         # All 0 as a rule: of a target's logit less its log-sum-exp, which the pass has.
@@ -470,7 +527,10 @@ def logits_of(x: LazyLogits, ids: Tensor) -> Tensor:
     """Of ids (..., k) of each row."""
     rows = x.rows.reshape(-1)
     places = rows if x.source.places is None else x.source.places[rows]
-    found = target_logits(x.source, places, ids.reshape(-1, ids.shape[-1]))
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < x.shape[-1]:
+        raise IndexError(f"index must lie in [0, {x.shape[-1]}), got {ids.min()} to {ids.max()}")
+    with computing_grad(x):
+        found = target_logits(x.source, places, ids.reshape(-1, ids.shape[-1]))
     return found.view(ids.shape) / x.key[0]
 
 
@@ -492,7 +552,9 @@ def mean(x: LazyLogits) -> Tensor | None:
     head = x.source.head
     if head.softcap is not None:
         return None
-    return _of_rows(x, x.source.mean_logit) * (head.logit_scale / x.key[0])
+    with computing_grad(x):
+        found = x.source.mean_logit()
+    return _of_rows(x, found) * (head.logit_scale / x.key[0])
 
 
 def run_head(
@@ -506,7 +568,7 @@ def run_head(
         entropy: whether entropies are wanted too.
         keep: whether it may serve later; not where some rows have no target.
     """
-    known = _known(x, ids)
+    known, head = _known(x, ids), x.source.head
     for made in known:
         if not entropy or made.entropy is not None:
             return made
@@ -514,14 +576,16 @@ def run_head(
     if entropy and known:  # the next time it comes with the log-probs
         habits["entropy"] = True
     over = x
-    if ids is None and x.scope is not None and x.scope.key == x.key:
+    if ids is None and x.scope is not None and x.scope.key == x.key and (
+        x.scope.source.head.hidden is head.hidden and x.scope.requires_grad == x.requires_grad
+    ):  # fmt: skip
         over = x.scope
     if ids is None and known:
         targets = known[0].ids
     else:
         targets = torch.full_like(x.source.numbers, NO_TARGET)
         targets[over.rows] = 0 if ids is None else ids
-    head, by = x.source.head, x.key[0]
+    by = x.key[0]
     options: dict[str, Any] = {
         "ignore_index": NO_TARGET,
         "logit_scale": head.logit_scale / by,
@@ -533,7 +597,8 @@ def run_head(
     late = keep and habits.get("live", 0.0) < 2 / 3
     if late:
         entropy = entropy or "entropy" in habits
-    made = _run(x.source, targets, x.key, options, entropy, late)
+    with computing_grad(x):
+        made = _run(x.source, targets, x.key, options, entropy, late)
     if keep:
         over.passes.append(made)
     return made
@@ -548,6 +613,9 @@ def _run(
     else:  # each hidden state with each of its ids once
         at = (targets != NO_TARGET).nonzero()[:, 0]
         vocab = source.head.weight.shape[0]
+        ids = targets[at]
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab:
+            raise IndexError(f"index must lie in [0, {vocab}), got {ids.min()} to {ids.max()}")
         codes, inverse = (source.places[at] * vocab + targets[at]).unique(return_inverse=True)
         pairs = torch.stack([codes // vocab, codes % vocab], 1)
         hidden = hidden[pairs[:, 0]]
@@ -588,6 +656,7 @@ class _Late(torch.autograd.Function):
         return run(hidden, weight, bias, ids)
 
     @staticmethod
+    @first_order
     def backward(ctx, *grads):  # noqa: D102
         run, ids, source = ctx.given
         given = [g for g in grads if g is not None]
@@ -613,7 +682,7 @@ def _known(x: LazyLogits, ids: Tensor | None) -> list[Pass]:
     view: LazyLogits | None = x
     while view is not None and view.source.head.hidden.data_ptr() == memory:
         for made in view.passes:
-            lost = x.requires_grad and torch.is_grad_enabled() and not made.logps.requires_grad
+            lost = torch.is_grad_enabled() and x.requires_grad and not made.logps.requires_grad
             if not lost and made.key == x.key and (
                 ids is None or torch.equal(made.ids[x.rows], ids)
             ):  # fmt: skip

@@ -1,17 +1,20 @@
 """TRL's trainers on the fused kernels.
 
-TRL 1.16 scores tokens under DPO, KTO, GRPO, RLOO and SFT through one autograd Function,
-``ChunkedLogProbFunction``. ``accelerate_trl()`` puts another in its place, with the same arguments
-and the same outputs: three head matmuls instead of four, and none for positions that are not scored
-(TRL itself scores every position where it has no Triton kernel). And every trainer of TRL then runs
-its models on distinct rows (``distinct_rows``).
+Newer releases of TRL (1.16) score tokens under DPO, KTO, GRPO, RLOO and SFT through one autograd
+Function, ``ChunkedLogProbFunction``. ``accelerate_trl()`` puts another in its place, with the same
+arguments and the same outputs: three head matmuls instead of four, and none for positions that are
+not scored (TRL itself scores every position where it has no Triton kernel). Trainers that work on
+logits, those of older releases among them, have their models attached while they run
+(``LazyLogits``). And every trainer of TRL then runs its models on distinct rows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -21,13 +24,14 @@ from torch import Tensor
 
 from pro_kernels.api import linear_token_logps, linear_token_stats
 from pro_kernels.distinct.decoder import Distinct, distinct_rows
+from pro_kernels.models.attach import attach, attached_options, detach
+from pro_kernels.models.opened import base_of
 from pro_kernels.validate import check_choice
 
-OLDEST = (1, 16)
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # What stood where something of ours stands: (thing, name, value), None for what it inherits.
 _saved: list[tuple[Any, str, Any]] = []
-_PADDED = "_pro_kernels_padded"  # the attribute of a trainer that says why models run padded rows
+_REFUSED = "_pro_kernels_refused"  # the attribute of a trainer that says what models cannot
 _RUNS = ("train", "evaluate", "predict")  # methods of a trainer that run its models
 
 
@@ -85,9 +89,9 @@ def accelerate_trl(
 ) -> None:
     """Run TRL's trainers on the fused kernels and on distinct rows, in this process.
 
-    Models, trainers and their arguments stay as they are; call it before training. Positions that
-    are not scored leave the head matmul on every device. Padding is not run, and what several rows
-    of a batch begin with is run once; the end of the training says how much that left out.
+    Models, trainers and their arguments stay as they are; call it before training. Padding is not
+    run, and what several rows of a batch begin with is run once; the end of the training says how
+    much that left out.
 
     Args:
         rows: "distinct", or "padded" to run batches as TRL makes them. A model that cannot run
@@ -96,22 +100,21 @@ def accelerate_trl(
         budget: bytes a call may take beyond the inputs' gradients; None for a default.
 
     Raises:
-        ImportError: TRL is missing, or of a version whose function has other arguments.
+        ImportError: TRL is missing, or has no trainer that the others are made from (before 0.24).
         ValueError: TRL is accelerated already, or ``rows`` is neither.
     """
     check_choice("rows", rows, ("distinct", "padded"))
-    utils = _trl_utils()
     if _saved:
         raise ValueError("TRL is accelerated already; call restore_trl() first")
+    trainer, utils = _parts_of_trl()
     FusedLogProbs.backend, FusedLogProbs.budget = backend, budget
-    new: list[tuple[Any, str, Any]] = [
-        (utils, "_ChunkedLogProbFunction", FusedLogProbs),
-        (utils, "_use_triton", lambda device: True),
-    ]
-    if rows == "distinct":
-        from trl.trainer.base_trainer import _BaseTrainer as trainer
-
-        new += [(trainer, name, _on_distinct_rows(getattr(trainer, name))) for name in _RUNS]
+    new: list[tuple[Any, str, Any]] = []
+    if utils is not None:
+        new = [
+            (utils, "_ChunkedLogProbFunction", FusedLogProbs),
+            (utils, "_use_triton", lambda device: True),
+        ]
+    new += [(trainer, name, _on_kernels(getattr(trainer, name), rows)) for name in _RUNS]
     for thing, name, value in new:
         _saved.append((thing, name, vars(thing).get(name)))
         setattr(thing, name, value)
@@ -127,29 +130,39 @@ def restore_trl() -> None:
             setattr(thing, name, value)
 
 
-def _on_distinct_rows(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a trainer, whose models run distinct rows meanwhile."""
+def _on_kernels(method: Callable[..., Any], rows: str) -> Callable[..., Any]:
+    """A method of a trainer, whose models are attached and run distinct rows meanwhile."""
 
     @functools.wraps(method)
     def run(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         say = print if trainer.is_world_process_zero() else lambda _: None
-        padded = trainer.__dict__.setdefault(_PADDED, {})  # a refused model is not tried again
+        refused = trainer.__dict__.setdefault(_REFUSED, set())  # which are not tried again
         with contextlib.ExitStack() as stack:
             begun: Distinct | None = None
             for name in ("model", "ref_model"):
                 model = getattr(trainer, name, None)
-                if model is None or name in padded:
+                if model is None:
+                    continue
+                model = trainer.accelerator.unwrap_model(model)
+                if _works_on_logits(model) and (name, "logits") not in refused:
+                    try:
+                        attach(model, backend=FusedLogProbs.backend, budget=FusedLogProbs.budget)
+                        stack.callback(_detach, model)
+                    except ValueError as reason:
+                        refused.add((name, "logits"))
+                        say(f"pro_kernels: the logits of {name} are made: {reason}")
+                if rows == "padded" or (name, "rows") in refused:
                     continue
                 try:
-                    if reason := _no_distinct_rows(trainer):
-                        raise ValueError(reason)
-                    rows = distinct_rows(trainer.accelerator.unwrap_model(model))
+                    if why := _no_distinct_rows(trainer):
+                        raise ValueError(why)
+                    distinct = distinct_rows(model)
                 except ValueError as reason:
-                    padded[name] = reason
+                    refused.add((name, "rows"))
                     say(f"pro_kernels: {name} runs padded rows: {reason}")
                     continue
-                stack.enter_context(rows)
-                begun = rows if name == "model" and rows.users == 1 else begun
+                stack.enter_context(distinct)
+                begun = distinct if name == "model" and distinct.users == 1 else begun
             result = method(trainer, *args, **kwargs)
             if begun is not None:
                 say(
@@ -159,6 +172,18 @@ def _on_distinct_rows(method: Callable[..., Any]) -> Callable[..., Any]:
             return result
 
     return run
+
+
+def _works_on_logits(model: Any) -> bool:
+    """Whether a trainer will ask the model for logits; TRL's own function replaces the forward."""
+    lm = base_of(model)
+    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
+    return head is not None and "forward" not in vars(lm) and attached_options(model) is None
+
+
+def _detach(model: Any) -> None:
+    with contextlib.suppress(ValueError):  # accelerate wrapped its forward meanwhile
+        detach(model)
 
 
 def _no_distinct_rows(trainer: Any) -> str | None:
@@ -171,22 +196,30 @@ def _no_distinct_rows(trainer: Any) -> str | None:
     return None
 
 
-def _trl_utils() -> ModuleType:
-    """``trl.trainer.utils``, checked to be the one this module was written for."""
+def _parts_of_trl() -> tuple[Any, ModuleType | None]:
+    """The class of all trainers, and the module with the function to replace, if there is one."""
     try:
         import trl
         import trl.trainer.utils as utils
-        from trl.kernels import ChunkedLogProbFunction
+    except ImportError as error:
+        raise ImportError(f"accelerate_trl needs TRL (pip install trl): {error}") from error
+    try:
+        base: Any = importlib.import_module("trl.trainer.base_trainer")
     except ImportError as error:
         raise ImportError(
-            f"accelerate_trl needs TRL >= {'.'.join(map(str, OLDEST))} (pip install trl): {error}"
+            f"TRL {trl.__version__} has no trainer that all others are made from, as 0.24 and "
+            "later have; pk.attach(model, rows='distinct') before the trainer is made does the same"
         ) from error
-    version = tuple(int(x) for x in trl.__version__.split(".")[:2])
-    found = tuple(inspect.signature(ChunkedLogProbFunction.forward).parameters)[1:]
+    trainer = getattr(base, "_BaseTrainer", None) or base.BaseTrainer
     names = ("_ChunkedLogProbFunction", "_use_triton")
-    if version < OLDEST or found != _ARGUMENTS or not all(hasattr(utils, x) for x in names):
-        raise ImportError(
-            f"TRL {trl.__version__} computes token log-probs in another way than 1.16, for which "
-            f"accelerate_trl was written (arguments {_ARGUMENTS}, found {found}); install trl==1.16"
+    if not all(hasattr(utils, name) for name in names):
+        return trainer, None
+    found = tuple(inspect.signature(utils._ChunkedLogProbFunction.forward).parameters)[1:]
+    if found != _ARGUMENTS:
+        warnings.warn(
+            f"TRL {trl.__version__} computes token log-probs with the arguments {found}, which "
+            f"accelerate_trl does not know (it knows {_ARGUMENTS}); that function stays TRL's own",
+            stacklevel=3,
         )
-    return utils
+        return trainer, None
+    return trainer, utils

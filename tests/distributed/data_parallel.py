@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pro_kernels as pk
 from cases import assert_no_worse
 from pro_kernels.fused import call, shards
+from pro_kernels.models.counts import COUNTS
 
 BUDGETS = (None, 1 << 13)  # everything retained; most computed again
 OPTIONS = {"loss": "ranking", "temperature": 2.0}
@@ -108,13 +109,23 @@ def loss_of_logits(model, input_ids, labels, rewards):
     return pk.reference.pro_loss(logits, targets, rewards, temperature=2.0).loss
 
 
-def in_one_process(model, steps: tuple[int, ...] = (0,), world: int = 0) -> tuple[list, list[dict]]:
+def loss_of_masked_logits(model, input_ids, labels, rewards):
+    """As trainers write it: log-probs of all tokens, then a mask."""
+    logits, targets = model(input_ids=input_ids, use_cache=False).logits[:, :-1], labels[:, 1:]
+    ids = targets.clamp_min(0)[..., None]
+    logps = logits.log_softmax(-1).gather(-1, ids)[..., 0]
+    return -(logps * (targets >= 0)).sum() / 100
+
+
+def in_one_process(
+    model, steps: tuple[int, ...] = (0,), world: int = 0, loss=loss_of_logits
+) -> tuple[list, list[dict]]:
     """Plain PyTorch in fp32, then in fp64: each rank's loss and the mean of their gradients."""
     losses, grads = [], []
     world = world or dist.get_world_size()
     for dtype in (torch.float32, torch.float64):
         alone = copy.deepcopy(model).to(dtype)
-        every = [loss_of_logits(alone, **batch(r, s)) for s in steps for r in range(world)]
+        every = [loss(alone, **batch(r, s)) for s in steps for r in range(world)]
         (sum(every) / world).backward()
         losses.append([x.detach() for x in every[:world]])
         grads.append(gradients(alone))
@@ -136,8 +147,8 @@ def assert_same(what: str, got: dict, loss, expected, factor: float = 1.0) -> in
 
 def wrap(kind: str, model, mesh, **options):
     """DDP, or FSDP2 with the head in the root, apart, or in one unit with the embedding."""
-    if kind == "DDP":
-        return DistributedDataParallel(model)
+    if kind.startswith("DDP"):
+        return DistributedDataParallel(model, **options)
     lm = model.lm if isinstance(model, WithLoss) else model
     lm = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
     for layer in lm.model.layers:
@@ -196,6 +207,27 @@ def compare_distinct(mesh) -> dict:
             what = f"{kind}, tied={tied}"
             compare(what, wrap(kind, model, mesh), expected, step=COMMON)
             found[what] = pk.distinct_rows(model).saved
+    return found
+
+
+def compare_logits(mesh) -> dict:
+    """Trainers that work on logits; of how many rows the logits were made after all."""
+    found = {}
+    for tied in (False, True):
+        alone = make(tied)
+        expected = in_one_process(alone, loss=loss_of_masked_logits)
+        ways: dict[str, dict] = dict.fromkeys(kinds(tied), {})
+        ways["DDP, unused"] = {"find_unused_parameters": True}
+        ways["DDP, static"] = {"static_graph": True}
+        for kind, options in ways.items():
+            model = wrap(kind, pk.attach(copy.deepcopy(alone)), mesh, **options)
+            what, before = f"{kind}, tied={tied}", COUNTS["made_rows"]
+            for _ in range(2):  # DDP learns the graph in the first
+                model.zero_grad()
+                loss = loss_of_masked_logits(model, **batch(dist.get_rank()))
+                loss.backward()
+                assert_same(what, gradients(model), loss, expected)
+            found[what] = COUNTS["made_rows"] - before
     return found
 
 
@@ -372,6 +404,7 @@ def find(_: Path) -> dict:
         "bytes": bytes_sent(mesh, dist.get_rank()),
         "kinds": compare_kinds(mesh),
         "distinct": compare_distinct(mesh),
+        "logits": compare_logits(mesh),
         "frozen": compare_frozen(mesh),
         "accumulated": compare_accumulated(mesh),
         "functional": compare_functional(mesh),

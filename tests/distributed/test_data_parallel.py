@@ -47,6 +47,11 @@ def test_losses_and_gradients_are_those_of_one_process(world, tmp_path):
         assert set(found["kinds"]) == {f"{x}, budget={b}" for x in every for b in BUDGETS}
         assert set(found["accumulated"]) == set(every)
         assert set(found["distinct"]) == set(every) and min(found["distinct"].values()) > 0.2
+        made = found["logits"]
+        assert set(made) == {*every, *(f"DDP, {x}, tied={y}" for x in ("unused", "static") for y in
+                                       (False, True))}  # fmt: skip
+        # A static graph has to see a gradient of DDP's outputs.
+        assert not any(n for kind, n in made.items() if "static" not in kind)
         assert set(found["frozen"]) == {
             f"{kind}, {x}, budget={b}" for kind in kinds for x in frozen for b in BUDGETS
         }
