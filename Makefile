@@ -7,6 +7,9 @@
 #   make study       SFT, DPO and PRO on a real model: MODEL=folder or hub name, DATA=ranked lists;
 #                    writes docs/study.md (an hour for SmolLM2-135M on two cores)
 #   make bench       benchmarks; PRESET=cpu-small|cpu|MODEL, PEERS=1 installs and times the peers
+#   make frameworks  DPO in TRL, LLaMA-Factory, ms-swift and axolotl, without and with `pro-kernels run`, each
+#                    in an environment of its own in .frameworks (6 GB; an hour);
+#                    FRAMEWORKS_ARGS='--only trl' runs some
 #   make bench-gpu   everything that needs a GPU, offline, in eight minutes, with the Python that is
 #                    there; into $PRO_KERNELS_BENCH_OUT (default: bench/results/gpu)
 #   make docs        the documentation site, into site/
@@ -20,7 +23,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test test-models zero zero-launch study bench bench-gpu docs lint env clean
+.PHONY: demo test test-models zero zero-launch study bench frameworks bench-gpu docs lint env clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +74,10 @@ study: $(VENV)/.installed
 
 bench: $(VENV)/.installed $(if $(PEERS),$(VENV)/.peers)
 	$(BIN)/python -m bench --preset $(PRESET)
+
+frameworks: $(VENV)/.models
+	$(BIN)/python tests/models/build.py '$(MODELS)' smollm2
+	$(BIN)/python -m bench.frameworks --model '$(MODELS)/smollm2-135m-instruct' $(FRAMEWORKS_ARGS)
 
 bench-gpu:
 	$(PYTHON) -m bench --gpu --out '$(PRO_KERNELS_BENCH_OUT)'

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import ModuleType
 
 from bench import attached, filtering, tables
+from bench.frameworks import page as frameworks
 from bench.gpu import tables as gpu_tables
 from bench.record import load
 from bench.training import tables as training_tables
 
 _BENCHMARKS = {
-    "attached": attached, "filter": filtering, "gpu": gpu_tables, "training": training_tables,
+    "attached": attached, "filter": filtering, "frameworks": frameworks, "gpu": gpu_tables,
+    "training": training_tables,
 }  # fmt: skip
 
 
@@ -64,13 +66,15 @@ def _tables(data: dict) -> ModuleType:
 
 def _report(data: dict) -> str | None:
     """The name of the report's file, None where the blocks say all."""
-    return {"attached": None, "gpu": "gpu.md"}.get(data.get("benchmark"), "report.md")
+    return {"attached": None, "frameworks": None, "gpu": "gpu.md"}.get(
+        data.get("benchmark"), "report.md"
+    )
 
 
 def _draw(data: dict, folder: Path) -> list[str] | None:
     """File names of the plots, None without matplotlib."""
     kind = data.get("benchmark")
-    if kind in ("attached", "gpu"):
+    if kind in ("attached", "frameworks", "gpu"):
         return []
     try:
         from bench import curves, plots

@@ -75,23 +75,6 @@ def recipe(page: str) -> str:
     return code
 
 
-def test_llama_factory(example):
-    tiny = example("tiny")
-    names: dict = {}
-    exec(recipe("llama-factory.md"), names)
-    model, batch = tiny.model(), tiny.collate(tiny.ranked_lists(2))
-    del batch["rewards"]
-    labels = batch["labels"]
-    # What LLaMA-Factory does: fp32 logits, the labels' log-probs summed over scored positions.
-    plain = {k: v for k, v in batch.items() if k != "labels"}
-    log_p = model(**plain).logits.float()[:, :-1].log_softmax(-1)
-    scored = labels[:, 1:] != -100
-    picked = log_p.gather(2, labels[:, 1:].clamp_min(0)[..., None])[..., 0]
-    logps, lengths = names["sequence_logps"](pk.attach(model), batch)
-    torch.testing.assert_close(logps, (picked * scored).sum(-1), rtol=1e-4, atol=1e-4)
-    assert lengths.equal(scored.sum(-1)) and logps.requires_grad and "labels" in batch
-
-
 def test_verl(monkeypatch):
     stub = ModuleType("verl.utils.experimental.torch_functional")
 
