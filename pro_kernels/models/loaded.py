@@ -119,7 +119,11 @@ def report_of_process() -> dict[str, dict[str, int]]:
         "attached": dict(+_attached),
         "said": dict(_said),
         "tokens": {"padded": COUNTS["padded_tokens"], "run": COUNTS["run_tokens"]},
-        "logits": {"rows": COUNTS["lazy_rows"], "made": COUNTS["made_rows"]},
+        # A row may be made more than once.
+        "logits": {
+            "rows": COUNTS["lazy_rows"],
+            "made": min(COUNTS["made_rows"], COUNTS["lazy_rows"]),
+        },
     }
 
 
