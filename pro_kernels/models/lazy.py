@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -112,6 +112,12 @@ class Source:
             self.shared[key] = self.at(mean, self.numbers)
         return self.shared[key]
 
+    def but(self, **changes: Any) -> Source:
+        """The same with other values of some fields: ``replace``, in a fraction of its time."""
+        made = object.__new__(Source)
+        vars(made).update(vars(self), **changes)
+        return made
+
     def put(self, hidden: Tensor) -> None:
         """Other hidden states (N, H) for the rows, in place."""
         self.head = self.head._replace(hidden=hidden)
@@ -162,7 +168,6 @@ class LazyLogits(Tensor):
         return self.divisor * self.source.divisor, self.source.changes
 
     @classmethod
-    @torch._disable_dynamo
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN206, D102
         name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
         attribute = func.__self__.__name__ if name == "__get__" else None
@@ -170,13 +175,7 @@ class LazyLogits(Tensor):
             return args[0].fixed.grad
         if attribute and attribute not in _VALUES or name in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            if name in ANSWERS and not _any_wrapped(args, kwargs):
-                with contextlib.suppress(TypeError):  # a form of the call that is not known here
-                    found = ANSWERS[name](*args, **kwargs)
-                    if found is not NotImplemented:
-                        return found
-            return _plainly(func, name, args, kwargs)
+        return _answer(func, name, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN206, D102
@@ -195,6 +194,17 @@ class LazyLogits(Tensor):
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return real(self).__deepcopy__(memo)
+
+
+@torch._disable_dynamo
+def _answer(func: Callable[..., Any], name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        if name in ANSWERS and not _any_wrapped(args, kwargs):
+            with contextlib.suppress(TypeError):  # a form of the call that is not known here
+                found = ANSWERS[name](*args, **kwargs)
+                if found is not NotImplemented:
+                    return found
+        return _plainly(func, name, args, kwargs)
 
 
 def lazy_logits(
@@ -259,7 +269,7 @@ class _Made(torch.autograd.Function):
 
         def values(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             head = source.head._replace(hidden=hidden, weight=weight, bias=bias)
-            changed = replace(source, head=head)
+            changed = source.but(head=head)
             return _values({**ctx.fields, "source": changed}, rows, ctx.dtype)
 
         return *_again(ctx, source.head, values, grad), None, None
@@ -294,7 +304,8 @@ def like(x: LazyLogits, rows: Tensor | None = None, **changes: Any) -> LazyLogit
     source = x.source
     if rows is None or rows.untyped_storage().data_ptr() != x.rows.untyped_storage().data_ptr():
         rows = (x.rows if rows is None else rows).contiguous()
-        source = replace(source, base=rows.view(-1), graph=source.graph and torch.is_grad_enabled())
+        graph = source.graph and torch.is_grad_enabled()
+        source = source.but(base=rows.view(-1), graph=graph)
     with computing_grad(x):
         return _view(source, rows=rows, **fields)
 
@@ -303,8 +314,8 @@ def apart(x: LazyLogits, hidden: Tensor) -> LazyLogits:
     """The same of hidden states (..., H) of its own, which the graph of x's leads to."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows, head = torch.arange(flat.shape[0], device=flat.device), x.source.head
-    source = replace(
-        x.source, head=head._replace(hidden=flat), numbers=rows, places=None, base=rows, shared={},
+    source = x.source.but(
+        head=head._replace(hidden=flat), numbers=rows, places=None, base=rows, shared={},
         graph=x.source.graph and torch.is_grad_enabled(),
     )  # fmt: skip
     rows = rows.view(hidden.shape[:-1])
@@ -337,11 +348,11 @@ def hidden_of(x: LazyLogits) -> Tensor:
 
 def real(x: LazyLogits) -> Tensor:
     """What ``x`` stands for, as a plain tensor, differentiable."""
-    COUNTS["made_rows"] += x.rows.numel()
     if x.fixed is not None:
         return x.fixed
     with computing_grad(x):
         if x.source.real is None:
+            COUNTS["made_rows"] += x.rows.numel()
             return _values(vars(x), x.rows, x.dtype)
     view = _in_memory(x, x.source.real)
     return view if x.requires_grad else view.detach()
@@ -424,6 +435,7 @@ def _in_place(x: LazyLogits, func: Callable[..., Any], args: tuple, kwargs: dict
     source = x.source
     args, kwargs = tree_map(_plain, args), tree_map(_plain, kwargs)
     if source.real is None:
+        COUNTS["made_rows"] += source.base.numel()
         with torch.set_grad_enabled(source.graph):
             source.real = _values(vars(x), source.base, x.dtype).clone()
     view = _in_memory(x, source.real)
