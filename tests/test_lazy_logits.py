@@ -371,6 +371,26 @@ def test_plain_where_it_is_compiled_generates_or_is_told_to(llama):
     assert type(hooked(input_ids=IDS).logits) is torch.Tensor
 
 
+def test_a_model_that_looks_at_its_logits_itself():
+    """Its first call without labels is run again, and the others have plain logits."""
+    model = make("Llama")
+
+    class Looking(type(model)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.best = out.logits.argmax(-1)  # of width 0 it fails
+            return out
+
+    model.__class__ = Looking
+    pk.attach(model)
+    for _ in range(2):
+        out = model(input_ids=IDS)
+        assert type(out.logits) is torch.Tensor and out.best.equal(out.logits.argmax(-1))
+    assert not model._pro_kernels.lazy
+    with pytest.raises(IndexError):  # one of its own stays one
+        pk.attach(make("Llama"))(input_ids=IDS + V)
+
+
 def test_a_compiled_loss(llama):
     @torch.compile(backend="eager")
     def loss(z):
@@ -384,6 +404,9 @@ def test_autocast_and_accelerate(llama):
 
     model = pk.attach(make("Llama"))
     found = []
+    with torch.autocast("cpu", torch.bfloat16):
+        labelled, plain = (m(input_ids=IDS, labels=IDS).logits for m in (model, make("Llama")))
+        assert isinstance(labelled, LazyLogits) and labelled.dtype == plain.dtype
     for on in (False, True):
         model._pro_kernels.lazy = on
         model.zero_grad()

@@ -310,13 +310,13 @@ def _multiplied(x: LazyLogits, other: Any) -> Any:
         return like(x, divisor=x.divisor / other) if scaled else NotImplemented
     if not _is_open(other, "logits", "log_probs", "probs") or x.which is not other.which:
         return NotImplemented
-    kind = {"log_probs": "p_log_p", "logits": "p_logits"}.get(({x.what, other.what} - {"probs"}
-                                                              or {""}).pop())  # fmt: skip
-    if "probs" not in (x.what, other.what) or kind is None:
+    kinds = {x.what, other.what} - {"probs"}
+    if len(kinds) != 1 or "probs" not in (x.what, other.what):
         return NotImplemented
     same = (x.key, x.dtype, x.requires_grad) == (other.key, other.dtype, other.requires_grad)
     same = same and x.source.head.hidden is other.source.head.hidden
-    return like(x, what=kind) if same else NotImplemented
+    product = "p_log_p" if kinds == {"log_probs"} else "p_logits"
+    return like(x, what=product) if same else NotImplemented
 
 
 # ---- distributions

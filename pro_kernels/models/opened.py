@@ -169,14 +169,14 @@ class Opened:
             kwargs["return_dict"] = True
         captured: list[Tensor] = []
         strange: list[str] = []
-        logits: list[Tensor] = []
+        met: list[HeadInputs] = []
         extras: dict[str, Tensor] = {}
 
         def stub(hidden: Tensor, *args: Any, **others: Any) -> Tensor:
             captured.append(hidden)
             strange.extend(name for name, value in others.items() if value is not None)
             strange.extend("positional ones" for _ in args)
-            return hidden.new_empty((*hidden.shape[:-1], 0))
+            return _no_logits(hidden)
 
         apart = gathers_itself(head)
 
@@ -190,7 +190,7 @@ class Opened:
                 hidden = hidden.full_tensor()
             inputs = resolve(head, hidden)._replace(**self.logits)
             if self.lazy and not (apart or torch.compiler.is_compiling() or is_dtensor(inputs[1])):
-                logits.append(self._not_made(inputs, hidden.dtype, hidden.dtype))
+                met.append(inputs)
             return loss_of(inputs)
 
         def loss_function(*_: Any, **__: Any) -> Tensor:
@@ -233,7 +233,10 @@ class Opened:
                 "adapters chosen row by row, say), which the fused path does not know"
             )
         values = {name: value for name, value in out.items() if name not in ("loss", "logits")}
-        values["logits"] = logits[0] if logits else None
+        values["logits"] = None
+        if met and out.get("logits") is not None:
+            made = _no_logits(captured[0]).dtype
+            values["logits"] = self._not_made(met[0], made, out["logits"].dtype)
         result = _output_class(type(out))(loss=loss, **values, **extras)
         return result.to_tuple() if as_tuple else result
 
@@ -265,16 +268,16 @@ class Opened:
             if is_dtensor(hidden) or is_dtensor(inputs.weight) or not worth(*inputs[:2]):
                 return forward(hidden)
             calls[0] = inputs
-            kind = hidden.device.type
-            made = hidden.dtype
-            if torch.is_autocast_enabled(kind):
-                made = torch.get_autocast_dtype(kind)
-            return hidden.new_empty((*hidden.shape[:-1], 0), dtype=made)
+            left = _no_logits(hidden)
+            made = left.dtype
+            return left
 
         try:
             with self._alone(), replaced(head, "forward", stub):
                 out = self.original(**{**kwargs, "return_dict": True})
-        except Exception:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # it may be the width of 0
             if not any(calls):
                 raise
             out = {}
@@ -283,8 +286,9 @@ class Opened:
             assert inputs is not None
             shape = (*(inputs.hidden.shape[:-1] if places is None else places.shape), 0)
             if len(calls) > 1 or logits is None or logits.shape != shape:
-                self.lazy = False  # the model makes more of them than it returns
-                return self.original(**kwargs)
+                plain = self.original(**kwargs)
+                self.lazy = False  # the model makes more of its logits than it returns
+                return plain
             out["logits"] = self._not_made(inputs, made, logits.dtype, places)
         return out.to_tuple() if as_tuple else out
 
@@ -314,6 +318,14 @@ class Opened:
                 "(torch.nn.DataParallel does that; use DistributedDataParallel)"
             )
         return exchanged([(self, "running", True)])
+
+
+def _no_logits(hidden: Tensor) -> Tensor:
+    """What a head's stub leaves: of width 0, in the dtype that the head would leave."""
+    kind, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return hidden.new_empty((*hidden.shape[:-1], 0), dtype=dtype)
 
 
 class _StandIn(nn.Module):
