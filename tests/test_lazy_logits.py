@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import pro_kernels as pk
 from bench.memory import CHILD_ENV
+from pro_kernels.fused import matmul
 from pro_kernels.models import lazy
 from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.lazy import LazyLogits
@@ -278,6 +279,28 @@ class _Tripled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return 3 * grad
+
+
+@pytest.mark.parametrize("way", [softmax_by_row, row_by_row], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_rows_without_a_gradient_are_multiplied_once(way, share, monkeypatch):
+    """1 + 3 s matmuls of rows, or 3 where it was told that most of them have a gradient."""
+    model, rows, late = pk.attach(make("Llama")), [], []
+    multiply, run = matmul.logits_into, lazy._run
+    monkeypatch.setattr(
+        matmul, "logits_into", lambda out, *args: rows.append(len(out)) or multiply(out, *args)
+    )
+    monkeypatch.setattr(lazy, "_run", lambda *args: late.append(args[-1]) or run(*args))
+    mask = torch.arange(T - 1) < share * (T - 1)
+    for step in range(2):
+        rows.clear()
+        late.clear()
+        z = model(input_ids=IDS, use_cache=False).logits
+        (way(z[:, :-1], NEXT) * mask).sum().backward()
+        assert model._pro_kernels.habits["live"] == pytest.approx(share)
+        first = step == 0 or share < 2 / 3
+        assert set(late) == {first}
+        assert sum(rows) == B * (T - 1) * (1 + share if first else 1)
 
 
 def test_only_rows_asked_for_are_made_and_it_is_said_once(llama, monkeypatch, capsys):

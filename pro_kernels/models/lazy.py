@@ -628,7 +628,7 @@ def _run(
         ids = targets[at]
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocab:
             raise IndexError(f"index must lie in [0, {vocab}), got {ids.min()} to {ids.max()}")
-        codes, inverse = (source.places[at] * vocab + targets[at]).unique(return_inverse=True)
+        codes, inverse = (source.places[at] * vocab + ids).unique(return_inverse=True)
         pairs = torch.stack([codes // vocab, codes % vocab], 1)
         hidden = hidden[pairs[:, 0]]
         pair_of = torch.zeros_like(targets)
@@ -675,7 +675,7 @@ class _Late(torch.autograd.Function):
         if not given:
             return (None,) * 6
         live = functools.reduce(torch.logical_or, [g != 0 for g in given])
-        source.habits["live"] = live.float().mean().item()
+        source.habits["live"] = (live.sum() / (ids != NO_TARGET).sum()).item()
         ids = torch.where(live, ids, NO_TARGET)
         hidden, *others = ctx.saved_tensors
 
