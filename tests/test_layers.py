@@ -65,7 +65,7 @@ ALLOWED = {
     },
     "distinct": set(),
     "distinct.tree": set(),
-    "distinct.attention": set(),
+    "distinct.attention": {"backends.cpu"},
     "distinct.gpu": {"distinct.attention", "distinct.tree"},
     "distinct.interface": {"distinct.attention", "distinct.gpu"},
     "distinct.row": {"distinct.interface", "distinct.tree"},

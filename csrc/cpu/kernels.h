@@ -1,12 +1,14 @@
-// What one instruction set provides: three functions on one row of logits, per dtype.
+// What one instruction set provides: three functions on one row of logits, per dtype, and two on a
+// tile of attention.
 //
 // Everything around the rows (threads, masks, the target's own entry, finishing in double) is
-// compiled once, in logits.cpp. A new instruction set is one vec_*.h, one isa_*.cpp and one line
-// in dispatch.cpp.
+// compiled once, in logits.cpp; what is around the tiles, in attention.cpp. A new instruction set
+// is one vec_*.h, one isa_*.cpp and one line in dispatch.cpp.
 #pragma once
 
 #include <cstdint>
 
+#include "../include/pk_abi.h"
 #include "../include/pk_math.h"
 #include "dtype.h"
 
@@ -36,9 +38,34 @@ struct RowKernels {
                           float tilt, const Transform&);
 };
 
+// A row of (K, 4) `segments`.
+struct Segment {
+  int64_t first;
+  int64_t end;
+  int64_t last;  // where its descendants end
+  int64_t position;
+};
+
+struct Tree : TreeAttention {
+  const int64_t* parents;  // (K,), -1: none
+
+  const Segment& segment(int64_t i) const { return reinterpret_cast<const Segment*>(segments)[i]; }
+};
+
+constexpr int64_t kTileRows = 48;  // queries of a tile, at most
+constexpr int64_t kTileKeys = 128;
+
+// Of queries [start, start + rows) of a segment and head.
+struct AttentionKernels {
+  void (*forward)(const Tree&, int64_t head, int64_t segment, int64_t start, int64_t rows);
+  // Writes the gradients of the queries, and adds to those of the keys and values of this head.
+  void (*backward)(const Tree&, int64_t head, int64_t segment, int64_t start, int64_t rows);
+};
+
 struct Isa {
   const char* name;
   RowKernels kernels[kDTypes];
+  AttentionKernels attention;
 };
 
 // The instruction set in use, chosen on first use or by pk_cpu_set_isa.

@@ -19,3 +19,5 @@ PK_EXPORT void pk_cpu_logits_grad(const pk::Rows* rows, const pk::LogitOptions* 
                                   int32_t threads);
 PK_EXPORT void pk_cpu_ranking(const pk::RankingBatch* batch, const pk::RankingOptions* options,
                               int32_t threads);
+PK_EXPORT void pk_cpu_tree_attention(const pk::TreeAttention* arguments, int32_t threads);
+PK_EXPORT void pk_cpu_tree_attention_backward(const pk::TreeAttention* arguments, int32_t threads);

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "attention.h"
 #include "kernels.h"
 #include "vec_math.h"
 
@@ -266,7 +267,9 @@ constexpr RowKernels row_kernels() {
 // The table of instruction set I, in the order of DType.
 template <class I>
 constexpr Isa isa_table() {
-  return {I::kName, {row_kernels<I, float>(), row_kernels<I, BFloat16>(), row_kernels<I, Half>()}};
+  return {I::kName,
+          {row_kernels<I, float>(), row_kernels<I, BFloat16>(), row_kernels<I, Half>()},
+          attention_kernels<I>()};
 }
 
 }  // namespace

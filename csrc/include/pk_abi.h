@@ -76,12 +76,41 @@
   FIELD(int64_t, columns) \
   FIELD(int64_t, stride)
 
+// Attention over a tree of K segments (pro_kernels/distinct/attention.py), all fp32. S tokens, h
+// heads, g of keys and values; d and e, the sizes of a head, are multiples of 32. W >= S + 32: what
+// is behind the tokens is read but has no effect. keys_across are multiplied by the scale.
+#define PK_TREE_ATTENTION(FIELD)                                                               \
+  FIELD(const int64_t*, segments) /* (K, 4) first, end, end of the descendants, position */    \
+  FIELD(int64_t, count)                                                                        \
+  FIELD(int64_t, tokens)                                                                       \
+  FIELD(int64_t, columns) /* W */                                                              \
+  FIELD(int64_t, heads)                                                                        \
+  FIELD(int64_t, key_heads)                                                                    \
+  FIELD(int64_t, sums)       /* g or h: of the gradients of keys and values, for each token */ \
+  FIELD(int64_t, size)       /* d */                                                           \
+  FIELD(int64_t, value_size) /* e */                                                           \
+  FIELD(int64_t, window)                                                                       \
+  FIELD(double, softcap)                                                                       \
+  FIELD(const float*, query)       /* (S, h, d) */                                             \
+  FIELD(const float*, keys_across) /* (g, d, W) */                                             \
+  FIELD(const float*, values)      /* (S, g, e) */                                             \
+  FIELD(float*, out)               /* (S, h, e); the backward reads it */                      \
+  FIELD(float*, lse)               /* (S, h); the backward reads it */                         \
+  /* Of the backward alone. */                                                                 \
+  FIELD(const float*, keys)          /* (S, g, d) */                                           \
+  FIELD(const float*, values_across) /* (g, e, W) */                                           \
+  FIELD(const float*, grad)          /* (S, h, e) */                                           \
+  FIELD(float*, query_grad)          /* (S, h, d) out, over the scale */                       \
+  FIELD(float*, key_grad)            /* (S, sums, d), added to; over the scale */              \
+  FIELD(float*, value_grad)          /* (S, sums, e), added to */
+
 #define PK_STRUCTS(STRUCT)                   \
   STRUCT(LogitOptions, PK_LOGIT_OPTIONS)     \
   STRUCT(RankingOptions, PK_RANKING_OPTIONS) \
   STRUCT(Rows, PK_ROWS)                      \
   STRUCT(RankingBatch, PK_RANKING_BATCH)     \
-  STRUCT(Matrix, PK_MATRIX)
+  STRUCT(Matrix, PK_MATRIX)                  \
+  STRUCT(TreeAttention, PK_TREE_ATTENTION)
 
 namespace pk {
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import c_char_p, c_int32
+from ctypes import POINTER, c_char_p, c_int32
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import pro_kernels.backends.native as native
@@ -32,6 +33,8 @@ _SIGNATURES: native.Signatures = {
     "isa": (c_char_p, ()),
     "set_isa": (c_int32, (c_char_p,)),
     **native.signatures(None, c_int32),  # the last: threads
+    "tree_attention": (None, (POINTER(native.TreeAttention), c_int32)),
+    "tree_attention_backward": (None, (POINTER(native.TreeAttention), c_int32)),
 }
 
 
@@ -109,3 +112,99 @@ _kernels = native.Kernels(_call)
 logp, residual_, logits_grad = _kernels.logp, _kernels.residual_, _kernels.logits_grad
 ranking = _kernels.ranking
 gather_rows = scatter_rows = target_logits = score = scores_fused = None  # as PyTorch has them
+
+
+# ---- attention over a tree (distinct/attention.py): S tokens, h heads, g of keys and values
+
+_ENOUGH = 32  # pieces of work of a backward
+
+
+def tree_attention(
+    query: Tensor,  # (1, h, S, d)
+    key: Tensor,  # (1, g, S, d)
+    value: Tensor,  # (1, g, S, e)
+    segments: Tensor,  # (K, 4)
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(1, S, h, e) and the log-sum-exp (1, S, h), in fp32."""
+    tensors = {"query": _by_token(query), "values": _by_token(value)}
+    tensors["keys_across"] = _across(key, scale)
+    out = torch.empty(*tensors["query"].shape[:2], tensors["values"].shape[2])
+    lse = out.new_empty(out.shape[:2])
+    _attend("tree_attention", segments, softcap, window, {**tensors, "out": out, "lse": lse})
+    return out[None, ..., : value.shape[3]].contiguous(), lse[None]
+
+
+def tree_attention_backward(
+    grad: Tensor,  # (1, S, h, e)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,  # (1, S, h, e)
+    lse: Tensor,  # (1, S, h)
+    segments: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in fp32."""
+    tensors = {
+        "query": _by_token(query), "keys": _by_token(key), "keys_across": _across(key, scale),
+        "values_across": _across(value), "lse": lse[0].contiguous(),
+        "out": _by_token(out.transpose(1, 2)), "grad": _by_token(grad.transpose(1, 2)),
+    }  # fmt: skip
+    heads, groups = query.shape[1], key.shape[1]
+    # Of a tree and a head of keys one thread adds up the gradients. Where these are few, it is of
+    # each head of queries, whose sums are added after.
+    roots = int((segments[:, 3] == 0).sum())
+    sums = groups if roots * groups >= _ENOUGH else heads
+    tokens, of_query = query.shape[2], torch.empty_like(tensors["query"])
+    of_key, of_value = (
+        of_query.new_zeros(tokens, sums, tensors[x].shape[2]) for x in ("keys", "out")
+    )
+    grads = {"query_grad": of_query, "key_grad": of_key, "value_grad": of_value}
+    _attend("tree_attention_backward", segments, softcap, window, tensors | grads)
+    if sums > groups:
+        of_key, of_value = (x.unflatten(1, (groups, -1)).sum(2) for x in (of_key, of_value))
+    of_query, of_key = of_query.mul_(scale), of_key.mul_(scale)
+    return tuple(  # type: ignore[return-value]
+        x[None, ..., : like.shape[3]].contiguous().transpose(1, 2)
+        for x, like in ((of_query, query), (of_key, key), (of_value, value))
+    )
+
+
+def _attend(
+    name: str, segments: Tensor, softcap: float | None, window: int | None,
+    tensors: dict[str, Tensor],
+) -> None:  # fmt: skip
+    segments = segments.contiguous()
+    tokens, heads, size = tensors["query"].shape
+    groups, _, columns = tensors["keys_across"].shape
+    sums = tensors["key_grad"].shape[1] if "key_grad" in tensors else groups
+    arguments = native.TreeAttention(
+        segments.data_ptr(), segments.shape[0], tokens, columns, heads, groups, sums, size,
+        tensors["out"].shape[2], window or tokens, softcap or 0.0,
+        **{name: x.data_ptr() for name, x in tensors.items()},
+    )  # fmt: skip
+    _call(name, tensors["query"], arguments)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """(1, heads, S, size) as (S, heads, size) in fp32, zeros up to a multiple of 32 in the last."""
+    x, less = x[0].transpose(0, 1).float(), -x.shape[3] % 32
+    return (F.pad(x, (0, less)) if less else x).contiguous()
+
+
+def _across(x: Tensor, scale: float = 1.0) -> Tensor:
+    """(1, heads, S, size) as (heads, size, columns), times the scale.
+
+    There are 32 columns or more behind the tokens, and an odd multiple of 16 in all: of rows 4096
+    bytes apart the cache of a processor keeps only a few.
+    """
+    x = _by_token(x)
+    tokens, heads, size = x.shape
+    across = x.new_empty(heads, size, tokens + 32 + (16 - tokens) % 32)
+    torch.mul(x.permute(1, 2, 0), scale, out=across[..., :tokens])
+    return across

@@ -76,6 +76,18 @@ class Matrix(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("dtype", c_int32), *_all(c_int64, "rows columns stride")]
 
 
+class TreeAttention(ctypes.Structure):
+    """Attention over a tree of segments."""
+
+    _fields_ = [
+        ("segments", c_void_p),
+        *_all(c_int64, "count tokens columns heads key_heads sums size value_size window"),
+        ("softcap", c_double),
+        *_all(c_void_p, "query keys_across values out lse"),
+        *_all(c_void_p, "keys values_across grad query_grad key_grad value_grad"),
+    ]
+
+
 def _options_struct(name: str, hints: dict[str, object]) -> type[ctypes.Structure]:
     fields = [(field, _OPTION_TYPES[kind][0]) for field, kind in hints.items()]
     fields.sort(key=lambda field: -ctypes.sizeof(field[1]))  # no padding
@@ -87,7 +99,9 @@ _HINTS = {
     for options in (LogitOptions, RankingOptions)
 }
 _OPTIONS = {o: _options_struct(o.__name__, hints) for o, hints in _HINTS.items()}
-_STRUCTS: tuple[type[ctypes.Structure], ...] = (*_OPTIONS.values(), Rows, RankingBatch, Matrix)
+_STRUCTS: tuple[type[ctypes.Structure], ...] = (
+    *_OPTIONS.values(), Rows, RankingBatch, Matrix, TreeAttention,
+)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,7 +11,8 @@ gradient it has under the whole softmax (FlashAttention-2, arXiv 2307.08691, sec
 over devices: ring attention, arXiv 2310.01889). Where a layer has a sliding window, parts are a
 segment with one ancestor each, cut to what the window lets through.
 
-On a GPU one varlen call with keys and values gathered, or FlexAttention, does the same.
+On a CPU the C++ library does it in one call (csrc/cpu/attention.h), where there is one. On a GPU
+one varlen call with keys and values gathered, or FlexAttention, does the same.
 
 Legend: ``S`` tokens of the row, ``h`` heads, ``g`` heads of keys and values, ``d`` size of a head.
 """
@@ -24,13 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pro_kernels.backends import cpu
+
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Scores that the plain form holds at a time, of all heads.
 _SCORES = 1 << 22
-# Queries times keys of a block, below which PyTorch's backward is faster in fp32 than in 16 bits:
-# 0.9 against 2.1 ms at 137 x 137, 13.2 against 11.3 at 300 x 1024 (9 heads, two cores, AVX-512).
-_SHORT = 1 << 17
 # Queries of a block that has a mask, at most: so that masks stay small.
 _MASKED = 512
 
@@ -102,11 +102,15 @@ def tree_attention(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """(1, S, h, e), as the output projection takes it, and the log-sum-exp (1, S, h) in fp32."""
+    segments = segments.view(-1, 4)
+    if _takes_cpu(query):
+        found, lse = cpu.tree_attention(query, key, value, segments, scale, softcap, window)
+        return _with_sinks(found, lse, sinks, value.dtype)
     out = value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     lse = torch.empty(out.shape[:3], dtype=_wide(query), device=query.device)
     seen_out, seen_lse = out.transpose(1, 2), lse.transpose(1, 2)
     reached = 0
-    for block in blocks(segments.view(-1, 4).tolist(), window):
+    for block in blocks(segments.tolist(), window):
         found, sums = _attend(query, key, value, block, scale, softcap)
         mine, mine_lse = seen_out[:, :, block.queries], seen_lse[:, :, block.queries]
         if block.queries.start >= reached:  # nothing is there yet
@@ -117,11 +121,16 @@ def tree_attention(
             share = torch.sigmoid(sums - mine_lse)[..., None]
             mine.copy_(torch.lerp(mine.to(lse.dtype), found.to(lse.dtype), share))
             mine_lse.copy_(torch.logaddexp(mine_lse, sums))
+    return _with_sinks(out, lse, sinks, value.dtype)
+
+
+def _with_sinks(
+    out: Tensor, lse: Tensor, sinks: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     if sinks is not None:
         whole = torch.logaddexp(lse, sinks.to(lse.dtype))
-        out.mul_(torch.exp(lse - whole)[..., None])
-        lse = whole
-    return out, lse
+        out, lse = out * torch.exp(lse - whole)[..., None], whole
+    return out.to(dtype), lse
 
 
 @tree_attention.register_fake
@@ -144,9 +153,19 @@ def tree_attention_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
+    segments = segments.view(-1, 4)
+    if _takes_cpu(query):
+        found = cpu.tree_attention_backward(
+            grad, query, key, value, out, lse, segments, scale, softcap, window
+        )
+        return tuple(x.to(query.dtype) for x in found)  # type: ignore[return-value]
     grad, out, lse = (x.transpose(1, 2) for x in (grad, out, lse))
-    grads = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)]
-    for block in blocks(segments.view(-1, 4).tolist(), window):
+    grads = [
+        torch.zeros_like(x.transpose(1, 2), dtype=lse.dtype, memory_format=torch.contiguous_format)
+        for x in (query, key, value)
+    ]
+    grads = [x.transpose(1, 2) for x in grads]
+    for block in blocks(segments.tolist(), window):
         found = _attend_backward(grad, query, key, value, out, lse, block, scale, softcap)
         places = (block.queries, block.keys, block.keys)
         for whole, place, part in zip(grads, places, found, strict=True):
@@ -159,7 +178,8 @@ def tree_attention_backward(
 
 @tree_attention_backward.register_fake
 def _(grad, query, key, value, out, lse, segments, scale, softcap, window):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+    laid_out = (x.new_empty(x.transpose(1, 2).shape) for x in (query, key, value))
+    return tuple(x.transpose(1, 2) for x in laid_out)
 
 
 def _save(ctx, inputs, output):  # noqa: ANN001, ANN202
@@ -182,6 +202,10 @@ tree_attention.register_autograd(_backward, setup_context=_save)
 
 def _wide(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _takes_cpu(query: Tensor) -> bool:
+    return query.dtype in cpu.DTYPES and cpu.unusable(query.device) is None
 
 
 # ---- one block
@@ -217,8 +241,7 @@ def _attend_backward(
     q, g, o, s = (x[:, :, block.queries] for x in (query, grad, out, lse))
     k, v = (x[:, :, block.keys] for x in (key, value))
     if _takes_flash(q, v, softcap):
-        if q.shape[2] * k.shape[2] < _SHORT:
-            q, k, v, g, o = (x.to(lse.dtype) for x in (q, k, v, g, o))
+        q, k, v, g, o = (x.to(lse.dtype) for x in (q, k, v, g, o))
         mask = block.mask(q.dtype)
         return _FLASH_BACKWARD(g, q, k, v, o, s, 0.0, block.causal, attn_mask=mask, scale=scale)
     dtype = lse.dtype

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pro_kernels as pk
+from pro_kernels.backends import cpu
 from pro_kernels.distinct import attention, gpu, interface
 from trees import dense_attention, dense_mask, random_tree
 
@@ -65,13 +66,64 @@ def test_narrow_numbers_are_as_good_as_one_softmax_of_them(dtype):
         assert off <= 1.5 * allowed + 4 * torch.finfo(dtype).eps * want.norm()
 
 
-def test_the_op_is_one():
+@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "neon", "generic", "none"])
+def isa(request, monkeypatch):
+    """Each instruction set of the C++ library, and PyTorch without the library."""
+    if request.param == "none":
+        monkeypatch.setattr(attention, "_takes_cpu", lambda query: False)
+        yield
+        return
+    try:
+        cpu.set_isa(request.param)
+    except (ValueError, RuntimeError) as error:
+        pytest.skip(str(error))
+    yield
+    cpu.set_isa(None)
+
+
+@pytest.mark.parametrize("softcap, sinks", [(None, False), (5.0, True)], ids=["", "softcap, sinks"])
+@pytest.mark.parametrize("window", [None, 7, 150], ids=lambda w: f"window {w}")
+@pytest.mark.parametrize("shape", [(4, 2, 32, 32), (3, 1, 40, 72)], ids=str)
+def test_fp32_is_as_good_as_one_softmax(isa, shape, window, softcap, sinks):
+    """Over several tiles and blocks of keys."""
+    tree = random_tree(5, longest=400)
+    tensors = inputs(tree, shape, torch.float32, with_sinks=sinks)
+    options = dense_mask(tree, window), 0.3, softcap
+    plain = dense_attention(*tensors, *options)
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in tensors]
+    want = dense_attention(*exact, *options)
+    out, _ = attention.tree_attention(*tensors, tree.segments, 0.3, softcap, window)
+    for ours, theirs, truth in zip(
+        (out, *gradients(out, tensors)), (plain, *gradients(plain, tensors)),
+        (want, *gradients(want, exact)), strict=True,
+    ):  # fmt: skip
+        off, allowed = ((x - truth).norm() for x in (ours, theirs))
+        assert off <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * truth.norm()
+
+
+def test_bits_are_the_same_on_any_number_of_threads(isa):
+    tree = random_tree(5, longest=400)
+    tensors = inputs(tree, (6, 2, 32, 32), torch.float32)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        out, lse = attention.tree_attention(*tensors, tree.segments, 0.3, None, None)
+        found.append((out, lse, *gradients(out, tensors)))
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 32, 32), (4, 2, 8, 12)], ids=str)
+def test_the_op_is_one(shape):
     tree = random_tree(3)
     for sinks in (False, True):
-        tensors = inputs(tree, (4, 2, 8, 8), torch.float32, with_sinks=sinks)
-        torch.library.opcheck(
-            attention.tree_attention, (*tensors, tree.segments, 0.3, None, None if sinks else 4)
-        )
+        tensors = inputs(tree, shape, torch.float32, with_sinks=sinks)
+        options = tree.segments, 0.3, None, None if sinks else 4
+        torch.library.opcheck(attention.tree_attention, (*tensors, *options))
+        out, lse = attention.tree_attention(*tensors, *options)
+        tensors = [x.detach() for x in (torch.randn_like(out), *tensors[:3], out, lse)]
+        torch.library.opcheck(attention.tree_attention_backward, (*tensors, *options))
 
 
 def test_memory_is_linear_in_tokens():
