@@ -98,9 +98,9 @@ def altered(tmp_path_factory):
             "it has RankingOptions 56 bytes, this package RankingOptions 48 bytes",
         ),
         (
-            "STRUCT(Matrix, PK_MATRIX)",
+            "STRUCT(TreeAttention, PK_TREE_ATTENTION)",
             "",
-            "it has nothing more, this package Matrix 40 bytes",
+            "it has nothing more, this package TreeAttention 176 bytes",
         ),
     ],
     ids=["number", "name", "type", "more fields", "no struct"],
