@@ -12,6 +12,7 @@ import torch
 
 import pro_kernels as pk
 from pro_kernels.integrations import names
+from pro_kernels.models.forward import STATE
 
 V, H, T = 67, 16, 9
 
@@ -481,3 +482,128 @@ def test_another_verl_and_a_missing_one_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "verl.utils.kernel.linear_cross_entropy", None)
     with pytest.raises(ImportError, match="integrations.verl needs verl"):
         pk.integrations.verl.apply()
+
+
+# ---- plugins
+
+
+@pytest.fixture
+def model():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=H, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def is_attached(model) -> bool:
+    out = model(torch.arange(2 * T).view(2, T))
+    return type(out.logits) is not torch.Tensor
+
+
+@pytest.fixture(params=["stub", "axolotl"])
+def axolotl(request, monkeypatch):
+    pytest.importorskip("pydantic")
+    if request.param == "axolotl":
+        pytest.importorskip("axolotl", reason="needs axolotl==0.19.*")
+    else:
+        base = types.ModuleType("axolotl.integrations.base")
+        base.BasePlugin = type("BasePlugin", (), {})
+        for name in ("axolotl", "axolotl.integrations"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, base.__name__, base)
+    monkeypatch.delitem(sys.modules, "pro_kernels.integrations.axolotl", raising=False)
+    yield importlib.import_module("pro_kernels.integrations.axolotl")
+    sys.modules.pop("pro_kernels.integrations.axolotl")
+
+
+@pytest.mark.parametrize("rows", ["padded", "distinct"])
+def test_axolotls_plugin_attaches_what_axolotl_loads(axolotl, model, capsys, rows):
+    plugin = axolotl.ProKernelsPlugin()
+    module, _, name = plugin.get_input_args().rpartition(".")
+    args = getattr(importlib.import_module(module), name)
+    plugin.post_model_load(args(pro_kernels_rows=rows), model)
+    assert capsys.readouterr().out == "pro_kernels: LlamaForCausalLM is attached.\n"
+    assert is_attached(model)
+    assert (getattr(model, STATE).rows is not None) == (rows == "distinct")
+    assert args().pro_kernels_rows == "padded"
+    with pytest.raises(ValueError, match="pro_kernels_rows"):
+        args(pro_kernels_rows="packed")
+
+
+def test_axolotls_plugin_takes_adapters_and_says_why_a_model_is_left(axolotl, model, capsys):
+    peft = pytest.importorskip("peft")
+    plugin, cfg = axolotl.ProKernelsPlugin(), axolotl.ProKernelsArgs()
+    plugin.post_model_load(cfg, torch.nn.Linear(2, 2))  # a model without a head is passed over
+    assert not capsys.readouterr().out
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    plugin.post_model_load(cfg, wrapped)
+    assert is_attached(wrapped)
+    pk.detach(wrapped)
+    model.to("meta")
+    plugin.post_model_load(cfg, wrapped)
+    assert "LlamaForCausalLM was not attached: " in capsys.readouterr().out
+
+
+@pytest.fixture(params=["stub", "swift"])
+def swift(request, monkeypatch):
+    if request.param == "swift":
+        pytest.importorskip("swift.model", reason="needs ms-swift==4.6.*")
+        yield importlib.import_module("swift.model.register")
+    else:
+        register = types.ModuleType("swift.model.register")
+
+        class ModelLoader:
+            def __init__(self, model, dummy):
+                self.model, self.return_dummy_model = model, dummy
+
+            def load(self):
+                return self.model, "processor"
+
+        register.ModelLoader = ModelLoader
+        for name in ("swift", "swift.model"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, register.__name__, register)
+        yield register
+    pk.integrations.swift.restore()
+
+
+def test_ms_swifts_plugin_is_a_file_that_attaches_what_ms_swift_loads(
+    swift, model, capsys, monkeypatch
+):
+    command = [sys.executable, "-m", "pro_kernels.integrations.swift"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    theirs = swift.ModelLoader.load
+    spec = importlib.util.spec_from_file_location("_external", done.stdout.strip())
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # as ms-swift imports it
+    assert swift.ModelLoader.load is not theirs
+    monkeypatch.setenv("PRO_KERNELS_RUN_ROWS", "distinct")
+    if theirs.__module__ == __name__:
+        loader = swift.ModelLoader(model, dummy=True)
+        assert loader.load() == (model, "processor") and not is_attached(model)
+        loader.return_dummy_model = False
+        assert loader.load() == (model, "processor") and is_attached(model)
+        assert getattr(model, STATE).rows is not None
+        assert capsys.readouterr().out == "pro_kernels: LlamaForCausalLM is attached.\n"
+        loader.model = None  # only the tokenizer is asked for
+        assert loader.load() == (None, "processor")
+    with pytest.raises(ValueError, match="attached already; call restore"):
+        pk.integrations.swift.apply()
+    pk.integrations.swift.restore()
+    pk.integrations.swift.restore()
+    assert swift.ModelLoader.load is theirs
+
+
+def test_the_plugins_folder_hides_no_package():
+    """ms-swift puts it first on the path of every import."""
+    files = {x.stem for x in pk.integrations.swift.PLUGIN.parent.glob("*.py")}
+    assert files == {"__init__", "__main__", "pro_kernels_plugin"}
+
+
+def test_a_missing_ms_swift_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "swift", None)
+    with pytest.raises(ImportError, match="integrations.swift needs ms-swift"):
+        pk.integrations.swift.apply()
