@@ -4,7 +4,7 @@
 states and LM-head weight to the listwise ranking loss and its gradients, logits never all held.
 """
 
-from pro_kernels import backends, losses, reference
+from pro_kernels import backends, integrations, losses, reference
 from pro_kernels._version import __version__
 from pro_kernels.api import linear_pro_loss, linear_token_logps, pro_loss, token_logps
 from pro_kernels.distinct.decoder import distinct_rows
@@ -23,6 +23,7 @@ __all__ = [
     "attach",
     "detach",
     "distinct_rows",
+    "integrations",
     "linear_pro_loss",
     "linear_token_logps",
     "losses",

@@ -9,12 +9,12 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 import pro_kernels as pk
+from stubs import stub_verl
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, PAGES = ROOT / "examples", ROOT / "docs" / "integrations"
@@ -76,20 +76,12 @@ def recipe(page: str) -> str:
 
 
 def test_verl(monkeypatch):
-    stub = ModuleType("verl.utils.experimental.torch_functional")
-
-    class FusedLinearForPPO:
-        """As in verl: one call from hidden states to log-probs and entropy."""
-
-    stub.FusedLinearForPPO = FusedLinearForPPO
-    for name in ("verl", "verl.utils", "verl.utils.experimental"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["verl.utils.experimental"].torch_functional = stub
-    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    functional, _ = stub_verl(monkeypatch)
+    monkeypatch.setattr(functional, "plain", None)  # what the stub computes with
     exec(recipe("verl.md"), {})
     hidden = torch.randn(2, 5, 16, requires_grad=True)
     weight, ids = torch.randn(67, 16, requires_grad=True), torch.randint(0, 67, (2, 5))
-    log_probs, entropy = FusedLinearForPPO().forward(
+    log_probs, entropy = functional.FusedLinearForPPO().forward(
         hidden_states=hidden, vocab_weights=weight, input_ids=ids, temperature=0.7
     )
     log_p = (hidden @ weight.t() / 0.7).log_softmax(-1)
@@ -100,6 +92,7 @@ def test_verl(monkeypatch):
     theirs = torch.autograd.grad((want[0] - 0.1 * want[1]).sum(), (hidden, weight))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    pk.integrations.verl.restore()
 
 
 def test_the_pages_name_what_there_is():

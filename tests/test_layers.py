@@ -93,18 +93,27 @@ ALLOWED = {
         "distinct.decoder", "fused.shards", "models.forward", "models.head", "models.opened",
         "models.probe", "models.tryout", "options", "validate",
     },
-    "models.loaded": {"models.attach", "models.counts", "models.forward"},
+    "models.loaded": {"models.attach", "models.counts", "models.forward", "models.opened"},
     "hook": {"models.loaded"},
     "models.official": {"models.attach", "options", "reference"},
-    "models.trl": {"api", "distinct.decoder", "models.attach", "models.opened", "validate"},
+    "models.trl": {
+        "api", "distinct.decoder", "models.attach", "models.head", "models.opened", "validate",
+    },
+    "integrations": set(),
+    "integrations.names": set(),
+    "integrations.liger": {"api", "integrations.names", "models.head"},
+    "integrations.verl": {"api", "integrations.names", "models.head"},
+    "integrations.verl_workers": {"integrations.verl"},
+    "integrations.axolotl": {"models.loaded"},
+    "integrations.swift": {"models.loaded"},
     "selfcheck": {
         "_version", "api", "backends", "fused.matmul", "fused.planner", "options", "reference",
         "selfcheck",
     },
     "__main__": {"options", "selfcheck"},
     "__init__": {
-        "_version", "api", "backends", "distinct.decoder", "distinct.tree", "layout", "losses",
-        "models.attach", "output", "reference",
+        "_version", "api", "backends", "distinct.decoder", "distinct.tree", "integrations",
+        "layout", "losses", "models.attach", "output", "reference",
     },
 }  # fmt: skip
 

@@ -61,6 +61,15 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.is_mps else x.double()
 
 
+def head_for(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight (V, H) and bias (V,) in the dtype of hidden states; autocast casts them by itself."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return weight, bias
+    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+
+
 def resolve(module: Any, hidden: Tensor) -> HeadInputs:
     """The matmul that ``module(hidden)`` stands for.
 

@@ -1,7 +1,8 @@
 """``pro-kernels run`` within a process: models are attached as they are loaded, and counted.
 
 ``hook/sitecustomize.py`` calls ``attach_loaded``. At its end the process leaves a report, and the
-command adds up those of all processes.
+command adds up those of all processes. Plugins of frameworks call it too, and say what became of a
+model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,34 @@ from torch import nn
 from pro_kernels.models.attach import attach, detach
 from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.forward import STATE
+from pro_kernels.models.opened import base_of
 
+Say = Callable[[str], object]
 # How many models are attached, of which class; how often which sentence is true of others.
 _attached: Counter[str] = Counter()
 _said: Counter[str] = Counter()
 
 
-def attach_loaded(model: Any) -> None:
-    """Attach a causal LM that was just loaded, or keep the reason why not; pass over others."""
-    if getattr(model.config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
+def attach_loaded(model: Any, rows: str | None = None, say: Say | None = None) -> None:
+    """Attach a causal LM that was just loaded, or keep the reason why not; pass over others.
+
+    Args:
+        model: any model; PEFT may have wrapped it.
+        rows: as of ``attach``; None: what ``pro-kernels run`` was told.
+        say: is called with a sentence on what became of the model; None: ``--explain`` decides.
+    """
+    lm = base_of(model)
+    head = getattr(lm, "get_output_embeddings", lambda: None)()
+    if head is None or getattr(lm.config, "is_encoder_decoder", False):
         return
     _begin()
-    _attach(model, os.environ.get("PRO_KERNELS_RUN_ROWS", "padded"))
+    _attach(lm, rows or os.environ.get("PRO_KERNELS_RUN_ROWS", "padded"), say or _explain)
     write_report()  # there should be one of a process that is killed
 
 
-def _attach(model: Any, rows: str) -> None:
+def _attach(model: Any, rows: str, say: Say) -> None:
     name = type(model).__name__
+    again = STATE in vars(model)  # by ``pro-kernels run``
     try:
         _check_ranks()
         with torch.device("cpu"):  # whatever the program's default is
@@ -48,15 +61,15 @@ def _attach(model: Any, rows: str) -> None:
         reason = str(error) if known else f"{type(error).__name__}: {error}"
         reason = reason.removeprefix(f"{name}: ").rstrip(".")
         if rows == "padded":
-            _say(f"{name} was not attached: {reason}.")
+            _say(f"{name} was not attached: {reason}.", say)
             return
-        _attach(model, "padded")
+        _attach(model, "padded", say)
         if STATE in vars(model):
-            _say(f"{name} runs padded rows: {reason}.")
+            _say(f"{name} runs padded rows: {reason}.", say)
         return
     getattr(model, STATE).loaded = True
-    _attached[name] += 1
-    _explain(f"{name} is attached.")
+    _attached[name] += not again
+    say(f"{name} is attached.")
 
 
 def _check_ranks() -> None:
@@ -70,9 +83,9 @@ def _check_ranks() -> None:
         )
 
 
-def _say(sentence: str) -> None:
+def _say(sentence: str, say: Say) -> None:
     _said[" ".join(sentence.split())] += 1
-    _explain(sentence)
+    say(sentence)
 
 
 def _explain(sentence: str) -> None:
@@ -97,7 +110,8 @@ def _begin() -> None:
                     _attached[type(lm).__name__] -= 1
                     _say(
                         f"{type(lm).__name__} was detached: torch.nn.DataParallel runs it in "
-                        "threads; start one process for each GPU (torchrun)."
+                        "threads; start one process for each GPU (torchrun).",
+                        _explain,
                     )
         init(self, module, *args, **kwargs)
 

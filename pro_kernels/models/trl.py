@@ -19,12 +19,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pro_kernels.api import linear_token_logps, linear_token_stats
 from pro_kernels.distinct.decoder import Distinct, distinct_rows
 from pro_kernels.models.attach import attach, attached_options, detach
+from pro_kernels.models.head import head_for
 from pro_kernels.models.opened import base_of
 from pro_kernels.validate import check_choice
 
@@ -65,9 +65,7 @@ class FusedLogProbs:
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
                 logit_scale, outputs,
             )  # fmt: skip
-        if not torch.is_autocast_enabled(hidden.device.type):
-            weight = weight.to(hidden.dtype)
-            bias = None if bias is None else bias.to(hidden.dtype)
+        weight, bias = head_for(hidden, weight, bias)
         options: dict[str, Any] = {"bias": bias, "backend": cls.backend, "budget": cls.budget}
         options["logit_scale"] = logit_scale / temperature
         if final_logit_softcapping is not None:  # cap(z) / T = (c / T) tanh((z / T) / (c / T))
