@@ -97,6 +97,10 @@ ALLOWED = {
     "hook": {"models.loaded"},
     "models.official": {"models.attach", "options", "reference"},
     "models.trl": {"api", "distinct.decoder", "models.attach", "models.opened", "validate"},
+    "integrations": set(),
+    "integrations.lists": {"losses"},
+    "integrations.trl": {"integrations.lists", "models.attach"},
+    "integrations.llamafactory": {"integrations.lists", "models.attach"},
     "selfcheck": {
         "_version", "api", "backends", "fused.matmul", "fused.planner", "options", "reference",
         "selfcheck",

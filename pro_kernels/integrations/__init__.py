@@ -1,0 +1,1 @@
+"""Other people's trainers with the losses of this package."""
