@@ -55,9 +55,26 @@ def test_lightning(example):
     assert example("lightning_module").main() < 20
 
 
+def test_the_loops_begin_with_the_loss_of_the_reference(example, own_accelerate_state):
+    pytest.importorskip("lightning")
+    tiny = example("tiny")
+    batch = tiny.collate(tiny.ranked_lists()[:2])
+    logits = tiny.model()(batch["input_ids"], batch["attention_mask"]).logits
+    shape = (2, 3, batch["labels"].shape[1])
+    want = pk.reference.pro_loss(
+        logits.view(*shape, -1), batch["labels"].view(shape), batch["rewards"], shift=True
+    ).loss.item()
+    found = example("lightning_module").PRO().training_step(batch, 0).item()
+    assert found == pytest.approx(want, rel=1e-5)
+    in_bf16 = example("accelerate_loop").main(1)[0]
+    assert in_bf16 == pytest.approx(want, rel=5e-3)
+
+
 def test_trl(example):
     pytest.importorskip("trl")
     assert len(example("trl_dpo").main()) == 4
+    losses = example("trl_pro").main()
+    assert losses[-1] < losses[0]
 
 
 def test_every_example_is_tested():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 
 import pytest
@@ -331,3 +332,175 @@ def test_a_missing_trl_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match="accelerate_trl needs TRL "):
         swap.accelerate_trl()
+
+
+# ---- ranked lists in TRL and LLaMA-Factory
+
+# Of different n, and the best is not the first.
+LISTS = [
+    {
+        "prompt": f"say {a}",
+        "completions": [f" {b} {a}"[: 9 + i] for i, b in enumerate(WORDS[:n])],
+        "rewards": [0.5, 2.0, -1.0, 0.25][:n],
+    }
+    for a, n in zip(WORDS, (3, 2, 4), strict=False)
+]
+BEST_FIRST = [{k: x[k] for k in ("prompt", "completions")} for x in LISTS]
+
+
+class Bytes(transformers.ByT5Tokenizer):
+    """A token a byte, and no EOS that nobody wrote."""
+
+    def _add_eos_if_not_present(self, token_ids):
+        return token_ids
+
+
+def reference_loss(model: nn.Module, item: dict, end: tuple = (1,), **options) -> torch.Tensor:
+    """PRO of one list of strings, one token a byte, from the logits of each candidate by itself."""
+    prompt = [byte + 3 for byte in item["prompt"].encode()]
+    answers = [[*(byte + 3 for byte in x.encode()), *end] for x in item["completions"]]
+    length = max(map(len, answers))
+    targets = torch.full((1, len(answers), length), -100)
+    logits = torch.zeros(*targets.shape, VOCABULARY)
+    for i, answer in enumerate(answers):
+        rows = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        logits[0, i, : len(answer)], targets[0, i, : len(answer)] = rows, torch.tensor(answer)
+    rewards = torch.tensor([item["rewards"]]) if "rewards" in item else None
+    return pk.reference.pro_loss(logits, targets, rewards, **options).loss
+
+
+def step_of_sgd(items: list[dict], rate: float, **options) -> tuple[float, list[torch.Tensor]]:
+    """The mean of the lists' losses, and the parameters after a step on it."""
+    model = tiny()
+    loss = torch.stack([reference_loss(model, x, **options) for x in items]).mean()
+    loss.backward()
+    return loss.item(), [p.detach() - rate * p.grad for p in model.parameters()]
+
+
+def ranking_trainer(folder, items: list[dict], **arguments):
+    from datasets import Dataset
+
+    from pro_kernels.integrations.trl import RankingTrainer
+
+    names = ("loss_options", "eval_dataset", "formatting_func", "compute_loss_func")
+    more = {name: arguments.pop(name) for name in names if name in arguments}
+    config = importlib.import_module("trl").SFTConfig(**{
+        "output_dir": str(folder), "max_steps": 1, "learning_rate": 0.5, "optim": "sgd",
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "report_to": [], "use_cpu": True,
+        "bf16": False, "logging_steps": 1, "disable_tqdm": True, "save_strategy": "no",
+        "per_device_train_batch_size": 3, "gradient_checkpointing": False, **arguments,
+    })  # fmt: skip
+    return RankingTrainer(
+        tiny(), args=config, train_dataset=Dataset.from_list(items),
+        processing_class=Bytes(extra_ids=0), **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", ["padded", "distinct"])
+@pytest.mark.parametrize("size", [1, 3], ids=["accumulated", "one batch"])
+@pytest.mark.parametrize("items", [LISTS, BEST_FIRST], ids=["rewards", "best first"])
+def test_lists_in_trls_trainer_have_the_loss_and_gradients_of_the_reference(
+    trl, tmp_path, items, size, rows
+):
+    loss, parameters = step_of_sgd(items, 0.5, sft_weight=0.1)
+    trainer = ranking_trainer(
+        tmp_path, items, per_device_train_batch_size=size, gradient_accumulation_steps=3 // size,
+        loss_options={"sft_weight": 0.1, "rows": rows},
+    )  # fmt: skip
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(loss, rel=1e-5)
+    assert log["rank_loss"] + log["sft_loss"] == pytest.approx(loss, rel=1e-5)
+    assert 0 <= log["rewards/accuracies"] <= 1
+    for ours, want in zip(trainer.model.parameters(), parameters, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-6)
+
+
+def test_lists_held_out_are_a_mean_over_lists(trl, tmp_path):
+    from datasets import Dataset
+
+    held_out = Dataset.from_list(LISTS)
+    trainer = ranking_trainer(
+        tmp_path, LISTS, eval_dataset={"some": held_out}, per_device_eval_batch_size=2
+    )
+    want = step_of_sgd(LISTS, 0.0)[0]
+    assert trainer.evaluate()["eval_some_loss"] == pytest.approx(want, rel=1e-5)
+    if "evaluate" in vars(trl.SFTTrainer):  # it prepares what it is given
+        assert trainer.evaluate(held_out)["eval_loss"] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_type": "dft"}, "loss_type='dft' has no place"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no place"),
+        ({"packing": True}, "packing=True has no place"),
+        ({"completion_only_loss": False}, "completion_only_loss=False has no place"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset=True has no"),
+        ({"formatting_func": str}, "formatting_func=.* has no place"),
+        ({"items": [{"prompt": "a", "chosen": "b"}]}, r"\['completions'\] are not among"),
+        ({"items": [{**LISTS[0], "rewards": [1.0]}]}, "list 0 has 3 completions and 1 rewards"),
+        ({"items": [{**LISTS[0], "rewards": [1.0] * 3}]}, "no list can be ranked: .*are equal"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_what_the_ranking_would_leave_unread_is_refused(trl, tmp_path, arguments, message):
+    arguments = {"items": LISTS, **arguments}
+    with pytest.raises(ValueError, match=message):
+        ranking_trainer(tmp_path, arguments.pop("items"), **arguments)
+
+
+def test_lists_and_candidates_that_are_left_out_are_counted(trl, tmp_path):
+    long = {**LISTS[0], "prompt": "say " * 20}
+    equal = {**LISTS[1], "rewards": [1.0, 1.0]}
+    with pytest.warns(UserWarning) as warned:
+        trainer = ranking_trainer(tmp_path, [*LISTS, long, equal], max_length=40)
+    said = [str(x.message) for x in warned if "left out" in str(x.message)]
+    assert len(trainer.train_dataset) == 3
+    assert [x.partition(" are")[0] for x in said] == ["1 lists", "1 lists", "3 candidates"]
+
+
+@pytest.mark.parametrize("items", [LISTS, BEST_FIRST], ids=["rewards", "best first"])
+def test_lists_in_llamafactory_have_the_loss_and_gradients_of_the_reference(
+    tmp_path, monkeypatch, items
+):
+    pytest.importorskip("llamafactory")
+    from pro_kernels.integrations import llamafactory
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    tiny().save_pretrained(tmp_path / "model")
+    transformers.ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(x) + "\n" for x in items))
+    columns = {"prompt": "prompt", "chosen": "completions"}
+    if "rewards" not in items[0]:  # chosen and the list of those that are worse
+        columns = {"prompt": "prompt", "chosen": "best", "rejected": "rest"}
+        rows = [
+            {"prompt": x["prompt"], "best": x["completions"][0], "rest": x["completions"][1:]}
+            for x in items
+        ]
+        (tmp_path / "lists.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    info = {"lists": {"file_name": "lists.jsonl", "ranking": True, "columns": columns}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    run = {
+        "stage": "dpo", "pref_loss": "pro", "pro_options": {"sft_weight": 0.1}, "do_train": True,
+        "model_name_or_path": str(tmp_path / "model"), "finetuning_type": "full",
+        "dataset": "lists", "dataset_dir": str(tmp_path), "template": "empty",
+        "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 3, "max_steps": 1, "learning_rate": 0.5, "optim": "sgd",
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1,
+        "save_only_model": True, "report_to": "none", "use_cpu": True, "bf16": False,
+        "fp16": False, "disable_gradient_checkpointing": True,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(run))  # which is YAML, too
+    monkeypatch.setattr(sys, "argv", ["llamafactory", str(tmp_path / "run.yaml")])
+    llamafactory.main()
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    loss, parameters = step_of_sgd(items, 0.5, end=(), sft_weight=0.1)  # the template adds none
+    assert state["log_history"][0]["loss"] == pytest.approx(loss, rel=1e-5)
+    trained = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    for ours, want in zip(trained.parameters(), parameters, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-6)
+    run |= {"output_dir": str(tmp_path / "other"), "pref_ftx": 0.1}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="pref_ftx=0.1 is no option of pref_loss: pro"):
+        llamafactory.main()

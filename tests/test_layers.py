@@ -106,6 +106,9 @@ ALLOWED = {
     "integrations.verl_workers": {"integrations.verl"},
     "integrations.axolotl": {"models.loaded"},
     "integrations.swift": {"models.loaded"},
+    "integrations.lists": {"losses"},
+    "integrations.trl": {"integrations.lists", "models.attach"},
+    "integrations.llamafactory": {"integrations.lists", "models.attach"},
     "selfcheck": {
         "_version", "api", "backends", "fused.matmul", "fused.planner", "options", "reference",
         "selfcheck",
