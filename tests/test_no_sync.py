@@ -36,6 +36,7 @@ ALLOWED = {
     "fused/ops._compact": "the dense form: sizes are unknown until the data is looked at",
     "fused/ops.linear_pro": "the dense form",
     "backends/torch._blank": "only of CPU tensors",
+    "backends/cpu.tree_attention_backward": "the segments are on the CPU",
     "fused/ops.check_range": "only of CPU tensors",
     "layout.Layout.present": "of a mask on the CPU",
     "layout.Layout.from_rows": "when a layout is made",

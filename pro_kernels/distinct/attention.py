@@ -155,10 +155,10 @@ def tree_attention_backward(
     """Gradients of query, key and value."""
     segments = segments.view(-1, 4)
     if _takes_cpu(query):
-        found = cpu.tree_attention_backward(
+        whole = cpu.tree_attention_backward(
             grad, query, key, value, out, lse, segments, scale, softcap, window
         )
-        return tuple(x.to(query.dtype) for x in found)  # type: ignore[return-value]
+        return tuple(x.to(query.dtype) for x in whole)  # type: ignore[return-value]
     grad, out, lse = (x.transpose(1, 2) for x in (grad, out, lse))
     grads = [
         torch.zeros_like(x.transpose(1, 2), dtype=lse.dtype, memory_format=torch.contiguous_format)
@@ -168,11 +168,11 @@ def tree_attention_backward(
     for block in blocks(segments.tolist(), window):
         found = _attend_backward(grad, query, key, value, out, lse, block, scale, softcap)
         places = (block.queries, block.keys, block.keys)
-        for whole, place, part in zip(grads, places, found, strict=True):
+        for every, place, part in zip(grads, places, found, strict=True):
             if block.causal:  # of each segment itself: the first part of its tokens
-                whole[:, :, place] = part
+                every[:, :, place] = part
             else:
-                whole[:, :, place] += part
+                every[:, :, place] += part
     return tuple(x.to(query.dtype) for x in grads)  # type: ignore[return-value]
 
 
