@@ -13,11 +13,9 @@ import torch
 from bench import attached, filtering, gpu
 from bench.case_run import DeviceLost, Settings
 from bench.compare import THRESHOLD, compare
-from bench.model import page, resources
 from bench.presets import NAMES, cases_of
 from bench.report import write_report
 from bench.runner import run
-from bench.scaling.cli import main as scaling
 from bench.training.cases import cases_of as training_cases
 from bench.training.runner import run as run_training
 
@@ -34,10 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = _parsed(argv)
     try:
-        if args.model:
-            return _model(args.resources)
-        if args.scaling:
-            return scaling([])
         if args.gpu:
             seconds = gpu.SECONDS if args.seconds is None else args.seconds
             return gpu.main(args.out, seconds, tuple(args.parts), tuple(args.backends))
@@ -77,7 +71,7 @@ def command(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parsed(argv)
-    elsewhere = (args.model, args.scaling, args.gpu, args.filter, args.attached, args.compare,
+    elsewhere = (args.gpu, args.filter, args.attached, args.compare,
                  args.list)  # fmt: skip
     if args.report or args.training or any(elsewhere):
         return main(argv)
@@ -146,14 +140,6 @@ def _compare(args: argparse.Namespace) -> int:
     text, worse = compare(*args.compare, threshold=args.threshold)
     print(text)
     return 1 if worse else 0
-
-
-def _model(again: bool) -> int:
-    if again:
-        resources.save(resources.collect())
-    print(page.update(resources.load()))
-    print(f"\nwrote {page.PAGE}")
-    return 0
 
 
 def _write(results: Path, pages: list[Path]) -> None:
@@ -231,19 +217,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attached", action="store_true",
         help="what attach costs, and what the swap under TRL saves, on the CPU",
-    )  # fmt: skip
-    parser.add_argument(
-        "--model", action="store_true",
-        help="print the times predicted for a GPU and rewrite docs/performance.md",
-    )  # fmt: skip
-    parser.add_argument(
-        "--resources", action="store_true",
-        help="with --model: read registers and shared memory from the built binaries first",
-    )  # fmt: skip
-    parser.add_argument(
-        "--scaling", action="store_true",
-        help="print what is predicted for many GPUs and rewrite docs/scaling.md; more by "
-        "python -m bench.scaling",
     )  # fmt: skip
     parser.add_argument("--gpu", action="store_true", help="everything that needs a GPU, at once")
     parser.add_argument(

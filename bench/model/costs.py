@@ -205,38 +205,3 @@ def logits_in(R: int, N: int, V: int, B: int, n: int) -> Cost:
         logits_grad_kernel(R, N, V),
     )
     return Cost("pro_loss (logits in)", pieces)
-
-
-def grad_filter(R: int, N: int, H: int, V: int, B: int, n: int, kept: float) -> Cost:
-    """The trained head with the share ``kept`` of the columns left in the gradient matmuls.
-
-    As fused kernels would do it, one pass a step; the package's selection takes more of them.
-    """
-    K = round(kept * V)
-    size = N * K * _BF16
-    pieces = (
-        gather_kernel(N, H),
-        target_logits_kernel(N, H),
-        matmul("logits = X W^T", N, V, H),
-        residual_kernel(N, V),
-        Piece("columns: largest and sum", 0, N * V * _BF16, 8 * V),
-        Piece("compact dZ", 0, size, size),
-        Piece("rows of W kept", 0, K * H * _BF16, K * H * _BF16),
-        matmul("dHidden = dZ W", N, H, K),
-        ranking_kernel(B, n, N // (B * n)),
-        gather_kernel(N, H),
-        matmul("dW = dZ^T X", K, H, N),
-        Piece("rows of dW put back", 0, K * H * _BF16, (V + K) * H * _BF16),
-        scatter_kernel(R, N, H),
-    )
-    return Cost(f"grad_filter, {kept:.0%} of the columns kept", pieces)
-
-
-def crossover(N: int, H: int, V: int, card: Card) -> float:
-    """Share of cuBLAS's rate above which a matmul with a log-sum-exp epilogue beats both passes.
-
-    cuBLAS and a row kernel take the matmul's time and one read of the logits; the fused kernel
-    takes the matmul's time at its own rate.
-    """
-    product = matmul("", N, V, H).seconds(card)
-    return product / (product + logp_kernel(N, V).seconds(card))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 
+import cuda_resources
 import pytest
 
-from bench.model import resources
 from pro_kernels.backends import cuda
 
 if not cuda.library_path().exists():
@@ -19,7 +19,7 @@ TARGETS = {"sm_80", "sm_90a", "sm_100"}
 @pytest.fixture(scope="module")
 def kernels():
     try:
-        return resources.cuda(cuda.library_path())
+        return cuda_resources.cuda(cuda.library_path())
     except RuntimeError as error:
         pytest.skip(str(error))
 
@@ -59,5 +59,5 @@ def test_only_the_abi_is_exported():
 def test_ptx_is_there_for_later_cards():
     if "compute_100" not in cuda.build_info()["targets"]:
         pytest.skip("built without compute_100")
-    listed = resources._run([resources._cuobjdump(), "-lptx", str(cuda.library_path())])
+    listed = cuda_resources._run([cuda_resources._cuobjdump(), "-lptx", str(cuda.library_path())])
     assert "sm_100.ptx" in listed
