@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped, as one table: how many tests, for which reason, where."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        found[reason.removeprefix("Skipped: ")][report.nodeid.split("::")[0]] += 1
+    if not found:
+        return
+    terminalreporter.section("skipped")
+    for reason, files in sorted(found.items(), key=lambda x: -x[1].total()):
+        where = ", ".join(Path(name).name for name, _ in files.most_common(3))
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        text = reason if len(reason) <= 110 else f"{reason[:107]}..."
+        terminalreporter.write_line(f"{files.total():5}  {text}  ({where}{more})")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -66,9 +83,10 @@ def own_accelerate_state() -> None:
     state._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(scope="session")
-def shared() -> Path:
+@pytest.fixture
+def shared(request: pytest.FixtureRequest) -> Path:
     """The folder with the official code's golden outputs and real data, beside a checkout."""
+    assert request.node.get_closest_marker("shared"), "mark it: pytest.mark.shared"
     folder = ROOT.parent / "shared"
     if not (folder / "golden").is_dir():
         pytest.skip("no folder ../shared beside this checkout (golden files, real data)")

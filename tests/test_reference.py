@@ -49,6 +49,7 @@ def test_bundled_golden_outputs_of_the_official_code(name, function):
     check_golden(DATA / f"{name}.npz", function)
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("function", [pk.reference.pro_loss, pk.pro_loss], ids=["spec", "fused"])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_all_golden_outputs_of_the_official_code(shared, name, function):

@@ -66,6 +66,7 @@ def test_smollm_has_one_eos_and_a_template_for_strings(smollm):
     assert "lists whose strings are written as turns of the chat template: 1" in report.text()
 
 
+@pytest.mark.shared
 def test_dialogues_are_cut_only_where_they_do_not_fit(smollm, shared):
     source = str(shared / "data" / "hh-harmless-base-dev.jsonl.gz")
     tokenizer = AutoTokenizer.from_pretrained(smollm)
@@ -89,6 +90,7 @@ def test_dialogues_are_cut_only_where_they_do_not_fit(smollm, shared):
             assert turns[-1] == "assistant\n"
 
 
+@pytest.mark.shared
 def test_four_of_many_candidates_have_four_rewards_where_they_can(smollm, shared):
     source = str(shared / "data" / "alpaca-eval-ranked-dev.jsonl.gz")
     found, report, _ = dataset(smollm, source, num_candidates=4)
@@ -220,6 +222,7 @@ def test_quantised_weights_train_under_adapters(smollm, bits, tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0][-1] < found[0][0]
 
 
+@pytest.mark.shared
 def test_twenty_steps_of_trl_are_the_same_on_distinct_rows(smollm, shared, tmp_path):
     """TRL's DPO on dialogues: as it is, with the fused head, on distinct rows. Prints (``-s``)."""
     trl = pytest.importorskip("trl")

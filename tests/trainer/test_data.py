@@ -242,6 +242,7 @@ def test_lengths_are_summed_up():
     assert Lengths([7]).summary() == {"min": 7, "median": 7, "p95": 7, "max": 7}
 
 
+@pytest.mark.shared
 def test_real_files(shared):
     lists, report = read(str(shared / "data" / "hh-harmless-base-dev.jsonl.gz"))
     assert report.records == 1500 and len(lists) + sum(report.dropped.values()) == 1500

@@ -66,6 +66,7 @@ def test_demo_fails_where_the_trajectories_part(tmp_path, capsys, monkeypatch):
     assert "same trajectory within rounding: NO" in capsys.readouterr().out
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("name", ["hh-harmless-base-dev", "alpaca-eval-ranked-dev"])
 def test_trains_on_real_lists(name, shared, tmp_path):
     data = [str(shared / "data" / f"{name}.jsonl.gz")]

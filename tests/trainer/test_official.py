@@ -38,6 +38,7 @@ def test_bundled_outputs_of_the_official_code(name):
     check_golden(DATA / f"{name}.npz")
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("name", GOLDEN)
 def test_all_outputs_of_the_official_code(shared, name):
     check_golden(shared / "golden" / f"{name}.npz")

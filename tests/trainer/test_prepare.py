@@ -609,6 +609,7 @@ def test_the_flags(tmp_path):
     assert parsed.stop == ["\n\nHuman:"]
 
 
+@pytest.mark.shared
 def test_real_transcripts(arguments, shared, tmp_path):
     data = Path(shared) / "data" / "hh-harmless-base-dev.jsonl.gz"
     report = prepare(
