@@ -241,6 +241,21 @@ def test_trls_trainers_give_the_same_losses_and_parameters(
     assert not calls
 
 
+@pytest.mark.filterwarnings("error:a padded batch was run as it is")
+def test_margins_in_a_batch_of_the_reward_trainer_leave_its_rows_distinct(
+    trl, tmp_path, monkeypatch
+):
+    rows = [{**row, "margin": i / 8} for i, row in enumerate(ROWS["Reward"])]
+    monkeypatch.setitem(ROWS, "Reward", rows)
+    plain = trl_run(trl, tmp_path, "Reward")
+    swap.accelerate_trl()
+    ran, padded = COUNTS["run_tokens"], COUNTS["padded_tokens"]
+    fused = trl_run(trl, tmp_path, "Reward")
+    ran, padded = COUNTS["run_tokens"] - ran, COUNTS["padded_tokens"] - padded
+    assert 0 < ran < padded
+    assert plain[0] == pytest.approx(fused[0], rel=1e-5)
+
+
 def test_a_model_that_cannot_run_distinct_rows_runs_padded_ones_and_it_is_said(
     trl, tmp_path, monkeypatch, capsys
 ):

@@ -15,8 +15,10 @@ from pro_kernels.distinct.tree import TokenTree
 _WORTH = 0.05
 # An attribute of hidden states: those of the row, with one for padding, and each one's place there.
 SPREAD = "_pro_kernels_spread"
+# What the row has in another form, or has no use for: ``margin`` is a number a row, which TRL's
+# reward trainer hands on with the batch, and no decoder reads it.
 _OURS = ("input_ids", "attention_mask", "position_ids", "use_cache", "past_key_values",
-         "cache_position", "return_dict")  # fmt: skip
+         "cache_position", "return_dict", "margin")  # fmt: skip
 
 
 class Row(NamedTuple):
