@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from bench.training import shapes
+from pro_kernels.fused.matmul import upcasts
 
 _FEW = ("floor", "official", "ours-padded", "ours-lists")
 _MOST = (*_FEW, "official-published")
@@ -43,6 +46,12 @@ class ModelShape:
     needs_gpu: bool = False
 
 
+def _native() -> str:
+    """What this machine multiplies fast; where bf16 is emulated, steps are measured in fp32."""
+    emulated = not torch.cuda.is_available() and upcasts(torch.bfloat16, "cpu")
+    return "fp32" if emulated else "bf16"
+
+
 MODELS = {
     "tiny": ModelShape(2, 256, 704, 4, 32000),  # the head is most of it
     "small": ModelShape(8, 512, 1408, 8, 32000),
@@ -52,7 +61,7 @@ MODELS = {
         24, 896, 4864, 14, 151936, tied=True, kv_heads=2, dtype="bf16", needs_gpu=True
     ),
     # The shape of SmolLM2-135M.
-    "SmolLM2": ModelShape(30, 576, 1536, 9, 49152, tied=True, kv_heads=3, dtype="bf16"),
+    "SmolLM2": ModelShape(30, 576, 1536, 9, 49152, tied=True, kv_heads=3, dtype=_native()),
     "test": ModelShape(2, 32, 48, 4, 211),
 }
 # How the name of a case ends; V where nothing is said.
@@ -137,7 +146,7 @@ def _real(data: str, only: tuple[str, ...], **more) -> TrainingCase:
     lists = shapes.load()[data]["lists"]
     longest = max(own for _, completions in lists for own in completions)
     return TrainingCase(
-        f"{data} n={len(lists[0][1])}, SmolLM2 in bf16", len(lists[0][1]),
+        f"{data} n={len(lists[0][1])}, SmolLM2 in {MODELS['SmolLM2'].dtype}", len(lists[0][1]),
         max(prompt for prompt, _ in lists), longest, len(lists), "SmolLM2", only, data=data, **more,
     )  # fmt: skip
 

@@ -80,14 +80,19 @@ def blocks(data: dict, links: dict[str, str]) -> dict[str, str]:
     rows = data["results"]
     cases = _cases(rows)
     growth = {name: cases.pop(name) for name in list(cases) if name.startswith(GROWTH)}
-    parts = [_header(data), outcome_table(outcomes(rows)), _main_table(cases), *_rates(cases)]
+    found = [outcome for outcome in outcomes(rows) if outcome.met is not None]
+    parts = [_header(data), outcome_table(found), _main_table(cases), *_rates(cases)]
     if growth:
-        what = "508 tokens that differ in each list; SmolLM2's shape in bf16."
+        dtype = next(iter(growth.values()))[0]["shape"]["dtype"]
+        what = f"508 tokens that differ in each list; SmolLM2's shape in {dtype}."
         parts.append(f"{growth_table(growth)}\n\n{what}")
     parts += not_measured(data)
     if "time.png" in links:
         parts.append(f"![time of a training step]({links['time.png']})")
-    return {BLOCK: "\n\n".join(part.strip("\n") for part in parts)}
+    # A page has a block for each kind of machine.
+    emulated = any("SmolLM2 in fp32" in name for name in cases)
+    block = f"{BLOCK}-fp32" if emulated else BLOCK
+    return {block: "\n\n".join(part.strip("\n") for part in parts)}
 
 
 def case_table(rows: list[dict]) -> str:
