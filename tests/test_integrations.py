@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 import pro_kernels as pk
+from pro_kernels.distinct.decoder import Distinct
 from pro_kernels.models import official
 from pro_kernels.models import trl as swap
 from pro_kernels.models.counts import COUNTS
@@ -271,6 +272,13 @@ def test_a_model_that_cannot_run_distinct_rows_runs_padded_ones_and_it_is_said(
         assert said.count(f"pro_kernels: {name} runs padded rows: this one cannot") == 1
     with pytest.raises(ValueError, match="rows must be one of"):
         swap.accelerate_trl(rows="packed")
+
+
+def test_a_training_in_which_no_batch_ran_distinct_rows_says_why():
+    begun = Distinct(None, "sdpa", None, refused={"further tensors: bbox"})
+    assert swap._sentence(begun).endswith("no batch ran distinct rows: further tensors: bbox")
+    begun.padded_tokens, begun.run_tokens = 8, 6
+    assert swap._sentence(begun).endswith("6 of 8 tokens were run (25% saved)")
 
 
 def test_positions_that_are_not_scored_never_reach_the_head(trl, monkeypatch):

@@ -163,13 +163,19 @@ def _on_kernels(method: Callable[..., Any], rows: str) -> Callable[..., Any]:
                 begun = distinct if name == "model" and distinct.users == 1 else begun
             result = method(trainer, *args, **kwargs)
             if begun is not None:
-                say(
-                    f"pro_kernels: {begun.run_tokens} of {begun.padded_tokens} tokens were run "
-                    f"({begun.saved:.0%} saved)"
-                )
+                say(_sentence(begun))
             return result
 
     return run
+
+
+def _sentence(begun: Distinct) -> str:
+    """What distinct rows left out of a training."""
+    if begun.padded_tokens:
+        share = f"{begun.run_tokens} of {begun.padded_tokens} tokens were run"
+        return f"pro_kernels: {share} ({begun.saved:.0%} saved)"
+    why = f": {'; '.join(sorted(begun.refused))}" if begun.refused else ""
+    return f"pro_kernels: no batch ran distinct rows{why}"
 
 
 def _works_on_logits(model: Any) -> bool:
