@@ -550,7 +550,7 @@ def test_a_page_without_the_marks_is_an_error(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name", ["attached/results", "cpu/results", "filter/results", "gpu/gpu", "gpu/results",
-             "training-cpu/results"],
+             "training-cpu/results", "training-cpu-fp32/results"],
 )  # fmt: skip
 def test_committed_pages_are_what_the_results_give(name):
     docs = ROOT / "docs"
