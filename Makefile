@@ -1,6 +1,7 @@
 # Everything a fresh clone needs: `make demo` and `make test` set themselves up in .venv.
 #   make demo        train a tiny model on bundled lists, fused against reference; table and plot
 #   make test        all tests (slow ones: make test PYTEST_ARGS="-m slow")
+#   make test-fast   those that answer in two minutes: formulas, kernels, batches, attached models
 #   make test-models build two small pretrained models (three minutes, once) and test on them
 #   make zero        the loss under DeepSpeed, which it installs (and needs a C++ compiler);
 #                    make zero-launch: its training recipes
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test test-models zero zero-launch study bench frameworks bench-gpu docs lint env clean
+.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks bench-gpu docs lint env clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -57,7 +58,19 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m pro_trainer.demo
 
 test: $(VENV)/.installed
+	@echo "All tests: 10 to 20 minutes on two cores. make test-fast takes two."
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# What takes longest is left out: processes, ranks, compilers, interpreted kernels, the trainer.
+FAST := tests/losses tests/distinct/test_tree.py tests/distinct/test_tree_attention.py \
+	tests/distinct/test_states.py $(wildcard tests/backends/test_cpu*.py tests/backends/test_native.py) \
+	$(addprefix tests/test_,$(addsuffix .py,reference layout layers planner matmul grad_filter \
+	rank_order bad_input attach switches no_sync shared_maths extending)) \
+	$(addprefix tests/trainer/test_,$(addsuffix .py,collate text data records files choose config \
+	official ranking inspect model))
+
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 $(FAST) $(PYTEST_ARGS)
 
 test-models: $(VENV)/.models
 	$(BIN)/python tests/models/build.py '$(MODELS)'
