@@ -111,7 +111,7 @@ def test_pages_are_made_again_from_a_results_file(measured, tmp_path, capsys):
 
 
 def test_ranking_rows_of_the_tuning_have_a_prediction_too():
-    card = tables.CARDS["H200"]
+    card = tables.H200
     row = {"part": "tuning", "name": "ours", "shape": {"B": 4, "n": 5, "tokens": 3}}
     assert tables.predicted(row, card) == tables.predicted({**row, "part": "ranking"}, card) > 0
 

@@ -9,9 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed
 from bench.model import costs  # noqa: E402
-from bench.model.cards import CARDS  # noqa: E402
-
-H200 = CARDS["H200"]
+from bench.model.cards import H200  # noqa: E402
 
 
 def test_flops_and_bytes_by_hand():

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from bench.model import costs
-from bench.model.cards import CARDS, Card
+from bench.model.cards import H200, Card
 from bench.tables import header, table
 
 BLOCK = "gpu-measured"
@@ -91,7 +91,7 @@ def measured_card(data: dict) -> Card | None:
     if not copy or not rates or data["gpu"] is None:
         return None
     return dataclasses.replace(
-        CARDS["H200"], name=data["gpu"]["name"], copy=copy[0], matmul=statistics.mean(rates),
+        H200, name=data["gpu"]["name"], copy=copy[0], matmul=statistics.mean(rates),
         sms=data["gpu"]["sms"], memory=data["gpu"]["memory"], source="this run",
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The cards that predictions are made for, and where their numbers come from."""
+"""The card that predictions are made for, and where its numbers come from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ class Card:
 
     Attributes:
         name: as in the tables.
-        arch: the target that serves it.
         copy: bytes read and written in a second by a device-to-device copy.
         matmul: flops in a second of large bf16 matmuls on random data.
         sms: streaming multiprocessors.
@@ -21,7 +20,6 @@ class Card:
     """
 
     name: str
-    arch: str
     copy: float
     matmul: float
     sms: int
@@ -35,16 +33,7 @@ class Card:
         return 16 * self.sms * self.clock
 
 
-CARDS = {
-    card.name: card
-    for card in (
-        Card(
-            "H200", "sm_90", 4.3e12, 785e12, 132, 1.7e9, 141_000_000_000,
-            "public record of measurements: copy 4.3 TB/s, bf16 770-800 TFLOP/s (here the middle)",
-        ),
-        Card(
-            "H100 SXM", "sm_90", 3.35e12, 989.4e12, 132, 1.7e9, 80_000_000_000,
-            "NVIDIA's data sheet, peak numbers that no kernel reaches: its times are lower bounds",
-        ),
-    )
-}  # fmt: skip
+H200 = Card(
+    "H200", 4.3e12, 785e12, 132, 1.7e9, 141_000_000_000,
+    "public record of measurements: copy 4.3 TB/s, bf16 770-800 TFLOP/s (here the middle)",
+)  # fmt: skip
