@@ -19,7 +19,6 @@ class Collective:
     Attributes:
         name: what is sent.
         kind: "all_gather", "reduce_scatter" or "all_reduce".
-        ranks: of the group.
         size: bytes, of all calls together: of the tensor that is summed, of the whole that is
             gathered or scattered.
         calls: how many.
@@ -27,7 +26,6 @@ class Collective:
 
     name: str
     kind: str
-    ranks: int
     size: int
     calls: int = 1
 
@@ -49,12 +47,12 @@ def tensor_parallel(
     if ranks == 1:
         return []
     found = [
-        Collective("agreement", "all_gather", ranks, 32 * ranks * steps, steps),
-        Collective("maxima", "all_reduce", ranks, 4 * N, chunks),
-        Collective("sums and target logits", "all_reduce", ranks, 8 * N, chunks),
+        Collective("agreement", "all_gather", 32 * ranks * steps, steps),
+        Collective("maxima", "all_reduce", 4 * N, chunks),
+        Collective("sums and target logits", "all_reduce", 8 * N, chunks),
     ]
     if need_hidden:
-        found.append(Collective("dHidden", "all_reduce", ranks, R * H * b, steps))
+        found.append(Collective("dHidden", "all_reduce", R * H * b, steps))
     return found
 
 
@@ -69,14 +67,14 @@ def sharded_weight(
         return []
     numbers = steps * -(-V // ranks) * ranks * H
     return [
-        Collective("head weight", "all_gather", ranks, numbers * b, steps),
-        Collective("dW, shards", "reduce_scatter", ranks, numbers * (grad or b), steps),
+        Collective("head weight", "all_gather", numbers * b, steps),
+        Collective("dW, shards", "reduce_scatter", numbers * (grad or b), steps),
     ]
 
 
 def replicated_weight(ranks: int, V: int, H: int, grad: int) -> list[Collective]:
     """DDP: dW summed over ranks once a step."""
-    return [] if ranks == 1 else [Collective("dW", "all_reduce", ranks, V * H * grad)]
+    return [] if ranks == 1 else [Collective("dW", "all_reduce", V * H * grad)]
 
 
 def split_tokens(ranks: int, candidates: int, steps: int = 1) -> list[Collective]:
@@ -84,6 +82,6 @@ def split_tokens(ranks: int, candidates: int, steps: int = 1) -> list[Collective
     if ranks == 1:
         return []
     return [
-        Collective("agreement on parts", "all_gather", ranks, 32 * ranks * steps, steps),
-        Collective("parts of candidates", "all_reduce", ranks, 8 * candidates, steps),
+        Collective("agreement on parts", "all_gather", 32 * ranks * steps, steps),
+        Collective("parts of candidates", "all_reduce", 8 * candidates, steps),
     ]
