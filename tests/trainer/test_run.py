@@ -140,7 +140,11 @@ def test_signals_go_to_the_command_and_come_back_as_128_and_more(tmp_path):
         "import sys, time\ntry: print('up', flush=True), time.sleep(60)\n"
         "except KeyboardInterrupt: sys.exit(7)"
     )
-    code = "import sys; from pro_trainer.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        "import signal, sys\nfrom pro_trainer.cli.main import main\n"
+        # Whoever runs the tests in the background may ignore it, which processes inherit.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\nsys.exit(main(sys.argv[1:]))"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code, "run", "--", sys.executable, "-c", child],
         stdout=subprocess.PIPE,
