@@ -1,28 +1,25 @@
-"""``pro-kernels bench``, also ``python -m bench``: the loss, or with ``--training`` whole steps."""
+"""``pro-kernels bench SUITE``, also ``python -m bench SUITE``: measure, report, compare."""
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from bench import attached, filtering, gpu
-from bench.case_run import DeviceLost, Settings
-from bench.compare import THRESHOLD, compare
-from bench.presets import NAMES, cases_of
-from bench.report import write_report
-from bench.runner import run
-from bench.training.cases import cases_of as training_cases
-from bench.training.runner import run as run_training
+from bench.engine import isolate
+from bench.engine.rounds import Settings
+from bench.engine.run import DeviceLost, run
+from bench.report.compare import THRESHOLD, compare
+from bench.report.pages import write_committed, write_report
+from bench.suites import attach, filter, load, ranks
+from bench.suites.frameworks import measure as frameworks
 
-_RESULTS = Path(__file__).resolve().parent / "results"
-DEVICE_LOST = 75
-STALLED = 120.0  # seconds; torch.compile of a peer takes half of that
-_CHILDREN = 8
+_RESULTS = isolate.ROOT / "bench" / "results"
+_CUDA = torch.cuda.is_available()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,205 +27,207 @@ def main(argv: list[str] | None = None) -> int:
 
     75: a provider left the GPU unusable; the same call with ``--resume`` goes on without it.
     """
-    args = _parsed(argv)
+    args = _parser().parse_args(argv)
     try:
-        if args.gpu:
-            seconds = gpu.SECONDS if args.seconds is None else args.seconds
-            return gpu.main(args.out, seconds, tuple(args.parts), tuple(args.backends))
-        if args.compare is not None:
-            return _compare(args)
-        if args.list:
-            print("\n".join(case.name for case in _cases(args)))
-            return 0
-        if args.report is not None:
-            _write(args.report, args.update)
-            return 0
-        if args.repeats is not None and args.repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
-        if args.seconds is not None and not args.seconds > 0:
-            raise ValueError(f"--seconds must be > 0, got {args.seconds}")
-        for page_ in args.update:
-            if not page_.is_file():
-                raise ValueError(f"--update: no file {page_}")
-        if args.filter or args.attached:
-            module = filtering if args.filter else attached
-            results = (args.out or module.FOLDER) / "results.json"
-            module.run(results, args.repeats or module.ROUNDS)
-            _write(results, args.update)
-            return 0
-        return _measure(args)
+        for page in getattr(args, "update", ()):
+            if not page.is_file():
+                raise ValueError(f"--update: no file {page}")
+        for name in ("repeats", "seconds"):
+            value = getattr(args, name, None)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} must be > 0, got {value}")
+        return args.action(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 def command(argv: list[str] | None = None) -> int:
-    """``main`` in a process that may die: a peer that crashes or hangs costs its own row only.
-
-    The loss's benchmark runs in a child; where that dies of a signal, loses the GPU or, on a GPU,
-    writes nothing for ``STALLED`` seconds, another goes on with ``--resume``, which leaves out who
-    was running.
-    """
+    """``main``; what may die (the suites with peers) in a process of its own."""
     argv = sys.argv[1:] if argv is None else argv
-    args = _parsed(argv)
-    elsewhere = (args.gpu, args.filter, args.attached, args.compare,
-                 args.list)  # fmt: skip
-    if args.report or args.training or any(elsewhere):
+    args = _parser().parse_args(argv)
+    if args.action is not _providers or args.list:
         return main(argv)
-    child = [sys.executable, "-m", "bench.cli", *argv]
-    code = 0
-    for _ in range(_CHILDREN):
-        code = _watched(child, _results_path(args), args.device.type == "cuda")
-        if code >= 0 and code != DEVICE_LOST:
-            return code
-        print(f"the process ended with code {code}: going on without who ran", file=sys.stderr)
-        child = [sys.executable, "-m", "bench.cli", *argv, "--resume"]
-    return 1 if code < 0 else code
+    return isolate.watched(argv, _path(args), args.device.type == "cuda")
 
 
-def _watched(child: list[str], results: Path, on_gpu: bool) -> int:
-    """The child's exit code; killed where its results file stands still."""
-    started = time.time()
-    process = subprocess.Popen(child, cwd=_RESULTS.parent.parent)
-    try:
-        while True:
-            try:
-                return process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                written = results.stat().st_mtime if results.exists() else started
-                if on_gpu and time.time() - max(written, started) > STALLED:
-                    process.kill()
-    except KeyboardInterrupt:  # it has it too, and keeps what it measured
-        return process.wait()
-
-
-def _cases(args: argparse.Namespace) -> list:
-    patterns, on_gpu = tuple(args.case), args.device.type == "cuda"
-    if args.training:
-        return training_cases(args.preset, patterns, on_gpu)
-    return cases_of(args.preset, patterns, on_gpu)
-
-
-def _measure(args: argparse.Namespace) -> int:
+def _providers(args: argparse.Namespace) -> int:
+    """The suites ``loss`` and ``step``."""
+    suite = load(args.suite)
+    if args.list:
+        cases = suite.cases(args.preset, tuple(args.case), args.device.type == "cuda")
+        print("\n".join(case.name for case in cases))
+        return 0
     settings = Settings(
         args.preset, tuple(args.case), tuple(args.provider), tuple(args.without), args.repeats,
         not args.no_memory, seconds=args.seconds,
     )  # fmt: skip
-    path = _results_path(args)
     try:
-        if args.training:
-            run_training(settings, path, args.device)
-        else:
-            run(settings, path, args.device, resume=args.resume)
+        run(suite, settings, _path(args), args.device, resume=args.resume)
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, marked partial", file=sys.stderr)
-        _write(path, [])
-        return 1
+        return _write(_path(args), []) or 1
     except DeviceLost as lost:
         print(f"the GPU was lost in {lost}; --resume goes on without it", file=sys.stderr)
-        return DEVICE_LOST
-    _write(path, args.update)
+        return isolate.DEVICE_LOST
+    return _write(_path(args), args.update)
+
+
+def _ours(module: ModuleType) -> Callable[[argparse.Namespace], int]:
+    """A suite that measures ours alone: ``module.run(path, rounds)``."""
+
+    def action(args: argparse.Namespace) -> int:
+        path = (args.out or module.FOLDER) / "results.json"
+        data = module.run(path, args.repeats or module.ROUNDS)
+        return _write(path, args.update) or int(not data.get("clean", True))
+
+    return action
+
+
+def _frameworks(args: argparse.Namespace) -> int:
+    path = (args.out or _RESULTS / "frameworks") / "results.json"
+    data = frameworks.run(path, args.folder, args.model, args.only)
+    return _write(path, args.update) or int(any("note" in row for row in data["results"]))
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    from bench.suites.gpu import jobs
+
+    chosen = jobs.make_jobs(args.out, tuple(args.parts), tuple(args.backends))
+    if not _CUDA:
+        raise ValueError(
+            f"gpu needs a GPU, and torch {torch.__version__} finds none "
+            f"(built for CUDA: {torch.version.cuda or 'no'}); nothing was measured"
+        )
+    data = jobs.run(chosen, args.out / "gpu.json", args.seconds)
+    well = all(part["status"] in ("ok", "refused") for part in data["parts"])
+    return _write(args.out / "gpu.json", []) or int(not well)
+
+
+def _report(args: argparse.Namespace) -> int:
+    if not args.results:
+        print("\n".join(f"wrote {path}" for path in write_committed(_RESULTS)))
+    for path in args.results:
+        _write(path, args.update)
     return 0
 
 
-def _results_path(args: argparse.Namespace) -> Path:
-    name = f"training-{args.preset}" if args.training else args.preset
-    return (args.out or _RESULTS / name) / "results.json"
-
-
 def _compare(args: argparse.Namespace) -> int:
-    text, worse = compare(*args.compare, threshold=args.threshold)
+    text, worse = compare(*args.files, threshold=args.threshold)
     print(text)
     return 1 if worse else 0
 
 
-def _write(results: Path, pages: list[Path]) -> None:
+def _write(results: Path, pages: list[Path]) -> int:
     for path in write_report(results, pages):
         print(f"wrote {path}")
+    return 0
 
 
-def _parsed(argv: list[str] | None) -> argparse.Namespace:
-    args = _parser().parse_args(argv)
-    args.preset = args.preset or ("gpu-quick" if args.device.type == "cuda" else "cpu-small")
-    return args
+def _path(args: argparse.Namespace) -> Path:
+    return (args.out or _RESULTS / f"{args.suite}-{args.preset}") / "results.json"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pro-kernels bench",
-        description="Time and weigh the fused loss, or a training step, against floor and peers.",
+        description="Time and weigh the fused loss and training steps against floors and peers.",
     )
-    parser.add_argument(
-        "--training", action="store_true",
-        help="whole training steps against the official procedure, instead of the loss alone",
-    )  # fmt: skip
-    parser.add_argument(
-        "--preset", choices=NAMES, default=None, help="case table (default: cpu-small, on a GPU "
-        "gpu-quick); a model's name measures its head",
-    )  # fmt: skip
-    parser.add_argument(
-        "--case", action="append", default=[], metavar="TEXT",
-        help="only cases whose name holds TEXT, or of the group TEXT (repeatable)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--provider", action="append", default=[], metavar="NAME", help="only this one (repeatable)"
+    commands = parser.add_subparsers(dest="suite", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, action: Callable[[argparse.Namespace], int]) -> Callable:
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(action=action)
+        return one.add_argument
+
+    for name, text in (
+        ("loss", "The loss alone, forward and backward, against floor and peers."),
+        ("step", "Whole training steps against the official procedure and TRL."),
+    ):
+        option = add(name, text, _providers)
+        option(
+            "--preset",
+            default="gpu-quick" if _CUDA else "cpu-small",
+            metavar="NAME",
+            help=f"case table: {', '.join(load(name).presets)} (default: %(default)s)",
+        )
+        option(
+            "--case",
+            action="append",
+            default=[],
+            metavar="TEXT",
+            help="only cases whose name holds TEXT, or of the group TEXT (repeatable)",
+        )
+        option(
+            "--provider",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="only this one (repeatable)",
+        )
+        option(
+            "--without",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="not this one (repeatable)",
+        )
+        option("--no-memory", action="store_true", help="do not weigh")
+        option(
+            "--device",
+            type=torch.device,
+            default="cuda" if _CUDA else "cpu",
+            help="cpu or cuda (default: %(default)s)",
+        )
+        option("--seconds", type=float, metavar="S", help="start nothing more after S seconds")
+        option("--resume", action="store_true", help="go on with an interrupted results file")
+        option("--list", action="store_true", help="print the cases and stop")
+        _measuring(option)
+    for name, text, module in (
+        ("filter", "Time and error of grad_filter on peaked distributions.", filter),
+        ("attach", "What attach costs, and what the swap under TRL saves.", attach),
+        ("ranks", "The head over ranks on this machine, over gloo.", ranks),
+    ):
+        _measuring(add(name, text, _ours(module)))
+    option = add(
+        "frameworks", "DPO in other frameworks, without and with pro-kernels run.", _frameworks
     )
-    parser.add_argument(
-        "--without", action="append", default=[], metavar="NAME", help="not this one (repeatable)"
+    option("--folder", type=Path, default=Path(".frameworks"), help="of the environments")
+    option("--model", type=Path, required=True, help="folder made by tests/models/build.py")
+    option("--only", nargs="+", default=[""], metavar="TEXT", help="those whose name holds TEXT")
+    _measuring(option)
+    option = add("gpu", "Everything that needs a GPU, at once.", _gpu)
+    option("--out", type=Path, required=True, metavar="DIR", help="folder of all results")
+    option("--seconds", type=float, default=480.0, metavar="S", help="default: %(default)s")
+    option("--parts", nargs="+", default=[], metavar="NAME", help="only these parts")
+    option("--backends", nargs="+", default=[], metavar="NAME", help="only these backends")
+    option = add(
+        "report",
+        "Write reports, plots and pages from results; of all committed ones where none is named.",
+        _report,
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default: each case's)")
-    parser.add_argument("--no-memory", action="store_true", help="do not weigh")
-    parser.add_argument(
-        "--device", type=torch.device,
-        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"), help="cpu or cuda",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of results.json, report.md and plots (default: bench/results/PRESET)",
+    option("results", type=Path, nargs="*", metavar="JSON")
+    _update(option)
+    option = add(
+        "compare",
+        "Ratios of two results files, or pytest-benchmark's; exit code 1 if "
+        "one of ours is worse by more than the threshold.",
+        _compare,
     )
-    parser.add_argument(
-        "--seconds", type=float, metavar="S", help="start nothing more after S seconds"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with an interrupted run's results file"
-    )
-    parser.add_argument(
-        "--report", type=Path, metavar="JSON", help="measure nothing; report this results file"
-    )
-    parser.add_argument(
-        "--update", type=Path, action="append", default=[], metavar="FILE",
-        help="replace the text between this benchmark's marks in FILE (repeatable)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("OLD", "NEW"),
-        help="measure nothing; ratios of two results files (or pytest-benchmark's JSON); exit code "
-        "1 if one is worse by more than the threshold",
-    )  # fmt: skip
-    parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, metavar="SHARE",
-        help=f"with --compare (default: {THRESHOLD})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--filter", action="store_true",
-        help="time and error of grad_filter on peaked distributions, on the CPU",
-    )  # fmt: skip
-    parser.add_argument(
-        "--attached", action="store_true",
-        help="what attach costs, and what the swap under TRL saves, on the CPU",
-    )  # fmt: skip
-    parser.add_argument("--gpu", action="store_true", help="everything that needs a GPU, at once")
-    parser.add_argument(
-        "--parts", action="append", default=[], metavar="NAME",
-        help="with --gpu: only this part (repeatable)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--backends", action="append", default=[], metavar="NAME",
-        help="with --gpu: only this backend (repeatable)",
-    )  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    return parser
+    option("files", type=Path, nargs=2, metavar="JSON")
+    option("--threshold", type=float, default=THRESHOLD, help="default: %(default)s")
+    return parser  # fmt: skip
+
+
+def _measuring(option: Callable) -> None:
+    option("--repeats", type=int, metavar="N", help="rounds (default: those of the suite)")
+    option("--out", type=Path, metavar="DIR", help="folder of the results (default: in bench/)")
+    _update(option)
+
+
+def _update(option: Callable) -> None:
+    option("--update", type=Path, action="append", default=[], metavar="PAGE",
+           help="replace the text between this suite's marks in PAGE (repeatable)")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""``--bench-preset`` for ``pytest bench/ --benchmark-only``."""
+"""``--bench-preset`` for ``pytest --benchmark-only bench``."""
 
 from __future__ import annotations
 
 import pytest
 
-from bench.presets import NAMES
+from bench.suites import load
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option."""
     parser.addoption(
-        "--bench-preset", choices=NAMES, default="tiny", help="case table (default: tiny)"
-    )
+        "--bench-preset", choices=load("loss").presets, default="tiny",
+        help="case table of the loss (default: tiny)",
+    )  # fmt: skip

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, Case
-from bench.inputs import Inputs
-from bench.providers import Provider, all_providers
-from bench.step import Refused, describe
+from bench.engine.case import DTYPES, Case
+from bench.engine.timing import Refused, describe
+from bench.engine.truth import Inputs
+from bench.providers.base import Provider, all_providers
 from pro_kernels.options import OFFICIAL_EPS
 from pro_kernels.selfcheck.trust.cases import Problem
 from pro_kernels.selfcheck.trust.evaluate import UPSTREAM

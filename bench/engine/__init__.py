@@ -1,0 +1,1 @@
+"""What every suite shares: cases, their truth, interleaved rounds, memory, the results file."""

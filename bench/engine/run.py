@@ -1,0 +1,185 @@
+"""A run of a suite that has providers: case after case into a results file, then their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import roofline
+from bench.engine import isolate
+from bench.engine.record import NO_TIME, Record, facts
+from bench.engine.rounds import Clock, Settings
+from bench.providers.base import Provider, all_providers, select
+
+
+class DeviceLost(Exception):
+    """A provider left the GPU unusable; whoever goes on needs a new process."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases and how one is measured.
+
+    Attributes:
+        name: as on the command line.
+        case_type: class of the cases; each has name, only, repeats, memory, dtype.
+        presets: name -> the cases on a GPU (True) or a CPU.
+        measure: rows of one case, one a provider.
+        line: a row in the log.
+        weigh: peak_bytes and more of a provider on a case, in a process made for it.
+        blank: a row without numbers.
+        about: what the file says of the run, beside its rows.
+        in_process: whether a device's memory is weighed where it is timed.
+        check: raises ValueError where the suite cannot run.
+    """
+
+    name: str
+    case_type: type
+    presets: dict[str, Callable[[bool], list]]
+    measure: Callable[[Any, list[Provider], Run], list[dict]]
+    line: Callable[[dict], str]
+    weigh: Callable[[Provider, Any, torch.device], dict]
+    blank: Callable[[Any, Provider], dict]
+    about: Callable[[Settings, list, torch.device], dict] = lambda *_: {}
+    in_process: Callable[[torch.device], bool] = lambda _: False
+    check: Callable[[], None] = lambda: None
+
+    def providers(self, device: torch.device) -> dict[str, Provider]:
+        """Its providers by name."""
+        return all_providers(device, self.name)
+
+    def cases(self, preset: str, patterns: tuple[str, ...] = (), on_gpu: bool = False) -> list:
+        """The cases of a preset whose name or group contains one of ``patterns`` (none: all).
+
+        Raises:
+            ValueError: an unknown preset, or nothing left.
+        """
+        if preset not in self.presets:
+            raise ValueError(f"preset must be one of {list(self.presets)}, got {preset!r}")
+        found = [
+            case
+            for case in self.presets[preset](on_gpu)
+            if not patterns or any(p in case.name or p == case.group for p in patterns)
+        ]
+        if not found:
+            raise ValueError(f"no case of preset {preset!r} matches {list(patterns)}")
+        return found
+
+
+@dataclass
+class Run:
+    """What a case is measured with."""
+
+    settings: Settings
+    device: torch.device
+    clock: Clock = field(default_factory=Clock)
+    record: Record | None = None
+
+    def repeats(self, case: Any) -> int:
+        """Rounds of a case."""
+        return self.settings.repeats or case.repeats
+
+
+def run(
+    suite: Suite,
+    settings: Settings,
+    path: Path,
+    device: torch.device,
+    log: Callable[[str], None] = print,
+    resume: bool = False,
+) -> dict:
+    """Measure a preset into the JSON file ``path``; returns its content.
+
+    Whatever interrupts the run, the file keeps the cases measured so far. ``resume`` goes on with
+    such a file: cases in it are kept, and a provider in which the process died is left out of the
+    case it died in.
+
+    Raises:
+        ValueError: a case or provider that there is not.
+        DeviceLost: a provider left the GPU unusable; start again with ``resume``.
+    """
+    suite.check()
+    cases = suite.cases(settings.preset, settings.cases, device.type == "cuda")
+    table = suite.providers(device)
+    chosen = {
+        case.name: select(table, case.only, settings.providers, settings.without) for case in cases
+    }
+    about = {
+        "benchmark": suite.name,
+        **suite.about(settings, cases, device),
+        **facts(device, **asdict(settings)),
+    }
+    record = Record.resume(path, about) if resume else Record(path, about)
+    clock = Clock(settings.seconds)
+    if "ceilings" not in record.data:
+        log(f"{clock} ceilings")
+        record.put(ceilings=roofline.measure(device, [case.dtype for case in cases]))
+    for i, case in enumerate(cases):
+        if record.has(case.name):
+            continue
+        log(f"{clock} {i + 1}/{len(cases)} {case.name}")
+        if clock.over:
+            rows = [
+                suite.blank(case, p) | {"note": f"not run: {NO_TIME}"} for p in chosen[case.name]
+            ]
+        else:
+            one = Run(settings, device, clock, record)
+            rows = suite.measure(case, chosen[case.name], one)
+        record.add(rows)
+        log("\n".join(f"    {suite.line(row)}" for row in rows))
+    if settings.memory and not suite.in_process(device):
+        _weigh(suite, cases, record, device, clock, log)
+    record.finish()
+    return record.data
+
+
+def _weigh(
+    suite: Suite,
+    cases: list,
+    record: Record,
+    device: torch.device,
+    clock: Clock,
+    log: Callable[[str], None],
+) -> None:
+    """Memory of what ran, one process a provider."""
+    by_name = {case.name: case for case in cases if case.memory}
+    groups: dict[str, list] = {}
+    for row in record.data["results"]:
+        weighed_only = getattr(by_name.get(row["case"]), "kind", "") == "memory"
+        if row["case"] in by_name and (row["rounds"] or weighed_only and not row["note"]):
+            groups.setdefault(row["provider"], []).append(by_name[row["case"]])
+    for name, group in groups.items():
+        if name.startswith("floor"):
+            continue
+
+        def put(answer: dict, name: str = name) -> None:
+            record.update(answer.pop("case"), name, answer)
+
+        if clock.over:
+            for case in group:
+                put({"case": case.name, "note": f"not weighed: {NO_TIME}"})
+            continue
+        log(f"{clock} memory of {name}")
+        isolate.weigh(suite.name, name, group, device, put)
+
+
+def collect(
+    suite: str,
+    parts: Iterable[Callable[[], list[dict]]],
+    path: Path,
+    line: Callable[[dict], str],
+    log: Callable[[str], None] = print,
+    **about: Any,
+) -> dict:
+    """Rows of a suite without providers, part after part, into the file ``path``; its content."""
+    record = Record(path, {"benchmark": suite, **about})
+    for part in parts:
+        rows = part()
+        record.add(rows)
+        log("\n".join(map(line, rows)))
+    record.finish()
+    return record.data

@@ -1,0 +1,468 @@
+"""A training step as it is timed: model and lists, the step, its head alone, its floor.
+
+Random token ids, random weights. The optimizer's learning rate is 0: AdamW does all of its
+arithmetic and leaves the weights as they are, so every step of every provider is the same problem.
+
+Legend: ``B`` prompts, ``n`` candidates, ``P`` prompt tokens, ``R`` tokens of each completion, ``H``
+hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pro_kernels as pk
+from bench.engine import lists
+from bench.engine.case import DTYPES, native
+from bench.engine.timing import Refused, wait
+
+BETA = 0.1  # of DPO
+DPO_NOTE = "another loss: DPO; reference log-probs precomputed"
+GROWTH = "growth "  # how the name of a case begins that differs from others in its lists alone
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama-shaped model with random weights.
+
+    Attributes:
+        tied: the head is the embedding.
+        kv_heads: of keys and values; None: as many as ``heads``.
+        dtype: of the weights, "fp32" or "bf16".
+        needs_gpu: too large to be measured on a CPU.
+    """
+
+    layers: int
+    H: int
+    feed_forward: int
+    heads: int
+    V: int
+    tied: bool = False
+    kv_heads: int | None = None
+    dtype: str = "fp32"
+    needs_gpu: bool = False
+
+
+MODELS = {
+    "tiny": ModelShape(2, 256, 704, 4, 32000),  # the head is most of it
+    "small": ModelShape(8, 512, 1408, 8, 32000),
+    "large vocabulary": ModelShape(4, 512, 1408, 8, 151936, tied=True),
+    # The shape of Qwen2.5-0.5B without its biases: 494 million parameters.
+    "0.5B": ModelShape(
+        24, 896, 4864, 14, 151936, tied=True, kv_heads=2, dtype="bf16", needs_gpu=True
+    ),
+    # The shape of SmolLM2-135M.
+    "SmolLM2": ModelShape(30, 576, 1536, 9, 49152, tied=True, kv_heads=3, dtype=native()),
+    "test": ModelShape(2, 32, 48, 4, 211),
+}
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """Lists of one shape and a model.
+
+    Attributes:
+        name: unique within a preset.
+        n: candidates.
+        P: tokens of a prompt.
+        R: tokens of a completion.
+        B: prompts a batch.
+        model: key of ``MODELS``.
+        only: names of the providers.
+        repeats: rounds.
+        data: entry of ``lists.json`` that the lists have their lengths from; "": all P and R.
+        memory: weigh it too.
+    """
+
+    name: str
+    n: int
+    P: int
+    R: int
+    B: int = 2
+    model: str = "small"
+    only: tuple[str, ...] = ()
+    repeats: int = 5
+    data: str = ""
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS or self.n < 2 or min(self.P, self.R, self.B) < 1:
+            raise ValueError(f"not a case: {self}")
+
+    @property
+    def group(self) -> str:
+        """Section of the report."""
+        return "growth" if self.name.startswith(GROWTH) else ""
+
+    @property
+    def dtype(self) -> str:
+        """Of the model's weights."""
+        return self.shape.dtype
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the model."""
+        return MODELS[self.model]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the plain procedure takes too much memory."""
+        return bool(self.data) or self.name.startswith(GROWTH)
+
+    @property
+    def lists(self) -> list[tuple[int, list[int]]]:
+        """Of each list, tokens of the prompt and of each completion."""
+        if self.data:
+            entry = lists.load()[self.data]
+            return list(zip(entry.prompts, entry.completions, strict=True))
+        return [(self.P, [self.R] * self.n)] * self.B
+
+    @property
+    def start(self) -> int:
+        """Tokens that all prompts begin with."""
+        return lists.load()[self.data].start if self.data else 0
+
+    @property
+    def tokens(self) -> int:
+        """Positions of all sequences."""
+        return sum(prompt + own for prompt, completions in self.lists for own in completions)
+
+    @property
+    def scored(self) -> int:
+        """Tokens of all completions."""
+        return sum(own for _, completions in self.lists for own in completions)
+
+    @property
+    def needed(self) -> int:
+        """Positions that the loss depends on: each prefix once, no completion's last token."""
+        prompts = self.start + sum(prompt - self.start for prompt, _ in self.lists)
+        return prompts + self.scored - sum(len(completions) for _, completions in self.lists)
+
+
+class Workload:
+    """Model, optimizer and lists of a case, shared by its providers."""
+
+    def __init__(self, case: TrainingCase, device: torch.device, seed: int = 0) -> None:
+        """Make all of it; the same seed gives the same numbers."""
+        self.case, self.device, self.seed = case, device, seed
+        self.features = make_features(case, seed)
+        self.model = make_model(case, seed).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
+
+    @property
+    def pad(self) -> int:
+        """The padding id."""
+        return self.model.config.pad_token_id
+
+    def reference_model(self):  # noqa: ANN201
+        """A new frozen model of other random weights: what DPO's policy is measured against."""
+        model = make_model(self.case, self.seed + 1).to(self.device)
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def reference_scores(self) -> Tensor:
+        """(B, n) fp32, S of every completion under the reference model, computed in fp32.
+
+        Of real lists in the model's own dtype, as TRL computes it: their losses would differ by
+        that rounding.
+        """
+        if self.case.data:
+            from pro_trainer.batch.collate import PROCollator
+            from pro_trainer.train.objective import sequence_logps
+            from pro_trainer.train.options import LossOptions
+
+            opened = pk.OpenModel(self.reference_model())
+            batch = self.on_device(PROCollator(self.pad)(self.features))
+            with torch.no_grad():
+                return sequence_logps(opened, batch, LossOptions(loss_type="dpo"))[0]
+        with torch.no_grad():
+            return plain_scores(self.reference_model().float(), self)
+
+    def exact_model(self):  # noqa: ANN201
+        """The model in fp32: itself, or a copy of its rounded weights."""
+        fp32 = self.case.shape.dtype == "fp32"
+        return self.model if fp32 else copy.deepcopy(self.model).float()
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch where the model is."""
+        return {k: x.to(self.device) if hasattr(x, "to") else x for k, x in batch.items()}
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients now held."""
+        return sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+
+
+def make_features(case: TrainingCase, seed: int = 0) -> list[dict[str, Any]]:
+    """Tokenised lists of a case: random ids, rewards within [0, 1]."""
+    g = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(2, case.shape.V, (length,), generator=g).tolist()
+
+    start = tokens(case.start)
+    made = torch.rand(len(case.lists), case.n, generator=g).sort(descending=True).values.tolist()
+    rewards = lists.load()[case.data].unit_rewards if case.data else made
+    return [
+        {
+            "prompts": [start + tokens(prompt - case.start)],
+            "completions": [tokens(own) for own in completions],
+            "rewards": own_rewards,
+            "sft_index": 0,
+        }
+        for (prompt, completions), own_rewards in zip(case.lists, rewards, strict=True)
+    ]
+
+
+def make_model(case: TrainingCase, seed: int = 0):  # noqa: ANN201
+    """The case's model, random weights in its dtype, sdpa attention, ready to train."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = case.shape
+    config = LlamaConfig(
+        vocab_size=shape.V, hidden_size=shape.H, intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, tie_word_embeddings=shape.tied,
+        bos_token_id=None, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(
+        config, dtype=DTYPES[shape.dtype], attn_implementation="sdpa"
+    ).train()
+
+
+def plain_scores(model, work: Workload) -> Tensor:  # noqa: ANN001
+    """(B, n), S by a forward of the whole model a candidate and ``log_softmax`` of all logits."""
+    from pro_trainer.train.official import official_batch
+
+    batch = work.on_device(official_batch(work.features, work.pad))
+    scores = []
+    for i in range(work.case.n):
+        ids, attention = batch["input_ids"][:, i], batch["attention_mask"][:, i]
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
+        logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        scored = (attention == 1) & (batch["prefix_mask"][:, i] == 0)
+        scores.append(logps.masked_fill(~scored[:, :-1], 0.0).sum(1))
+    return torch.stack(scores, dim=1)
+
+
+def check_pairs(work: Workload) -> None:
+    """Refuse more than two candidates."""
+    if work.case.n != 2:
+        raise Refused("n > 2: DPO is measured on pairs")
+
+
+Loss = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one call gave.
+
+    Attributes:
+        gradient_seconds: forward and backward.
+        optimizer_seconds: AdamW; 0 for the floor.
+        loss: None for the floor.
+        head_seconds: of the head alone, run after the step; None where that is not measured.
+    """
+
+    gradient_seconds: float
+    optimizer_seconds: float
+    loss: float | None
+    head_seconds: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.gradient_seconds + self.optimizer_seconds
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One timed unit.
+
+    Attributes:
+        loss: model -> forward of one batch.
+        work: its model and optimizer.
+        checkpointed: with gradient checkpointing.
+        collate: makes the batch, as a data loader would; None where there is nothing to make.
+        detail: what is worth a note.
+        around: what the model is made to do meanwhile (distinct rows), outside the timing.
+        around_head: the same for the head alone.
+    """
+
+    loss: Loss
+    work: Workload
+    checkpointed: bool = False
+    collate: Callable[[], Any] | None = None
+    detail: str = ""
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    around_head: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def run(self, keep_gradients: bool = False) -> Timed:
+        """Forward, backward, AdamW; gradients are dropped afterwards, outside the timing."""
+        with self.around():
+            return self._run(keep_gradients)
+
+    def _run(self, keep_gradients: bool) -> Timed:
+        model = self.work.model
+        if self.checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            wait(self.work.device)
+            start = time.perf_counter()
+            loss = self.loss(model)
+            loss.backward()
+            wait(self.work.device)
+            middle = time.perf_counter()
+            self.work.optimizer.step()
+            wait(self.work.device)
+            end = time.perf_counter()
+        finally:  # a step that fails must not leave the others checkpointed
+            if self.checkpointed:
+                model.gradient_checkpointing_disable()
+        if not keep_gradients:
+            self.work.clear()
+        return Timed(middle - start, end - middle, loss.item())
+
+
+class HeadAlone:
+    """A step from the decoder's hidden states to the loss and back, without the decoder.
+
+    The very same code runs, on a model whose decoder only hands out what it once computed. Back
+    means the gradients of those hidden states and of the head's weight.
+    """
+
+    def __init__(self, step: TrainingStep) -> None:
+        """Run the step's forward once and keep what its head reads."""
+        self.step = step
+        model = step.work.model
+        recorder = _Recorder(model.base_model)
+        with torch.no_grad(), step.around():
+            step.loss(with_decoder(model, recorder))
+        self.decoder = _Replay(model.base_model, recorder.kept)
+        self.model = with_decoder(model, self.decoder)
+
+    def run(self) -> Timed:
+        """Forward and backward once; no optimizer."""
+        with self.step.around_head():
+            return self._run()
+
+    def _run(self) -> Timed:
+        wait(self.step.work.device)
+        start = time.perf_counter()
+        loss = self.step.loss(self.model)
+        loss.backward()
+        wait(self.step.work.device)
+        seconds = time.perf_counter() - start
+        self.decoder.clear()
+        self.step.work.clear()
+        return Timed(seconds, 0.0, loss.item())
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The matmuls of the linear layers on the positions that the loss depends on, and no more.
+
+    Forward, gradient of the input, gradient of the weight: three each, with the head's on the
+    scored tokens only. Attention, norms, embeddings and the optimizer are left out.
+    """
+
+    work: Workload
+    checkpointed = False
+    collate = None
+    detail = ""
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, Tensor]]:
+        """(rows, weight) of every linear layer."""
+        case, head = self.work.case, self.work.model.get_output_embeddings()
+        linear = [m for m in self.work.model.modules() if isinstance(m, nn.Linear)]
+        return [
+            (case.scored if layer is head else case.needed, layer.weight.detach())
+            for layer in linear
+        ]
+
+    @cached_property
+    def operands(self) -> dict[tuple[int, int], Tensor]:
+        """Random inputs and output gradients by shape."""
+        g = torch.Generator(self.work.device).manual_seed(0)
+        sizes = {(rows, width) for rows, w in self.shapes for width in w.shape}
+        options = {"device": self.work.device, "dtype": self.work.model.dtype}
+        return {size: torch.randn(size, generator=g, **options) for size in sizes}
+
+    def run(self, keep_gradients: bool = False) -> Timed:
+        """All matmuls once."""
+        operands = self.operands
+        wait(self.work.device)
+        start = time.perf_counter()
+        for rows, weight in self.shapes:
+            out, into = weight.shape
+            x, gradient = operands[rows, into], operands[rows, out]
+            torch.mm(x, weight.t())
+            torch.mm(gradient, weight)
+            torch.mm(gradient.t(), x)
+        wait(self.work.device)
+        return Timed(time.perf_counter() - start, 0.0, None)
+
+
+def with_decoder(model: nn.Module, decoder: nn.Module) -> nn.Module:
+    """The model, its parameters shared, with another decoder under its head."""
+    other = copy.copy(model)
+    other._modules = {**model._modules, model.base_model_prefix: decoder}
+    return other
+
+
+class _StandIn(nn.Module):
+    """Takes a decoder's place under the head; transformers looks for its embedding."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = decoder.get_input_embeddings()
+
+
+class _Recorder(_StandIn):
+    """A decoder that keeps what it gives the head, call by call."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__(decoder)
+        self.decoder, self.kept = decoder, []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.decoder(*args, **kwargs)
+        self.kept.append(output.last_hidden_state.detach())
+        return output
+
+
+class _Replay(_StandIn):
+    """Hands out kept hidden states in their order, over and over, and collects their gradients."""
+
+    def __init__(self, decoder: nn.Module, kept: list[Tensor]) -> None:
+        super().__init__(decoder)
+        self.kept, self.calls = [x.clone().requires_grad_() for x in kept], 0
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        hidden = self.kept[self.calls % len(self.kept)]
+        self.calls += 1
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def clear(self) -> None:
+        """Drop the gradients, and begin again with the first."""
+        self.calls = 0
+        for hidden in self.kept:
+            hidden.grad = None

@@ -1,6 +1,0 @@
-"""DPO in other people's frameworks, with ``pro-kernels run`` and without.
-
-``table`` says what is installed and run, ``prepare`` makes the environments, the model and the
-data, ``measure`` runs, ``page`` writes the table of docs/integrations/frameworks.md. ``make
-frameworks`` does all of it; Linux only.
-"""

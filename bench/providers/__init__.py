@@ -1,0 +1,1 @@
+"""The contenders, a file each (``base`` says what one is)."""

@@ -1,0 +1,66 @@
+"""Liger's fused linear losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench.engine.losses import SFT_WEIGHT
+from bench.engine.timing import Refused, Step, backward_step
+from bench.engine.truth import Inputs
+from bench.providers.base import Provider, refuse, require, scored
+
+
+def providers(_: torch.device) -> list[Provider]:
+    """Of the loss."""
+    preference = "Liger 0.8 fused linear preference"
+    return [
+        Provider("liger", preference, liger_preference, compiles=True),
+        Provider("liger-ce", "Liger 0.8 fused linear CE (mean)", liger_ce),
+    ]
+
+
+def liger_preference(inputs: Inputs) -> Step:
+    """Liger's fused linear SimPO, which for pairs of one reward gap is exactly PRO.
+
+    n = 2, tau = r_1 - r_2 the same for every prompt: the rank term is
+    ``-log sigmoid(tau (s_1 - s_2))``, SimPO with beta = tau and gamma = 0; its NLL term, a mean
+    over chosen tokens, is the SFT term with alpha = w (chosen tokens) / B.
+    """
+    require("liger-kernel")
+    case = inputs.case
+    refuse(inputs, "ranking", "logits", "score", "ce", softcap=True)
+    if case.n != 2:
+        raise Refused("n > 2: its fused preference losses take pairs")
+    from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
+
+    taus = inputs.rewards[:, 0] - inputs.rewards[:, 1]
+    if float(taus.max() - taus.min()) > 1e-5:
+        raise Refused("its SimPO takes one reward gap for all prompts")
+    chosen = int((inputs.targets[:, 0] != -100).sum())
+    module = LigerFusedLinearSimPOLoss(
+        beta=float(taus.mean()), gamma=0.0, alpha=SFT_WEIGHT * chosen / case.B
+    )
+    pairs = inputs.targets.transpose(0, 1).reshape(2 * case.B, case.T)
+
+    def loss() -> Tensor:
+        stacked = inputs.hidden.transpose(0, 1).reshape(2 * case.B, case.T, case.H)
+        with torch.enable_grad():
+            return module(inputs.weight, stacked, pairs)[0]
+
+    return backward_step(loss, inputs.leaves)
+
+
+def liger_ce(inputs: Inputs) -> Step:
+    """Liger's fused linear cross-entropy, a mean: it has no gradient per token."""
+    require("liger-kernel")
+    refuse(inputs, "ranking", "logits", "score", scalar=True, gpu=True)
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    module = LigerFusedLinearCrossEntropyLoss(softcap=inputs.case.softcap)
+
+    def loss() -> Tensor:
+        x, y = scored(inputs)
+        return module(inputs.weight, x, y)
+
+    return backward_step(loss, inputs.leaves)

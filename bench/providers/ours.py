@@ -1,0 +1,188 @@
+"""pro_kernels, and the step of pro_trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pro_kernels as pk
+from bench.engine.losses import SFT
+from bench.engine.step import BETA, DPO_NOTE, TrainingStep, Workload, check_pairs
+from bench.engine.timing import Refused, Step, backward_step
+from bench.engine.truth import Inputs, case_loss
+from bench.providers.base import Provider
+from pro_kernels import backends
+from pro_kernels.fused.planner import make_plan
+from pro_kernels.options import RankingOptions
+
+# Budgets that a tier is looked for in: powers of two.
+_BUDGETS = tuple(1 << k for k in range(10, 40))
+
+
+def providers(device: torch.device) -> list[Provider]:
+    """Of the loss, each backend that is usable here and each tier; and of a step."""
+    auto = backends.resolve("auto", device, torch.float32)
+    found = [
+        Provider(f"ours-{name}", f"pro_kernels ({name})", partial(ours, backend=name))
+        for name in backends.ORDER
+        if _times_well(name, device)
+    ]
+    for name, what, more in (
+        ("T2", "tier T2", {"tier": "T2"}),
+        ("T3", "tier T3, least memory", {"tier": "T3"}),
+        ("layout", "layout made before", {"with_layout": True}),
+        ("trained-head", "head trained", {"train_head": True}),
+    ):
+        build = partial(ours, backend=auto, **more)
+        found.append(Provider(f"ours-{name}", f"pro_kernels ({auto}), {what}", build))
+    for form in ("padded", "lists"):
+        found.append(_step(f"ours-{form}", f"pro_trainer, {form}", step, form=form))
+    name, label = "ours-lists-checkpointed", "pro_trainer, lists, gradient checkpointing"
+    found.append(_step(name, label, step, form="lists", checkpointed=True))
+    for form in ("padded", "lists"):
+        found.append(_step(f"ours-dpo-{form}", f"DPO: pro_trainer, {form}", dpo_step, form=form))
+    return found
+
+
+def _step(name: str, label: str, build: Callable, **options: Any) -> Provider:
+    loss_type = "dpo" if build is dpo_step else "pro"
+    return Provider(name, label, partial(build, **options), suite="step", loss_type=loss_type)
+
+
+def _times_well(name: str, device: torch.device) -> bool:
+    """Usable here, and not through an interpreter, whose time says nothing."""
+    interpreted = name == "triton" and device.type != "cuda"
+    return not interpreted and backends.refusal(name, device, torch.float32) is None
+
+
+def ours(
+    inputs: Inputs,
+    backend: str,
+    train_head: bool = False,
+    tier: str | None = None,
+    with_layout: bool = False,
+) -> Step:
+    """pro_kernels by one backend; in a tier of the planner, or with a layout made beforehand."""
+    case = inputs.case
+    if inputs.logps is not None:
+        return _ranking_kernel(inputs, backend)
+    if inputs.logits is not None:
+        x, targets = inputs.logits, inputs.targets
+        return backward_step(
+            lambda: pk.pro_loss(x, targets, inputs.rewards, backend=backend, **SFT).loss,
+            inputs.leaves,
+            logps=lambda: pk.token_logps(x, targets, backend=backend),
+        )
+    hidden, weight, leaves = inputs.hidden, inputs.weight, inputs.leaves
+    assert hidden is not None and weight is not None
+    if train_head:
+        weight = weight.detach().requires_grad_()
+        leaves = (hidden, weight)
+    options = {"backend": backend, "budget": case.budget, "softcap": case.softcap}
+    if tier is not None:
+        options["budget"] = _budget_of_tier(inputs, tier)
+    targets, rows = inputs.targets, hidden
+    if with_layout:
+        layout = pk.Layout.from_padded(inputs.targets.cpu()).to(inputs.device)
+        options["layout"], targets = layout, None
+
+    def logps() -> Tensor:
+        return pk.linear_token_logps(
+            hidden, weight, inputs.targets, backend=backend, softcap=case.softcap
+        )
+
+    def loss() -> Tensor:
+        if case.kind == "ce":
+            return case_loss(inputs, logps())
+        x = rows.flatten(0, 2) if with_layout else rows
+        return pk.linear_pro_loss(x, weight, targets, inputs.rewards, **options, **SFT).loss
+
+    return backward_step(loss, leaves, grad=case.kind != "score", logps=logps)
+
+
+def _budget_of_tier(inputs: Inputs, tier: str) -> int:
+    """The budget, a power of two, that leads to this tier: the largest, for T3 the smallest."""
+    case = inputs.case
+    if case.kind != "linear":
+        raise Refused("tiers are compared with the head trained")
+    tokens = (inputs.targets != -100).sum((1, 2)).tolist()
+    for budget in _BUDGETS if tier == "T3" else reversed(_BUDGETS):
+        plan = make_plan(
+            case.scored, (case.V, case.H, case.torch_dtype), inputs.device, need_hidden=True,
+            need_weight=True, budget=budget, prompt_tokens=tuple(tokens), hidden_rows=case.tokens,
+        )  # fmt: skip
+        if plan.tier == tier:
+            return budget
+    raise Refused(f"no budget leads to {tier} here: the batch is too small")
+
+
+def _ranking_kernel(inputs: Inputs, backend: str) -> Step:
+    """The ranking kernel: the loss and its gradient by the log-probs, in one call."""
+    case, logps = inputs.case, inputs.logps
+    assert logps is not None
+    module, device, S = backends.get(backend), inputs.device, case.B * case.n
+    arguments = (
+        torch.arange(S + 1, device=device) * case.T,
+        torch.full((S,), case.T, device=device),
+        torch.arange(S, device=device).view(case.B, case.n),
+        inputs.rewards,
+        torch.zeros(case.B, dtype=torch.int64, device=device),
+        torch.full((case.B,), 1 / case.B, device=device),
+    )
+    flat = logps.detach().reshape(-1)
+
+    def run() -> Tensor:
+        terms, _, gradient = module.ranking(flat, *arguments, options=RankingOptions())
+        logps.grad = gradient.view(logps.shape)
+        return terms.sum() / case.B
+
+    return Step(run, (logps,))
+
+
+def step(work: Workload, form: str, checkpointed: bool = False) -> TrainingStep:
+    from pro_trainer.batch.collate import PROCollator
+    from pro_trainer.train.objective import batch_loss
+    from pro_trainer.train.options import LossOptions
+
+    opened = pk.OpenModel(work.model)
+    collator = PROCollator(work.pad, form=form, official=True)
+    options = LossOptions(compat="official")
+    batch = work.on_device(collator(work.features))
+    return TrainingStep(
+        lambda model: batch_loss(opened.rebind(model), batch, options).loss,
+        work,
+        checkpointed,
+        lambda: collator(work.features),
+        around=distinct(work) if form == "lists" else contextlib.nullcontext,
+    )
+
+
+def dpo_step(work: Workload, form: str) -> TrainingStep:
+    """pro_trainer's step with ``loss_type="dpo"``, given the reference log-probs."""
+    from pro_trainer.batch.collate import PROCollator
+    from pro_trainer.train.objective import batch_loss
+    from pro_trainer.train.options import LossOptions
+
+    check_pairs(work)
+    opened = pk.OpenModel(work.model)
+    collator = PROCollator(work.pad, form=form)
+    batch = work.on_device(collator(work.features))
+    options = LossOptions(loss_type="dpo", beta=BETA)
+    reference = work.reference_scores
+    return TrainingStep(
+        lambda model: batch_loss(opened.rebind(model), batch, options, reference).loss,
+        work,
+        collate=lambda: collator(work.features),
+        detail=DPO_NOTE,
+        around=distinct(work) if form == "lists" else contextlib.nullcontext,
+    )
+
+
+def distinct(work: Workload) -> Callable[[], contextlib.AbstractContextManager]:
+    """What a step on distinct rows has around it; the others share the model."""
+    return lambda: pk.distinct_rows(work.model)

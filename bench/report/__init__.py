@@ -1,0 +1,1 @@
+"""From results files to Markdown, plots and pages; the same file gives the same text."""

@@ -1,5 +1,0 @@
-"""How the head loss scales over ranks, measured on two CPU cores over gloo, and what they send.
-
-``wire`` (the bytes of a step's collectives), ``measure`` and ``worker`` (gloo runs on this
-machine), ``page`` (docs/scaling.md). ``python -m bench.scaling`` measures and rewrites the page.
-"""

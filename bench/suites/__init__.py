@@ -1,0 +1,16 @@
+"""What is measured. ``loss`` and ``step`` are tables of cases for every provider (``engine.run``).
+
+``filter``, ``attach``, ``ranks`` and ``gpu`` measure ours alone, each a table of cases and a
+function that gives their rows; ``frameworks`` runs other people's programs.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from bench.engine.run import Suite
+
+
+def load(name: str) -> Suite:
+    """The suite "loss" or "step"."""
+    return importlib.import_module(f"bench.suites.{name}").SUITE
