@@ -306,7 +306,13 @@ def _loss_shape(row: dict) -> str:
 
 
 def _step_report(data: dict, images: Sequence[str]) -> str:
-    parts = ["# One training step", _step_header(data), "## Targets", outcome_table(outcomes(data))]
+    parts = [
+        "# One training step",
+        _step_header(data),
+        command(data),
+        "## Targets",
+        outcome_table(outcomes(data)),
+    ]
     parts += [_left_out(data), *(_image(x, x) for x in images), "## Numbers", _STEP_NOTES]
     for case, rows in by_case(data["results"]).items():
         parts += [f"**{case}**: {_step_shape(rows[0])}", case_table(rows)]

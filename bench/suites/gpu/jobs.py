@@ -78,9 +78,9 @@ def make_jobs(out: Path, names: tuple[str, ...], chosen: tuple[str, ...]) -> lis
     ]  # fmt: skip
     every = tuple(name for name in kernels.PARTS if name != "tuning")
     known = (*(job.name for job in commands), *kernels.PARTS)
-    _check("--parts", names, known)
+    _check("parts", names, known)
     gpu_backends = tuple(b for b in ("triton", "cuda", "torch") if b in backends.ORDER)
-    _check("--backends", chosen, gpu_backends)
+    _check("backends", chosen, gpu_backends)
     wanted = tuple(p for p in every if not names or p in names)
     jobs = [job for job in commands if not names or job.name in names]
     for backend in chosen or gpu_backends:
