@@ -86,14 +86,14 @@ study: $(VENV)/.installed
 	$(BIN)/python -m study --model '$(MODEL)' --data '$(DATA)' $(STUDY_ARGS)
 
 bench: $(VENV)/.installed $(if $(PEERS),$(VENV)/.peers)
-	$(BIN)/python -m bench --preset $(PRESET)
+	$(BIN)/python -m bench loss --preset $(PRESET)
 
 frameworks: $(VENV)/.models
 	$(BIN)/python tests/models/build.py '$(MODELS)' smollm2
-	$(BIN)/python -m bench.frameworks --model '$(MODELS)/smollm2-135m-instruct' $(FRAMEWORKS_ARGS)
+	$(BIN)/python -m bench frameworks --update docs/integrations/frameworks.md --model '$(MODELS)/smollm2-135m-instruct' $(FRAMEWORKS_ARGS)
 
 bench-gpu:
-	$(PYTHON) -m bench --gpu --out '$(PRO_KERNELS_BENCH_OUT)'
+	$(PYTHON) -m bench gpu --out '$(PRO_KERNELS_BENCH_OUT)'
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

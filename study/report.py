@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import record
+from bench.engine import record
 from pro_kernels.losses import LOSSES
 from pro_trainer.evaluate.compare import Difference, compare, intervals
 from pro_trainer.evaluate.metrics import ListStatistics, list_statistics

@@ -12,14 +12,13 @@ import torch
 
 import pro_kernels as pk
 from bench.engine import lists, losses
-from bench.engine.case import Case, head_case, real_case
+from bench.engine.case import Case, real_case
 from bench.engine.rounds import Settings
 from bench.engine.run import Run
 from bench.engine.step import MODELS, HeadAlone, TrainingCase, TrainingStep, Workload, make_features
 from bench.engine.timing import Refused, backward_step
 from bench.engine.truth import make_inputs, make_truth
 from bench.providers import base, trl
-from bench.providers import ours as ours_file
 from bench.suites import loss, step
 from pro_kernels.fused import planner
 from test_bench_run import CASES, CPU, DPO, measured, no_peers
@@ -30,9 +29,56 @@ TRLS = tuple(name for name in DPO if name.startswith("trl"))
 STEPS = step.SUITE.providers(CPU)
 
 
+def real_models(test):  # noqa: ANN001, ANN201
+    """Of models and data that are built, or lie beside a checkout."""
+    there = "PRO_KERNELS_MODELS" in os.environ
+    skip = pytest.mark.skipif(not there, reason="needs the real models: make test-models")
+    return pytest.mark.models(pytest.mark.shared(skip(test)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _trl() -> None:
     pytest.importorskip("trl", reason="needs TRL 1.16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "softcap"),
+    [("linear", None), ("linear", 3.0), ("frozen", None), ("score", None), ("logits", None),
+     ("ce", None), ("ranking", None)],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["ours-torch", "ours-layout", "plain-fp32", "official", "trl", "torch-lce",
+     "torch-lce-chunked", "torch-lce-mean"],
+)  # fmt: skip
+def test_every_provider_computes_the_same_loss_and_gradient(kind, name, softcap):
+    case = Case("case", 16, 101, 2, 3, 8, 0.5, "fp32", kind, softcap=softcap)
+    if kind in ("logits", "ranking"):
+        case = Case("case", 0, 101, 2, 3, 8, 0.5 * (kind == "logits"), "fp32", kind)
+    inputs = make_inputs(case)
+    try:
+        made = base.all_providers(CPU)[name].build(inputs)
+    except Refused as refused:
+        assert kind in ("logits", "ranking", "score") or softcap or "mean" in str(refused)
+        return
+    errors = make_truth(inputs).errors(float(made.run()), made)
+    assert errors.pop("loss_error") < 1e-5
+    assert all(e < 1e-5 for e in errors.values() if e is not None), errors
+    leaves = {"linear": 2, "ce": 2, "frozen": 1, "score": 0, "logits": 1, "ranking": 1}[kind]
+    assert len(made.leaves) == leaves and (made.gradient_bytes > 0) == (leaves > 0)
+    assert (errors["logp_error"] is None) == (kind == "ranking" or "mean" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["official-compiled", "liger", "cce"])
+def test_compiled_providers_compute_the_same_loss_and_gradient(name):
+    inputs = make_inputs(Case("case", 16, 101, 2, 2, 8, 0.5, "fp32"))
+    try:
+        made = base.all_providers(CPU)[name].build(inputs)
+    except Refused as refused:
+        pytest.skip(str(refused))
+    errors = make_truth(inputs).errors(float(made.run()), made)
+    assert all(e < 1e-5 for e in errors.values() if e is not None), errors
 
 
 def test_a_wrong_gradient_is_flagged_though_the_loss_is_near():
@@ -88,14 +134,14 @@ def test_inputs_are_random_repeatable_and_masked_as_the_case_says(case):
         assert case.tokens == 2 * case.n * case.T and 0 < case.masked < 1
 
 
-@pytest.mark.models
-@pytest.mark.shared
+@real_models
 @pytest.mark.parametrize("model", lists.MODELS)
 def test_hidden_states_of_real_models(model, shared, monkeypatch):
     """Every formulation gives the truth; their next tokens are far likelier than chance."""
     monkeypatch.setenv("PRO_KERNELS_DATA", str(shared / "data"))
     (case,) = (c for c in loss.SUITE.cases("cpu", ("real",)) if c.model == model)
-    inputs = make_inputs(replace(case, B=1))
+    case = real_case(case.data, 1, case.H, case.V, case.model, dtype=case.dtype)
+    inputs = make_inputs(case)
     truth = make_truth(inputs)
     assert truth.logps.mean() > -0.5 * torch.tensor(float(case.V)).log()
     made = base.all_providers(CPU)[base.ours_name(CPU)].build(inputs)
@@ -130,15 +176,16 @@ def test_cases_too_large_are_refused_with_their_size():
 
 
 @pytest.mark.parametrize("tier", ["T2", "T3"])
-def test_the_budget_of_a_tier_leads_to_it(tier, monkeypatch):
-    case = head_case(64, 16000, 0.5, n=4, tokens=1024)
-    inputs, plans = make_inputs(case), []
-    real = planner.make_plan
+def test_a_tier_is_reached_by_its_budget(tier, monkeypatch):
+    monkeypatch.setattr("pro_kernels.fused.planner.MIN_T2_ROWS", 1)
+    plans, real = [], planner.make_plan
     monkeypatch.setattr(
-        ours_file, "make_plan", lambda *a, **k: plans.append(real(*a, **k)) or plans[-1]
+        "pro_kernels.fused.call.make_plan",
+        lambda *a, **k: plans.append(real(*a, **k)) or plans[-1],
     )
-    budget = ours_file._budget_of_tier(inputs, tier)
-    assert plans[-1].tier == tier and budget & (budget - 1) == 0
+    case = Case("case", 16, 4001, 32, 2, 16, 0.0, "fp32")
+    base.all_providers(CPU)[f"ours-{tier}"].build(make_inputs(case)).run()
+    assert [plan.tier for plan in plans] == [tier]
 
 
 def test_a_step_leaves_the_problem_as_it_was():
@@ -327,8 +374,7 @@ def test_features_have_the_lengths_of_the_case():
         assert pk.TokenTree.from_sequences(rows).num_tokens == pytest.approx(distinct, rel=0.02)
 
 
-@pytest.mark.shared
-@pytest.mark.models
+@real_models
 def test_committed_lists_are_those_of_the_data(shared):
     from pro_trainer.models import load_tokenizer
 

@@ -180,7 +180,8 @@ def test_an_interrupted_run_keeps_what_it_measured_and_goes_on(suite, tmp_path, 
 
     broken = replace(chosen, measure=fails_on_the_second)
     monkeypatch.setattr(cli, "load", lambda name: broken)
-    arguments = [suite, "--preset", "tiny", "--provider", "official", "--no-memory"]
+    ours = {"loss": "ours", "step": "ours-lists"}[suite]
+    arguments = [suite, "--preset", "tiny", "--provider", ours, "--no-memory"]
     arguments += ["--out", str(tmp_path)]
     if error is KeyboardInterrupt:
         assert main(arguments) == 1

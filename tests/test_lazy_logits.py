@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 import pro_kernels as pk
-from bench.memory import CHILD_ENV
+from bench.engine.memory import CHILD_ENV
 from pro_kernels.fused import matmul
 from pro_kernels.models import lazy
 from pro_kernels.models.counts import COUNTS

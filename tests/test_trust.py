@@ -82,7 +82,7 @@ def test_what_raises_or_is_nan_fails(tmp_path, monkeypatch):
 
 
 def test_a_peer_that_is_missing_or_crashes_is_a_line(tmp_path, monkeypatch):
-    from bench import peers
+    from bench.providers import torch as of_torch
 
     real = importlib.metadata.version
 
@@ -95,7 +95,7 @@ def test_a_peer_that_is_missing_or_crashes_is_a_line(tmp_path, monkeypatch):
         raise RuntimeError("it crashed\nand said more")
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(peers.F, "linear_cross_entropy", crash, raising=False)
+    monkeypatch.setattr(of_torch.F, "linear_cross_entropy", crash, raising=False)
     code, data, text = run(tmp_path)
     reasons = {(r["who"][:3], r["reason"]) for r in data["refusals"]}
     assert code == 0 and ("TRL", "not installed: pip install 'trl==1.16.*'") in reasons

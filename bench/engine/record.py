@@ -22,7 +22,16 @@ SCHEMA = 2
 # Why a row has no numbers where the time was over.
 NO_TIME = "no time was left"
 PACKAGES = (
-    *("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl"),
+    *(
+        "torch",
+        "triton",
+        "transformers",
+        "trl",
+        "liger-kernel",
+        "cut-cross-entropy",
+        "quack-kernels",
+        "verl",
+    ),
     "pro-kernels",
 )
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torchrun import launched
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
-from bench.scaling import wire
+from bench.suites.ranks import wire
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 pytest.importorskip("transformers")

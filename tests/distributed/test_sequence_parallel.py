@@ -12,7 +12,7 @@ import torch.distributed as dist
 import pro_kernels as pk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
-from bench.scaling import wire
+from bench.suites.ranks import wire
 from cases import usable_backends
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -29,7 +29,7 @@ def test_outputs_and_gradients_are_those_of_one_rank(ranks):
 
 
 def test_scores_travel_and_nothing_else(ranks):
-    """As bench.scaling has it: the agreement, 8 bytes a candidate; the backward asks nobody."""
+    """As bench.suites.ranks has it: the agreement, 8 bytes a candidate; the backward asks nobody."""
     for rank in ranks:
         found = rank["traffic"]
         model = wire.split_tokens(len(ranks), found["candidates"])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import pro_kernels as pk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
-from bench.scaling import wire
+from bench.suites.ranks import wire
 from cases import usable_backends
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")

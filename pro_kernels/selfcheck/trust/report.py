@@ -52,7 +52,7 @@ error; where sums stay fp32, √(3/2) times for the weight's alone (docs/design.
 relative to the largest log-prob: per token where tokens are asked for or scored, else of each
 candidate's sum. The others are relative, in norm. The official formulation ({official}) and peers
 are judged by nothing; they get the same inputs, and peers the plain ranking loss of
-bench/losses.py. "official" entrances are compat="official" against the reference's in fp64. Batches
+bench/engine/losses.py. "official" entrances are compat="official" against the reference's in fp64. Batches
 are small and run on one thread, one of them on all."""
 
 
@@ -192,7 +192,7 @@ def _rule(rows: list[Row], compared: bool) -> str:
         floors=", ".join(f"{label(d)} {x:.0e}" for d, x in FLOOR.items()),
         routes=routes,
         allowed=sum(r.by_allowance for r in rows) or "no",
-        official="bench/losses.py, everything in the model's dtype"
+        official="bench/engine/losses.py, everything in the model's dtype"
         if compared
         else 'the reference with compat="official"',
     )
