@@ -1,0 +1,55 @@
+"""Messages, preference pairs and a chat tokenizer, shared by the tests of data and text."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+CHATML = """{% if messages[0].role != 'system' %}<|im_start|>system
+Help.<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.name }}</call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def system(text: object) -> dict:
+    return {"role": "system", "content": text}
+
+
+def user(text: object) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: object, **more: object) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+def pair(prompt: object = "Hi", chosen: object = "yes", rejected: object = "no", **more: object):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def bytes_tokenizer(*special: str, **options: object) -> PreTrainedTokenizerFast:
+    """A token for each of the special texts, then one for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate([*special, *alphabet])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(list(special))
+    return PreTrainedTokenizerFast(tokenizer_object=core, **options)
+
+
+def chat_tokenizer(template: str | None = CHATML, bos: bool = False) -> PreTrainedTokenizerFast:
+    """The special tokens of ChatML and its template, or BOS before each text."""
+    tokenizer = bytes_tokenizer(
+        *("<bos>", "<|im_start|>", "<|im_end|>"),
+        eos_token="<|im_end|>",
+        bos_token="<bos>" if bos else "<|im_start|>",
+    )
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 0)]
+        )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
