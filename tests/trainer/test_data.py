@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from texts import assistant, pair, row, user
 
 from pro_trainer.data.fields import DataError
 from pro_trainer.data.lists import DIFFERENT_CONTEXTS, read_lists, select
@@ -14,6 +15,9 @@ from pro_trainer.text.options import ListOptions
 from pro_trainer.train.config import PROConfig
 
 GOOD = {"prompt": "p", "completions": ["a", "b"]}
+ONE, TWO = "\n\nHuman: q\n\nAssistant:", "\n\nHuman: r\n\nAssistant:"
+FEW, EQUAL = "fewer than 2 different, non-empty completions", "all rewards equal"
+EMPTY, REPEATS = "empty", "repeats a better one of its list"
 
 
 def read(*sources: object, **options) -> tuple[list[RankedList], DataReport]:
@@ -21,30 +25,34 @@ def read(*sources: object, **options) -> tuple[list[RankedList], DataReport]:
     return list(read_lists(sources, report, ListOptions(**options))), report
 
 
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
+def listed(*completions: object, **more: object) -> dict:
+    return {"prompt": "p", "completions": list(completions), **more}
+
+
+def ranked(*completions: object, **more: object) -> RankedList:
+    return RankedList(("p",), completions, **more)
 
 
 def test_formats_may_be_mixed_in_one_file(write_lines):
+    scored = [{"completion": "a", "rank": 1}, {"completion": "b", "rank": 0}]
     path = write_lines(
-        {"prompt": "p", "completions": ["x", "y", "z"], "rewards": [0, 2, -1], "models": ["m"]},
+        listed("x", "y", "z", rewards=[0, 2, -1], models=["m"]),
         GOOD,
-        {"prompt": "p", "chosen": "a", "rejected": ["b", "c"]},
-        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        pair("p", "a", ["b", "c"]),
+        {"chosen": f"{ONE} a", "rejected": f"{ONE} b"},
         {"prefix": ["q"] * 2, "suffix": ["a", "b"], "reward": [1, 0], "sft_index": 1},
-        {"context": "q", "completions": [{"completion": "a", "rank": 1},
-                                         {"completion": "b", "rank": 0}]},
-    )  # fmt: skip
+        {"context": "q", "completions": scored},
+    )
     lists, report = read(path)
     assert lists == [
-        RankedList(("p",), ("x", "y", "z"), (0.0, 2.0, -1.0)),
-        RankedList(("p",), ("a", "b")),
-        RankedList(("p",), ("a", "b", "c")),
-        RankedList(("\n\nHuman: q\n\nAssistant:",), (" a", " b")),
+        ranked("x", "y", "z", rewards=(0.0, 2.0, -1.0)),
+        ranked("a", "b"),
+        ranked("a", "b", "c"),
+        RankedList((ONE,), (" a", " b")),
         RankedList(("q",), ("a", "b"), (1.0, 0.0), 1),
         RankedList(("q",), ("b", "a")),
     ]
-    assert [ranked.where for ranked in lists] == [f"{path}:{i}" for i in range(1, 7)]
+    assert [found.where for found in lists] == [f"{path}:{i}" for i in range(1, 7)]
     assert (report.records, report.lists, report.with_rewards, report.tied) == (6, 6, 2, 0)
     assert report.candidates == {2: 4, 3: 2}
     assert report.formats == {
@@ -56,113 +64,115 @@ def test_formats_may_be_mixed_in_one_file(write_lines):
     }
 
 
-def test_drops_empty_and_repeated_completions_and_keeps_the_best_of_equals():
-    lists, report = read(
-        [
-            {"prompt": "p", "completions": ["a", " ", "b", "a"], "rewards": [1, 9, 2, 3]},
-            {"prompt": "p", "completions": ["a", "a", ""]},
-            {"prompt": "p", "completions": []},
-            {"prompt": "p", "completions": ["alone"]},
-            {"prompt": "p", "completions": [[assistant("a")], [assistant(" ")], [assistant("b")]]},
-        ]
-    )
-    assert lists[0] == RankedList(("p",), ("b", "a"), (2.0, 3.0))
-    assert lists[1].completions == ((assistant("a"),), (assistant("b"),))
-    assert len(lists) == 2
-    assert report.dropped == {"fewer than 2 different, non-empty completions": 3}
-    assert report.dropped_completions == {"empty": 3, "repeats a better one of its list": 2}
+A, B = assistant("a"), assistant("b")
+ASKED, REPLIES = {"prompt": [user("q")]}, RankedList(((user("q"),),), ((A,), (B,)))
+DIALOGUES = {"chosen": f"{ONE} a", "rejected": f"{TWO} a"}
+OFFICIAL = {"prefix": ["q", "r"], "suffix": ["a", "b"]}
+ONE_APART = {"prefix": ["q", "q", "r"], "reward": [2, 1, 0]}
+THREE_EQUAL, TIED = listed(*"abc", rewards=[1, 1, 1]), listed(*"abc", rewards=[1, 1, 0])
+RANKS = listed("", *"abcd", ranks=[1, 3, 1, 3, 2])
+FIVE = listed(*"abcde", rewards=[1, 5, 3, 2, 4])
+MARKED = listed("", "a", "b", "a", "c", rewards=[9, 1, 2, 3, 4])  # left: (b, a, c)
+FAR = listed(*"abc", rewards=[1e9, 1e9 + 1, 1e9 + 1])  # equal in fp32, and their gaps are not
 
 
-def test_different_contexts_are_dropped_or_kept_with_their_own_prompts():
-    one, two = "\n\nHuman: q\n\nAssistant:", "\n\nHuman: r\n\nAssistant:"
-    records = [{"chosen": one + " a", "rejected": two + " a"}]
-    records.append({"prefix": [["<|prompter|>q"], ["<|prompter|>r"]], "suffix": ["a", "b"]})
-    lists, report = read(records)
-    assert not lists and report.dropped == {DIFFERENT_CONTEXTS: 2}
-    assert f"lists dropped, {DIFFERENT_CONTEXTS}: 2" in report.text()
-    lists, report = read(records, different_contexts="keep")
-    assert lists[0] == RankedList((one, two), (" a", " a"))  # equal replies to different prompts
-    assert lists[1].prompts == ("\n\nHuman: q", "\n\nHuman: r") and not report.dropped
+@pytest.mark.parametrize(
+    ("records", "lists", "lost", "options"),
+    [
+        row(
+            [listed("a", " ", "b", "a", rewards=[1, 9, 2, 3])],
+            [ranked("b", "a", rewards=(2.0, 3.0))],
+            {EMPTY: 1, REPEATS: 1},
+        ),
+        row([listed("a", "a", "")], [], {FEW: 1, EMPTY: 1, REPEATS: 1}),
+        row([listed(), listed("alone")], [], {FEW: 2}),
+        row([listed([A], [assistant(" ")], [B]) | ASKED], [REPLIES], {EMPTY: 1}),
+        row([DIALOGUES, OFFICIAL], [], {DIFFERENT_CONTEXTS: 2}),
+        # Equal replies to different prompts.
+        row([DIALOGUES], [RankedList((ONE, TWO), (" a", " a"))], {}, different_contexts="keep"),
+        row([OFFICIAL], [RankedList(("q", "r"), ("a", "b"))], {}, different_contexts="keep"),
+        # Prompts that differ only in a dropped candidate are shared.
+        row(
+            [ONE_APART | {"suffix": ["a", "b", "b"]}],
+            [RankedList(("q", "r"), ("a", "b"), (2.0, 0.0))],
+            {},
+            different_contexts="keep",
+            num_candidates=2,
+        ),
+        row(
+            [ONE_APART | {"suffix": ["a", "b", ""]}],
+            [RankedList(("q",), ("a", "b"), (2.0, 1.0))],
+            {EMPTY: 1},
+        ),
+        # Ranks become an order; of equal ranks the first stays.
+        row([RANKS], [ranked("b", "d", "a")], {EMPTY: 1, "has the rank of an earlier one": 1}),
+        row([GOOD | {"ranks": [2, 2]}], [], {EQUAL: 1}),
+        row([GOOD | {"ranks": [2, 2]}], [ranked("a", "b")], {}, all_equal="order"),
+        row([THREE_EQUAL, TIED], [ranked(*"abc", rewards=(1.0, 1.0, 0.0))], {EQUAL: 1}),
+        row([THREE_EQUAL], [ranked(*"abc")], {}, all_equal="order"),
+        row([FIVE], [ranked(*"abc", rewards=(1.0, 5.0, 3.0))], {}, num_candidates=3),
+        row([listed(*"abcde")], [ranked(*"ace")], {}, num_candidates=3),
+        row([FAR], [ranked(*"ab", rewards=(1e9, 1e9 + 1))], {}, num_candidates=2),
+        # The SFT mark follows its candidate; 1 is repeated by the better 3.
+        *(
+            row(
+                [MARKED | {"sft_index": mark}],
+                [ranked(*"bac", rewards=(2.0, 3.0, 4.0), sft_index=index)],
+                {EMPTY: 1, REPEATS: 1},
+            )
+            for mark, index in {0: None, 1: 1, 2: 0, 3: 1, 4: 2}.items()
+        ),
+        row([listed(*"abc", ranks=[2, 1, 0], sft_index=0)], [ranked(*"cba", sft_index=2)], {}),
+    ],
+)
+def test_records_are_cleaned_and_counted(records, lists, lost, options):
+    found, report = read(*[[record] for record in records], **options)
+    assert found == lists and {**report.dropped, **report.dropped_completions} == lost
+    assert all(f"dropped, {reason}: {n}" in report.text() for reason, n in report.dropped.items())
+    assert report.tied == (TIED in records)
+    unmarked = records[0].get("sft_index") is not None and lists[0].sft_index is None
+    said = "sft_index marks a dropped completion, the best is used: 1"
+    assert report.sft_marks_dropped == unmarked == (said in report.text())
 
 
-def test_prompts_that_differ_only_in_a_dropped_candidate_are_shared():
-    record = {"prefix": [["q"], ["q"], ["r"]], "suffix": ["a", "b", "b"], "reward": [2, 1, 0]}
-    lists, _ = read([record], different_contexts="keep", num_candidates=2)
-    assert lists[0] == RankedList(("q", "r"), (" a", " b"), (2.0, 0.0))
-    lists, _ = read([{**record, "suffix": ["a", "b", ""]}])
-    assert lists[0] == RankedList(("q",), (" a", " b"), (2.0, 1.0))
+def test_a_mark_that_is_not_selected_is_none():
+    assert select(ranked(*"abc", sft_index=1), [2, 0]).sft_index is None
 
 
-def test_ranks_become_an_order_and_of_equal_ranks_the_first_stays():
-    record = {"prompt": "p", "completions": ["", "a", "b", "c", "d"], "ranks": [1, 3, 1, 3, 2]}
-    lists, report = read([record])
-    assert lists == [RankedList(("p",), ("b", "d", "a"))]
-    assert report.dropped_completions == {"empty": 1, "has the rank of an earlier one": 1}
-    equal = {**GOOD, "ranks": [2, 2]}
-    lists, report = read([record, equal])
-    assert len(lists) == 1 and report.dropped == {"all rewards equal": 1}
-    assert read([equal], all_equal="order")[0] == [RankedList(("p",), ("a", "b"))]
-    with pytest.raises(DataError, match=r"record 1: all 2 ranks are equal \(2.0\)"):
-        read([equal], all_equal="error")
+@pytest.mark.parametrize(
+    ("record", "wrong"),
+    [
+        (GOOD | {"ranks": [2, 2]}, r"all 2 ranks are equal \(2.0\)"),
+        (THREE_EQUAL, r"all 3 rewards are equal \(1.0\)"),
+    ],
+)
+def test_all_equal_may_be_an_error(record, wrong):
+    with pytest.raises(DataError, match=f"record 1: {wrong}"):
+        read([record], all_equal="error")
 
 
-def test_all_rewards_equal_is_dropped_refused_or_order():
-    equal = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [1, 1, 1]}
-    tied = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [1, 1, 0]}
-    lists, report = read([equal, tied])
-    assert len(lists) == 1 and report.tied == 1
-    assert report.dropped == {"all rewards equal": 1}
-    with pytest.raises(DataError, match=r"record 1: all 3 rewards are equal \(1.0\)"):
-        read([equal, tied], all_equal="error")
-    lists, _ = read([equal, tied], all_equal="order")
-    assert lists[0] == RankedList(("p",), ("a", "b", "c"))
+ORDER = {"temperature": "1"}  # the loss takes the order alone
 
 
-def test_reward_gaps_are_what_counts_and_must_suit_the_loss(write_lines, tmp_path):
-    far = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [1e9, 1e9 + 1, 1e9 + 1]}
-    lists, report = read([far], num_candidates=2)
-    assert lists[0].rewards == (1e9, 1e9 + 1) and not report.dropped
+@pytest.mark.parametrize(
+    ("rewards", "wrong", "without", "options"),
+    [
+        row([3e38, -3e38], "too far apart.*=1 must lie in", ORDER, reward_scale=1.0),
+        row([1, 1 + 1e-10], "too close tog.*=1e-25 must lie in", ORDER, reward_scale=1e-25),
+        row([1e20, 0], r"too far apart.*=1e\+20 must lie in", ORDER, reward_scale=1e20),
+        row([65, 0], r"too large for the gain 2\^rew", {"gain": "linear"}, loss_type="lipo_lambda"),
+    ],
+)
+def test_rewards_must_suit_the_loss(write_lines, tmp_path, rewards, wrong, without, options):
+    path = write_lines(GOOD | {"rewards": [1, 0]}, GOOD | {"rewards": rewards})
 
-    def read_for(rewards, **options):
+    def read_for(**options):
         config = PROConfig(output_dir=str(tmp_path), use_cpu=True, **options)
-        path = write_lines(GOOD | {"rewards": [1, 0]}, GOOD | {"rewards": rewards})
         return list(read_lists([path], DataReport(), config))
 
-    for rewards, scale, wrong in (
-        ([3e38, -3e38], 1.0, "far apart.*=1 must"),
-        ([1, 1 + 1e-10], 1e-25, "close together.*=1e-25 must"),
-        ([1e20, 0], 1e20, r"far apart.*=1e\+20 must"),
-    ):
-        with pytest.raises(DataError, match=f":2: rewards .* too {wrong} lie in"):
-            read_for(rewards, reward_scale=scale)
-        assert read_for(rewards, reward_scale=scale, temperature="1")  # the order alone
-    with pytest.raises(DataError, match=r":2: rewards 0 to 65 are too large for the gain 2\^rew"):
-        read_for([65, 0], loss_type="lipo_lambda")
-    assert read_for([65, 0], loss_type="lipo_lambda", gain="linear")
-
-
-def test_candidate_cap_keeps_best_and_worst_evenly_spaced():
-    record = {"prompt": "p", "completions": list("abcde"), "rewards": [1, 5, 3, 2, 4]}
-    lists, report = read([record, {**record, "rewards": None}], num_candidates=3)
-    assert lists[0] == RankedList(("p",), ("a", "b", "c"), (1.0, 5.0, 3.0))
-    assert lists[1] == RankedList(("p",), ("a", "c", "e"))
-    assert report.candidates == {3: 2}
-
-
-def test_the_sft_mark_follows_its_candidate():
-    record = {"prompt": "p", "completions": ["", "a", "b", "a", "c"], "rewards": [9, 1, 2, 3, 4]}
-    expected = {1: 1, 2: 0, 3: 1, 4: 2}  # in (b, a, c); 1 is repeated by the better 3
-    for mark, index in expected.items():
-        lists, report = read([{**record, "sft_index": mark}])
-        assert lists == [RankedList(("p",), ("b", "a", "c"), (2.0, 3.0, 4.0), index)]
-        assert not report.sft_marks_dropped
-    lists, report = read([{**record, "sft_index": 0}, {**record, "sft_index": 2}, record])
-    assert [ranked.sft_index for ranked in lists] == [None, 0, None]
-    assert report.sft_marks_dropped == 1
-    assert "sft_index marks a dropped completion, the best is used: 1" in report.text()
-    ranked = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [2, 1, 0], "sft_index": 0}
-    assert read([ranked])[0] == [RankedList(("p",), ("c", "b", "a"), None, 2)]
-    assert select(RankedList(("p",), ("a", "b", "c"), None, 1), [2, 0]).sft_index is None
+    with pytest.raises(DataError, match=f":2: rewards .*{wrong}"):
+        read_for(**options)
+    assert len(read_for(**options, **without)) == 2
 
 
 @pytest.mark.parametrize(
@@ -178,56 +188,50 @@ def test_the_sft_mark_follows_its_candidate():
     ],
 )
 def test_malformed_line_is_named_or_skipped_and_counted(write_lines, line, wrong):
-    path = write_lines(GOOD, line, GOOD)
+    path = write_lines(GOOD, line, GOOD, *[b"x"] * 20)
+    stream = read_lists([path], DataReport(), ListOptions())
+    assert next(stream) == ranked("a", "b")  # the second line is not reached yet
     with pytest.raises(DataError, match=rf"data.jsonl:2: (?s:.)*{wrong}"):
-        read(path)
+        next(stream)
     lists, report = read(path, on_bad_line="skip")
-    assert len(lists) == report.records == 2 and report.bad_lines == 1
-    assert "data.jsonl:2:" in report.text() and "malformed records skipped: 1" in report.text()
-    assert sum(report.formats.values()) == 2
-
-
-def test_only_the_first_few_bad_lines_are_shown(write_lines):
-    _, report = read(write_lines(GOOD, *[b"x"] * 20), on_bad_line="skip")
-    assert report.bad_lines == 20 and len(report.bad_line_messages) == 5
+    assert len(lists) == report.records == sum(report.formats.values()) == 2
+    assert report.bad_lines == 21 and len(report.bad_line_messages) == 5  # the first few
+    assert "data.jsonl:2:" in report.text() and "malformed records skipped: 21" in report.text()
 
 
 @pytest.mark.parametrize("on_bad_line", ["error", "skip"])
-def test_sources_without_records_are_errors_in_either_mode(tmp_path, on_bad_line):
-    for content in (b"", b"\n \n"):
-        (tmp_path / "empty.jsonl").write_bytes(content)
-        with pytest.raises(DataError, match="empty.jsonl: holds no records"):
-            read(str(tmp_path / "empty.jsonl"), on_bad_line=on_bad_line)
-    with pytest.raises(DataError, match="a source of records: holds no records"):
-        read([], on_bad_line=on_bad_line)
-    with pytest.raises(DataError, match="missing.jsonl: cannot be read: No such file"):
-        read(str(tmp_path / "missing.jsonl"), on_bad_line=on_bad_line)
+def test_sources_without_records_are_errors_in_either_mode(tmp_path, write_lines, on_bad_line):
+    for source, wrong in (
+        (write_lines(name="empty.jsonl"), "empty.jsonl: holds no records"),
+        (write_lines(b"", b" ", name="blank.jsonl"), "blank.jsonl: holds no records"),
+        ([], "a source of records: holds no records"),
+        (str(tmp_path / "missing.jsonl"), "missing.jsonl: cannot be read: No such file"),
+    ):
+        with pytest.raises(DataError, match=wrong):
+            read(source, on_bad_line=on_bad_line)
 
 
-def test_what_are_no_sources_is_refused_at_once(data_file):
-    for wrong in (data_file, GOOD):
-        with pytest.raises(TypeError, match="sources must be a list of sources"):
-            read_lists(wrong, DataReport(), ListOptions())
-    with pytest.raises(TypeError, match="a source is a whole set of records, got one record"):
-        read_lists([GOOD], DataReport(), ListOptions())
-    with pytest.raises(ValueError, match="sources is empty"):
-        read_lists([], DataReport(), ListOptions())
-
-
-def test_reading_streams(write_lines):
-    stream = read_lists([write_lines(GOOD, b"not json")], DataReport(), ListOptions())
-    assert next(stream).prompts == ("p",)  # the bad second line is not reached yet
-    with pytest.raises(DataError, match=":2: not JSON"):
-        next(stream)
+@pytest.mark.parametrize(
+    ("sources", "error", "wrong"),
+    [
+        ("data.jsonl", TypeError, "sources must be a list of sources"),
+        (GOOD, TypeError, "sources must be a list of sources"),
+        ([GOOD], TypeError, "a source is a whole set of records, got one record"),
+        ([], ValueError, "sources is empty"),
+    ],
+)
+def test_what_are_no_sources_is_refused_at_once(sources, error, wrong):
+    with pytest.raises(error, match=wrong):
+        read_lists(sources, DataReport(), ListOptions())
 
 
 def test_the_report_can_be_printed_and_saved():
-    _, report = read([GOOD, {**GOOD, "rewards": [1, 0]}, {"prompt": "p", "completions": ["a"]}])
+    _, report = read([GOOD, GOOD | {"rewards": [1, 0]}, listed("a")])
     assert report.text().splitlines() == [
         "records read: 3 (3 prompt and completions)",
         "lists kept: 2 (2 of 2 candidates)",
         "with rewards: 1, of these with ties: 0; in order only: 1",
-        "lists dropped, fewer than 2 different, non-empty completions: 1",
+        f"lists dropped, {FEW}: 1",
     ]
     found = json.loads(json.dumps(report.as_dict()))
     assert found["candidates"] == {"2": 2} and found["order_only"] == 1
@@ -247,7 +251,7 @@ def test_real_files(shared):
     lists, report = read(str(shared / "data" / "hh-harmless-base-dev.jsonl.gz"))
     assert report.records == 1500 and len(lists) + sum(report.dropped.values()) == 1500
     assert report.dropped[DIFFERENT_CONTEXTS] == 4
-    assert all(ranked.prompts[0].endswith("\n\nAssistant:") for ranked in lists)
+    assert all(found.prompts[0].endswith("\n\nAssistant:") for found in lists)
     lists, report = read(str(shared / "data" / "alpaca-eval-ranked-dev.jsonl.gz"))
     assert report.records == 500 and report.lists == len(lists) == report.with_rewards
     assert report.tied > 0 and sum(report.dropped_completions.values()) > 0

@@ -29,6 +29,11 @@ def pair(prompt: object = "Hi", chosen: object = "yes", rejected: object = "no",
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
 
 
+def row(*values: object, **options: object) -> tuple:
+    """A row of a table of cases, its options the last value."""
+    return (*values, options)
+
+
 def bytes_tokenizer(*special: str, **options: object) -> PreTrainedTokenizerFast:
     """A token for each of the special texts, then one for each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
