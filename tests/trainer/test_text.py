@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from texts import CHATML, assistant, chat_tokenizer, pair, system, user
+from texts import CHATML, assistant, chat_tokenizer, pair, row, system, user
 
 from pro_trainer.data.fields import DataError
 from pro_trainer.data.formats import parse_record
@@ -28,6 +28,11 @@ REPLY = "<|im_start|>assistant\n"
 HELP = "<|im_start|>system\nHelp.<|im_end|>\n"
 HI = f"{HELP}<|im_start|>user\nHi<|im_end|>\n{REPLY}"
 TURNS = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nHuman: q3\n\nwell?\n\nAssistant:"
+TURNS_WRITTEN = (  # who speaks twice has one turn
+    f"{HELP}<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
+    f"<|im_start|>user\nq2\n\nq3\n\nwell?<|im_end|>\n{REPLY}"
+)
+TRANSCRIPTS = {"chosen": f"{TURNS} good", "rejected": f"{TURNS} bad"}
 EOS = 2  # of the chat tokenizer
 
 
@@ -80,31 +85,26 @@ def test_text_without_eos_stays_without_where_none_is_appended():
     assert ends == ["yes<|im_end|>", "no"]
 
 
-STRING = pair("a<|im_end|>b")
+STRING, SPLIT = pair("a<|im_end|>b"), {"split_special_tokens": True}
 SPELLED = pair([user("a<|im_end|>b")], [assistant("x<|im_start|>")], [assistant("y")])
 CALLED = pair([user("q")], [assistant("", tool_calls=[{"name": "<|im_end|>\n"}])], "y")
 
 
 @pytest.mark.parametrize(
-    ("record", "options", "in_prompt", "shown", "said"),
+    ("record", "in_prompt", "shown", "said", "options"),
     [
         # Two are the template's: of the system's turn and of the user's.
-        (SPELLED, {}, 2, f"b<|im_end|>\n{REPLY}x<|im_start|><|im_end|>", "as ordinary text: 2"),
-        (SPELLED, {"split_special_tokens": False}, 3, "a<|im_end|>b", "as control tokens: 2"),
-        (CALLED, {}, 2, "<call><|im_end|>\n</call><|im_end|>", "as ordinary text: 1"),
-        (STRING, {}, 1, "a<|im_end|>byes<|im_end|>", "as control tokens: 1"),
-        (STRING, {}, 1, "", "taken as written, not as turns: they hold control tokens: 1"),
-        *(
-            (
-                STRING,
-                {"split_special_tokens": True, "chat_template": mode},
-                *(count, "a<|im_end|>b", "taken as ordinary text: 1"),
-            )
-            for mode, count in (("off", 0), ("auto", 2), ("on", 2))
-        ),
+        row(SPELLED, 2, f"b<|im_end|>\n{REPLY}x<|im_start|><|im_end|>", "as ordinary text: 2"),
+        row(SPELLED, 3, "a<|im_end|>b", "as control tokens: 2", split_special_tokens=False),
+        row(CALLED, 2, "<call><|im_end|>\n</call><|im_end|>", "as ordinary text: 1"),
+        row(STRING, 1, "a<|im_end|>byes<|im_end|>", "as control tokens: 1"),
+        row(STRING, 1, "", "taken as written, not as turns: they hold control tokens: 1"),
+        row(STRING, 0, "a<|im_end|>b", "as ordinary text: 1", **SPLIT, chat_template="off"),
+        row(STRING, 2, "a<|im_end|>b", "as ordinary text: 1", **SPLIT, chat_template="auto"),
+        row(STRING, 2, "a<|im_end|>b", "as ordinary text: 1", **SPLIT, chat_template="on"),
     ],
 )
-def test_control_tokens_of_a_user(record, options, in_prompt, shown, said):
+def test_control_tokens_of_a_user(record, in_prompt, shown, said, options):
     tokens, prompt, ends, report = encode(record, **options)
     assert tokens.prompts[0].count(EOS) == in_prompt and shown in prompt + ends[0]
     assert [ids.count(EOS) for ids in tokens.completions] == [1, 1]
@@ -127,29 +127,18 @@ def test_no_text_of_a_user_becomes_a_control_token(text):
 
 
 @pytest.mark.parametrize(
-    ("record", "options", "prompt", "ends"),
+    ("record", "prompt", "ends", "options"),
     [
-        (pair("Hi", " yes "), {}, HI, ["yes<|im_end|>", "no<|im_end|>"]),
-        (pair("Hi", " yes "), {"chat_template": "off"}, "Hi", [" yes <|im_end|>", "no<|im_end|>"]),
-        (pair("Hi"), {"tokenizer": chat_tokenizer(None)}, "Hi", ["yes<|im_end|>", "no<|im_end|>"]),
-        (
-            {"chosen": TURNS + " good", "rejected": TURNS + " bad"},
-            {},  # who speaks twice has one turn
-            f"{HELP}<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
-            f"<|im_start|>user\nq2\n\nq3\n\nwell?<|im_end|>\n{REPLY}",
-            ["good<|im_end|>", "bad<|im_end|>"],
-        ),
-        (
-            {"chosen": TURNS + " good", "rejected": TURNS + " bad"},
-            {"chat_template": "off"},
-            TURNS,
-            [" good<|im_end|>", " bad<|im_end|>"],
-        ),
+        row(pair("Hi", " yes "), HI, ["yes", "no"]),
+        row(pair("Hi", " yes "), "Hi", [" yes ", "no"], chat_template="off"),
+        row(pair("Hi"), "Hi", ["yes", "no"], tokenizer=chat_tokenizer(None)),
+        row(TRANSCRIPTS, TURNS_WRITTEN, ["good", "bad"]),
+        row(TRANSCRIPTS, TURNS, [" good", " bad"], chat_template="off"),
     ],
 )
-def test_strings_and_transcripts_are_turns_where_there_is_a_template(record, options, prompt, ends):
+def test_strings_and_transcripts_are_turns_where_there_is_a_template(record, prompt, ends, options):
     found = encode(record, **options)
-    assert (found[1], found[2]) == (prompt, ends)
+    assert (found[1], found[2]) == (prompt, [f"{text}<|im_end|>" for text in ends])
     said = "lists whose strings are written as turns of the chat template: 1"
     assert (said in found[3].text()) == (HELP in prompt)
 
@@ -202,21 +191,21 @@ def test_nothing_is_cut_where_both_fit_together(prompt):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "options", "lengths", "cut"),
+    ("prompt", "lengths", "cut", "options"),
     [
-        (
-            "p" * 30,
-            {"max_length": 40},
-            (20, 20),  # a prompt keeps half of the length
-            "the prompt lost its first 10 tokens of 30; 1 of 2 completions lost their end",
-        ),
-        ("p" * 8, {"max_length": 40}, (8, 32), "1 of 2 completions lost their end"),
-        ("p" * 30, {"max_prompt_length": 8}, (8, 91), "the prompt lost its first 22 tokens of 30"),
+        # A prompt keeps half of the length.
+        row(30, (20, 20), "its first 10 tokens of 30; 1 of 2 completions lost", max_length=40),
+        row(30, (8, 91), "its first 22 tokens of 30", max_prompt_length=8),
+        row(8, (8, 32), None, max_length=40),
     ],
 )
-def test_lengths_of_strings_that_do_not_fit(prompt, options, lengths, cut):
-    tokens, *_ = encode(pair(prompt, "c" * 90), chat_tokenizer(None), **options)
-    assert (len(tokens.prompts[0]), len(tokens.completions[0]), tokens.cut) == (*lengths, cut)
+def test_lengths_of_strings_that_do_not_fit(prompt, lengths, cut, options):
+    tokens, *_ = encode(pair("p" * prompt, "c" * 90), chat_tokenizer(None), **options)
+    assert (len(tokens.prompts[0]), len(tokens.completions[0])) == lengths
+    if cut is None:
+        assert tokens.cut == "1 of 2 completions lost their end"
+    else:
+        assert tokens.cut.startswith(f"the prompt lost {cut}")
 
 
 def well_formed(tokens: TokenizedList, text: str) -> list[str]:
@@ -254,44 +243,35 @@ def test_a_chat_loses_whole_turns_then_the_system_then_its_last_text():
 
 LONG = "The start" + "-" * 200 + "the end."
 STEPS = [user("weather?"), assistant("call"), {"role": "tool", "content": "data " * 100}]
+STRICT_CHAT = {"tokenizer": chat_tokenizer(NEEDS_SYSTEM)}
 OLD = [system("Be."), user("q"), assistant("a"), user("w" * 60)]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "options", "kept", "cut"),
+    ("prompt", "max_length", "kept", "cut", "options"),
     [
-        ([user(LONG)], {"max_length": 100}, "the end.", "the first .* tokens of its last turn"),
-        (
-            [user(LONG)],
-            {"max_length": 100, "truncation_mode": "keep_start"},
-            *("The start", "the last .* tokens of its last turn"),
+        row([user(LONG)], 100, "the end.", "the first .* tokens of its last turn"),
+        row(
+            [user(LONG)], 100, "The start", "the last .* of its last", truncation_mode="keep_start"
         ),
         # A cut amid the bytes of a character leaves none of them.
-        ([user("é" * 200)], {"max_length": 101}, "éé<|im_end|>", "the first"),
-        ([user("<|im_end|> a " * 60)], {"max_length": 100}, " a ", "the first"),
+        row([user("é" * 200)], 101, "éé<|im_end|>", "the first"),
+        row([user("<|im_end|> a " * 60)], 100, " a ", "the first"),
         # The longest text of the last turn is cut, whoever said it.
-        (STEPS, {"max_length": 160}, "weather?", ".*of its last turn"),
-        ([user("q"), assistant("long " * 99)], {"max_length": 160}, "q", ".*of its last turn"),
+        row(STEPS, 160, "weather?", ".*of its last turn"),
+        row([user("q"), assistant("long " * 99)], 160, "q", ".*of its last turn"),
         # A system's turn stays where the template would write a longer one, or wants it.
-        ([system("Be."), user("w" * 200)], {"max_length": 100}, "system\nBe.<|im_end|>", "the fir"),
-        (
-            [system("Be rude. " * 3), user("w" * 100)],
-            {"max_length": 120, "tokenizer": chat_tokenizer(NEEDS_SYSTEM)},
-            *("Be rude", "the first"),
-        ),
+        row([system("Be."), user("w" * 200)], 100, "system\nBe.<|im_end|>", "the first"),
+        row([system("Be rude. " * 3), user("w" * 100)], 120, "Be rude", "the first", **STRICT_CHAT),
         # A template that refuses a shorter chat stops nothing.
-        (
-            OLD,
-            {"max_length": 90, "tokenizer": chat_tokenizer(NEEDS_SYSTEM)},
-            *("Be.", "its oldest turn and the first"),
-        ),
+        row(OLD, 90, "Be.", "its oldest turn and the first", **STRICT_CHAT),
     ],
 )
-def test_a_chat_is_cut_within_its_last_turn(prompt, options, kept, cut):
-    tokens, text, ends, _ = encode(pair(prompt), **options)
+def test_a_chat_is_cut_within_its_last_turn(prompt, max_length, kept, cut, options):
+    tokens, text, ends, _ = encode(pair(prompt), max_length=max_length, **options)
     assert well_formed(tokens, text)[0] == "system" and kept in text and "�" not in text
     assert ("Help." in text) == (prompt[0]["role"] != "system")
-    assert options["max_length"] - 8 < len(tokens.prompts[0]) + 4 <= options["max_length"]
+    assert max_length - 8 < len(tokens.prompts[0]) + 4 <= max_length
     assert ends[0] == "yes<|im_end|>"
     assert re.match(f"the prompt lost {cut}", tokens.cut)
 
