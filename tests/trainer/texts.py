@@ -1,9 +1,17 @@
-"""Messages, preference pairs and a chat tokenizer, shared by the tests of data and text."""
+"""Messages, preference pairs, a chat tokenizer and saved models, shared by the trainer's tests."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 CHATML = """{% if messages[0].role != 'system' %}<|im_start|>system
 Help.<|im_end|>
@@ -58,3 +66,28 @@ def chat_tokenizer(template: str | None = CHATML, bos: bool = False) -> PreTrain
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = template
     return tokenizer
+
+
+def save(folder: Path, model: PreTrainedModel, tokenizer: object) -> str:
+    """Write a model and its tokenizer; the folder's path."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def classifier(vocabulary: int, labels: int = 1) -> LlamaForSequenceClassification:
+    """A tiny sequence classifier: a reward model where it has one label."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=labels,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(1)
+    return LlamaForSequenceClassification(config)
