@@ -7,8 +7,8 @@ import copy
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from texts import bytes_tokenizer, user
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from pro_trainer.prepare.draws import TokenPicker
 from pro_trainer.prepare.sampling import bleu, prompt_limit, sample
@@ -23,12 +23,23 @@ PROMPTS = ["a", "a much longer prompt than the others: ", "middle one", "b?"]
 
 
 @pytest.fixture(scope="module")
-def model_and_tokenizer(tiny):
+def shared_model(tiny):
     """A model whose tokens are sure enough of themselves to end texts now and then."""
-    model, tokenizer = copy.deepcopy(tiny[0]), ByT5Tokenizer(extra_ids=0)
+    model = copy.deepcopy(tiny[0])
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
-    return model, tokenizer
+    return model
+
+
+@pytest.fixture
+def model(shared_model):
+    """The same, to be changed."""
+    return copy.deepcopy(shared_model)
+
+
+@pytest.fixture
+def tokenizer():
+    return ByT5Tokenizer(extra_ids=0)
 
 
 def draw(model, tokenizer, prompts, seeds=None, **options):
@@ -36,31 +47,39 @@ def draw(model, tokenizer, prompts, seeds=None, **options):
     return sample(model, tokenizer, prompts, seeds=seeds or range(len(prompts)), **options)
 
 
-def test_a_prompt_is_continued_the_same_alone_and_in_any_batch(model_and_tokenizer):
-    together = draw(*model_and_tokenizer, PROMPTS, batch_size=8, top_p=0.9)
+@pytest.mark.parametrize("special", [True, False])
+def test_a_prompt_is_continued_the_same_alone_and_in_any_batch(model, tokenizer, special):
+    """Also by a tokenizer with neither a padding nor an end token."""
+    if not special:
+        tokenizer = bytes_tokenizer()
+        model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    together = draw(model, tokenizer, PROMPTS, batch_size=8, top_p=0.9)
     for i, prompt in enumerate(PROMPTS):
-        alone = draw(*model_and_tokenizer, [prompt], seeds=[i], batch_size=1, top_p=0.9)
+        alone = draw(model, tokenizer, [prompt], seeds=[i], batch_size=1, top_p=0.9)
         assert alone == [together[i]]
-    assert draw(*model_and_tokenizer, PROMPTS, batch_size=3, top_p=0.9) == together
+    assert draw(model, tokenizer, PROMPTS, batch_size=3, top_p=0.9) == together
     assert [len(texts) for texts in together] == [2] * len(PROMPTS)
     assert len({text for texts in together for text in texts}) == 2 * len(PROMPTS)
+    if not special:
+        assert tokenizer.pad_token is None
+        with pytest.raises(ValueError, match="the prompt is empty, and .* neither a BOS nor an E"):
+            draw(model, tokenizer, [""])
 
 
-def test_seeds_and_not_the_global_state_decide(model_and_tokenizer):
+def test_seeds_and_not_the_global_state_decide(model, tokenizer):
     torch.manual_seed(1)
-    first = draw(*model_and_tokenizer, PROMPTS)
     state = torch.get_rng_state()
-    torch.manual_seed(2)
-    assert draw(*model_and_tokenizer, PROMPTS) == first
-    assert draw(*model_and_tokenizer, PROMPTS, seeds=[9, 8, 7, 6]) != first
-    torch.manual_seed(1)
-    draw(*model_and_tokenizer, PROMPTS)
+    first = draw(model, tokenizer, PROMPTS)
     assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert draw(model, tokenizer, PROMPTS) == first
+    assert draw(model, tokenizer, PROMPTS, seeds=[9, 8, 7, 6]) != first
+    assert draw(model, tokenizer, [], seeds=[]) == []
 
 
-def test_greedy_is_the_argmax_of_the_plain_model(model_and_tokenizer):
-    model, tokenizer = model_and_tokenizer
-    for prompt in PROMPTS:
+def test_greedy_is_the_argmax_of_the_plain_model(model, tokenizer):
+    texts = sample(model, tokenizer, PROMPTS, max_new_tokens=10, do_sample=False)
+    for prompt, found in zip(PROMPTS, texts, strict=True):
         ids, _ = Encoder(tokenizer).prompt(prompt)
         expected = []
         for _ in range(10):
@@ -68,8 +87,7 @@ def test_greedy_is_the_argmax_of_the_plain_model(model_and_tokenizer):
             expected.append(int(logits[0, -1].argmax()))
             if expected[-1] == tokenizer.eos_token_id:
                 break
-        texts = sample(model, tokenizer, PROMPTS, max_new_tokens=10, do_sample=False)
-        assert texts[PROMPTS.index(prompt)] == [tokenizer.decode(expected, True)]
+        assert found == [tokenizer.decode(expected, True)]
 
 
 def test_tokens_are_drawn_from_the_tempered_and_cut_distribution():
@@ -92,87 +110,55 @@ def test_tokens_are_drawn_from_the_tempered_and_cut_distribution():
     assert TokenPicker(edges, 1.0, 1.0)(None, logits).argmax(-1).tolist() == [1, 2]
 
 
-def test_logits_that_are_not_numbers_are_an_error(model_and_tokenizer):
-    model, tokenizer = copy.deepcopy(model_and_tokenizer[0]), model_and_tokenizer[1]
+def test_logits_that_are_not_numbers_are_an_error(model, tokenizer):
     with torch.no_grad():
         model.lm_head.weight[5] = torch.nan
     with pytest.raises(ValueError, match="not finite numbers"):
         draw(model, tokenizer, ["x"])
 
 
-def test_modes_config_and_tokenizer_are_left_as_they_were(model_and_tokenizer):
-    model, tokenizer = copy.deepcopy(model_and_tokenizer)
+def test_modes_config_and_tokenizer_are_left_as_they_were(shared_model, model, tokenizer):
     model.train()
     model.model.layers[0].eval()
     tokenizer.padding_side = "right"
     config = model.generation_config
     config.repetition_penalty = 1.7  # of the checkpoint; not for us, and not to be lost
-    plain = draw(*model_and_tokenizer, PROMPTS)
-    assert draw(model, tokenizer, PROMPTS) == plain
-    assert model.generation_config is config and config.repetition_penalty == 1.7
-    assert model.training and not model.model.layers[0].training
-    assert model.model.layers[1].training and tokenizer.padding_side == "right"
+    changed = draw(model, tokenizer, PROMPTS)
+    assert changed == draw(shared_model, ByT5Tokenizer(extra_ids=0), PROMPTS)
+    assert config.repetition_penalty == 1.7 and tokenizer.padding_side == "right"
+    assert not model.model.layers[0].training and model.model.layers[1].training
     with pytest.raises(RuntimeError), torch.no_grad():
         model.model.embed_tokens.weight.resize_(1, 1)
         draw(model, tokenizer, PROMPTS)
     assert model.generation_config is config and model.training
 
 
-def test_text_ends_at_eos_and_before_a_stop_string(model_and_tokenizer):
-    model, tokenizer = model_and_tokenizer
-    ((plain,),) = draw(model, tokenizer, ["abc"], num_samples=1, max_new_tokens=40)
+def test_text_ends_at_eos_and_before_a_stop_string(model, tokenizer, monkeypatch):
+    def continued(**options):
+        options = {"num_samples": 1, "max_new_tokens": 40, **options}
+        return draw(model, tokenizer, ["abc"], **options)[0][0]
+
+    plain = continued()
     stop = plain[5:7]
-    ((cut,),) = draw(
-        model, tokenizer, ["abc"], num_samples=1, max_new_tokens=40, stop_strings=["never", stop]
-    )
-    assert cut == plain[: plain.index(stop)] and stop in plain
-    ending = copy.deepcopy(model)
-    ending.generation_config.eos_token_id = [tokenizer(plain[4])["input_ids"][0]]
-    ((ended,),) = draw(ending, tokenizer, ["abc"], num_samples=1, max_new_tokens=40)
-    assert ended == plain[: plain.index(plain[4])]
+    assert stop in plain and continued(stop_strings=["never", stop]) == plain[: plain.index(stop)]
+    model.generation_config.eos_token_id = [tokenizer(plain[4])["input_ids"][0]]
+    assert continued() == plain[: plain.index(plain[4])]
 
-
-def test_a_stop_string_ends_the_work(model_and_tokenizer, monkeypatch):
-    model, tokenizer = model_and_tokenizer
     steps = []
-    monkeypatch.setattr(
-        TokenPicker, "__call__", lambda self, ids, scores: (steps.append(1), _only(scores, 68))[1]
-    )
-    draw(model, tokenizer, ["abc"], max_new_tokens=30, stop_strings=["AA"])
-    assert len(steps) == 2  # token 68 is the letter A
+
+    def only_a(self, ids, scores):
+        steps.append(1)
+        letters = torch.full_like(scores, -torch.inf)
+        letters[:, tokenizer("A")["input_ids"][0]] = 0
+        return letters
+
+    monkeypatch.setattr(TokenPicker, "__call__", only_a)
+    continued(stop_strings=["AA"])
+    assert len(steps) == 2  # a stop string ends the work
 
 
-def _only(scores, token):
-    scores = torch.full_like(scores, -torch.inf)
-    scores[:, token] = 0
-    return scores
-
-
-@pytest.fixture(scope="module")
-def bare_tokenizer():
-    """Bytes without a single special token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bare = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bare.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bare)
-
-
-def test_a_tokenizer_with_neither_pad_nor_eos(model_and_tokenizer, bare_tokenizer):
-    model = copy.deepcopy(model_and_tokenizer[0])
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    together = draw(model, bare_tokenizer, PROMPTS, batch_size=8)
-    assert all(together[0])
-    for i, prompt in enumerate(PROMPTS):
-        assert draw(model, bare_tokenizer, [prompt], seeds=[i], batch_size=1) == [together[i]]
-    assert bare_tokenizer.pad_token is None
-    with pytest.raises(ValueError, match="the prompt is empty, and .* neither a BOS nor an EOS"):
-        draw(model, bare_tokenizer, [""])
-
-
-def test_messages_go_through_the_chat_template(model_and_tokenizer):
-    model, tokenizer = copy.deepcopy(model_and_tokenizer)
-    messages = ({"role": "user", "content": "hi"},)
+def test_messages_go_through_the_chat_template(model, tokenizer):
+    messages = (user("hi"),)
     with pytest.raises(ValueError, match="needs a chat template"):
         draw(model, tokenizer, [messages])
     tokenizer.chat_template = TEMPLATE
@@ -184,11 +170,10 @@ def test_messages_go_through_the_chat_template(model_and_tokenizer):
         draw(model, tokenizer, [messages])
 
 
-def test_prompts_are_cut_to_what_the_context_leaves():
-    torch.manual_seed(0)
+def test_prompts_are_cut_to_what_the_context_leaves(tokenizer):
     ends = {"bos_token_id": None, "eos_token_id": None}
     config = GPT2Config(vocab_size=300, n_positions=24, n_embd=16, n_layer=1, n_head=2, **ends)
-    model, tokenizer = GPT2LMHeadModel(config), ByT5Tokenizer(extra_ids=0)
+    model = GPT2LMHeadModel(config)
     prompt = "x" * 30 + "the end of it"
     whole = draw(model, tokenizer, [prompt], max_new_tokens=14)
     assert whole == draw(model, tokenizer, [prompt[-10:]], max_new_tokens=14)
@@ -199,21 +184,16 @@ def test_prompts_are_cut_to_what_the_context_leaves():
         draw(model, tokenizer, [prompt], max_new_tokens=24)
 
 
-def test_prompt_ids_have_no_end_token_and_are_never_empty(model_and_tokenizer):
-    tokenizer = copy.deepcopy(model_and_tokenizer[1])
+def test_prompt_ids_have_no_end_token_and_are_never_empty(tokenizer):
     assert tokenizer("ab")["input_ids"][-1] == tokenizer.eos_token_id  # ByT5 appends one
-
-    def prompt_ids(prompt):
-        return Encoder(tokenizer).prompt(prompt)[0]
-
-    assert prompt_ids("ab") == tokenizer("ab", add_special_tokens=False)["input_ids"]
-    assert prompt_ids("a</s>")[-1] == tokenizer.eos_token_id  # the prompt's own
-    assert prompt_ids("") == [tokenizer.eos_token_id]
+    bare = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    eos = tokenizer.eos_token_id  # of "a</s>" it is the prompt's own
+    for prompt, ids in (("ab", bare), ("a</s>", [bare[0], eos]), ("", [eos])):
+        assert Encoder(tokenizer).prompt(prompt)[0] == ids
 
 
-def test_a_peft_model_samples_with_its_adapter(model_and_tokenizer):
+def test_a_peft_model_samples_with_its_adapter(model, tokenizer):
     peft = pytest.importorskip("peft")
-    model, tokenizer = copy.deepcopy(model_and_tokenizer)
     plain = draw(model, tokenizer, PROMPTS)
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config)
@@ -236,16 +216,12 @@ def test_a_peft_model_samples_with_its_adapter(model_and_tokenizer):
         ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
     ],
 )
-def test_bad_options(model_and_tokenizer, options, message):
+def test_bad_options(shared_model, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
-        draw(*model_and_tokenizer, PROMPTS, **options)
+        draw(shared_model, tokenizer, PROMPTS, **options)
 
 
-def test_no_prompts_give_no_texts(model_and_tokenizer):
-    assert draw(*model_and_tokenizer, [], seeds=[]) == []
-
-
-def test_bleu():
+def test_bleu(monkeypatch):
     pytest.importorskip("sacrebleu")
     reference = "the cat sat on the mat today"
     assert bleu([reference], [reference]) == pytest.approx(100)
@@ -255,9 +231,6 @@ def test_bleu():
     )
     with pytest.raises(ValueError, match="2 hypotheses and 1 references"):
         bleu(["a", "b"], ["a"])
-
-
-def test_bleu_without_sacrebleu_names_the_extra(monkeypatch):
     real = builtins.__import__
 
     def no_sacrebleu(name, *args, **kwargs):
