@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import pro_kernels as pk
 from pro_trainer.batch.collate import PROCollator
@@ -44,26 +46,21 @@ def test_all_outputs_of_the_official_code(shared, name):
     check_golden(shared / "golden" / f"{name}.npz")
 
 
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS = {
     "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
     "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen2 untied": ("Qwen2Config", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
-    "gpt2": ("GPT2Config", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
-    "gpt2 untied": (
-        "GPT2Config",
-        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False},
-    ),
+    "gpt2": ("GPT2Config", NO_DROPOUT),
+    "gpt2 untied": ("GPT2Config", NO_DROPOUT | {"tie_word_embeddings": False}),
 }
-FORMS = ("padded", "lists")
 VOCABULARY = 61
 
 
 @pytest.fixture(scope="module")
 def models():
     """Tiny models by name, in fp32, with random biases and without dropout."""
-    import transformers
-
     made = {}
     for name, (config_class, options) in MODELS.items():
         shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -113,78 +110,59 @@ def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_same(model, features: list[dict], form: str, sft_weight: float = 0.05) -> None:
-    """The trainer's step in a form against the official procedure: loss, every gradient."""
+def check_same(model, features: list[dict], sft_weight: float = 0.05) -> None:
+    """The trainer's step in each form against the official procedure: loss, every gradient."""
     official = official_loss(model, official_batch(features, PAD), sft_weight)
     expected = gradients(model, official.loss)
-    batch = PROCollator(PAD, form=form, official=True)(features)
     config = LossOptions(compat="official", sft_weight=sft_weight)
-    with pk.distinct_rows(model) if form == "lists" else contextlib.nullcontext():
-        ours = batch_loss(pk.OpenModel(model), batch, config).loss
-        found = gradients(model, ours)
-    assert ours.item() == pytest.approx(official.loss.item(), rel=1e-5)
-    for name, grad in found.items():
-        error = (grad - expected[name]).norm() / expected[name].norm()
-        assert error <= 1e-5, f"{name}: {error:.1e}"
+    for form in ("padded", "lists"):
+        batch = PROCollator(PAD, form=form, official=True)(features)
+        with pk.distinct_rows(model) if form == "lists" else contextlib.nullcontext():
+            ours = batch_loss(pk.OpenModel(model), batch, config).loss
+            found = gradients(model, ours)
+        assert ours.item() == pytest.approx(official.loss.item(), rel=1e-5), form
+        for name, grad in found.items():
+            error = (grad - expected[name]).norm() / expected[name].norm()
+            assert error <= 1e-5, f"{form}: {name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("num_prompts", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_trainers_step_equals_the_official_one(models, name, num_prompts, n, form):
-    check_same(models[name], make_features(num_prompts, n), form)
+def test_the_trainers_step_equals_the_official_one(models, name, num_prompts, n):
+    check_same(models[name], make_features(num_prompts, n))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_without_the_sft_term(models, name, form):
-    check_same(models[name], make_features(3, 4), form, sft_weight=0.0)
+def hard_lists() -> dict[str, tuple[str, list[dict], float]]:
+    """A model, lists and a weight of the SFT term by what is hard about them."""
+    common = make_features(1, 3)[0]["prompts"][0]
+    own_prompts, alike, unpadded, unsorted = (make_features(2, 3) for _ in range(4))
+    own_prompts[0]["prompts"] = [common, [*common, 5, 6], [*common[:2], 7]]
+    alike[1]["completions"] = [[5, 6, 7, 8], [5, 6, 9], [5]]
+    for feature in unpadded:
+        feature |= {"prompts": [[4, 5, 6]], "completions": [[7 + i, 8, 9 + i] for i in range(3)]}
+    unsorted[0]["sft_index"] = 1
+    unsorted[1] |= {"sft_index": 2, "rewards": [0.2, 0.7, 0.4]}
+    return {
+        "all rewards equal: only the SFT term": ("llama", make_features(2, 2, ties=True), 0.05),
+        **{f"ties of {n}": ("llama", make_features(2, n, ties=True), 0.05) for n in (3, 4, 5)},
+        **{f"{x} without SFT": (x, make_features(3, 4), 0.0) for x in ("llama", "gpt2")},
+        "another sft_index, unsorted rewards": ("qwen2", unsorted, 0.05),
+        "a prompt for each candidate": ("llama", own_prompts, 0.05),
+        "completions that begin alike": ("llama", alike, 0.05),
+        "no row is padded": ("llama", unpadded, 0.05),
+    }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("n", [3, 4, 5])
-def test_with_ties(models, n, form):
-    check_same(models["llama"], make_features(2, n, ties=True), form)
+@pytest.mark.parametrize("name", hard_lists())
+def test_the_step_equals_the_official_one_on_hard_lists(models, name):
+    model, features, sft_weight = hard_lists()[name]
+    check_same(models[model], features, sft_weight)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_with_all_rewards_equal_only_the_sft_term_is_left(models, form):
-    features = make_features(2, 2, ties=True)
-    check_same(models["llama"], features, form)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_with_another_sft_index_and_unsorted_rewards(models, form):
-    features = make_features(3, 3)
-    for i, feature in enumerate(features):
-        feature["sft_index"] = i
-    features[1]["rewards"] = [0.2, 0.7, 0.4]
-    check_same(models["qwen2"], features, form)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_with_a_prompt_of_its_own_for_each_candidate(models, form):
-    features = make_features(2, 3)
-    common = features[0]["prompts"][0]
-    features[0]["prompts"] = [common, [*common, 5, 6], [*common[:2], 7]]
-    check_same(models["llama"], features, form)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_where_completions_begin_alike(models, form):
-    features = make_features(2, 3)
-    features[1]["completions"] = [[5, 6, 7, 8], [5, 6, 9], [5]]
-    check_same(models["llama"], features, form)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_where_no_row_is_padded(models, form):
-    features = make_features(2, 3)
-    for feature in features:
-        feature["prompts"] = [[4, 5, 6]]
-        feature["completions"] = [[7 + i, 8, 9 + i] for i in range(3)]
-    check_same(models["llama"], features, form)
+def official_targets(batch: dict) -> torch.Tensor:
+    names = ("input_ids", "attention_mask", "prefix_mask")
+    return pk.reference.official_targets(*(batch[name] for name in names))
 
 
 def test_batch_is_laid_out_as_the_authors_collator_does():
@@ -199,64 +177,45 @@ def test_batch_is_laid_out_as_the_authors_collator_does():
         [[5, 6, 7, 8, 9], [5, 6, 7, 10, PAD]],
         [[11, 14, 15, 16, 17], [12, 13, 18, PAD, PAD]],
     ]
-    assert batch["attention_mask"].tolist() == [
-        [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]],
-        [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]],
-    ]
-    assert batch["prefix_mask"].tolist() == [
-        [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]],
-        [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0]],
-    ]
+    assert batch["attention_mask"].sum(-1).tolist() == [[5, 4], [5, 3]]
+    assert batch["prefix_mask"].sum(-1).tolist() == [[2, 2], [0, 1]]
+    for name in ("attention_mask", "prefix_mask"):  # ones, then zeros
+        assert (batch[name].diff(dim=-1) <= 0).all()
     assert batch["rewards"].dtype == torch.float32 and batch["sft_index"].tolist() == [0, 1]
-    targets = pk.reference.official_targets(
-        batch["input_ids"], batch["attention_mask"], batch["prefix_mask"]
-    )
-    scored = (targets != -100).sum(-1)
+    scored = (official_targets(batch) != -100).sum(-1)
     # Every completion token; in a padded row the position after the last one too.
     assert scored.tolist() == [[2, 2], [4, 2]]
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [1, 2, 4])
 def test_loss_of_logits_is_the_reference_with_compat_official(n):
     batch = official_batch(make_features(3, n), PAD)
     logits = torch.randn(*batch["input_ids"].shape, VOCABULARY, requires_grad=True)
-    loss = loss_of_logits(lambda i: logits[:, i], batch, dtype=logits.dtype).loss
-    (ours,) = torch.autograd.grad(loss, logits)
-    targets = pk.reference.official_targets(
-        batch["input_ids"], batch["attention_mask"], batch["prefix_mask"]
-    )
-    out = pk.reference.pro_loss(
-        logits, targets, batch["rewards"], sft_index=batch["sft_index"], compat="official"
-    )
-    torch.testing.assert_close(loss, out.loss, rtol=1e-6, atol=0)
-    (expected,) = torch.autograd.grad(out.loss, logits)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-9)
-
-
-def test_one_candidate_has_loss_and_gradient_zero():
-    batch = official_batch(make_features(2, 1), PAD)
-    logits = torch.randn(*batch["input_ids"].shape, VOCABULARY, requires_grad=True)
     out = loss_of_logits(lambda i: logits[:, i], batch, dtype=logits.dtype)
-    out.loss.backward()
-    assert out.loss == 0 and out.rank_losses.numel() == 0 and (logits.grad == 0).all()
+    (ours,) = torch.autograd.grad(out.loss, logits)
+    if n == 1:  # nothing is ranked
+        assert out.loss == 0 and out.rank_losses.numel() == 0 and (ours == 0).all()
+        return
+    expected = pk.reference.pro_loss(
+        logits,
+        official_targets(batch),
+        batch["rewards"],
+        sft_index=batch["sft_index"],
+        compat="official",
+    ).loss
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-9)
 
 
-def test_terms_are_cast_to_the_hidden_states_dtype(models):
-    import copy
-
-    batch = official_batch(make_features(2, 3), PAD)
-    exact = official_loss(models["llama"], batch)
-    rounded = official_loss(copy.deepcopy(models["llama"]).bfloat16(), batch)
-    assert exact.loss.dtype == torch.float32
+def test_terms_are_cast_to_the_hidden_states_dtype_and_forward_arguments_change_nothing(models):
+    batch, model = official_batch(make_features(2, 3), PAD), models["llama"]
+    exact = official_loss(model, batch, use_cache=False)
+    published = official_loss(model, batch, use_cache=True, output_hidden_states=True)
+    assert exact.loss == published.loss and exact.loss.dtype == torch.float32
+    rounded = official_loss(copy.deepcopy(model).bfloat16(), batch)
     assert rounded.loss.dtype == rounded.rank_losses.dtype == torch.bfloat16
     assert rounded.loss.item() == pytest.approx(exact.loss.item(), rel=0.1)
-
-
-def test_the_authors_forward_arguments_change_nothing(models):
-    batch = official_batch(make_features(2, 3), PAD)
-    lean = official_loss(models["llama"], batch, use_cache=False)
-    published = official_loss(models["llama"], batch, use_cache=True, output_hidden_states=True)
-    assert lean.loss == published.loss
 
 
 @pytest.mark.parametrize(
@@ -264,10 +223,7 @@ def test_the_authors_forward_arguments_change_nothing(models):
     [
         (lambda f: f.clear(), "features must hold a list"),
         (lambda f: f[1]["completions"].pop(), r"lists of one length n, got features of n = \[3, 2"),
-        (
-            lambda f: f[1].update(rewards=None),
-            r"features\[1\] must have a reward for each",
-        ),
+        (lambda f: f[1].update(rewards=None), r"features\[1\] must have a reward for each"),
         (lambda f: f[0].update(prompts=[[]]), r"features\[0\] must have 1 or 3 prompts"),
         (lambda f: f[0].update(sft_index=3), r"sft_index in \[0, 3\), got 3"),
     ],
