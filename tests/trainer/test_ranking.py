@@ -21,6 +21,10 @@ LISTS = st.lists(
 )
 
 
+def near(values: dict[str, float]):
+    return pytest.approx(values, abs=1e-12, nan_ok=True)
+
+
 def mean(values: list[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
@@ -65,75 +69,58 @@ def naive_ndcg(candidates: list[tuple[float, float]]) -> float:
     return mean([dcg(order) for order in orders]) / ideal
 
 
+def naive_of_list(candidates: list[tuple[float, float]]) -> dict[str, float]:
+    """The metrics of a list with pairs, tau aside."""
+    pairs = [(a[0], b[0]) for a in candidates for b in candidates if a[1] > b[1]]
+    top = max(r for _, r in candidates)
+    best = [s for s, r in candidates if r == top]
+    rest = [s for s, r in candidates if r < top]
+    highest = max(s for s, _ in candidates)
+    return {
+        "top1_accuracy": all(r == top for s, r in candidates if s == highest),
+        "ndcg": naive_ndcg(candidates),
+        "rewards/chosen": mean([a for a, _ in pairs]),
+        "rewards/rejected": mean([b for _, b in pairs]),
+        "rewards/margins": mean([a - b for a, b in pairs]),
+        "rewards/accuracies": mean([a > b for a, b in pairs]),
+        "best_margin": mean(best) - mean(rest),
+        "best_accuracy": mean([b > r for b in best for r in rest]),
+    }
+
+
+def naive_pairs(lists: list[list[tuple[float, float]]]) -> list[tuple[float, bool]]:
+    """Gap in reward of each pair, by size, and whether the scores have it right."""
+    return sorted((a[1] - b[1], a[0] > b[0]) for x in lists for a in x for b in x if a[1] > b[1])
+
+
 def naive_metrics(lists: list[list[tuple[float, float]]]) -> dict[str, float]:
-    right: list[bool] = []
-    per_list: dict[str, list[float]] = {
-        name: []
-        for name in (
-            "top1_accuracy", "kendall_tau", "ndcg", "rewards/chosen", "rewards/rejected",
-            "rewards/margins", "rewards/accuracies", "best_margin", "best_accuracy",
-        )
-    }  # fmt: skip
-    for candidates in lists:
-        tau = naive_tau(candidates)
-        if not math.isnan(tau):
-            per_list["kendall_tau"].append(tau)
-        pairs = [(a, b) for a in candidates for b in candidates if a[1] > b[1]]
-        right += [a[0] > b[0] for a, b in pairs]
-        if not pairs:
-            continue
-        top = max(r for _, r in candidates)
-        best = [s for s, r in candidates if r == top]
-        rest = [s for s, r in candidates if r < top]
-        highest = max(s for s, _ in candidates)
-        per_list["top1_accuracy"].append(all(r == top for s, r in candidates if s == highest))
-        per_list["ndcg"].append(naive_ndcg(candidates))
-        per_list["rewards/chosen"].append(mean([a[0] for a, _ in pairs]))
-        per_list["rewards/rejected"].append(mean([b[0] for _, b in pairs]))
-        per_list["rewards/margins"].append(mean([a[0] - b[0] for a, b in pairs]))
-        per_list["rewards/accuracies"].append(mean([a[0] > b[0] for a, b in pairs]))
-        per_list["best_margin"].append(mean(best) - mean(rest))
-        per_list["best_accuracy"].append(mean([b > r for b in best for r in rest]))
+    right = [is_right for _, is_right in naive_pairs(lists)]
+    ranked = [naive_of_list(x) for x in lists if len({r for _, r in x}) > 1]
+    names = naive_of_list([(1.0, 1.0), (0.0, 0.0)])
+    taus = [tau for tau in map(naive_tau, lists) if not math.isnan(tau)]
     return {
         "pairwise_accuracy": mean(right),
-        **{name: mean(values) for name, values in per_list.items()},
+        "kendall_tau": mean(taus),
+        **{name: mean([one[name] for one in ranked]) for name in names},
         "pairs": len(right),
         "prompts": len(lists),
     }
 
 
 @settings(max_examples=150, deadline=None)
-@given(LISTS)
-def test_metrics_equal_loops_over_the_pairs(lists: list[list[tuple[float, float]]]) -> None:
-    expected = naive_metrics(lists)
-    got = ranking.ranking_metrics(*pad(lists))
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert got[name] == pytest.approx(value, abs=1e-12, nan_ok=True), name
-
-
-@settings(max_examples=50, deadline=None)
-@given(LISTS)
-def test_breakdown_by_size_is_the_metrics_of_those_lists(
-    lists: list[list[tuple[float, float]]],
-) -> None:
-    rows = ranking.metrics_by_candidates(ranking.list_statistics(*pad(lists)))
+@given(LISTS, st.integers(1, 5))
+def test_metrics_equal_loops_over_the_pairs(lists, quantiles):
+    statistics = ranking.list_statistics(*pad(lists))
+    assert ranking.ranking_metrics(*pad(lists)) == near(naive_metrics(lists))
+    rows = ranking.metrics_by_candidates(statistics)
     assert [row["candidates"] for row in rows] == sorted({len(x) for x in lists})
     for row in rows:
         same_size = [x for x in lists if len(x) == row["candidates"]]
-        expected = {"candidates": row["candidates"], **naive_metrics(same_size)}
-        assert row == pytest.approx(expected, abs=1e-12, nan_ok=True)
+        assert row == near({"candidates": row["candidates"], **naive_metrics(same_size)})
 
-
-@settings(max_examples=80, deadline=None)
-@given(LISTS, st.integers(1, 5))
-def test_gaps_divide_the_pairs_in_order(
-    lists: list[list[tuple[float, float]]], quantiles: int
-) -> None:
-    pairs = sorted((a[1] - b[1], a[0] > b[0]) for x in lists for a in x for b in x if a[1] > b[1])
+    pairs = naive_pairs(lists)
     rows = ranking.accuracy_by_reward_gap(*pad(lists), quantiles=quantiles)
-    assert len(rows) <= quantiles
-    assert sum(row["pairs"] for row in rows) == len(pairs)
+    assert len(rows) <= quantiles and sum(row["pairs"] for row in rows) == len(pairs)
     for row in rows:
         inside = [right for gap, right in pairs if row["gap_from"] <= gap <= row["gap_to"]]
         assert len(inside) == row["pairs"]  # equal gaps are never divided
@@ -142,14 +129,14 @@ def test_gaps_divide_the_pairs_in_order(
         assert one["gap_to"] < other["gap_from"]
 
 
-def test_gaps_without_ties_are_quarters() -> None:
+def test_gaps_without_ties_are_quarters():
     generator = torch.Generator().manual_seed(0)
     scores, rewards = torch.randn(2, 50, 4, generator=generator).double()
     rows = ranking.accuracy_by_reward_gap(scores, rewards, torch.ones(50, 4, dtype=torch.bool))
     assert [row["pairs"] for row in rows] == [75, 75, 75, 75]
 
 
-def test_score_by_rank_takes_off_the_mean_of_each_list() -> None:
+def test_score_by_rank_takes_off_the_mean_of_each_list():
     lists = [
         [(-10.0, 1.0), (-12.0, 0.0)],
         [(5.0, 0.0), (9.0, 3.0)],
@@ -169,21 +156,38 @@ def test_score_by_rank_takes_off_the_mean_of_each_list() -> None:
     assert math.isnan(rows[3]["standard_error"])
 
 
-def test_a_perfect_and_a_reversed_order() -> None:
-    rewards = torch.tensor([[3.0, 1.0, 0.0, -2.0]])
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    perfect = ranking.ranking_metrics(rewards * 0.1, rewards, mask)
-    for name in ("pairwise_accuracy", "top1_accuracy", "kendall_tau", "ndcg", "best_accuracy"):
-        assert perfect[name] == pytest.approx(1), name
-    reversed_ = ranking.ranking_metrics(-rewards, rewards, mask)
-    assert reversed_["kendall_tau"] == pytest.approx(-1)
-    assert reversed_["pairwise_accuracy"] == reversed_["top1_accuracy"] == 0
-    # gains 5, 3, 2, 0 at places 4, 3, 2, 1
-    dcg = 5 / math.log2(5) + 3 / 2 + 2 / math.log2(3)
-    assert reversed_["ndcg"] == pytest.approx(dcg / (5 + 3 / math.log2(3) + 2 / 2))
+ACCURACIES = ("pairwise_accuracy", "top1_accuracy", "best_accuracy")
+IDEAL = dict.fromkeys([*ACCURACIES, "kendall_tau", "ndcg"], 1)
+# Gains 5, 3, 2, 0 at places 4, 3, 2, 1.
+REVERSED_NDCG = (5 / math.log2(5) + 3 / 2 + 2 / math.log2(3)) / (5 + 3 / math.log2(3) + 2 / 2)
+WORST = {**dict.fromkeys(ACCURACIES, 0), "kendall_tau": -1, "ndcg": REVERSED_NDCG}
+FOUR = [3.0, 1.0, 0.0, -2.0]
 
 
-def test_names_shared_with_the_losses_mean_the_same() -> None:
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        ([[(reward * 0.1, reward) for reward in FOUR]], IDEAL),
+        ([[(-reward, reward) for reward in FOUR]], WORST),
+        # Constant scores earn nothing from the order of storage.
+        (
+            [[(0.0, 2.0), (0.0, 1.0), (0.0, 0.0)]],
+            {**dict.fromkeys(ACCURACIES, 0), "kendall_tau": math.nan},
+        ),
+        # A score of minus infinity ranks last.
+        (
+            [[(-1.0, 1.0), (-math.inf, 0.0)], [(-math.inf, 1.0), (-1.0, 0.0)]],
+            {"pairwise_accuracy": 0.5, "top1_accuracy": 0.5},
+        ),
+    ],
+)
+def test_metrics_of_orders_that_are_known(lists, expected):
+    got = ranking.ranking_metrics(*pad(lists))
+    assert {name: got[name] for name in expected} == near(expected)
+    assert (got["ndcg"] == pytest.approx(1)) == (expected is IDEAL)
+
+
+def test_names_shared_with_the_losses_mean_the_same():
     generator = torch.Generator().manual_seed(2)
     logps, rewards = torch.randn(2, 40, 5, generator=generator)
     lengths = torch.randint(1, 9, (40, 5), generator=generator)
@@ -199,23 +203,7 @@ def test_names_shared_with_the_losses_mean_the_same() -> None:
         assert ours[name] == pytest.approx(metrics[name].item(), abs=1e-6), name
 
 
-def test_constant_scores_earn_nothing_from_the_order_of_storage() -> None:
-    rewards = torch.tensor([[2.0, 1.0, 0.0]])
-    got = ranking.ranking_metrics(torch.zeros(1, 3), rewards, torch.ones(1, 3, dtype=torch.bool))
-    assert got["pairwise_accuracy"] == got["top1_accuracy"] == got["best_accuracy"] == 0
-    assert math.isnan(got["kendall_tau"])
-    assert got["ndcg"] < 1
-
-
-def test_scores_of_minus_infinity_rank_last() -> None:
-    scores = torch.tensor([[-1.0, -torch.inf], [-torch.inf, -1.0]])
-    got = ranking.ranking_metrics(
-        scores, torch.tensor([[1.0, 0.0]] * 2), torch.ones(2, 2, dtype=torch.bool)
-    )
-    assert got["pairwise_accuracy"] == got["top1_accuracy"] == 0.5
-
-
-def test_many_lists_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_lists_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch):
     generator = torch.Generator().manual_seed(1)
     scores, rewards = torch.randint(0, 4, (2, 37, 5), generator=generator).float()
     mask = torch.rand(37, 5, generator=generator) < 0.8
@@ -231,7 +219,7 @@ def test_many_lists_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("lists", [0, 2])
-def test_without_candidates_nothing_is_defined(lists: int) -> None:
+def test_without_candidates_nothing_is_defined(lists: int):
     empty = torch.zeros(lists, 3)
     got = ranking.ranking_metrics(empty, empty, empty.bool())
     assert got["prompts"] == lists and got["pairs"] == 0
@@ -240,43 +228,32 @@ def test_without_candidates_nothing_is_defined(lists: int) -> None:
     assert ranking.score_by_rank(empty, empty, empty.bool()) == []
 
 
+ZEROS, ONES = torch.zeros(2, 3), torch.ones(2, 3).bool()
+NAN_LAST = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, torch.nan]])
+INF_FIRST = torch.tensor([[1.0, 2.0, torch.inf], [1.0, 2.0, 3.0]])
+
+
 @pytest.mark.parametrize(
     ("scores", "rewards", "mask", "message"),
     [
-        (torch.zeros(2), torch.zeros(2), torch.ones(2).bool(), r"must all be \(L, n\), got \(2,\)"),
-        (torch.zeros(2, 3), torch.zeros(2, 2), torch.ones(2, 3).bool(), r"\(2, 3\), \(2, 2\) and"),
-        (torch.zeros(2, 0), torch.zeros(2, 0), torch.ones(2, 0) > 0, r"places .* got shape \(2, 0"),
-        (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), "mask must be bool, got torch.f"),
-        (
-            torch.tensor([[1.0, 2.0], [1.0, torch.nan]]),
-            torch.zeros(2, 2),
-            torch.ones(2, 2).bool(),
-            "scores of 1 of 2 lists are not numbers, first in list 1",
-        ),
-        (
-            torch.zeros(1, 2),
-            torch.tensor([[1.0, torch.inf]]),
-            torch.ones(1, 2).bool(),
-            "rewards of 1 of 1 lists are not numbers, first in list 0",
-        ),
+        (ZEROS[0], ZEROS[0], ONES[0], r"must all be \(L, n\), got \(3,\)"),
+        (ZEROS, ZEROS[:, :2], ONES, r"\(2, 3\), \(2, 2\) and"),
+        (ZEROS[:, :0], ZEROS[:, :0], ONES[:, :0], r"places .* got shape \(2, 0"),
+        (ZEROS, ZEROS, ONES.float(), "mask must be bool, got torch.f"),
+        (NAN_LAST, ZEROS, ONES, "scores of 1 of 2 lists are not numbers, first in list 1"),
+        (ZEROS, INF_FIRST, ONES, "rewards of 1 of 2 lists are not numbers, first in list 0"),
     ],
 )
-def test_bad_input(scores: Tensor, rewards: Tensor, mask: Tensor, message: str) -> None:
+def test_bad_input(scores, rewards, mask, message):
     with pytest.raises(ValueError, match=message):
         ranking.ranking_metrics(scores, rewards, mask)
+    with pytest.raises(ValueError, match="quantiles must be at least 1, got 0"):
+        ranking.accuracy_by_reward_gap(ZEROS, ZEROS, ONES, 0)
 
 
-def test_nan_in_an_absent_place_is_no_score() -> None:
+def test_nan_in_an_absent_place_is_no_score():
     scores = torch.tensor([[2.0, 1.0, torch.nan]])
     rewards = torch.tensor([[1.0, 0.0, torch.nan]])
-    mask = torch.tensor([[True, True, False]])
-    got = ranking.ranking_metrics(scores, rewards, mask)
+    got = ranking.ranking_metrics(scores, rewards, torch.tensor([[True, True, False]]))
     assert all(math.isfinite(value) for value in got.values())
     assert got["pairwise_accuracy"] == got["ndcg"] == 1
-
-
-def test_quantiles_must_be_at_least_one() -> None:
-    with pytest.raises(ValueError, match="quantiles must be at least 1, got 0"):
-        ranking.accuracy_by_reward_gap(
-            torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2) > 0, 0
-        )
