@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,28 +22,14 @@ def history(steps: int = 40, every: int = 5, offset: float = 0.0) -> list[dict[s
     entries: list[dict[str, float]] = []
     for step in range(every, steps + 1, every):
         loss = math.exp(-step / steps) + offset
-        entries.append(
-            {
-                "step": step,
-                "epoch": step / steps,
-                "loss": loss,
-                "rank_loss_1": loss / 2,
-                "rank_loss_2": loss / 3,
-                "sft_loss": 10 * loss,
-                "rewards/margins": 1 - loss,
-            }
-        )
+        terms = {"loss": loss, "rank_loss_1": loss / 2, "rank_loss_2": loss / 3}
+        known = {"epoch": step / steps, "sft_loss": 10 * loss, "rewards/margins": 1 - loss}
+        entries.append({"step": step, **known, **terms})
         if step % (2 * every) == 0:
-            entries.append(
-                {
-                    "step": step,
-                    "eval_loss": loss + 0.1,
-                    "eval_rank_loss_1": loss / 2 + 0.1,
-                    "eval_rank_loss_2": loss / 3 + 0.1,
-                    "eval_pairwise_accuracy": 0.5 + 0.4 * step / steps,
-                    "eval_kendall_tau": 0.8 * step / steps,
-                }
-            )
+            held_out = {f"eval_{name}": value + 0.1 for name, value in terms.items()}
+            accuracy, tau = 0.5 + 0.4 * step / steps, 0.8 * step / steps
+            held_out |= {"eval_pairwise_accuracy": accuracy, "eval_kendall_tau": tau}
+            entries.append({"step": step, **held_out})
     return [*entries, {"step": steps, "train_loss": 0.5, "train_runtime": 1.0}]
 
 
@@ -72,7 +57,9 @@ def lines(axes) -> dict[str, tuple[list[float], list[float]]]:
     }
 
 
-def test_curves_hold_what_was_logged(tmp_path: Path, figures: list[Figure]) -> None:
+def test_curves_hold_what_was_logged_without_a_display(tmp_path, figures, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails
+    monkeypatch.setenv("MPLBACKEND", "TkAgg")
     log = history()
     assert draw_curves(tmp_path / "curves.png", log, title="a run")
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
@@ -80,20 +67,15 @@ def test_curves_hold_what_was_logged(tmp_path: Path, figures: list[Figure]) -> N
     (figure,) = figures
     assert figure.get_suptitle() == "a run"
     found = panels(figure)
-    assert list(found) == [
-        "Loss",
-        "Loss of each rank (dashed: held out)",
-        "SFT loss",
-        "Held-out ranking",
-        "Margin",
-    ]
+    by_rank = "Loss of each rank (dashed: held out)"
+    assert list(found) == ["Loss", by_rank, "SFT loss", "Held-out ranking", "Margin"]
     for axes in found.values():
         assert axes.get_xlabel() == "optimizer step" and axes.get_ylabel()
     steps = list(range(5, 41, 5))
     loss = lines(found["Loss"])
     assert loss["training"] == (steps, [e["loss"] for e in log if "loss" in e])
     assert loss["held out"] == (steps[1::2], [e["eval_loss"] for e in log if "eval_loss" in e])
-    ranks = lines(found["Loss of each rank (dashed: held out)"])
+    ranks = lines(found[by_rank])
     assert ranks["rank 2"][1] == [e["rank_loss_2"] for e in log if "loss" in e]
     assert len(ranks) == 4
     assert list(lines(found["Margin"])) == ["training"]
@@ -101,31 +83,36 @@ def test_curves_hold_what_was_logged(tmp_path: Path, figures: list[Figure]) -> N
     assert tau == (steps[1::2], [e["eval_kendall_tau"] for e in log if "eval_kendall_tau" in e])
 
 
-def test_only_panels_with_data(tmp_path: Path, figures: list[Figure]) -> None:
-    log = [{"step": 3, "loss": 1.0, "learning_rate": 1e-3}, {"step": 6, "loss": 0.5}]
-    assert draw_curves(tmp_path / "curves.png", log)
-    assert list(panels(figures[0])) == ["Loss"]
+@pytest.mark.parametrize(
+    ("log", "drawn"),
+    [
+        ([], None),
+        ([{"step": 1, "train_runtime": 1.0}], None),
+        (
+            [{"step": 3, "loss": 1.0, "learning_rate": 1e-3}, {"step": 6, "loss": 0.5}],
+            ([3, 6], [1.0, 0.5]),
+        ),
+        (
+            [
+                {"step": 2, "loss": math.nan, "eval_kendall_tau": math.nan},
+                {"step": 1, "loss": 2.0, "eval_kendall_tau": math.nan},
+                {"step": 3, "loss": math.inf, "rewards/margins": "none"},
+                {"step": 4, "loss": 1.0},
+            ],
+            ([1, 4], [2.0, 1.0]),
+        ),
+    ],
+)
+def test_only_panels_with_finite_numbers(tmp_path, figures, log, drawn):
+    assert draw_curves(tmp_path / "curves.png", log) == (drawn is not None)
+    if drawn is None:
+        assert not figures and not list(tmp_path.iterdir())
+    else:
+        found = panels(figures[0])
+        assert list(found) == ["Loss"] and lines(found["Loss"])["training"] == drawn
 
 
-def test_nothing_logged_writes_nothing(tmp_path: Path, figures: list[Figure]) -> None:
-    assert not draw_curves(tmp_path / "curves.png", [{"step": 1, "train_runtime": 1.0}])
-    assert not draw_curves(tmp_path / "curves.png", [])
-    assert not figures and not list(tmp_path.iterdir())
-
-
-def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path, figures: list[Figure]) -> None:
-    log = [
-        {"step": 2, "loss": math.nan, "eval_kendall_tau": math.nan},
-        {"step": 1, "loss": 2.0, "eval_kendall_tau": math.nan},
-        {"step": 3, "loss": math.inf, "rewards/margins": "none"},
-        {"step": 4, "loss": 1.0},
-    ]
-    assert draw_curves(tmp_path / "curves.png", log)
-    (axes,) = figures[0].axes
-    assert lines(axes)["training"] == ([1, 4], [2.0, 1.0])
-
-
-def test_runs_share_their_panels(tmp_path: Path, figures: list[Figure]) -> None:
+def test_runs_share_their_panels(tmp_path, figures):
     runs = {"fused": history(), "reference": history(offset=0.01)}
     draw_runs(tmp_path / "runs.png", runs, title="the same twice")
     found = panels(figures[0])
@@ -139,13 +126,7 @@ def test_runs_share_their_panels(tmp_path: Path, figures: list[Figure]) -> None:
     assert {"fused", "reference", "chance"} == set(lines(found["Held-out pairwise accuracy"]))
 
 
-def test_runs_without_numbers_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing to draw: no run of \['a'\] has logged loss or"):
-        draw_runs(tmp_path / "runs.png", {"a": [{"step": 1}]})
-    assert not list(tmp_path.iterdir())
-
-
-def test_evaluation_shows_gaps_ranks_and_taus(tmp_path: Path, figures: list[Figure]) -> None:
+def test_evaluation_shows_gaps_ranks_and_taus(tmp_path, figures):
     gaps = [
         {"gap_from": 0.1, "gap_to": 0.4, "pairs": 1200, "pairwise_accuracy": 0.5},
         {"gap_from": 0.5, "gap_to": 2.0, "pairs": 1201, "pairwise_accuracy": 0.75},
@@ -157,10 +138,9 @@ def test_evaluation_shows_gaps_ranks_and_taus(tmp_path: Path, figures: list[Figu
     ]
     ranks[-1]["standard_error"] = math.nan
     taus = torch.tensor([1.0, -1.0, math.nan, 0.3, 0.3])
-    draw_evaluation(
-        tmp_path / "eval.png", gaps, ranks, taus, score_label="score (nats)", gap_label="gap"
-    )
-    assert (tmp_path / "eval.png").read_bytes().startswith(PNG)
+    path = tmp_path / "eval.png"
+    draw_evaluation(path, gaps, ranks, taus, score_label="score (nats)", gap_label="gap")
+    assert path.read_bytes().startswith(PNG)
     found = panels(figures[0])
     by_gap = found["Accuracy by reward gap"]
     assert [bar.get_height() for bar in by_gap.patches] == [0.5, 0.75]
@@ -175,27 +155,25 @@ def test_evaluation_shows_gaps_ranks_and_taus(tmp_path: Path, figures: list[Figu
     assert histogram.get_legend_handles_labels()[1] == ["mean 0.150"]
 
 
-def test_sizes_of_a_few_lists_get_no_line(tmp_path: Path, figures: list[Figure]) -> None:
-    ranks = [
-        {"candidates": n, "rank": 1, "score": 0.0, "standard_error": 0.1, "count": count}
-        for n, count in ((2, 3), (3, 40), (4, 400))
-    ]
-    draw_evaluation(tmp_path / "eval.png", [], ranks, torch.tensor([]))
+def test_evaluation_of_little(tmp_path, figures):
+    path, none = tmp_path / "eval.png", torch.tensor([])
+    rank = {"rank": 1, "score": 0.0, "standard_error": 0.1}
+    counts = {2: 3, 3: 40, 4: 400}  # sizes of a few lists get no line
+    draw_evaluation(path, [], [rank | {"candidates": n, "count": counts[n]} for n in counts], none)
     (axes,) = figures[0].axes
     assert axes.get_legend_handles_labels()[1] == ["3 candidates", "4 candidates"]
-
-
-def test_evaluation_of_one_pair(tmp_path: Path, figures: list[Figure]) -> None:
     gaps = [{"gap_from": 1.0, "gap_to": 1.0, "pairs": 1, "pairwise_accuracy": 0.0}]
-    draw_evaluation(tmp_path / "eval.png", gaps, [], torch.tensor([math.nan]))
-    assert list(panels(figures[0])) == ["Accuracy by reward gap"]
+    draw_evaluation(path, gaps, [], torch.tensor([math.nan]))
+    assert list(panels(figures[1])) == ["Accuracy by reward gap"]
+    path.unlink()
     with pytest.raises(ValueError, match="nothing to draw"):
-        draw_evaluation(tmp_path / "eval.png", [], [], torch.tensor([]))
+        draw_evaluation(path, [], [], none)
+    with pytest.raises(ValueError, match=r"nothing to draw: no run of \['a'\] has logged loss or"):
+        draw_runs(path, {"a": [{"step": 1}]})
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_drawing_leaves_the_file_that_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_drawing_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / "curves.png"
     path.write_bytes(b"before")
 
@@ -208,11 +186,3 @@ def test_a_failed_drawing_leaves_the_file_that_was_there(
         draw_curves(path, history())
     assert path.read_bytes() == b"before"
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
-
-
-def test_no_display_and_no_global_figure_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails
-    monkeypatch.setenv("MPLBACKEND", "TkAgg")
-    assert draw_curves(tmp_path / "curves.png", history())
