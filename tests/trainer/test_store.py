@@ -9,7 +9,6 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -80,17 +79,26 @@ def loaded(tokenizer):
     return load_dataset([RECORDS], tokenizer, ListOptions())[0]
 
 
-def write(path: Path, *lists: TokenizedList) -> Dataset:
-    write_lists(lists, path)
-    return Dataset.from_file(str(path))
+@pytest.fixture
+def write(tmp_path):
+    """The data set of some lists of two completions, by their prompts."""
+
+    def written(*prompts: list[list[int]]) -> Dataset:
+        lists = [
+            TokenizedList(ids, [[i, 1], [2]], [1.0, 0.0], None) for i, ids in enumerate(prompts)
+        ]
+        write_lists(lists, tmp_path / "x.arrow")
+        return Dataset.from_file(str(tmp_path / "x.arrow"))
+
+    return written
 
 
 def prompts(dataset: Dataset) -> set[tuple[int, ...]]:
     return {tuple(ids) for row in dataset["prompts"] for ids in row}
 
 
-def test_rows_are_the_tokenised_lists_with_int32_ids(loaded, tokenizer):
-    _, report = load_dataset([RECORDS], tokenizer, ListOptions())
+def test_rows_are_the_tokenised_lists_with_int32_ids(tokenizer):
+    loaded, report = load_dataset([RECORDS], tokenizer, ListOptions())
     assert report.lists == len(loaded) == 30
     assert loaded[1] == {
         "prompts": [tokenizer("p1", add_special_tokens=False).input_ids],
@@ -100,15 +108,9 @@ def test_rows_are_the_tokenised_lists_with_int32_ids(loaded, tokenizer):
         "cut": None,
         "length": 10,  # 2 of the prompt, 3 + 3 + 2 of the completions, EOS included
     }
-    ids = pa.large_list(pa.large_list(pa.int32()))
-    assert [field.type for field in loaded.data.schema] == [
-        ids,
-        ids,
-        pa.large_list(pa.float64()),
-        pa.int32(),
-        pa.string(),
-        pa.int32(),
-    ]
+    ids, rewards = pa.large_list(pa.large_list(pa.int32())), pa.large_list(pa.float64())
+    types = [ids, ids, rewards, pa.int32(), pa.string(), pa.int32()]
+    assert [field.type for field in loaded.data.schema] == types
 
 
 def test_files_and_records_make_one_data_set(tokenizer, write_lines):
@@ -119,19 +121,34 @@ def test_files_and_records_make_one_data_set(tokenizer, write_lines):
     assert dataset[2]["rewards"] == [0.1, 1.0] and dataset[2]["completions"] == [[100], [101]]
 
 
-def test_many_batches_keep_their_order(tmp_path):
-    lists = [TokenizedList([[i]], [[i, 1], [2]], [1.0, 0.0], None) for i in range(2500)]
-    dataset = write(tmp_path / "x.arrow", *lists)
+def test_many_batches_keep_their_order(write):
+    dataset = write(*([[i]] for i in range(2500)))
     assert dataset.data.column("prompts").num_chunks == 3
     assert [row[0][0] for row in dataset["prompts"]] == list(range(2500))
 
 
+def _drop(dataset: Dataset) -> None:
+    del dataset.temporary_folder
+    gc.collect()
+
+
 def test_the_folder_goes_with_the_data_set(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for bad, wrong in (
+        ([*RECORDS, {}], "record 31"),
+        ([{"prompt": "p", "completions": ["a"]}], "no usable list in the data:\nrecords read: 1"),
+    ):
+        with pytest.raises(DataError, match=wrong):
+            load_dataset([bad], tokenizer, ListOptions())
+    assert list(tmp_path.iterdir()) == []  # nothing stays behind after an error
     dataset, _ = load_dataset([RECORDS], tokenizer, ListOptions())
     (folder,) = tmp_path.iterdir()
+    forked = multiprocessing.get_context("fork").Process(target=_drop, args=(dataset,))
+    forked.start()
+    forked.join()
+    assert forked.exitcode == 0 and folder.exists()
     train, held_out = split_held_out(dataset, 0.5, 0)
-    del dataset
+    del dataset, forked
     gc.collect()
     assert pickle.loads(pickle.dumps(train))[0] == train[0]  # as a spawned data loader needs it
     copied = copy.deepcopy(held_out)
@@ -143,49 +160,26 @@ def test_the_folder_goes_with_the_data_set(tokenizer, tmp_path, monkeypatch):
     assert not folder.exists()
 
 
-def _drop(dataset: Dataset) -> None:
-    del dataset.temporary_folder
-    gc.collect()
-
-
-def test_a_forked_process_does_not_remove_the_folder(loaded):
-    process = multiprocessing.get_context("fork").Process(target=_drop, args=(loaded,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0 and loaded.temporary_folder.path.exists()
-
-
-def test_nothing_stays_behind_after_an_error_or_at_exit(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(DataError, match="record 31"):
-        load_dataset([[*RECORDS, {}]], tokenizer, ListOptions())
-    with pytest.raises(DataError, match="no usable list in the data:\nrecords read: 1"):
-        load_dataset([[{"prompt": "p", "completions": ["a"]}]], tokenizer, ListOptions())
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_hugging_face_cache_is_not_written(tokenizer, tmp_path, monkeypatch):
-    for name in ("cache", "temporary"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    cache, temporary, saved = (tmp_path / name for name in ("cache", "temporary", "saved"))
+    for folder in (cache, temporary, saved):
+        folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
     for name in ("HF_DATASETS_CACHE", "HF_CACHE_HOME", "DOWNLOADED_DATASETS_PATH"):
-        monkeypatch.setattr(datasets.config, name, tmp_path / "cache")
-    (tmp_path / "saved").mkdir()
-    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
-    before = sorted((tmp_path / "saved").iterdir())
-    dataset, _ = load_dataset([tmp_path / "saved"], tokenizer, ListOptions())
+        monkeypatch.setattr(datasets.config, name, cache)
+    datasets.Dataset.from_list(RECORDS).save_to_disk(saved)
+    before = sorted(saved.iterdir())
+    dataset, _ = load_dataset([saved], tokenizer, ListOptions())
     split_held_out(dataset, 0.3, 0)
     dataset.map(lambda row: {"n": len(row["completions"])})
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert sorted((tmp_path / "saved").iterdir()) == before
+    assert list(cache.iterdir()) == [] and sorted(saved.iterdir()) == before
     del dataset
     gc.collect()
-    assert list((tmp_path / "temporary").glob("pro_trainer_*")) == []
+    assert list(temporary.glob("pro_trainer_*")) == []
 
 
-def test_split_keeps_equal_prompts_together(tmp_path):
-    lists = [TokenizedList([[i % 10]], [[20 + i], [50]], None, None) for i in range(40)]
-    dataset = write(tmp_path / "x.arrow", *lists)
+def test_split_keeps_lists_together_that_share_one_of_their_prompts(write):
+    dataset = write(*([[i % 10]] for i in range(40)))
     train, held_out = split_held_out(dataset, 0.2, seed=0)
     assert len(train) == 32 and len(held_out) == 8
     assert not prompts(train) & prompts(held_out)
@@ -194,19 +188,15 @@ def test_split_keeps_equal_prompts_together(tmp_path):
     other = [prompts(split_held_out(dataset, 0.2, seed=seed)[1]) for seed in range(8)]
     assert len(set(map(frozenset, other))) > 1
 
-
-def test_split_keeps_lists_together_that_share_one_of_their_prompts(tmp_path):
-    lists = [TokenizedList([[2 * i], [2 * i + 1]], [[50], [51]], None, None) for i in range(20)]
-    lists += [TokenizedList([[2 * i + 1], [2 * i + 2]], [[50], [51]], None, None) for i in (0, 1)]
-    lists += [TokenizedList([[i]], [[50], [51]], None, None) for i in range(40)]
-    dataset = write(tmp_path / "x.arrow", *lists)
+    linked = [[[2 * i], [2 * i + 1]] for i in range(20)] + [[[1], [2]], [[3], [4]]]
+    dataset = write(*linked, *([[i]] for i in range(40)))
     for seed in range(5):
         train, held_out = split_held_out(dataset, 0.4, seed)
         assert len(train) + len(held_out) == 62 and len(held_out)
         assert not prompts(train) & prompts(held_out)
 
 
-def test_split_of_nothing_and_of_too_little(tmp_path, loaded):
+def test_split_of_nothing_and_of_too_little(loaded):
     train, held_out = split_held_out(loaded, 0.0, seed=0)
     assert train["prompts"] == loaded["prompts"] and len(held_out) == 0
     assert held_out.column_names == loaded.column_names
@@ -221,12 +211,8 @@ def test_split_of_nothing_and_of_too_little(tmp_path, loaded):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_records(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, "100000", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    argv = [sys.executable, "-c", MEASURE, "100000", str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["lists"] == found["rows"] == 100_000
     assert found["file_mb"] > 20  # in Python these ids would be nine times as much
