@@ -15,7 +15,6 @@ import pytest
 from test_generation import TEMPLATE
 from texts import assistant, classifier, pair, save, user
 from trainer_runs import held
-from transformers import HfArgumentParser
 
 from pro_trainer.cli import commands as cli
 from pro_trainer.cli.prepare import PrepareArguments, prepare
@@ -102,7 +101,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_transcripts_become_longer_ranked_lists(plain, models):
+def test_transcripts_become_longer_ranked_lists_and_are_counted(plain, models):
     folder, report = plain
     made = records(folder / "out.jsonl")
     assert len(made) == 7 and report.kept == 7
@@ -126,10 +125,6 @@ def test_transcripts_become_longer_ranked_lists(plain, models):
     assert names(folder) == ["out.jsonl", "out.jsonl.report.json"]
     assert "lists written: 7 of 7 (7 of 5 candidates)" in report.text()
 
-
-def test_the_report_counts(plain):
-    folder, report = plain
-    made = records(folder / "out.jsonl")
     written = json.loads((folder / "out.jsonl.report.json").read_text())
     assert written["data"]["lists"] == written["lists"] == written["kept"] == 7
     assert written["samples"]["small"]["made"] == 21
@@ -493,23 +488,30 @@ def test_an_output_that_cannot_be_written(arguments, monkeypatch, tmp_path):
 
 def run(arguments):
     """``pro-kernels prepare`` in this process."""
-    given = {name: x for name, x in vars(arguments).items() if x not in (None, [], False)}
-    flags = [[f"--{name}", *map(str, x if isinstance(x, list) else [x])]
-             for name, x in given.items() if name != "stop"]  # fmt: skip
-    return cli.prepare([flag for part in flags for flag in part])
+    flags = []
+    for name, x in vars(arguments).items():
+        if x not in (None, [], False) and name != "stop":
+            values = [] if x is True else x if isinstance(x, list) else [x]
+            flags += [f"--{name}", *map(str, values)]
+    return cli.prepare(flags)
 
 
 PARTIAL = ["out.jsonl.partial", "out.jsonl.partial.json"]
 
 
-def test_an_interrupted_command_says_how_to_go_on(arguments, monkeypatch, tmp_path, capsys):
+def test_an_interrupted_command_says_how_to_go_on(arguments, models, monkeypatch, tmp_path, capsys):
+    both = [str(models / "small"), str(models / "other")]
+    options = {"ranking_length": 3, "sft": "chosen", "overwrite": True, "num_samples": 1}
+    full = arguments(limit=4, generator=both, **options)
     with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        assert run(arguments()) == 130
+        stop_at(patch, 2)
+        assert run(full) == 130
     said = capsys.readouterr().err.splitlines()
-    assert said[-1] == "interrupted after 4 of 7 lists; the same command goes on from there"
+    assert said[-1] == "interrupted after 2 of 4 lists; the same command goes on from there"
     assert names(tmp_path) == PARTIAL
-    assert run(arguments()) == 0
+    redone = spy(monkeypatch)
+    prepare(full)  # of the settings that the flags gave
+    assert redone == [2, 2]  # by each generator
 
 
 @pytest.mark.parametrize(("at", "kept"), [("settings", []), ("line", []), ("output", PARTIAL)])
@@ -534,17 +536,6 @@ def test_a_full_disk_is_one_line_and_what_is_whole_stays(
     assert error.startswith("error: no space is left ([Errno 28] No space left on device); stopped")
     assert names(tmp_path) == kept and ("after 2 of 2 lists" in error) == bool(kept)
     assert run(arguments(limit=2)) == 0
-
-
-def test_the_flags():
-    parser = HfArgumentParser(PrepareArguments)
-    flags = (
-        "--data a b --output o.jsonl --generator m n --ranking_length 3 --sft chosen --overwrite"
-    )
-    (parsed,) = parser.parse_args_into_dataclasses(flags.split(), look_for_args_file=False)
-    assert parsed.data == ["a", "b"] and parsed.generator == ["m", "n"]
-    assert parsed.ranking_length == 3 and parsed.sft == "chosen" and parsed.overwrite is True
-    assert parsed.stop == ["\n\nHuman:"]
 
 
 @pytest.mark.shared

@@ -26,7 +26,7 @@ RECORDS = [
     for i in range(30)
 ]
 MEASURE = """
-import json, os, resource, sys, time
+import json, os, resource, sys
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from pro_trainer.text.options import ListOptions
@@ -40,32 +40,24 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-def write(path, count):
+def load(count):
+    path = os.path.join(sys.argv[2], "data.jsonl")
     with open(path, "w") as file:
         for i in range(count):
             text = " ".join(words[(i * 31 + j * 7) % 1000] for j in range(20))
             completions = [f" {words[i % 1000]} {text} {words[k]}" for k in range(2)]
             record = {"prompt": f"{i % 1000} {text}", "completions": completions}
             file.write(json.dumps({**record, "rewards": [1, 0]}) + "\\n")
-
-def load(count):
-    path = os.path.join(sys.argv[2], "data.jsonl")
-    write(path, count)
-    start = time.perf_counter()
-    dataset, report = load_dataset([path], tokenizer, ListOptions())
-    return dataset, report, time.perf_counter() - start
+    return load_dataset([path], tokenizer, ListOptions())
 
 load(3000)
 before = peak()
-dataset, report, seconds = load(int(sys.argv[1]))
+dataset, report = load(int(sys.argv[1]))
 after = peak()
-start = time.perf_counter()
 train, held_out = split_held_out(dataset, 0.1, 0)
-split_seconds = time.perf_counter() - start
 print(json.dumps({
     "lists": report.lists, "rows": len(train) + len(held_out), "load_mb": after - before,
-    "before_mb": before, "file_mb": dataset.data.nbytes / 2**20, "seconds": seconds,
-    "split_mb": peak() - after, "split_seconds": split_seconds}))
+    "file_mb": dataset.data.nbytes / 2**20, "split_mb": peak() - after}))
 """
 
 

@@ -190,24 +190,6 @@ def test_nothing_is_cut_where_both_fit_together(prompt):
     assert tokens.completions == whole.completions
 
 
-@pytest.mark.parametrize(
-    ("prompt", "lengths", "cut", "options"),
-    [
-        # A prompt keeps half of the length.
-        row(30, (20, 20), "its first 10 tokens of 30; 1 of 2 completions lost", max_length=40),
-        row(30, (8, 91), "its first 22 tokens of 30", max_prompt_length=8),
-        row(8, (8, 32), None, max_length=40),
-    ],
-)
-def test_lengths_of_strings_that_do_not_fit(prompt, lengths, cut, options):
-    tokens, *_ = encode(pair("p" * prompt, "c" * 90), chat_tokenizer(None), **options)
-    assert (len(tokens.prompts[0]), len(tokens.completions[0])) == lengths
-    if cut is None:
-        assert tokens.cut == "1 of 2 completions lost their end"
-    else:
-        assert tokens.cut.startswith(f"the prompt lost {cut}")
-
-
 def well_formed(tokens: TokenizedList, text: str) -> list[str]:
     """The roles of a chat whose turns are whole."""
     assert tokens.prompts[0].count(EOS - 1) == tokens.prompts[0].count(EOS) + 1

@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from pro_trainer.data.fields import DataError
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
-from pro_trainer.text.encode import MERGED, RENDERED, Encoder, TokenizedList
+from pro_trainer.text.encode import MERGED, Encoder, TokenizedList
 from pro_trainer.text.options import ListOptions
 
 EOS = 1
@@ -113,22 +113,6 @@ def test_batches_of_lists_keep_their_own_texts(fast):
     assert together[70].prompts == [fast(p).input_ids[:-1] for p in ("p one", "p two")]
 
 
-@pytest.mark.parametrize("beyond", ["", "think:"])
-def test_a_conversation_goes_through_the_template_and_gets_nothing_appended(chat, beyond):
-    """``beyond``: what the template writes for generation only, and which no reply follows."""
-    chat.chat_template = CHAT.replace("<assistant>{%", f"<assistant>{beyond}{{%")
-    (found,), report = run(chat, conversation())
-
-    def encoded(text):
-        return chat(text, add_special_tokens=False).input_ids
-
-    assert found.prompts == [encoded("<s><user>the question</s><assistant>")]
-    assert found.prompts[0][0] == 0 and found.prompts[0].count(0) == 1
-    assert found.completions == [encoded("good</s>"), encoded("bad</s>")]
-    assert found.completions[0][-1] == EOS
-    assert report.notes == ({RENDERED: 1} if beyond else {})
-
-
 def test_conversations_the_tokenizer_cannot_render(chat):
     with pytest.raises(DataError, match="d.jsonl:7: .*chat template.*ByT5.*tokenizer.chat_templ"):
         run(BYTES, conversation(), on_bad_line="skip")
@@ -145,22 +129,34 @@ THREE_CUT = ["1234", "123$", "4321"]  # one that is cut has no EOS ($), not even
 
 
 @pytest.mark.parametrize(
-    ("prompts", "completions", "kept", "kept_completions", "options"),
+    ("prompts", "completions", "kept", "kept_completions", "lost", "options"),
     [
-        row(("abcdef",), THREE, ["cdef"], THREE_CUT),
-        row(("abcdef",), THREE, ["abcd"], THREE_CUT, truncation_mode="keep_start"),
+        # A prompt keeps half of the length.
+        row(("abcdef",), THREE, ["cdef"], THREE_CUT, "the prompt lost its first 2 tokens of 6"),
+        row(
+            ("abcdef",),
+            THREE,
+            ["abcd"],
+            THREE_CUT,
+            "the prompt lost its last 2 tokens of 6",
+            truncation_mode="keep_start",
+        ),
+        row(("a",), THREE + ("12345678",), ["a"], ["12345$", "123$", "4321$", "1234567"], ""),
         # Candidates with prompts of their own have rooms of their own.
-        row(("abcdef", "a"), ("12345678",) * 2, ["cdef", "a"], ["1234", "1234567"]),
+        row(("abcdef", "a"), ("12345678",) * 2, ["cdef", "a"], ["1234", "1234567"], "the prompt"),
     ],
 )
 def test_the_prompt_is_cut_at_the_side_asked_for_and_completions_at_the_end(
-    prompts, completions, kept, kept_completions, options
+    prompts, completions, kept, kept_completions, lost, options
 ):
     (found,), report = run(BYTES, RankedList(prompts, completions), max_length=8, **options)
     assert found.prompts == [ids(text) for text in kept]
     ends = [ids(text.rstrip("$")) + [EOS] * text.count("$") for text in kept_completions]
     assert found.completions == ends
-    assert (report.prompts_cut, report.completions_cut) == (1, 2)
+    cut = sum("$" not in text for text in kept_completions)
+    assert (report.prompts_cut, report.completions_cut) == (bool(lost), cut)
+    said = f"{cut} of {len(ends)} completions lost their end"
+    assert found.cut.startswith(lost) and found.cut.endswith(said)
 
 
 @pytest.mark.parametrize(
