@@ -81,6 +81,7 @@ def test_blank_lines_byte_order_mark_and_many_compressed_parts(write, name):
     pack = PACK[name.split(".")[-1]]
     found = list(rows(write(name, b"".join(map(pack, parts)), packed=False)))
     assert len(found) == 3006 and found[3][0].endswith(f"{name}:6")
+    assert decode_line(found[0][1]) == RECORDS[0]
 
 
 @pytest.mark.parametrize(
