@@ -101,7 +101,7 @@ def features_(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 
 @given(features_())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_form_reads_the_same_tokens_in_the_same_context(features):
     expected = [
         ((*prompt, *completion[:j]), completion[j])

@@ -205,6 +205,7 @@ def test_sources_without_records_are_errors_in_either_mode(write_lines, on_bad_l
         (write_lines(name="empty.jsonl"), "empty.jsonl: holds no records"),
         (write_lines(b"", b" ", name="blank.jsonl"), "blank.jsonl: holds no records"),
         ([], "a source of records: holds no records"),
+        ("missing.jsonl", "missing.jsonl: cannot be read: No such file"),
     ):
         with pytest.raises(DataError, match=wrong):
             read(source, on_bad_line=on_bad_line)

@@ -61,6 +61,9 @@ def test_a_prompt_is_continued_the_same_alone_and_in_any_batch(model, tokenizer,
     assert [len(texts) for texts in together] == [2] * len(PROMPTS)
     assert len({text for texts in together for text in texts}) == 2 * len(PROMPTS)
     assert (tokenizer.pad_token is None) == (not special)  # as it was
+    if not special:
+        with pytest.raises(ValueError, match="the prompt is empty, and .* neither a BOS nor an E"):
+            draw(model, tokenizer, [""])
 
 
 def test_seeds_and_not_the_global_state_decide(model, tokenizer):

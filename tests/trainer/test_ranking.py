@@ -107,7 +107,7 @@ def naive_metrics(lists: list[list[tuple[float, float]]]) -> dict[str, float]:
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(LISTS, st.integers(1, 5))
 def test_metrics_equal_loops_over_the_pairs(lists, quantiles):
     statistics = ranking.list_statistics(*pad(lists))
