@@ -29,7 +29,7 @@ def test_outputs_and_gradients_are_those_of_one_rank(ranks):
 
 
 def test_scores_travel_and_nothing_else(ranks):
-    """As bench.suites.ranks has it: the agreement, 8 bytes a candidate; the backward asks nobody."""
+    """As bench.suites.ranks says: the agreement, 8 bytes a candidate; the backward asks nobody."""
     for rank in ranks:
         found = rank["traffic"]
         model = wire.split_tokens(len(ranks), found["candidates"])
