@@ -95,7 +95,7 @@ def test_errors_lie_within_the_bounds(small_chunks, monkeypatch, tier, extra):
     out, less, exact, filtered, errors, bounds = compare(plain=plain, budget=budget, **extra)
     if not frozen:
         assert [p.tier for p in plans] == [tier, tier]
-    assert torch.equal(out.loss, less.loss) and torch.equal(out.scores, less.scores)
+        assert torch.equal(out.loss, less.loss) and torch.equal(out.scores, less.scores)
     assert 0 < less.grad_filter.dropped_mass.max() <= TAU
     for name, error, bound, whole in zip("hwb", errors, bounds, exact, strict=True):
         assert (error is None) == (name in frozen)

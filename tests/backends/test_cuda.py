@@ -31,7 +31,9 @@ from pro_kernels.options import RankingOptions
 from subjects import Subject
 
 GPU = torch.device("cuda", 0)
-emulated = pytest.mark.parametrize("subject", [Subject("cuda", "emulated sm_90")], indirect=True)
+emulated = pytest.mark.parametrize(
+    "subject", [Subject("cuda", "emulated sm_90")], ids=str, indirect=True
+)
 
 
 # Rows for clusters of 2, 4 and 8, for one block alone on its SM, and beyond what fits.

@@ -19,7 +19,7 @@ from subjects import Subject
 pytest.importorskip("triton")
 
 triton = backends.get("triton")
-interpreted = pytest.mark.parametrize("subject", [Subject("triton")], indirect=True)
+interpreted = pytest.mark.parametrize("subject", [Subject("triton")], ids=str, indirect=True)
 
 
 def test_names_and_limits(monkeypatch):
