@@ -175,12 +175,11 @@ def test_long_sequences_and_tokens_of_no_sequence(subject):
     offsets = torch.tensor(ends)
     args = offsets.diff(), torch.tensor([[0, 2, 1]]), None, torch.tensor([0]), torch.ones(1)
     _, sums, weights = subject.ranking(logps, offsets, *args, options=RankingOptions())
-    exact = subject.name in ("cpu", "cuda")
-    parts = [weights[: ends[0]], weights[ends[3] :]]
-    assert not torch.cat(parts).any()
+    rtol = {"cpu": EPS, "cuda": EPS, "torch": 1e-4}.get(subject.name, 1e-6)
+    assert not weights[: ends[0]].any() and not weights[ends[3] :].any()
     for total, a, b in zip(sums.double(), ends, ends[1:], strict=False):
         want = logps[a:b].double().sum()
-        torch.testing.assert_close(total, want, rtol=EPS if exact else 1e-6, atol=0)
+        torch.testing.assert_close(total, want, rtol=rtol, atol=0)
         assert a == b or (weights[a] != 0 and (weights[a:b] == weights[a]).all())
 
 

@@ -18,7 +18,6 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import PLAIN, check, rows_of
-from cuda_resources import cuda_rows
 from test_contract_ranking import check as check_ranking
 from test_contract_ranking import prompts_of
 
@@ -175,34 +174,3 @@ def test_auto_passes_over_kernels_that_never_ran_on_a_gpu(monkeypatch):
     monkeypatch.setenv("PRO_KERNELS_UNVERIFIED", "yes")
     with pytest.raises(ValueError, match="PRO_KERNELS_UNVERIFIED must be one of 0, 1, got 'yes'"):
         backends.resolve("auto", GPU, torch.bfloat16)
-
-
-USAGE = """\
-arch = sm_80
- Function _Z1a:
-  REG:10 STACK:0 SHARED:512 LOCAL:0 CONSTANT[0]:360 TEXTURE:0 SURFACE:0 SAMPLER:0
-arch = sm_90a
- Function _Z1a:
-  REG:12 STACK:8 SHARED:1536 LOCAL:0 CONSTANT[0]:536 TEXTURE:0 SURFACE:0 SAMPLER:0
- Function _Z1b:
-  REG:8 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:536 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
-ELF = """\
-arch = sm_90a
-.nv.info._Z1b
-.nv.info._Z1a
-\tAttribute:\tEIATTR_MAX_THREADS
-\tFormat:\tEIFMT_SVAL
-\tValue:\t0x200 0x1 0x1 
-"""  # noqa: W291
-
-
-def test_cuda_rows_from_what_cuobjdump_prints():
-    names = {"_Z1a": "void pk::a<float, 4>(float*)", "_Z1b": "b(float*)"}
-    rows = cuda_rows(USAGE, ELF, lambda found: [names[n] for n in found])
-    keys = ("kernel", "config", "arch", "threads", "registers", "shared", "spills")
-    assert [tuple(row[k] for k in keys) for row in rows] == [
-        ("a", "float, 4", "sm_80", None, 10, 512, 0),
-        ("a", "float, 4", "sm_90a", 512, 12, 512, 8),
-        ("b", "", "sm_90a", None, 8, 0, 0),
-    ]
