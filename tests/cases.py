@@ -7,6 +7,7 @@ a tiny floor. Log-probs: the largest and the mean error over all tokens. Gradien
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 import pro_kernels as pk
 from pro_kernels import backends
 from pro_kernels.fused import matmul
-from pro_kernels.options import LogitOptions, RankingOptions
+from pro_kernels.options import LogitOptions
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,22 +27,6 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.
 def usable_backends(dtype: torch.dtype = torch.float32) -> list[str]:
     """Backends that serve CPU tensors here (Triton through its interpreter)."""
     return [name for name in backends.ORDER if backends.refusal(name, CPU, dtype) is None]
-
-
-def cpu_isas() -> list[str]:
-    """Instruction sets that the C++ backend has and this machine runs."""
-    found = []
-    if "cpu" in usable_backends():
-        backend = backends.get("cpu")
-        for name in ("avx512bf16", "avx512", "avx2", "neon", "generic"):
-            try:
-                backend.set_isa(name)
-            except ValueError:
-                continue
-            finally:
-                backend.set_isa(None)
-            found.append(name)
-    return found
 
 
 def transformed(raw: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor]:
@@ -70,16 +55,17 @@ class Case:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """hidden, weight, bias (fp64), targets, rewards."""
         g = torch.Generator().manual_seed(self.seed)
-        hidden = torch.randn(self.B, self.n, self.T, self.H, generator=g, dtype=torch.float64)
-        weight = torch.randn(self.V, self.H, generator=g, dtype=torch.float64)
+        on = {"generator": g, "device": CPU}  # the same whatever the default device is
+        hidden = torch.randn(self.B, self.n, self.T, self.H, dtype=torch.float64, **on)
+        weight = torch.randn(self.V, self.H, dtype=torch.float64, **on)
         weight = weight * self.scale / self.H**0.5
-        bias = torch.randn(self.V, generator=g, dtype=torch.float64) if self.bias else None
-        targets = torch.randint(0, self.V, (self.B, self.n, self.T), generator=g)
+        bias = torch.randn(self.V, dtype=torch.float64, **on) if self.bias else None
+        targets = torch.randint(0, self.V, (self.B, self.n, self.T), **on)
         targets[..., 0] = 0  # the first and the last column of the vocabulary are targets
         targets[..., -1] = self.V - 1
-        drop = torch.rand(self.B, self.n, self.T, generator=g) < self.masked
+        drop = torch.rand(self.B, self.n, self.T, **on) < self.masked
         targets = targets.masked_fill(drop, -100)
-        rewards = torch.randn(self.B, self.n, generator=g)
+        rewards = torch.randn(self.B, self.n, **on)
         if self.ties and self.n > 2:
             rewards[:, 1] = rewards[:, 0]
         return hidden, weight, bias, targets, rewards
@@ -118,7 +104,7 @@ CASE_IDS = [c.name for c in CASES]
 class Result:
     """Output and gradients of one run."""
 
-    output: pk.PROOutput
+    output: Any  # of the function
     grads: dict[str, Tensor]
 
 
@@ -126,44 +112,93 @@ def run(
     function,
     case: Case,
     dtype: torch.dtype,
-    upstream: float = 1.7,
+    upstream=1.7,
     freeze: tuple[str, ...] = (),
+    kind: torch.dtype | None = None,
     **options,
 ) -> Result:
-    """Call a linear PRO loss on a case in ``dtype`` and differentiate it."""
+    """Call a function of hidden states on a case as ``dtype`` rounds it, and differentiate it.
+
+    On the default device; ``upstream``: of the loss, or of each output that is not None; ``kind``:
+    the dtype to run in, if another.
+    """
+    here = torch.get_default_device()
     hidden, weight, bias, targets, rewards = case.tensors()
     options = {**case.options, **options}
-    if "rewards" in options:
-        rewards = options.pop("rewards")
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
     leaves = {
-        k: v.to(dtype).requires_grad_(k not in freeze) for k, v in leaves.items() if v is not None
+        k: v.to(here, dtype).to(kind or dtype).requires_grad_(k not in freeze)
+        for k, v in leaves.items()
+        if v is not None
     }
-    out = function(
-        leaves["hidden"], leaves["weight"], targets, rewards, bias=leaves.get("bias"), **options
-    )
-    if out.loss.requires_grad:
-        (upstream * out.loss).backward()
-    grads = {k: v.grad for k, v in leaves.items() if v.grad is not None}
-    return Result(out, grads)
+    args = [leaves["hidden"], leaves["weight"], targets.to(here)]
+    if "pro_loss" in function.__name__:
+        rewards = options.pop("rewards", rewards)
+        args.append(None if rewards is None else rewards.to(here))
+    out = function(*args, bias=leaves.get("bias"), **options)
+    if hasattr(out, "loss"):
+        loss = upstream * out.loss
+    else:
+        pairs = zip(upstream, out if isinstance(out, tuple) else (out,), strict=False)
+        loss = sum((u.to(here) * x).sum() for u, x in pairs if u is not None)
+    if loss.requires_grad:
+        loss.backward()
+    return Result(out, {k: v.grad for k, v in leaves.items() if v.grad is not None})
 
 
 def truth(case: Case, dtype: torch.dtype, **options) -> Result:
     """The reference in fp64 on the inputs as ``dtype`` rounds them."""
+    return run(pk.reference.linear_pro_loss, case, dtype, kind=torch.float64, **options)
 
-    def rounded(hidden, weight, targets, rewards, *, bias, **kw):
-        return pk.reference.linear_pro_loss(hidden, weight, targets, rewards, bias=bias, **kw)
 
-    hidden, weight, bias, targets, rewards = case.tensors()
-    exact = Case(**{**case.__dict__})
-    exact.tensors = lambda: (  # type: ignore[method-assign]
-        hidden.to(dtype).double(),
-        weight.to(dtype).double(),
-        None if bias is None else bias.to(dtype).double(),
-        targets,
-        rewards,
-    )
-    return run(rounded, exact, torch.float64, **options)
+def upstreams(case: Case) -> Tensor:
+    """Random gradients of the log-probs and of the entropies of a case."""
+    g = torch.Generator().manual_seed(9)
+    shape = (2, case.B, case.n, case.T)
+    return torch.randn(*shape, generator=g, dtype=torch.float64, device=CPU)
+
+
+def compare(
+    case: Case,
+    dtype: torch.dtype,
+    function: str = "linear_pro_loss",
+    known: dict[str, float] | None = None,
+    upstream=1.7,
+    freeze: tuple[str, ...] = (),
+    shared: dict | None = None,
+    **options,
+) -> Result:
+    """Hold outputs and gradients of a function to the rule; ``options`` are those of ours alone.
+
+    ``known``: gradient -> an error that the test can account for; ``shared``: the reference's
+    options.
+    """
+    plain_function, same = getattr(pk.reference, function), {"upstream": upstream, "freeze": freeze}
+    same |= shared or {}
+    exact = run(plain_function, case, dtype, kind=torch.float64, **same)
+    plain = run(plain_function, case, dtype, **same)
+    ours = run(getattr(pk, function), case, dtype, **same, **options)
+    if function == "linear_pro_loss":
+        assert torch.equal(ours.output.lengths, exact.output.lengths)
+        values = {name: False for name in ("logps", "scores")}
+        values |= {name: True for name in ("loss", "sft_loss", "rank_losses")}
+        outputs = [r.output._asdict() for r in (ours, plain, exact)]
+    else:
+        outputs = [r.output if isinstance(r.output, tuple) else (r.output,) for r in
+                   (ours, plain, exact)]  # fmt: skip
+        values = dict.fromkeys(range(len(outputs[0])), False)
+    for name, norm in values.items():
+        args = (x[name].detach().reshape(-1) for x in outputs)
+        assert_no_worse(*args, dtype, f"output {name}", norm=norm)
+    assert exact.grads.keys() <= ours.grads.keys()
+    for name, grad in ours.grads.items():
+        if name not in exact.grads:  # nothing depends on it
+            assert not grad.any()
+            continue
+        args = (r.grads[name] for r in (ours, plain, exact))
+        off = (known or {}).get(name, 0.0)
+        assert_no_worse(*args, dtype, f"gradient of {name}", norm=True, known=off)
+    return ours
 
 
 def fp32_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,14 +235,13 @@ def assert_no_worse(
     dtype: torch.dtype,
     what: str,
     norm: bool,
-    device: str = "cpu",
     known: float = 0.0,
 ) -> None:
     """Error of ``ours`` at most that of ``plain``, both computed in ``dtype``, plus its floor.
 
     The floor is relative to the exact values; ``known`` is an error that the test can account for.
     """
-    floor = FLOOR[dtype]
+    floor, device = FLOOR[dtype], ours.device.type
     ours, plain, exact = ours.double(), plain.double(), exact.double()
     assert ours.isfinite().all(), f"{what} is not finite"
     scale = exact.norm() if norm else exact.abs().amax() if exact.numel() else exact.new_zeros(())
@@ -222,48 +256,3 @@ def assert_no_worse(
         assert a <= factor * b + floor * scale + known + 1e-6, (
             f"{what}: {measure} error {a:.3e}, plain PyTorch {b:.3e}, floor {floor * scale:.1e}"
         )
-
-
-def check_sums_stand_for_tokens(ranking) -> None:
-    """Without prompts the sums alone are made; with them they rank as the tokens did."""
-    lengths = torch.tensor([4, 1, 0, 7, 2, 3])
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    logps = -torch.rand(17, generator=torch.Generator().manual_seed(1))
-    none = torch.empty(0, dtype=torch.int64)
-    nobody = (none.view(0, 1), None, none, torch.empty(0))
-    prompts = (
-        *(torch.tensor([[3, 0, 1], [5, 4, -1]]), torch.tensor([[2.0, 1.0, 0.5], [1.0, 0.0, 0.0]])),
-        *(torch.zeros(2, dtype=torch.int64), torch.tensor([0.75, 0.25])),
-    )
-    for options in (RankingOptions(sft_mean=True), RankingOptions(length_normalize=False)):
-        terms, sums, weights = ranking(logps, offsets, lengths, *prompts, options=options)
-        empty, alone, unused = ranking(logps, offsets, lengths, *nobody, options=options)
-        assert empty.shape == (0, 1) and torch.equal(alone, sums) and not unused.any()
-        found = ranking(alone, torch.arange(7), lengths, *prompts, options=options)
-        torch.testing.assert_close(found[0], terms)
-        assert torch.equal(found[1], sums) and found[2][2] == 0
-        torch.testing.assert_close(found[2].repeat_interleave(lengths), weights)
-
-
-def check_infinite_scores(ranking) -> None:
-    """A score of -inf at a negative temperature makes its terms infinite and no other row NaN.
-
-    In the last prompt a term of scores of -inf alone is NaN, and so are the rows of its candidates,
-    but not the one above. ``ranking`` is a backend's function; the torch backend says what comes
-    out.
-    """
-    inf = torch.inf
-    prompts = [-1.0, -2.0, -inf], [-1.0, -2.0, -3.0], [-1.0, -inf, -2.0], [0.0, -inf, -inf]
-    logps = torch.tensor(prompts).flatten()
-    arguments = (
-        *(logps, torch.arange(13), torch.ones(12, dtype=torch.int64), torch.arange(12).view(4, 3)),
-        torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [3.0, 2.0, 1.0]]),
-        *(torch.zeros(4, dtype=torch.int64), torch.full((4,), 0.5)),
-    )
-    for options in (RankingOptions(), RankingOptions(eps=1e-10)):
-        found = ranking(*arguments, options=options)
-        expected = backends.get("torch").ranking(*arguments, options=options)
-        for got, want in zip(found, expected, strict=True):
-            torch.testing.assert_close(got, want, equal_nan=True)
-        assert found[0].isposinf().any() and found[2][:9].isnan().sum() == 2
-        assert found[2][3:6].isfinite().all() and found[2][9].isfinite()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections import Counter, defaultdict
@@ -72,6 +73,39 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def subject(request: pytest.FixtureRequest):
+    """One of tests/subjects.py, in use."""
+    with request.param.in_use():
+        yield request.param
+
+
+@pytest.fixture
+def force_tier(monkeypatch: pytest.MonkeyPatch):
+    """Makes calls that want all gradients run in a given tier, in chunks of a few rows."""
+    from pro_kernels.fused import call
+    from pro_kernels.fused.planner import Plan
+
+    plan = call.make_plan
+
+    def force(tier: str, chunk: int = 5, retained: int = 7) -> None:
+        def forced(rows, *args, **kwargs):
+            chosen = plan(rows, *args, **kwargs)
+            if tier == "T1":
+                return chosen
+            if chosen.tier != "T1":  # less is wanted
+                return dataclasses.replace(chosen, chunk=min(chunk, chosen.chunk))
+            needs = {"need_hidden": chosen.need_hidden, "need_weight": chosen.need_weight}
+            prompts = len(kwargs.get("prompt_tokens") or ())
+            if tier == "T2" and prompts:
+                return Plan("T2", rows, prompt_chunks=(1,) * prompts, **needs)
+            return Plan("T3", chunk, retained=min(retained, rows // 2), **needs)
+
+        monkeypatch.setattr(call, "make_plan", forced)
+
+    return force
 
 
 @pytest.fixture

@@ -3,72 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
 
 import pro_kernels as pk
-from cases import (
-    CASE_IDS,
-    CASES,
-    DTYPES,
-    IDS,
-    Case,
-    assert_no_worse,
-    run,
-    truth,
-    usable_backends,
-)
-from pro_kernels.fused import call, matmul
-from pro_kernels.fused.planner import Plan
+from cases import CASE_IDS, CASES, Case, assert_no_worse, compare, run, truth, upstreams
+from pro_kernels.fused import matmul
+from subjects import every_case, every_subject, every_subject_and_dtype
 
 TIERS = ["T1", "T2", "T3"]
+BUDGET = Case("budget", T=9, H=48, V=333, bias=True)
+LARGE = Case("large", B=4, n=4, T=32, H=128, V=1009, bias=True)
+every_tier = pytest.mark.parametrize("tier", TIERS)
+every_backend = every_subject(every_way=False)
+every_backend_and_dtype = every_subject_and_dtype(every_way=False)
 
 
-@pytest.fixture
-def force_tier(monkeypatch):
-    """Make calls that want all gradients run in a given tier, in chunks of a few rows."""
-    plan = call.make_plan
-
-    def force(tier: str) -> None:
-        def forced(rows, *args, **kwargs):
-            chosen = plan(rows, *args, **kwargs)
-            if tier == "T1" or chosen.tier != "T1":
-                return chosen
-            needs = {"need_hidden": chosen.need_hidden, "need_weight": chosen.need_weight}
-            prompts = len(kwargs["prompt_tokens"] or ())
-            if tier == "T2" and prompts:
-                return Plan("T2", rows, prompt_chunks=(1,) * prompts, **needs)
-            return Plan("T3", 5, retained=min(7, rows // 2), **needs)
-
-        monkeypatch.setattr(call, "make_plan", forced)
-
-    return force
-
-
-def compare(case: Case, dtype: torch.dtype, scaled: bool = False, **options) -> None:
-    """``scaled``: dW is rounded before it is multiplied by the upstream gradient, and after."""
-    exact, plain = truth(case, dtype), run(pk.reference.linear_pro_loss, case, dtype)
-    ours = run(pk.linear_pro_loss, case, dtype, **options)
-    for name in ("logps", "scores"):
-        args = (getattr(r.output, name) for r in (ours, plain, exact))
-        assert_no_worse(*args, dtype, name, norm=False)
-    assert torch.equal(ours.output.lengths, exact.output.lengths)
-    for name, grad in exact.grads.items():
-        args = (r.grads[name] for r in (ours, plain, exact))
-        known = (grad.to(dtype) - grad).norm().item() if scaled and name == "weight" else 0.0
-        assert_no_worse(*args, dtype, f"gradient of {name}", norm=True, known=known)
-    for name in ("loss", "sft_loss", "rank_losses"):
-        args = (getattr(r.output, name).reshape(-1) for r in (ours, plain, exact))
-        assert_no_worse(*args, dtype, name, norm=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-@pytest.mark.parametrize("backend", usable_backends())
-@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_every_backend(case, backend, dtype, poison):
-    compare(case, dtype, backend=backend)
+@every_case(CASES)
+def test_every_backend(case, subject, dtype, poison):
+    compare(case, dtype, backend=subject.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -76,7 +30,34 @@ def test_every_backend(case, backend, dtype, poison):
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 def test_every_tier(case, tier, dtype, force_tier, poison):
     force_tier(tier)
-    compare(case, dtype, scaled=tier == "T2")
+    compare(case, dtype, known=twice_rounded(case, tier, dtype))
+
+
+def twice_rounded(case: Case, tier: str, dtype: torch.dtype) -> dict[str, float]:
+    """T2 rounds dW before it is multiplied by the upstream gradient, and after."""
+    grad = truth(case, dtype).grads.get("weight") if tier == "T2" else None
+    return {} if grad is None else {"weight": (grad.to(dtype) - grad).norm().item()}
+
+
+@every_tier
+@every_subject_and_dtype(every_way=False, interpreted=(torch.bfloat16,))
+def test_every_backend_in_every_tier(subject, dtype, tier, force_tier, poison):
+    """Again, to the same bits."""
+    if subject.device == "cpu":
+        force_tier(tier)
+        case = dataclasses.replace(BUDGET, T=3) if subject.interpreted else BUDGET
+    else:
+        force_tier(tier, chunk=50, retained=100)
+        case = LARGE
+    known = twice_rounded(case, tier, dtype)
+    a, b = (compare(case, dtype, known=known, backend=subject.name) for _ in range(2))
+    assert torch.equal(a.output.loss, b.output.loss)
+    assert all(torch.equal(a.grads[name], b.grads[name]) for name in a.grads)
+
+
+@every_subject_and_dtype(every_way=False, interpreted=(torch.float16,))
+def test_the_least_budget(subject, dtype, poison):
+    compare(BUDGET, dtype, backend=subject.name, budget=1)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -97,45 +78,27 @@ def test_fp64_equals_the_reference(case, tier, force_tier):
 def test_both_matmul_routes(route, tier, force_tier, monkeypatch):
     monkeypatch.setattr(matmul, "_upcasts", lambda dtype, _: route == "fp32" and dtype.itemsize < 4)
     force_tier(tier)
-    compare(Case("routes", T=9, H=48, V=333, bias=True), torch.bfloat16)
+    compare(BUDGET, torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", usable_backends())
-@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-def test_token_logps_serve_any_upstream_gradient(backend, dtype, poison):
+@every_backend_and_dtype
+def test_token_logps_serve_any_upstream_gradient(subject, dtype, poison):
     case = Case("tokens", B=2, n=2, T=11, V=211, bias=True)
-    hidden, weight, bias, targets, _ = case.tensors()
-    upstream = torch.randn(targets.shape, dtype=torch.float64)
-    results = []
-    for function, kind, extra in (
-        (pk.linear_token_logps, dtype, {"backend": backend}),
-        (pk.reference.linear_token_logps, dtype, {}),
-        (pk.reference.linear_token_logps, torch.float64, {}),
-    ):
-        leaves = [x.to(dtype).to(kind).requires_grad_() for x in (hidden, weight, bias)]
-        logps = function(leaves[0], leaves[1], targets, bias=leaves[2], **extra)
-        (logps * upstream).sum().backward()
-        results.append([logps.detach(), *(x.grad for x in leaves)])
-    names = ["log-probs", "gradient of hidden", "gradient of weight", "gradient of bias"]
-    assert (results[0][0][targets == -100] == 0).all() and (results[0][0] <= 0).all()
-    for name, *values in zip(names, *results, strict=True):
-        assert_no_worse(*values, dtype, name, norm="gradient" in name)
+    up = upstreams(case)
+    ours = compare(case, dtype, "linear_token_logps", upstream=up, backend=subject.name)
+    dead = case.tensors()[3].to(ours.output.device) == -100
+    assert (ours.output[dead] == 0).all() and (ours.output <= 0).all()
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=[*IDS, "fp64"])
-@pytest.mark.parametrize("backend", usable_backends())
-def test_logits_in(backend, dtype, inplace, poison):
-    if backend != "torch" and dtype == torch.float64:
-        with pytest.raises(ValueError, match="takes float32"):
-            pk.token_logps(torch.zeros(1, 2, dtype=dtype), torch.zeros(1).long(), backend=backend)
-        return
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
+@every_backend_and_dtype
+def test_logits_in(subject, dtype, inplace, poison):
     logits = torch.randn(2, 3, 5, 301, dtype=torch.float64).mul(4).to(dtype)
     targets = torch.randint(0, 301, (2, 3, 5)).masked_fill(torch.rand(2, 3, 5) < 0.4, -100)
     rewards = torch.randn(2, 3)
     results = []
     for function, kind, extra in (
-        (pk.pro_loss, dtype, {"backend": backend, "inplace_backward": inplace}),
+        (pk.pro_loss, dtype, {"backend": subject.name, "inplace_backward": inplace}),
         (pk.reference.pro_loss, dtype, {}),
         (pk.reference.pro_loss, torch.float64, {}),
     ):
@@ -148,13 +111,24 @@ def test_logits_in(backend, dtype, inplace, poison):
         assert_no_worse(*(r[i] for r in results), dtype, name, norm=i > 0)
 
 
-@pytest.mark.parametrize("backend", usable_backends())
-def test_logits_changed_in_place_are_not_used_again_unnoticed(backend):
+@every_backend
+def test_fp64_logits_are_taken_by_plain_pytorch_alone(subject):
+    logits, targets = torch.randn(3, 7, dtype=torch.float64), torch.tensor([0, 6, 3])
+    if subject.name != "torch":
+        with pytest.raises(ValueError, match="takes float32"):
+            pk.token_logps(logits, targets, backend=subject.name)
+        return
+    want = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(pk.token_logps(logits, targets, backend="torch"), want)
+
+
+@every_backend
+def test_logits_changed_in_place_are_not_used_again_unnoticed(subject):
     x = torch.randn(4, 50, requires_grad=True)
     logits = x * 1.0
     other = logits.square().sum()  # saves the logits
     logps = pk.token_logps(
-        logits, torch.randint(0, 50, (4,)), backend=backend, inplace_backward=True
+        logits, torch.randint(0, 50, (4,)), backend=subject.name, inplace_backward=True
     )
     torch.autograd.grad(logps.sum(), x, retain_graph=True)
     for output in (logps.sum(), other):
@@ -181,7 +155,7 @@ def test_fp32_logits_have_gradients_too(force_tier):
 
 
 @pytest.mark.parametrize("freeze", [("hidden",), ("weight",), ("hidden", "weight"), ("bias",)])
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 def test_gradients_only_where_required(freeze, tier, force_tier):
     force_tier(tier)
     case = Case("frozen", bias=True)
@@ -277,51 +251,34 @@ def test_autocast_takes_fp32_parameters_and_returns_fp32_gradients():
     assert error < 4e-3
 
 
-@pytest.mark.parametrize("backend", usable_backends())
-@pytest.mark.parametrize("tier", TIERS)
-def test_bitwise_repeatable(backend, tier, force_tier):
-    force_tier(tier)
-    case = Case("repeat", T=9, V=515)
-    a, b = (run(pk.linear_pro_loss, case, torch.bfloat16, backend=backend) for _ in range(2))
-    assert torch.equal(a.output.loss, b.output.loss)
-    for name in a.grads:
-        assert torch.equal(a.grads[name], b.grads[name])
-
-
-@pytest.mark.parametrize("backend", usable_backends())
-def test_a_row_does_not_depend_on_its_neighbours(backend):
-    logits, targets = torch.randn(40, 777).bfloat16(), torch.randint(0, 777, (40,))
-    together = pk.token_logps(logits, targets, backend=backend)
-    alone = torch.cat(
-        [pk.token_logps(logits[i : i + 1], targets[i : i + 1], backend=backend) for i in range(40)]
-    )
-    assert torch.equal(together, alone)
-
-
-@pytest.mark.parametrize("backend", usable_backends())
-@pytest.mark.parametrize("tier", TIERS)
-def test_a_row_does_not_depend_on_where_it_stands(backend, tier, force_tier):
+@every_backend
+@every_tier
+def test_a_row_does_not_depend_on_where_it_stands(subject, tier, force_tier):
     force_tier(tier)
     hidden = torch.randn(1, 8).bfloat16().repeat(24, 1).view(2, 2, 6, 8).requires_grad_()
     weight = torch.randn(777, 8).bfloat16()
     logps = pk.linear_token_logps(
-        hidden, weight, torch.full((2, 2, 6), 5), logits_dtype=torch.float32, backend=backend
+        hidden, weight, torch.full((2, 2, 6), 5), logits_dtype=torch.float32, backend=subject.name
     )
     assert logps.unique().numel() == 1
     logps.sum().backward()
     assert hidden.grad.view(24, 8).unique(dim=0).shape[0] == 1
 
 
-@pytest.mark.parametrize("backend", usable_backends())
-def test_bad_rows_stay_to_themselves(backend):
-    logits, targets = torch.randn(6, 50), torch.randint(1, 50, (6,))
-    clean = pk.token_logps(logits, targets, backend=backend)
-    logits[1] = float("nan")
-    logits[3, 0] = float("inf")
-    logits[4, 0] = -float("inf")
-    out = pk.token_logps(logits, targets, backend=backend)
-    assert out[1].isnan() and not out[3].isfinite() and out[4].isfinite()
-    assert torch.equal(out[[0, 2, 5]], clean[[0, 2, 5]])
+@every_backend
+def test_prompts_run_once_share_a_row(subject):
+    """The first tokens of all candidates read one row of hidden states: it gets their sum."""
+    rows = torch.tensor([0, 1, 0, 2, 0, 3, 4, 5, 4, 6, 4, 7])
+    targets, rewards = torch.randint(0, 50, (12,)), torch.randn(2, 3)
+    layout = pk.Layout.from_rows(rows, targets, torch.arange(0, 13, 2), 3, num_rows=8)
+    hidden, weight = torch.randn(8, 16).bfloat16(), torch.randn(50, 16).bfloat16()
+    grads = []
+    for backend in (subject.name, "torch"):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        out = pk.linear_pro_loss(*leaves, None, rewards, layout=layout, backend=backend)
+        grads.append(torch.autograd.grad(out.loss, leaves))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-9)
 
 
 def test_candidates_are_equivariant_and_unsorted_rewards_are_sorted():
@@ -336,13 +293,28 @@ def test_candidates_are_equivariant_and_unsorted_rewards_are_sorted():
 FORMS = ["padded", "logits", "compact", "unknown", "dense"]
 
 
-@pytest.mark.parametrize(
-    ("form", "backend"),
-    [*itertools.product(FORMS, [*usable_backends(), "reference"]), ("compiled", "torch")],
-)
-def test_a_candidate_outside_the_mask_is_never_read(form, backend):
+@pytest.mark.parametrize("form", FORMS)
+@every_backend
+def test_a_candidate_outside_the_mask_is_never_read(subject, form):
     """Its tokens never reach the head; NaN there changes nothing and gets the gradient 0."""
-    hidden, weight, _, targets, rewards = Case("absent", n=4, masked=0.2).tensors()
+    check_mask(form, pk, backend=subject.name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nor_by_the_reference(form):
+    check_mask(form, pk.reference)
+
+
+def test_nor_in_a_compiled_call():
+    torch._dynamo.reset()
+    check_mask("padded", pk, lambda run: torch.compile(run, backend="eager"), backend="torch")
+
+
+def check_mask(form, api, compiled=lambda run: run, **more) -> None:
+    tensors = Case("absent", n=4, masked=0.2).tensors()
+    hidden, weight, _, targets, rewards = (
+        x if x is None else x.to(torch.get_default_device()) for x in tensors
+    )
     mask = torch.ones(2, 4, dtype=torch.bool)
     mask[0, 2] = mask[1, 0] = False
     hidden[~mask] = float("nan")
@@ -353,7 +325,6 @@ def test_a_candidate_outside_the_mask_is_never_read(form, backend):
     def run(**changes):
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         args = {"targets": targets, "rewards": rewards, **changes}
-        api, more = (pk, {"backend": backend}) if backend != "reference" else (pk.reference, {})
         if form == "logits":
             out = api.pro_loss(x, **args, **more)
             return out, *torch.autograd.grad(out.loss, x)
@@ -370,10 +341,7 @@ def test_a_candidate_outside_the_mask_is_never_read(form, backend):
         changes |= {"targets": None, "layout": pk.Layout.dense(targets)}
     if form == "unknown":  # as of a mask on a GPU
         changes["layout"] = dataclasses.replace(changes["layout"], candidate_tokens=None)
-    if form == "compiled":
-        torch._dynamo.reset()
-        run = torch.compile(run, backend="eager")
-    found = run(**changes)
+    found = compiled(run)(**changes)
     torch.testing.assert_close(found[0][:-1], expected[0][:-1])
     for a, b in zip(found[1:], expected[1:], strict=True):
         torch.testing.assert_close(a, b)
@@ -411,26 +379,28 @@ def test_prompt_weights_and_empty_prompts():
     torch.testing.assert_close(out.loss, (losses[0] + losses[2]) / 2)
 
 
-@pytest.mark.parametrize("backend", usable_backends())
-def test_empty_batch_has_zero_loss_and_gradients(backend):
+@every_backend
+def test_empty_batch_has_zero_loss_and_gradients(subject):
     for shape in ((0, 3, 4), (2, 3, 0)):
         hidden = torch.randn(*shape, 8, requires_grad=True)
         weight = torch.randn(11, 8, requires_grad=True)
         targets = torch.zeros(shape, dtype=torch.long)
-        out = pk.linear_pro_loss(hidden, weight, targets, torch.zeros(shape[:2]), backend=backend)
+        out = pk.linear_pro_loss(
+            hidden, weight, targets, torch.zeros(shape[:2]), backend=subject.name
+        )
         out.loss.backward()
         assert out.loss == 0 and (weight.grad == 0).all() and hidden.grad.shape == hidden.shape
         logits = torch.randn(*shape, 11, requires_grad=True)
-        assert pk.pro_loss(logits, targets, torch.zeros(shape[:2]), backend=backend).loss == 0
+        assert pk.pro_loss(logits, targets, torch.zeros(shape[:2]), backend=subject.name).loss == 0
 
 
-@pytest.mark.parametrize("backend", usable_backends())
-def test_prompts_without_any_sequence_have_zero_loss_and_gradients(backend):
+@every_backend
+def test_prompts_without_any_sequence_have_zero_loss_and_gradients(subject):
     none = torch.zeros(0, dtype=torch.long)
     layout = pk.Layout.from_rows(none, none, torch.tensor([0]), [0, 0], num_rows=3)
     hidden = torch.randn(3, 8, requires_grad=True)
     weight = torch.randn(11, 8, requires_grad=True)
-    out = pk.linear_pro_loss(hidden, weight, None, None, layout=layout, backend=backend)
+    out = pk.linear_pro_loss(hidden, weight, None, None, layout=layout, backend=subject.name)
     out.loss.backward()
     assert out.loss == 0 and (out.lengths == 0).all() and out.scores.shape == layout.shape
     assert (weight.grad == 0).all() and (hidden.grad == 0).all()

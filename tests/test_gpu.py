@@ -1,7 +1,7 @@
-"""The fused path on a card: no synchronisation, CUDA graphs, side streams, accuracy.
+"""The fused path on a card: no synchronisation, CUDA graphs, side streams, memory.
 
 ``Step`` and its tiers also run on the CPU, so that what is tested here is known to be right
-apart from the card.
+apart from the card. Accuracy there: tests/backends and test_fused.py.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from cases import DTYPES, IDS, Case, assert_no_worse, run, truth
+from cases import DTYPES, IDS, Case
 from pro_kernels import backends
-from pro_kernels.fused import call as call_module
 from pro_kernels.fused import planner
-from pro_kernels.fused.planner import Plan
 
 TIERS = ["T0", "T1", "T1f", "T2", "T3"]
 CASE = Case("gpu", B=4, n=4, T=32, H=128, V=1009, bias=True)
@@ -35,20 +33,9 @@ def backend(request) -> str:
 
 
 @pytest.fixture
-def force_tier(monkeypatch):
-    """Plan calls as a given tier, in chunks of some rows."""
-
-    def force(tier: str) -> None:
-        def plan(rows, *_, need_hidden, need_weight, **__):
-            needs = {"need_hidden": need_hidden, "need_weight": need_weight, "budget": 1 << 20}
-            if tier == "T2":
-                return Plan(tier, rows, prompt_chunks=(1,) * CASE.B, **needs)
-            retained = {"T1": rows, "T3": rows // 3}.get(tier, 0)
-            return Plan(tier, rows if tier == "T1" else 50, retained, **needs)
-
-        monkeypatch.setattr(call_module, "make_plan", plan)
-
-    return force
+def force(force_tier):
+    """Chunks of some rows on a card."""
+    return lambda tier: force_tier(tier, chunk=50, retained=100)
 
 
 class Step:
@@ -92,8 +79,8 @@ def no_sync():
 
 
 @every_tier
-def test_the_steps_tested_on_a_card_are_right_on_the_cpu(tier, force_tier):
-    force_tier(tier)
+def test_the_steps_tested_on_a_card_are_right_on_the_cpu(tier, force):
+    force(tier)
     for shared in (False, True):
         step = Step("cpu", torch.float32, tier, "torch", shared)
         found = step()
@@ -116,8 +103,8 @@ def _segments(layout: pk.Layout) -> list[tuple[int, int]]:
 @every_tier
 @every_dtype
 @pytest.mark.parametrize("shared", [False, True], ids=["distinct", "shared"])
-def test_nothing_waits(tier, dtype, shared, backend, force_tier):
-    force_tier(tier)
+def test_nothing_waits(tier, dtype, shared, backend, force):
+    force(tier)
     step = Step("cuda", dtype, tier, backend, shared)
     step()  # libraries load and kernels compile, which may wait
     with no_sync():
@@ -135,8 +122,8 @@ def test_nothing_waits_with_logits_given(backend):
 
 
 @gpu
-def test_rewards_on_the_host_do_not_wait(backend, force_tier):
-    force_tier("T1")
+def test_rewards_on_the_host_do_not_wait(backend, force):
+    force("T1")
     step = Step("cuda", torch.bfloat16, "T1", backend, False)
     step.rewards = step.rewards.cpu().pin_memory()
     step()
@@ -147,8 +134,8 @@ def test_rewards_on_the_host_do_not_wait(backend, force_tier):
 @gpu
 @every_tier
 @every_dtype
-def test_a_captured_graph_replays_to_the_same_bits(tier, dtype, backend, force_tier):
-    force_tier(tier)
+def test_a_captured_graph_replays_to_the_same_bits(tier, dtype, backend, force):
+    force(tier)
     step = Step("cuda", dtype, tier, backend, shared=False)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -168,9 +155,9 @@ def test_a_captured_graph_replays_to_the_same_bits(tier, dtype, backend, force_t
 
 @gpu
 @every_tier
-def test_side_streams(tier, backend, force_tier):
+def test_side_streams(tier, backend, force):
     """Work queued on another stream reads nothing early and gives the same bits."""
-    force_tier(tier)
+    force(tier)
     step = Step("cuda", torch.bfloat16, tier, backend, shared=True)
     expected = step()
     for _ in range(5):
@@ -183,31 +170,6 @@ def test_side_streams(tier, backend, force_tier):
         torch.cuda.current_stream().wait_stream(stream)
         for got, want in zip(found, expected, strict=True):
             assert torch.equal(got, want)
-
-
-@gpu
-@every_dtype
-@pytest.mark.parametrize("tier", ["T1", "T2", "T3"])
-def test_error_against_fp64(tier, dtype, backend, force_tier):
-    """The rule of cases.py with the card's own plain PyTorch as the measure."""
-
-    def on_card(function):
-        def call(hidden, weight, targets, rewards, *, bias, **options):
-            moved = (x.cuda() for x in (hidden, weight, targets))
-            return function(*moved, rewards.cuda(), bias=bias.cuda(), **options)
-
-        return call
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    plain = run(on_card(pk.reference.linear_pro_loss), CASE, dtype)
-    force_tier(tier)
-    ours = run(on_card(pk.linear_pro_loss), CASE, dtype, backend=backend)
-    exact = truth(CASE, dtype)
-    for name in exact.grads:
-        args = (r.grads[name].cpu() for r in (ours, plain, exact))
-        assert_no_worse(*args, dtype, f"gradient of {name}", norm=True, device="cuda")
-    args = (r.output.logps.cpu() for r in (ours, plain, exact))
-    assert_no_worse(*args, dtype, "logps", norm=False)
 
 
 @gpu

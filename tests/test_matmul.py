@@ -8,10 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pro_kernels as pk
-from cases import Case, assert_no_worse, fp32_sums, run, truth
-from pro_kernels.fused import call as call_module
+from cases import Case, compare, fp32_sums
 from pro_kernels.fused import gather_scatter, matmul
-from pro_kernels.fused.planner import Plan
 from pro_kernels.selfcheck import env
 
 LOW = [torch.bfloat16, torch.float16]
@@ -37,6 +35,10 @@ def test_three_matmuls(route, dtype):
     out = matmul.logits_into(torch.full((9, 150), float("nan"), dtype=dtype), x, w, bias)
     exact = x.double() @ w.double().t() + bias.double()
     torch.testing.assert_close(out.double(), exact, rtol=eps, atol=eps * 20)
+    if dtype in LOW:  # and not rounded to it
+        out = matmul.logits_into(torch.full((9, 150), torch.nan), x, w, None)
+        exact = x.double() @ w.double().t()
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
     dz = torch.randn(9, 150).to(dtype)
     hidden = matmul.hidden_grad(dz, w).double()
@@ -49,13 +51,6 @@ def test_three_matmuls(route, dtype):
     acc = torch.ones(150, 21, dtype=torch.promote_types(dtype, torch.float32))
     matmul.weight_grad(dz, x, acc, accumulate=True)
     assert (acc.double() - 1 - exact).norm() <= eps * exact.norm()
-
-
-@pytest.mark.parametrize("dtype", LOW)
-def test_fp32_logits_of_low_inputs(route, dtype):
-    x, w = torch.randn(9, 21).to(dtype), torch.randn(150, 21).to(dtype)
-    out = matmul.logits_into(torch.empty(9, 150), x, w, None)
-    torch.testing.assert_close(out.double(), x.double() @ w.double().t(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_blocked_route_rounds_once(monkeypatch):
@@ -88,19 +83,15 @@ def test_choice_by_processor(monkeypatch, amd, has, bf16, fp16):
 
 
 def test_choice(monkeypatch):
-    matmul._upcasts.cache_clear()
-    assert not matmul.upcasts(torch.float32, "cpu")
-    assert not matmul.upcasts(torch.bfloat16, "cuda")
+    upcasts = matmul._upcasts.__wrapped__  # without its cache
+    assert not upcasts(torch.float32, "cpu")
+    assert not upcasts(torch.bfloat16, "cuda")
     for value, expected in (("fp32", True), ("native", False)):
-        matmul._upcasts.cache_clear()
         monkeypatch.setenv("PRO_KERNELS_MATMUL", value)
-        assert matmul.upcasts(torch.bfloat16, "cpu") is expected
-    matmul._upcasts.cache_clear()
+        assert upcasts(torch.bfloat16, "cpu") is expected
     monkeypatch.setenv("PRO_KERNELS_MATMUL", "fast")
     with pytest.raises(ValueError, match="PRO_KERNELS_MATMUL must be one of auto, native, fp32"):
-        matmul.upcasts(torch.bfloat16, "cpu")
-    monkeypatch.undo()
-    matmul._upcasts.cache_clear()
+        upcasts(torch.bfloat16, "cpu")
 
 
 def test_env_says_how_the_matmuls_of_each_dtype_run(monkeypatch):
@@ -181,24 +172,11 @@ GPU_ROUTE = [
 @pytest.mark.parametrize("case", GPU_ROUTE, ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("tier", ["T1", "T2", "T3"])
-def test_gradients_on_the_route_of_a_gpu(case, dtype, tier, monkeypatch):
+def test_the_route_of_a_gpu(case, dtype, tier, force_tier, monkeypatch):
     """DHidden as exact as plain PyTorch's; dW within the one rounding of w X more."""
     fp32_sums(monkeypatch)
-    needs = {"need_hidden": True, "need_weight": True}
-
-    def plan(rows, *args, **kwargs):
-        return {
-            "T1": Plan("T1", rows, retained=rows, **needs),
-            "T2": Plan("T2", rows, prompt_chunks=(1,) * case.B, **needs),
-            "T3": Plan("T3", 20, retained=rows // 3, **needs),
-        }[tier]
-
-    monkeypatch.setattr(call_module, "make_plan", plan)
-    ours = run(pk.linear_pro_loss, case, dtype, backend="torch")
-    plain, exact = run(pk.reference.linear_pro_loss, case, dtype), truth(case, dtype)
-    for name, grad in exact.grads.items():
-        args = (ours.grads[name], plain.grads[name], grad, dtype, f"gradient of {name}")
-        assert_no_worse(*args, norm=True)
+    force_tier(tier, chunk=20, retained=30)
+    compare(case, dtype, backend="torch")
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -257,21 +235,18 @@ def test_a_card_is_asked_once_for_its_fp32_sums(asked):
     assert questions == [False]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("expected out_dtype"), TypeError("out_dtype")])
-def test_a_pytorch_that_refuses_does_without(asked, error):
-    refuses, _ = asked
-    refuses["mm"] = error
-    assert not matmul.leaves_sums(torch.bfloat16, "cuda")
-    assert matmul.sums_dtype(torch.bfloat16, "cuda") == torch.bfloat16
-
-
-def test_no_memory_is_no_refusal(asked):
+def test_a_pytorch_that_refuses_does_without(asked):
+    """But to have no memory is no refusal."""
     refuses, _ = asked
     refuses["mm"] = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         matmul.leaves_sums(torch.bfloat16, "cuda")
-    refuses["mm"] = None
-    assert matmul.leaves_sums(torch.bfloat16, "cuda")
+    for error in (None, RuntimeError("expected out_dtype"), TypeError("out_dtype")):
+        refuses["mm"] = error
+        matmul._refused.cache_clear()
+        assert matmul.leaves_sums(torch.bfloat16, "cuda") is (error is None)
+        sums = torch.float32 if error is None else torch.bfloat16
+        assert matmul.sums_dtype(torch.bfloat16, "cuda") == sums
 
 
 def test_where_addmm_is_refused_sums_are_added_by_blocks(asked, monkeypatch):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import pro_kernels as pk
-from cases import Case, usable_backends
+from cases import Case
 from pro_kernels.fused import ops, planner, registry
 from pro_kernels.fused.call import Call, decode, encode
 from pro_kernels.fused.planner import Plan
 from pro_kernels.fused.shards import Shard
 from pro_kernels.options import LogitOptions, RankingOptions
+from subjects import every_subject, subjects
 
 FULL = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -28,6 +32,10 @@ def head_inputs(dtype=torch.float32, rows=True):
     )
 
 
+def check(op, args, tests=FULL):
+    torch.library.opcheck(op, args, test_utils=tests)
+
+
 def encoded(backend: str, plan: Plan | None = None, **facts):
     return encode(Call(backend, LogitOptions(), plan or Plan("T0", 1), **facts))
 
@@ -41,64 +49,78 @@ def test_a_call_survives_encoding():
     assert decode(*encode(call)) == call
 
 
-@pytest.mark.parametrize("backend", usable_backends())
-def test_opcheck_logits_ops(backend):
+@every_subject(every_way=False)
+def test_opcheck_logits_ops(subject):
     logits, targets = torch.randn(5, 17), torch.tensor([0, 16, -100, 3, 4])
     for entropy in (False, True):
-        call = encoded(backend, entropy=entropy)
-        torch.library.opcheck(ops.logps, (logits, targets, *call), test_utils=FULL)
+        call = encoded(subject.name, entropy=entropy)
+        check(ops.logps, (logits, targets, *call))
     _, lse, value = ops.logps(logits, targets, *call)
     for extra in ((None, None), (value, torch.randn(5))):
         args = (logits, lse, targets, torch.randn(5), *extra, *call)
-        torch.library.opcheck(ops.logits_grad, args, test_utils=FULL)
-        torch.library.opcheck(ops.logits_grad_, args, test_utils=FULL)
+        check(ops.logits_grad, args)
+        check(ops.logits_grad_, args)
 
 
-@pytest.mark.parametrize("backend", usable_backends())
-@pytest.mark.parametrize("rows", [True, False], ids=["compact", "dense"])
-@pytest.mark.parametrize("retained", ["all", "some"])
-@pytest.mark.parametrize("tau", [None, 0.3], ids=["exact", "filtered"])
-def test_opcheck_head_ops(backend, rows, retained, tau):
+# Compact or dense rows; how many are kept; what else the call asks for.
+HEADS = {
+    "compact, all kept": (True, 99, {}),
+    "dense, some kept": (False, 4, {}),
+    "dense, all kept, filtered": (False, 99, {"grad_filter": 0.3}),
+    "compact, some kept, filtered": (True, 4, {"grad_filter": 0.3}),
+    "entropy, none kept": (True, 0, {"entropy": True}),
+    "entropy, some kept": (True, 4, {"entropy": True, "extra": True}),
+    "entropy, all kept": (True, 99, {"entropy": True, "extra": True}),
+}
+# The kernels differ by backend, not the ops: all heads on one of them, a few on the others.
+OF_EACH = ["dense, some kept", "compact, some kept, filtered", "entropy, some kept"]
+
+
+@pytest.mark.parametrize(
+    ("subject", "head"),
+    [
+        pytest.param(x.values[0], head, id=f"{head}-{x.id}", marks=x.marks)
+        for x in subjects(every_way=False)
+        for head in (HEADS if x.values[0].name == "torch" else OF_EACH)
+    ],
+    indirect=["subject"],
+)
+def test_opcheck_head_ops(subject, head):
+    rows, retained, facts = HEADS[head]
     hidden, weight, bias, layout, _ = head_inputs(rows=rows)
     n = layout.num_tokens
-    kept = n if retained == "all" else 4
+    kept = min(retained, n)
     plan = Plan("T3", 5 if kept < n else n, kept, need_hidden=True, need_weight=True)
-    call = encoded(backend, plan, vocab=weight.shape[0], grad_filter=tau)
+    call = encoded(subject.name, plan, vocab=weight.shape[0], **facts)
     inputs = (hidden, weight, bias, layout.rows, layout.targets)
     # Dense buffers have tails that nobody writes or reads: not to be compared value by value.
-    args, tests = (*inputs, *call), FULL if rows else FULL[:2]
-    torch.library.opcheck(ops.head_forward, args, test_utils=tests)
-    values, *saved = ops.head_forward(*args)
-    args = (torch.randn_like(values[0]), None, *inputs, saved, [True, True, True], *call)
-    torch.library.opcheck(ops.head_backward, args, test_utils=FULL)
+    check(ops.head_forward, (*inputs, *call), FULL if rows else FULL[:2])
+    values, *saved = ops.head_forward(*inputs, *call)
+    for by in (None, torch.randn_like(values[0])) if "entropy" in facts else (None,):
+        args = (torch.randn_like(values[0]), by, *inputs, saved, [True, True, True], *call)
+        check(ops.head_backward, args)
 
 
-@pytest.mark.parametrize("backend", usable_backends())
-@pytest.mark.parametrize("tau", [None, 0.3], ids=["exact", "filtered"])
-def test_opcheck_ranking_and_linear_pro(backend, tau):
+@every_subject(every_way=False)
+def test_opcheck_ranking_and_linear_pro(subject):
     hidden, weight, bias, layout, rewards = head_inputs()
     order, rank = layout.sequences, torch.zeros(2, dtype=torch.int64)
     ranked = (order, rewards.sort(1, descending=True).values, rank, torch.full((2,), 0.5))
     candidates = (layout.offsets, layout.lengths, *ranked)
-    call = encoded(backend, ranking=RankingOptions())
-    args = (-torch.rand(layout.num_tokens), *candidates, *call)
-    torch.library.opcheck(ops.ranking, args, test_utils=FULL)
-    call = encoded(
-        backend,
-        Plan("T2", 99, need_hidden=True, need_weight=True, prompt_chunks=(1, 1)),
-        vocab=weight.shape[0],
-        ranking=RankingOptions(),
-        prompt_tokens=layout.prompt_tokens,
-        grad_filter=tau,
-    )
-    args = (hidden, weight, bias, layout.rows, layout.targets, candidates, True, *call)
-    torch.library.opcheck(ops.linear_pro, args, test_utils=FULL)
+    call = encoded(subject.name, ranking=RankingOptions())
+    check(ops.ranking, (-torch.rand(layout.num_tokens), *candidates, *call))
+    plan = Plan("T2", 99, need_hidden=True, need_weight=True, prompt_chunks=(1, 1))
+    facts = {"vocab": weight.shape[0], "prompt_tokens": layout.prompt_tokens}
+    for tau in (None, 0.3):
+        call = encoded(subject.name, plan, ranking=RankingOptions(), grad_filter=tau, **facts)
+        args = (hidden, weight, bias, layout.rows, layout.targets, candidates, True, *call)
+        check(ops.linear_pro, args)
 
 
 def test_scaled_never_rounds_the_scalar():
     x, by = torch.randn(1000).bfloat16(), torch.tensor(1 / 3)
     call = encoded("torch")
-    torch.library.opcheck(ops.scaled, (x, by, *call), test_utils=FULL)
+    check(ops.scaled, (x, by, *call))
     assert torch.equal(ops.scaled(x, by, *call), (x.float() * by).bfloat16())
     half = torch.tensor(1.0, dtype=torch.float16)
     tiny = torch.full((3,), 1e-12)
@@ -118,6 +140,10 @@ def loss_small_budget(h, w, t, r):
     return pk.linear_pro_loss(h, w, t, r, budget=1).loss
 
 
+def loss_in_chunks(h, w, t, r):
+    return pk.linear_pro_loss(h, w, t, r, budget=13200, final_dtype=torch.bfloat16).loss
+
+
 def loss_logits(h, w, t, r):
     return pk.pro_loss(h @ w.t(), t, r).loss
 
@@ -127,31 +153,18 @@ def loss_tokens(h, w, t, r):
     return (pk.linear_token_logps(h, w, t) * steps).sum()
 
 
-def test_the_chunked_tier_compiles_too(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(planner, "MIN_T2_ROWS", 1)
-    monkeypatch.setattr(planner, "MIN_ROWS", 1)
+def compile_inputs():
     h, w, _, t, r = Case("compile", masked=0.3).tensors()
-    h, w = h.float().requires_grad_(), w.float().requires_grad_()
+    return h.float().requires_grad_(), w.float().requires_grad_(), t, r
 
-    def loss(h, w, t, r):
-        return pk.linear_pro_loss(h, w, t, r, budget=13200, final_dtype=torch.bfloat16).loss
 
-    graph = []
-
-    def spy(gm, inputs):
-        parts = [m for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
-        graph.append("".join(str(part.graph) for part in parts))
-        return gm.forward
-
-    torch.compile(loss, fullgraph=True, backend=spy)(h, w, t, r)
-    assert "linear_pro" in graph[0]
+def same_compiled(function, h, w, *rest, backend="aot_eager"):
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(h, w, t, r)
-    exact = pk.linear_pro_loss(h, w, t, r).loss
-    for a, b in zip(
-        torch.autograd.grad(compiled, (h, w)), torch.autograd.grad(exact, (h, w)), strict=True
-    ):
+    compiled = torch.compile(function, fullgraph=True, backend=backend)(h, w, *rest)
+    eager = function(h, w, *rest)
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
+    grads = (torch.autograd.grad(x, (h, w)) for x in (compiled, eager))
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -159,18 +172,24 @@ def test_the_chunked_tier_compiles_too(monkeypatch):
     "function", [loss_padded, loss_layout, loss_small_budget, loss_logits, loss_tokens]
 )
 def test_compiles_in_one_graph_on_first_call(function):
+    h, w, t, r = compile_inputs()
+    same_compiled(function, h, w, pk.Layout.from_padded(t) if function is loss_layout else t, r)
+
+
+def test_the_chunked_tier_compiles_too(monkeypatch):
+    monkeypatch.setattr(planner, "MIN_T2_ROWS", 1)
+    monkeypatch.setattr(planner, "MIN_ROWS", 1)
+    graph = []
+
+    def spy(gm, inputs):
+        parts = [m for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
+        graph.append("".join(str(part.graph) for part in parts))
+        return gm.forward
+
     torch._dynamo.reset()
-    h, w, _, t, r = Case("compile", masked=0.3).tensors()
-    h, w = h.float().requires_grad_(), w.float().requires_grad_()
-    if function is loss_layout:
-        t = pk.Layout.from_padded(t)
-    eager = function(h, w, t, r)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(h, w, t, r)
-    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
-    for a, b in zip(
-        torch.autograd.grad(compiled, (h, w)), torch.autograd.grad(eager, (h, w)), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.compile(loss_in_chunks, fullgraph=True, backend=spy)(*compile_inputs())
+    assert "linear_pro" in graph[0]
+    same_compiled(loss_in_chunks, *compile_inputs())
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -197,21 +216,11 @@ def test_options_and_sizes_may_change_between_compiled_calls(dynamic):
 
 
 def test_compiles_with_inductor():
-    torch._dynamo.reset()
-    h, w, _, t, r = Case("inductor").tensors()
-    h, w = h.float().requires_grad_(), w.float().requires_grad_()
-    eager = loss_padded(h, w, t, r)
-    compiled = torch.compile(loss_padded, fullgraph=True)(h, w, t, r)
-    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
-    a, b = (torch.autograd.grad(x, h)[0] for x in (compiled, eager))
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    same_compiled(loss_padded, *compile_inputs(), backend="inductor")
 
 
 def test_import_is_light():
     """Neither Triton nor transformers nor a kernel library loads with the package."""
-    import subprocess
-    import sys
-
     heavy = "('triton', 'transformers', 'torch._dynamo')"
     code = f"import pro_kernels, sys; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

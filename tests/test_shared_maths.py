@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_emulation import build, calls
+from cuda_emulation import build, emulation
 from pro_kernels.backends import native
 from pro_kernels.options import LogitOptions, RankingOptions
 from pro_kernels.ranking import temperatures
@@ -27,32 +27,26 @@ EPS64 = 2.0**-53
 INF = math.inf
 
 
-def _call(name: str, *arguments):
-    kinds = {int: ctypes.c_int64, float: ctypes.c_double}
-    raw = [
-        ctypes.c_void_p(a.data_ptr())
-        if isinstance(a, Tensor)
-        else a
-        if a is None or isinstance(a, (ctypes._SimpleCData, ctypes._Pointer))
-        else kinds[type(a)](a)
-        for a in arguments
-    ]
-    return getattr(calls.library(), name)(*raw)
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
-def _f(x: float) -> ctypes.c_float:
-    return ctypes.c_float(x)
+def _call(name: str, kinds: str, *arguments):
+    """A function of exports.cpp; options and tensors are pointers."""
+    raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    raw = [ctypes.addressof(a) if isinstance(a, ctypes.Structure) else a for a in raw]
+    function = getattr(emulation.library(), f"pk_test_{name}")
+    return function(*(KINDS[kind](a) for kind, a in zip(kinds, raw, strict=True)))
 
 
 def _exp_sum(z: Tensor, part: int) -> list[float]:
     out = torch.empty(4, dtype=torch.float64)
-    _call("pk_test_exp_sum", z, len(z), part, out)
+    _call("exp_sum", "piip", z, len(z), part, out)
     return out.tolist()
 
 
 def _row_sum(z: Tensor, part: int, target_z: float) -> list[float]:
     out = torch.empty(3)
-    _call("pk_test_row_sum", z, len(z), part, _f(target_z), out)
+    _call("row_sum", "piifp", z, len(z), part, target_z, out)
     return out.tolist()
 
 
@@ -112,7 +106,7 @@ def test_transform_and_slope(scale, cap):
     raw = torch.cat([size, -size, torch.zeros(1, dtype=torch.float64)]).float().double()
     z, slope = torch.empty_like(raw), torch.empty_like(raw)
     fast_z, fast_slope = torch.empty(len(raw)), torch.empty(len(raw))
-    _call("pk_test_transform", raw, len(raw), _f(scale), _f(cap), z, slope, fast_z, fast_slope)
+    _call("transform", "piffpppp", raw, len(raw), scale, cap, z, slope, fast_z, fast_slope)
     scale = float(torch.tensor(scale))  # as C has it
     want = LogitOptions(cap or None, scale).transform(raw)
     torch.testing.assert_close(z, want, rtol=8 * EPS64, atol=0)
@@ -131,7 +125,7 @@ def test_one_minus_p_where_p_is_close_to_one():
     log_p = -torch.logspace(-300, 3, 2001, dtype=torch.float64)
     log_p = torch.cat([log_p, torch.tensor([0.0, 1e-9, math.nan, -INF], dtype=torch.float64)])
     out, single = torch.empty_like(log_p), torch.empty(len(log_p))
-    _call("pk_test_one_minus_p", log_p, len(log_p), out, single)
+    _call("one_minus_p", "pipp", log_p, len(log_p), out, single)
     want = -torch.expm1(log_p[:-4])
     torch.testing.assert_close(out[:-4], want, rtol=4 * EPS64, atol=0)
     want32 = -torch.expm1(log_p[:-4].float().double())
@@ -175,29 +169,28 @@ def test_ranking_of_one_prompt(n, options, with_rewards):
         (grad,) = torch.autograd.grad(torch.stack(want).sum() + 0 * scores.sum(), scores)
 
     terms, gradients = torch.empty(n), torch.empty(n, dtype=torch.float64)
-    given = ctypes.pointer(native.in_c(options))
-    _call("pk_test_rank", n, scores.detach(), rewards, given, terms, gradients)
+    given = native.in_c(options)
+    _call("rank", "ippppp", n, scores.detach(), rewards, given, terms, gradients)
     for got, term in zip(terms, want, strict=False):
         assert math.isclose(got, term.detach(), rel_tol=2 * EPS, abs_tol=1e-12)
     torch.testing.assert_close(gradients, grad, rtol=1e-11, atol=1e-11)
 
 
 def test_sft_factor():
-    library = calls.library()
-    library.pk_test_sft_factor.restype = ctypes.c_double
+    emulation.library().pk_test_sft_factor.restype = ctypes.c_double
     for count, single, want in [(1, True, 0.05), (1, False, 0.0), (2, True, 0.05), (5, True, 0.8)]:
         options = native.in_c(RankingOptions(sft_weight=0.05, single_sft=single))
-        got = _call("pk_test_sft_factor", count, ctypes.pointer(options))
+        got = _call("sft_factor", "ip", count, options)
         assert math.isclose(got, want)
 
 
 def test_a_term_from_its_parts():
     """The largest exponent apart from the sum: a size of 1e7 costs no digits."""
     out = torch.empty(2)
-    _call("pk_test_term", 1e7, _f(0.5), _f(1.0), 1e7, out)
+    _call("term", "dffdp", 1e7, 0.5, 1.0, 1e7, out)
     assert math.isclose(out[0], math.log(1.5), rel_tol=2 * EPS)
     assert math.isclose(out[1], 1 / 3, rel_tol=2 * EPS)
-    _call("pk_test_term", 0.0, _f(1e-20), _f(1.0), 0.0, out)
+    _call("term", "dffdp", 0.0, 1e-20, 1.0, 0.0, out)
     assert math.isclose(out[1], 1e-20, rel_tol=2 * EPS)  # 1 - p, not 1 - (1 - 1e-20)
-    _call("pk_test_term", -INF, _f(0.0), _f(0.0), -INF, out)
+    _call("term", "dffdp", -INF, 0.0, 0.0, -INF, out)
     assert out.isnan().all()

@@ -1,145 +1,98 @@
-"""The CUDA backend's adapter on CPU tensors, through the emulated library (tests/cuda_emulation).
+"""What is the CUDA library's own: rows by the room for them, its launches, when it may serve.
 
-What the kernels compute, and what emulation cannot show, is in test_cuda_kernels.py.
+The kernels of csrc/cuda are compiled for the host (tests/cuda_emulation); their bodies and the
+launch code are the shipped ones. What emulation cannot show: the memory model (what another thread
+sees without a barrier, cache and L2 behaviour), races between warps inside one stretch between
+barriers beyond two orders of execution, how clusters are scheduled, the PTX in
+csrc/cuda/device.cuh, the accuracy of the hardware's ex2 and reciprocal, register and occupancy
+limits, speed. It does abort on misaligned vector accesses, on barriers that not all threads reach,
+on writes past a block's shared memory, on reads of the shared memory of a finished block, and it
+delivers asynchronous copies only when they are waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
-from cuda_resources import cuda_rows
-from test_cpu import CAPPED, PLAIN, _batch
+from contract import PLAIN, check, rows_of
+from test_contract_ranking import check as check_ranking
+from test_contract_ranking import prompts_of
 
 import pro_kernels as pk
-from cases import CASE_IDS, CASES, CPU, DTYPES, IDS, Case
-from cuda_emulation import build
+from cases import CPU
+from cuda_emulation import emulation
 from pro_kernels import backends
 from pro_kernels.backends import cuda, native
-from pro_kernels.options import LogitOptions
-from test_fused import compare
+from pro_kernels.options import RankingOptions
+from subjects import Subject
 
 GPU = torch.device("cuda", 0)
-reference = backends.get("torch")
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+emulated = pytest.mark.parametrize(
+    "subject", [Subject("cuda", "emulated sm_90")], ids=str, indirect=True
+)
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    """The backend with the emulated library, serving CPU tensors."""
-    try:
-        path = build.library()
-    except build.NoCompiler as error:
-        pytest.skip(str(error))
-    loaded = native.open_library(path, "cuda", cuda._SIGNATURES)
-    assert loaded[0] is not None, loaded[1]
-    monkeypatch.setattr(cuda, "_load", lambda: loaded)
-    monkeypatch.setattr(cuda, "unusable", lambda device: None)
-    monkeypatch.setattr(cuda, "_stream_of", lambda x: contextlib.nullcontext(None))
+# Rows for clusters of 2, 4 and 8, for one block alone on its SM, and beyond what fits.
+@emulated
+@pytest.mark.parametrize(
+    ("dtype", "v"),
+    [
+        (torch.bfloat16, 50_001),
+        (torch.bfloat16, 128_256),
+        (torch.float16, 262_144),
+        (torch.float32, 151_936),
+        (torch.float32, 450_001),
+    ],
+    ids=["2 blocks", "4 blocks", "8 blocks", "8 large blocks", "reread"],
+)
+def test_wide_rows(subject, dtype, v, poison):
+    rows = rows_of(3, v, dtype)
+    rows.targets[:] = torch.tensor([v // 2, -1, v - 1])
+    shifted = torch.full((3 * (v + 5),), torch.nan, dtype=dtype).as_strided((3, v), (v + 5, 1), 3)
+    shifted.copy_(rows.logits)
+    for major in (8, 9, 10, 12):
+        with emulation.machine(major=major):
+            check(subject, rows)
+            if major < 10:
+                check(subject, replace(rows, logits=shifted))
 
 
-@dtypes
-@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_the_loss_by_the_rule(case, dtype, emulated, poison):
-    compare(case, dtype, backend="cuda")
+@emulated
+@pytest.mark.parametrize("max_cluster", [1, 2, 4])
+def test_rows_are_read_twice_where_a_cluster_finds_no_room(subject, max_cluster, poison):
+    with emulation.machine(max_cluster=max_cluster):
+        check(subject, rows_of(3, 128_256, torch.float32))
 
 
-@dtypes
-@pytest.mark.parametrize("budget", [1, 30_000])
-def test_the_loss_under_a_budget(dtype, budget, emulated, poison):
-    compare(Case("budget", T=9, H=48, V=333, bias=True), dtype, backend="cuda", budget=budget)
+@emulated
+def test_more_sequences_than_a_marking_block_takes(subject):
+    sequences = 40_000
+    batch = prompts_of([6, 3], [4], 0, 1.0, 1.0, False)
+    batch[0] = -torch.rand(sequences)
+    batch[1], batch[2] = torch.arange(sequences + 1), torch.ones(sequences, dtype=torch.int64)
+    batch[3] = torch.where(batch[3] >= 0, batch[3] * 3600 + 7, -1)
+    check_ranking(subject, batch)
 
 
-def test_prompts_run_once_share_a_row(emulated):
-    """The first tokens of all candidates read one row of hidden states: it gets their sum."""
-    rows = torch.tensor([0, 1, 0, 2, 0, 3, 4, 5, 4, 6, 4, 7])
-    targets = torch.randint(0, 50, (12,))
-    cu = torch.arange(0, 13, 2)
-    layout = pk.Layout.from_rows(rows, targets, cu, 3, num_rows=8)
-    rewards = torch.randn(2, 3)
-    grads = []
-    for backend in ("cuda", "torch"):
-        torch.manual_seed(1)
-        hidden, weight = torch.randn(8, 16), torch.randn(50, 16)
-        hidden, weight = (x.bfloat16().requires_grad_() for x in (hidden, weight))
-        out = pk.linear_pro_loss(hidden, weight, None, rewards, layout=layout, backend=backend)
-        grads.append(torch.autograd.grad(out.loss, [hidden, weight]))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-9)
-
-
-@dtypes
-@pytest.mark.parametrize("options", [PLAIN, CAPPED], ids=["plain", "capped"])
-def test_any_strides_are_taken(dtype, options, emulated):
-    """Transposed, sliced, and repeated inputs are copied only where the kernels need it."""
-    logits, targets = _batch(6, 70, dtype)
-    every_other = torch.stack([logits, logits], 1).flatten(0, 1)[::2]
-    want = reference.logp(logits.double(), targets, options=options, entropy=True)
-    for x in (logits, logits.t().contiguous().t(), every_other, torch.cat([logits] * 2, 1)[:, :70]):
-        got = cuda.logp(x, targets.int(), options=options, entropy=True)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
-        grad = cuda.logits_grad(x, got[1], targets, torch.ones(12)[::2], options=options)
-        exact = reference.logits_grad(logits.double(), want[1], targets, None, options=options)
-        torch.testing.assert_close(grad.double(), exact, rtol=2**-7, atol=1e-5)
-
-
-def test_the_sides(emulated):
-    source, rows = torch.randn(5, 24).bfloat16(), torch.tensor([4, 0, 4, 2])
-    weights = torch.randn(8)[::2]
-    for x in (source, source.t().contiguous().t(), source.double()):
-        got = cuda.gather_rows(x, rows, weights, torch.float32)
-        assert torch.equal(got, weights[:, None] * source.float()[rows])
-    assert torch.equal(cuda.gather_rows(source, rows, None, torch.bfloat16), source[rows])
-    out = torch.zeros(5, 24)
-    cuda.scatter_rows(got.t().contiguous().t(), weights, rows, out, shared=True)
-    want = torch.zeros(5, 24).index_add_(0, rows, weights[:, None] * got)
-    torch.testing.assert_close(out, want)
-    weight, bias = torch.randn(7, 24).bfloat16(), torch.randn(7).bfloat16()
-    targets = torch.tensor([6, 0, 3, 3, 5])
-    exact = (source.double() * weight.double()[targets]).sum(1) + bias.double()[targets]
-    got = cuda.target_logits(source, weight, bias, targets)
-    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-5)
-
-
-def test_nothing_to_do(emulated):
-    logits, none = torch.empty(0, 50), torch.empty(0, dtype=torch.int64)
-    assert [len(t) for t in cuda.logp(logits, none, options=PLAIN, entropy=True)] == [0, 0, 0]
-    assert cuda.residual_(logits, none, options=PLAIN)[0].shape == (0,)
-    assert cuda.gather_rows(logits, none, None, torch.float32).shape == (0, 50)
-
-
-def test_rows_past_two_to_the_31_elements(emulated):
-    stride = (1 << 31) + 8
-    try:
-        buffer = torch.empty(stride + 40, dtype=torch.bfloat16)
-    except RuntimeError as error:
-        pytest.skip(f"no 4 GiB of address space: {error}")
-    logits = buffer.as_strided((2, 40), (stride, 1))
-    logits.copy_(torch.randn(2, 40))
-    small, targets = logits.clone(), torch.tensor([3, 39])
-    got = cuda.residual_(logits, targets, options=PLAIN)
-    want = cuda.residual_(small, targets, options=PLAIN)
-    assert torch.equal(got[0], want[0]) and torch.equal(logits, small)
-
-
-def test_what_cannot_be_written_or_launched_is_refused(emulated):
+@emulated
+def test_what_cannot_be_launched_is_refused(subject):
     logits, targets = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"logits of shape \(4, 6\) must have unit stride along V"):
-        cuda.residual_(logits.t().contiguous().t(), targets, options=PLAIN)
     with pytest.raises(ValueError, match=r"out must be \(4, 6\) torch.float32 like logits, got"):
         cuda.logits_grad(
             logits, torch.zeros(4), targets, None, options=PLAIN, out=torch.empty(4, 5)
         )
     wide = torch.empty(1).expand(1, cuda._MAX_COLUMNS + 1)
     with pytest.raises(ValueError, match=rf"at most {cuda._MAX_COLUMNS} columns, got"):
-        cuda.logp(wide, targets[:1], options=LogitOptions())
-    with pytest.raises(RuntimeError, match=r"pk_cuda_logp failed: .* \(1\)"):
-        cuda._call("logp", logits, native.Rows(rows=1, columns=1 << 31), native.in_c(PLAIN))
-
-
-def test_too_many_candidates(emulated):
+        cuda.logp(wide, targets[:1], options=PLAIN)
+    for rows in (native.Rows(rows=1, columns=1 << 31), native.Rows(dtype=3)):
+        with pytest.raises(RuntimeError, match=r"pk_cuda_logp failed: invalid argument \(1\)"):
+            cuda._call("logp", logits, rows, native.in_c(PLAIN))
+    batch = prompts_of([1025], [1], 0, 1.0, 1.0, False)
+    with pytest.raises(RuntimeError, match="pk_cuda_ranking failed: invalid argument"):
+        cuda.ranking(*batch, options=RankingOptions())
     refused = backends.refusal("cuda", CPU, torch.float32, 1025)
     assert refused == "1025 candidates a prompt; it takes at most 1024"
     hidden, targets = torch.randn(1, 1025, 1, 4), torch.zeros(1, 1025, 1, dtype=torch.int64)
@@ -147,26 +100,18 @@ def test_too_many_candidates(emulated):
         pk.linear_pro_loss(hidden, torch.randn(5, 4), targets, None, backend="cuda")
 
 
-def test_refusals_tell_why(monkeypatch, tmp_path):
-    assert "not on a CUDA device" in cuda.unusable(CPU)
+@emulated
+def test_the_library_says_what_it_is(subject):
+    library = emulation.library()
+    assert library.targets() == b"emulated" and library.ready() == 0
+    assert library.error(0) == b"no error"
+    assert cuda.details()["targets"] == "emulated"
+
+
+def test_refusals_tell_why(monkeypatch):
+    """Of the library: test_native.py."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.unusable(GPU) == "no CUDA device is available"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "_LIB", tmp_path)
-    cuda._load.cache_clear()
-    try:
-        assert "never built" in cuda.unusable(GPU)
-        (tmp_path / "build.json").write_text('{"cuda": {"reason": "no CUDA compiler found"}}')
-        cuda._load.cache_clear()
-        assert "no CUDA compiler found" in cuda.unusable(GPU)
-        assert "no CUDA compiler found" in cuda.details()["reason"]
-        with pytest.raises(RuntimeError, match="no CUDA compiler found"):
-            cuda.logp(torch.randn(1, 3), torch.zeros(1, dtype=torch.int64), options=PLAIN)
-        cuda.library_path().write_text("not a library")
-        cuda._load.cache_clear()
-        assert "does not load" in cuda.unusable(GPU)
-    finally:
-        cuda._load.cache_clear()
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert cuda.unusable(GPU) == "this PyTorch is built for ROCm"
 
@@ -229,34 +174,3 @@ def test_auto_passes_over_kernels_that_never_ran_on_a_gpu(monkeypatch):
     monkeypatch.setenv("PRO_KERNELS_UNVERIFIED", "yes")
     with pytest.raises(ValueError, match="PRO_KERNELS_UNVERIFIED must be one of 0, 1, got 'yes'"):
         backends.resolve("auto", GPU, torch.bfloat16)
-
-
-USAGE = """\
-arch = sm_80
- Function _Z1a:
-  REG:10 STACK:0 SHARED:512 LOCAL:0 CONSTANT[0]:360 TEXTURE:0 SURFACE:0 SAMPLER:0
-arch = sm_90a
- Function _Z1a:
-  REG:12 STACK:8 SHARED:1536 LOCAL:0 CONSTANT[0]:536 TEXTURE:0 SURFACE:0 SAMPLER:0
- Function _Z1b:
-  REG:8 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:536 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
-ELF = """\
-arch = sm_90a
-.nv.info._Z1b
-.nv.info._Z1a
-\tAttribute:\tEIATTR_MAX_THREADS
-\tFormat:\tEIFMT_SVAL
-\tValue:\t0x200 0x1 0x1 
-"""  # noqa: W291
-
-
-def test_cuda_rows_from_what_cuobjdump_prints():
-    names = {"_Z1a": "void pk::a<float, 4>(float*)", "_Z1b": "b(float*)"}
-    rows = cuda_rows(USAGE, ELF, lambda found: [names[n] for n in found])
-    keys = ("kernel", "config", "arch", "threads", "registers", "shared", "spills")
-    assert [tuple(row[k] for k in keys) for row in rows] == [
-        ("a", "float, 4", "sm_80", None, 10, 512, 0),
-        ("a", "float, 4", "sm_90a", 512, 12, 512, 8),
-        ("b", "", "sm_90a", None, 8, 0, 0),
-    ]

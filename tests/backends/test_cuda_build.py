@@ -2,26 +2,106 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
-import cuda_resources
 import pytest
 
 from pro_kernels.backends import cuda
 
-if not cuda.library_path().exists():
-    pytest.skip(cuda.build_info().get("reason", "not built"), allow_module_level=True)
-
 TARGETS = {"sm_80", "sm_90a", "sm_100"}
+KEYS = ("kernel", "config", "arch", "threads", "registers", "shared", "spills")
+
+
+def cuda_rows(usage: str, elf: str, demangle) -> list[dict]:
+    """Kernels from the text of ``cuobjdump --dump-resource-usage`` and ``-elf``.
+
+    ``threads`` are from their launch bounds.
+    """
+    threads, arch, name = {}, "", ""
+    lines = iter(elf.splitlines())
+    for line in lines:
+        if found := re.match(r"arch = (sm_\w+)", line):
+            arch = found[1]
+        elif found := re.match(r"\.nv\.info\.(\w+)$", line):
+            name = found[1]
+        elif "EIATTR_MAX_THREADS" in line:
+            next(lines)
+            value = re.search(r"Value:\s*0x(\w+) 0x(\w+) 0x(\w+)", next(lines))
+            assert value is not None, line
+            threads[arch, name] = int(value[1], 16) * int(value[2], 16) * int(value[3], 16)
+    rows = []
+    for line in usage.splitlines():
+        if found := re.match(r"arch = (sm_\w+)", line):
+            arch = found[1]
+        elif found := re.match(r" Function (\S+):", line):
+            name = found[1]
+        elif found := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, found.groups())
+            # From sm_90 on the kilobyte that the driver reserves is in the figure.
+            reserved = 1024 if arch != "sm_80" and shared >= 1024 else 0
+            rows.append((name, arch, registers, shared - reserved, stack + local))
+    names = dict(zip([r[0] for r in rows], demangle([r[0] for r in rows]), strict=True))
+    return [
+        dict(zip(KEYS, (*_split(names[n]), a, threads.get((a, n)), r, s, x), strict=True))
+        for n, a, r, s, x in rows
+    ]
+
+
+def _split(signature: str) -> tuple[str, str]:
+    """``(kernel, template arguments)`` of a demangled function."""
+    found = re.search(r"(\w+)(?:<([^()]*)>)?\((?!anonymous)", signature)
+    return (found[1], found[2] or "") if found else (signature, "")
+
+
+def _demangle(names: list[str]) -> list[str]:
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None:
+        return names
+    return _run([tool, *names]).splitlines()
+
+
+def _cuobjdump() -> str:
+    """On PATH, or the one in Triton's wheel."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            from triton import knobs
+
+            found = knobs.nvidia.cuobjdump.path
+        except (ImportError, AttributeError, RuntimeError) as error:
+            raise RuntimeError(f"no cuobjdump: not on PATH, none with Triton ({error})") from None
+    return found
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()[:200]}")
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def kernels():
+def library() -> str:
+    if not cuda.library_path().exists():
+        pytest.skip(cuda.build_info().get("reason", "not built"))
+    return str(cuda.library_path())
+
+
+@pytest.fixture(scope="module")
+def tool(library) -> str:
     try:
-        return cuda_resources.cuda(cuda.library_path())
+        return _cuobjdump()
     except RuntimeError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def kernels(tool, library) -> list[dict]:
+    usage = _run([tool, "--dump-resource-usage", library])
+    return cuda_rows(usage, _run([tool, "-elf", library]), _demangle)
 
 
 def test_every_kernel_is_there_for_every_target(kernels):
@@ -47,17 +127,45 @@ def test_nothing_spills_and_blocks_fit_an_sm(kernels):
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
-def test_only_the_abi_is_exported():
-    command = ["nm", "-D", "--defined-only", str(cuda.library_path())]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def test_only_the_abi_is_exported(library):
+    text = _run(["nm", "-D", "--defined-only", library])
     names = {line.split()[-1].split("@")[0] for line in text.splitlines()}
     assert {n for n in names if not n.startswith("_")} == {
         f"pk_cuda_{n}" for n in ("layout", *cuda._SIGNATURES)
     }
 
 
-def test_ptx_is_there_for_later_cards():
+def test_ptx_is_there_for_later_cards(tool, library):
     if "compute_100" not in cuda.build_info()["targets"]:
         pytest.skip("built without compute_100")
-    listed = cuda_resources._run([cuda_resources._cuobjdump(), "-lptx", str(cuda.library_path())])
-    assert "sm_100.ptx" in listed
+    assert "sm_100.ptx" in _run([tool, "-lptx", library])
+
+
+USAGE = """\
+arch = sm_80
+ Function _Z1a:
+  REG:10 STACK:0 SHARED:512 LOCAL:0 CONSTANT[0]:360 TEXTURE:0 SURFACE:0 SAMPLER:0
+arch = sm_90a
+ Function _Z1a:
+  REG:12 STACK:8 SHARED:1536 LOCAL:0 CONSTANT[0]:536 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z1b:
+  REG:8 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:536 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+ELF = """\
+arch = sm_90a
+.nv.info._Z1b
+.nv.info._Z1a
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x200 0x1 0x1 
+"""  # noqa: W291
+
+
+def test_cuda_rows_from_what_cuobjdump_prints():
+    names = {"_Z1a": "void pk::a<float, 4>(float*)", "_Z1b": "b(float*)"}
+    rows = cuda_rows(USAGE, ELF, lambda found: [names[n] for n in found])
+    assert [tuple(row[k] for k in KEYS) for row in rows] == [
+        ("a", "float, 4", "sm_80", None, 10, 512, 0),
+        ("a", "float, 4", "sm_90a", 512, 12, 512, 8),
+        ("b", "", "sm_90a", None, 8, 0, 0),
+    ]

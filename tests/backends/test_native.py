@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from cuda_emulation import build
 from pro_kernels.backends import cpu, cuda, native
@@ -115,3 +117,28 @@ def test_a_library_of_this_layout_is_taken(altered):
     assert native.open_library(path, "cpu", {})[1] is None
     missing = native.open_library(path, "cpu", cpu._SIGNATURES)[1]
     assert "does not load" in missing and "pk_cpu_isa" in missing
+
+
+@pytest.mark.parametrize("backend", [cpu, cuda], ids=["cpu", "cuda"])
+def test_a_library_that_is_not_there_or_does_not_load_tells_why(backend, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    here, elsewhere = torch.device(backend.NAME, 0), torch.device("meta")
+    assert "tensors are on meta, not on" in backend.unusable(elsewhere)
+    monkeypatch.setattr(backend, "_LIB", tmp_path)
+    backend._load.cache_clear()
+    try:
+        assert "never built" in backend.unusable(here)
+        record = {backend.NAME: {"reason": "no compiler found"}}
+        (tmp_path / "build.json").write_text(json.dumps(record))
+        backend._load.cache_clear()
+        assert "no compiler found" in backend.unusable(here)
+        assert "no compiler found" in backend.details()["reason"]
+        with pytest.raises(RuntimeError, match="no compiler found"):
+            backend.logp(torch.randn(1, 3), torch.zeros(1).long(), options=LogitOptions())
+        backend.library_path().write_text("not a library")
+        backend._load.cache_clear()
+        assert "does not load" in backend.unusable(here)
+    finally:
+        monkeypatch.undo()
+        backend._load.cache_clear()
