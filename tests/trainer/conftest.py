@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,28 @@ RECORDS = [
     {"prompt": f"q{i}: ", "completions": ["good", "okay?", "bad!"], "rewards": [1.5, 0.25, -1.0]}
     for i in range(8)
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_runs() -> Iterator[None]:
+    """Without what takes most of a short run: its curves, and accelerate's garbage collection.
+
+    The collection looks through all that was imported, unless that is frozen.
+    """
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        if callbacks := sys.modules.get("pro_trainer.train.callbacks"):
+            patch.setattr(callbacks, "draw_curves", lambda *_: None)
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run draws its curves."""
+    from pro_trainer.evaluate.plots import draw_curves
+
+    monkeypatch.setattr("pro_trainer.train.callbacks.draw_curves", draw_curves)
 
 
 @pytest.fixture
@@ -41,3 +65,12 @@ def tiny():
     from pro_trainer.models import tiny_llama
 
     return tiny_llama(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with both; not to be written to."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for made in tiny:
+        made.save_pretrained(folder)
+    return str(folder)

@@ -55,6 +55,13 @@ def trainer_for(output: Path, model=None, data=None, eval_data=None, **options) 
     )
 
 
+def trained(output: Path, *args, resume: str | bool | None = None, **options) -> PROTrainer:
+    """``trainer_for`` that has trained."""
+    trainer = trainer_for(output, *args, **options)
+    trainer.train(resume)
+    return trainer
+
+
 def losses(trainer: PROTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
