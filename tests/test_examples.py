@@ -38,16 +38,19 @@ def test_plain_loop(example):
     assert example("plain_loop").main() == 1.0
 
 
-@pytest.mark.parametrize("name", ["hf_trainer", "accelerate_loop", "ranked_trainer"])
-def test_losses_fall(example, name, own_accelerate_state):
+@pytest.mark.parametrize(
+    ("name", "share"),  # of the first loss that is left, at most
+    [
+        ("hf_trainer", 1.0),
+        ("accelerate_loop", 1.0),
+        ("ranked_trainer", 1.0),
+        ("peft_lora", 0.8),
+        ("official_code", 0.8),
+    ],
+)
+def test_losses_fall(example, name, share, own_accelerate_state):
     losses = example(name).main()
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("name", ["peft_lora", "official_code"])
-def test_first_and_last_loss(example, name):
-    first, last = example(name).main()
-    assert last < 0.8 * first
+    assert losses[-1] < share * losses[0]
 
 
 def test_lightning(example):

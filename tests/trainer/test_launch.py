@@ -56,20 +56,18 @@ def test_torchrun_on_two_nodes(tmp_path):
     variables = environment(
         HEAD="localhost", NODES=2, RANKS=1, PORT=free_port(), CONFIG=tmp_path / "run.yaml"
     )
-    logs = [tmp_path / f"agent{i}.log" for i in range(2)]
-    agents = []
-    for log in logs:
-        with log.open("w") as file:
-            agents.append(
-                subprocess.Popen(script, env=variables, stdout=file, stderr=subprocess.STDOUT)
-            )
+    agents = [
+        subprocess.Popen(
+            script, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
     try:
-        codes = [agent.wait(timeout=120) for agent in agents]
+        printed = [agent.communicate(timeout=120)[0] for agent in agents]
     finally:
         for agent in agents:
             agent.terminate()  # where it has not ended; it ends its ranks
-    printed = [log.read_text() for log in logs]
-    assert codes == [0, 0], "\n".join(printed)
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)
     assert (output / "model.safetensors").exists() and processes_of(output) == 2
     assert not any("terminate called" in text for text in printed)
 
