@@ -38,19 +38,13 @@ def test_plain_loop(example):
     assert example("plain_loop").main() == 1.0
 
 
-@pytest.mark.parametrize(
-    ("name", "share"),  # of the first loss that is left, at most
-    [
-        ("hf_trainer", 1.0),
-        ("accelerate_loop", 1.0),
-        ("ranked_trainer", 1.0),
-        ("peft_lora", 0.8),
-        ("official_code", 0.8),
-    ],
-)
-def test_losses_fall(example, name, share, own_accelerate_state):
+LOOPS = ["hf_trainer", "accelerate_loop", "ranked_trainer", "peft_lora", "official_code"]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_losses_fall(example, name, own_accelerate_state):
     losses = example(name).main()
-    assert losses[-1] < share * losses[0]
+    assert losses[-1] < (0.95 if name == "ranked_trainer" else 0.8) * losses[0]
 
 
 def test_lightning(example):

@@ -59,6 +59,20 @@ def data_file(write_lines: Callable[..., str]) -> str:
     return write_lines(*RECORDS)
 
 
+@pytest.fixture
+def train(data_file: str, tmp_path: Path) -> Callable[..., int]:
+    """Run the command for two steps with these options more, into ``tmp_path / "out"``."""
+    from trainer_runs import QUICK
+
+    from pro_trainer.cli import commands
+
+    def run(*more: str, output: Path = tmp_path / "out") -> int:
+        argv = ["--demo", "--data", data_file, "--output_dir", str(output), *QUICK]
+        return commands.train([*argv, "--eval_fraction", "0", *more])
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The demo's model and tokenizer; not to be trained in place."""

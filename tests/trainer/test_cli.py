@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from trainer_runs import QUICK
 
 from pro_trainer.cli import commands as cli
 from pro_trainer.cli import flags
@@ -16,14 +17,7 @@ from pro_trainer.cli import help as texts
 from pro_trainer.cli.main import main
 from pro_trainer.train.config import PROConfig
 
-QUICK = ["--report_to", "none", "--use_cpu", "true", "--max_steps", "2", "--logging_steps", "1"]
 NO_OPTION = "--learning_rte is no option of train; did you mean learning_rate?"
-
-
-@pytest.fixture
-def quick(data_file, tmp_path) -> list[str]:
-    """Options of a short run on the lists of ``data_file``."""
-    return ["--demo", "--data", data_file, "--output_dir", str(tmp_path / "out"), *QUICK]
 
 
 def test_train_resume_and_eval(data_file, tmp_path, capsys):
@@ -66,11 +60,11 @@ def test_train_resume_and_eval(data_file, tmp_path, capsys):
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())
 
 
-def test_auto_starts_afresh_where_nothing_whole_is_left(quick, tmp_path, capsys):
+def test_auto_starts_afresh_where_nothing_whole_is_left(train, tmp_path, capsys):
     (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
-    assert cli.train([*quick, "--resume_from_checkpoint", "last"]) == 2
+    assert train("--resume_from_checkpoint", "last") == 2
     assert "no whole checkpoint in" in capsys.readouterr().err
-    assert cli.train([*quick, "--resume_from_checkpoint", "auto"]) == 0
+    assert train("--resume_from_checkpoint", "auto") == 0
     assert "step 2/2" in capsys.readouterr().out
 
 
@@ -105,9 +99,9 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(
     assert line.startswith("error: ") and wrong in line
 
 
-def test_a_run_that_diverges_has_exit_code_1(quick, tmp_path, capsys):
+def test_a_run_that_diverges_has_exit_code_1(train, tmp_path, capsys):
     argv = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--max_steps", "5"]
-    assert cli.train([*quick, *argv]) == 1
+    assert train(*argv) == 1
     assert "error: steps up to" in capsys.readouterr().err
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -252,14 +246,14 @@ def test_what_help_says_of_options_of_transformers_is_so():
 
 
 def test_a_term_that_holds_most_of_the_loss_and_much_memory_are_said_once(
-    quick, capsys, monkeypatch
+    train, capsys, monkeypatch
 ):
     monkeypatch.setattr("pro_trainer.train.usage.memory_size", lambda device: 1 << 20)
-    assert cli.train([*quick, "--sft_weight", "5", "--sft_reduction", "sum"]) == 0
+    assert train("--sft_weight", "5", "--sft_reduction", "sum") == 0
     printed = capsys.readouterr().out
     said = [x for x in printed.splitlines() if "the SFT term is" in x]
     assert len(said) == 1 and "a lower --sft_weight or --sft_reduction mean" in said[0]
     assert printed.count("--gradient_checkpointing true would save about") == 1
-    assert cli.train([*quick, "--overwrite", "true", "--gradient_checkpointing", "true"]) == 0
+    assert train("--overwrite", "true", "--gradient_checkpointing", "true") == 0
     printed = capsys.readouterr().out
     assert "the SFT term is" not in printed and "would save" not in printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,23 +127,20 @@ def test_load_gives_weights_tokenizer_and_dtype(tiny_folder, tiny):
 
 
 def test_ends_that_differ_are_named_with_both():
-    class Tokens:
-        eos_token_id, eos_token = 7, "</s>"
-
-        def convert_ids_to_tokens(self, i):
-            return f"<{i}>"
-
-    class Config:
-        eos_token_id = [1, 106]
-
-    assert different_ends(Tokens(), Config()) == (
+    tokens = SimpleNamespace(eos_token_id=7, eos_token="</s>", convert_ids_to_tokens="<{}>".format)
+    assert different_ends(tokens, SimpleNamespace(eos_token_id=[1, 106])) == (
         "the tokenizer's EOS is '</s>' (7), the model's is '<1>' (1), '<106>' (106): completions "
         "end with the tokenizer's"
     )
-    Config.eos_token_id = 7
-    assert different_ends(Tokens(), None, Config()) is None
-    Config.eos_token_id = None
-    assert different_ends(Tokens(), Config()) is None
+    assert different_ends(tokens, None, SimpleNamespace(eos_token_id=7)) is None
+    assert different_ends(tokens, SimpleNamespace(eos_token_id=None)) is None
+
+
+def test_pad_id_falls_back_to_eos_and_zero(tiny):
+    tokens = SimpleNamespace(pad_token_id=None, eos_token_id=7)
+    assert pad_id(tiny[1]) == 0 and pad_id(tokens) == 7
+    tokens.eos_token_id = None
+    assert pad_id(tokens) == 0
 
 
 @pytest.mark.parametrize(
@@ -158,16 +156,6 @@ def test_dropout_is_disabled(model):
     assert not model.train()(ids).logits.equal(model(ids).logits)
     disable_dropout(model)
     assert model(ids).logits.equal(model(ids).logits)
-
-
-def test_pad_id_falls_back_to_eos_and_zero(tiny):
-    class Tokens:
-        pad_token_id = None
-        eos_token_id = 7
-
-    assert pad_id(tiny[1]) == 0 and pad_id(Tokens()) == 7
-    Tokens.eos_token_id = None
-    assert pad_id(Tokens()) == 0
 
 
 TEXT = {**SIZES, "num_hidden_layers": 2, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
