@@ -38,16 +38,13 @@ def test_plain_loop(example):
     assert example("plain_loop").main() == 1.0
 
 
-@pytest.mark.parametrize("name", ["hf_trainer", "accelerate_loop", "ranked_trainer"])
+LOOPS = ["hf_trainer", "accelerate_loop", "ranked_trainer", "peft_lora", "official_code"]
+
+
+@pytest.mark.parametrize("name", LOOPS)
 def test_losses_fall(example, name, own_accelerate_state):
     losses = example(name).main()
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("name", ["peft_lora", "official_code"])
-def test_first_and_last_loss(example, name):
-    first, last = example(name).main()
-    assert last < 0.8 * first
+    assert losses[-1] < (0.95 if name == "ranked_trainer" else 0.8) * losses[0]
 
 
 def test_lightning(example):

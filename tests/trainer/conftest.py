@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,28 @@ RECORDS = [
     {"prompt": f"q{i}: ", "completions": ["good", "okay?", "bad!"], "rewards": [1.5, 0.25, -1.0]}
     for i in range(8)
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_runs() -> Iterator[None]:
+    """Without what takes most of a short run: its curves, and accelerate's garbage collection.
+
+    The collection looks through all that was imported, unless that is frozen.
+    """
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        if callbacks := sys.modules.get("pro_trainer.train.callbacks"):
+            patch.setattr(callbacks, "draw_curves", lambda *_: None)
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run draws its curves."""
+    from pro_trainer.evaluate.plots import draw_curves
+
+    monkeypatch.setattr("pro_trainer.train.callbacks.draw_curves", draw_curves)
 
 
 @pytest.fixture
@@ -35,9 +59,32 @@ def data_file(write_lines: Callable[..., str]) -> str:
     return write_lines(*RECORDS)
 
 
+@pytest.fixture
+def train(data_file: str, tmp_path: Path) -> Callable[..., int]:
+    """Run the command for two steps with these options more, into ``tmp_path / "out"``."""
+    from trainer_runs import QUICK
+
+    from pro_trainer.cli import commands
+
+    def run(*more: str, output: Path = tmp_path / "out") -> int:
+        argv = ["--demo", "--data", data_file, "--output_dir", str(output), *QUICK]
+        return commands.train([*argv, "--eval_fraction", "0", *more])
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The demo's model and tokenizer; not to be trained in place."""
     from pro_trainer.models import tiny_llama
 
     return tiny_llama(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with both; not to be written to."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for made in tiny:
+        made.save_pretrained(folder)
+    return str(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 
 from pro_trainer.cli import commands as cli
-from pro_trainer.train import trainer
+from pro_trainer.train import callbacks, trainer
 from pro_trainer.train.trainer import PROTrainer
 
+TIMEOUT = 6  # seconds of a collective
 _FAIL_AT = 3  # steps done before a fault
 _PRELOADED = [  # not this file, which the server's path does not reach
     "pro_trainer.cli.commands",
@@ -28,6 +30,36 @@ _PRELOADED = [  # not this file, which the server's path does not reach
     "transformers.models.byt5.tokenization_byt5",
     "transformers.models.llama.modeling_llama",
 ]
+
+
+def argv(work: Path, output: Path, batch: int, accumulation: int = 1, **more: object) -> list[str]:
+    """The words of a short run on the files of ``work``."""
+    held_out = work / "eval.jsonl"
+    options = {
+        "demo": True,
+        "data": work / "train.jsonl",
+        "eval_data": held_out if held_out.exists() else None,
+        "eval_fraction": 0,
+        "output_dir": output,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 5,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "ddp_timeout": TIMEOUT,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "use_cpu": True,
+    } | more
+    return words(options)
+
+
+def words(options: dict[str, object]) -> list[str]:
+    """Options as a command line has them, without those that are None."""
+    return [str(x) for k, v in options.items() if v is not None for x in (f"--{k}", v)]
 
 
 @dataclass
@@ -77,6 +109,8 @@ def _run(
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
+    gc.freeze()  # see conftest
+    callbacks.draw_curves = lambda *_: None
     if world > 1:
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
         os.environ |= {k: str(v) for k, v in place.items()}
@@ -115,8 +149,7 @@ def _not_finite(batch_loss):
 
     def changed(*args, **kwargs):
         result = batch_loss(*args, **kwargs)
-        return (
-            result._replace(loss=result.loss * float("nan")) if next(calls) >= _FAIL_AT else result
-        )
+        factor = float("nan") if next(calls) >= _FAIL_AT else 1
+        return result._replace(loss=result.loss * factor)
 
     return changed

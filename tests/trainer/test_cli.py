@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from trainer_runs import QUICK
 
 from pro_trainer.cli import commands as cli
 from pro_trainer.cli import flags
@@ -16,13 +17,7 @@ from pro_trainer.cli import help as texts
 from pro_trainer.cli.main import main
 from pro_trainer.train.config import PROConfig
 
-QUICK = ["--report_to", "none", "--use_cpu", "true", "--max_steps", "2", "--logging_steps", "1"]
-
-
-def pro_kernels(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pro_kernels", *argv], capture_output=True, text=True
-    )
+NO_OPTION = "--learning_rte is no option of train; did you mean learning_rate?"
 
 
 def test_train_resume_and_eval(data_file, tmp_path, capsys):
@@ -60,88 +55,55 @@ def test_train_resume_and_eval(data_file, tmp_path, capsys):
     assert "step 4/4" in capsys.readouterr().out
 
     argv = ["--model", str(output), "--data", data_file, "--use_cpu", "true"]
-    done = pro_kernels("eval", *argv, "--output_dir", str(tmp_path / "eval"))
-    assert done.returncode == 0, done.stderr
-    assert "pairwise" in done.stdout
+    assert cli.evaluate([*argv, "--output_dir", str(tmp_path / "eval")]) == 0
+    assert "pairwise" in capsys.readouterr().out
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())
 
 
-def test_auto_starts_afresh_where_nothing_whole_is_left(data_file, tmp_path, capsys):
-    output = tmp_path / "out"
-    (output / "checkpoint-1").mkdir(parents=True)
-    argv = ["--demo", "--data", data_file, "--output_dir", str(output), *QUICK]
-    assert cli.train([*argv, "--resume_from_checkpoint", "last"]) == 2
+def test_auto_starts_afresh_where_nothing_whole_is_left(train, tmp_path, capsys):
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    assert train("--resume_from_checkpoint", "last") == 2
     assert "no whole checkpoint in" in capsys.readouterr().err
-    assert cli.train([*argv, "--resume_from_checkpoint", "auto"]) == 0
+    assert train("--resume_from_checkpoint", "auto") == 0
     assert "step 2/2" in capsys.readouterr().out
 
 
-def test_a_user_error_is_one_line_and_exit_code_2(write_lines, tmp_path):
-    path = write_lines({"prompt": "p", "completions": "not a list"})
-    done = pro_kernels("train", "--demo", "--data", path, "--output_dir", str(tmp_path / "o"))
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {path}:1: ")
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("argv", "wrong"),
     [
-        ([], "train needs --model and --data, or --demo"),
-        (["--demo", "--data", "missing.jsonl"], "missing.jsonl"),
-        (["--model", "no/such/folder", "--data", "x"], "not a causal LM"),
-        (["--demo", "--max_length", "1"], "max_length must be at least 2"),
-        (["--demo", "--eval_fraction", "1"], r"eval_fraction must lie in"),
-        (["--demo", "--config", "none.yaml"], "--config none.yaml: cannot be read"),
-        (["--demo", "--resume_from_checkpoint", "last"], "no whole checkpoint in"),
+        ("", "train needs --model and --data, or --demo"),
+        ("--demo --data missing.jsonl", "missing.jsonl"),
+        ("--demo --data data.jsonl", "error: data.jsonl:1: "),
+        ("--model no/such/folder --data x", "not a causal LM"),
+        ("--demo --max_length 1", "max_length must be at least 2"),
+        ("--demo --eval_fraction 1", "eval_fraction must lie in"),
+        ("--demo --config none.yaml", "--config none.yaml: cannot be read"),
+        ("--demo --resume_from_checkpoint last", "no whole checkpoint in"),
+        ("--demo --loss_impl fast", "--loss_impl: invalid choice: 'fast'"),
+        ("--demo --max_steps x", "--max_steps: invalid int value: 'x'"),
+        ("--demo --learning_rte 1", NO_OPTION),
+        ("--demo --nothing_like_it", "--nothing_like_it is no option of train"),
+        ("--demo --padding_free", "TRL that has none here: leave it out: no padding is run"),
+        ("--dataset_test_split test --data data.jsonl", "give the held-out lists as --eval_data"),
+        ("--demo --loss_type sigmoid_norm", "unknown loss 'sigmoid_norm'"),
+        ("lists.jsonl --demo", "unexpected argument 'lists.jsonl'"),
     ],
 )
-def test_exit_code_2(argv, wrong, capsys, tmp_path, monkeypatch):
+def test_a_wrong_call_is_one_line_and_exit_code_2(
+    argv, wrong, write_lines, capsys, tmp_path, monkeypatch
+):
+    write_lines({"prompt": "p", "completions": "not a list"})
     monkeypatch.chdir(tmp_path)
-    assert cli.train(argv) == 2
-    message = capsys.readouterr().err
-    assert wrong in message.splitlines()[-1] and message.splitlines()[-1].startswith("error: ")
-
-
-def test_a_run_that_diverges_has_exit_code_1(data_file, tmp_path, capsys):
-    argv = ["--demo", "--data", data_file, "--learning_rate", "1e30", "--max_grad_norm", "0"]
-    argv += [*QUICK, "--max_steps", "5", "--output_dir", str(tmp_path / "out")]
-    assert cli.train(argv) == 1
-    assert "error: steps up to" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-    ("argv", "wrong"),
-    [
-        (["--loss_impl", "fast"], "--loss_impl: invalid choice: 'fast'"),
-        (["--max_steps", "x"], "--max_steps: invalid int value: 'x'"),
-        (
-            ["--learning_rte", "1"],
-            "--learning_rte is no option of train; did you mean learning_rate?",
-        ),
-        (["--nothing_like_it"], "--nothing_like_it is no option of train"),
-        (
-            ["--padding_free"],
-            "an option of TRL that has none here: leave it out: no padding is run",
-        ),
-        (
-            ["--dataset_test_split", "test", "--data", __file__],
-            "give the held-out lists as --eval_data",
-        ),
-        (["--loss_type", "sigmoid_norm"], "unknown loss 'sigmoid_norm'"),
-    ],
-)
-def test_a_flag_or_value_that_cannot_be_is_one_line(argv, wrong, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert cli.train(["--demo", *argv]) == 2
+    assert cli.train(argv.split()) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and wrong in line
 
 
-def test_a_value_before_any_option_is_refused(capsys):
-    assert cli.train(["lists.jsonl", "--demo"]) == 2
-    assert "unexpected argument 'lists.jsonl'" in capsys.readouterr().err
+def test_a_run_that_diverges_has_exit_code_1(train, tmp_path, capsys):
+    argv = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--max_steps", "5"]
+    assert train(*argv) == 1
+    assert "error: steps up to" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +136,7 @@ def test_yaml_values_become_flags(tmp_path):
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
-        ("learning_rte: 1", "--learning_rte is no option of train; did you mean learning_rate?"),
+        ("learning_rte: 1", NO_OPTION),
         ("learning_rate: fast", "--learning_rate: invalid float value: 'fast'"),
         ("max_length: 1", "max_length must be at least 2, got 1"),
         ("foo:", "--foo is no option of train"),
@@ -194,11 +156,8 @@ def test_a_fault_in_the_file_is_named_with_its_line(line, wrong, tmp_path, capsy
         assert "error: max_length must be at least 2, got 0" in capsys.readouterr().err
 
 
-def test_a_command_line_of_trl_works_with_other_data(data_file, tiny, tmp_path, capsys):
-    folder = tmp_path / "model"
-    for made in tiny:
-        made.save_pretrained(folder)
-    argv = ["dpo", "--model_name_or_path", str(folder), "--dataset_name", data_file,
+def test_a_command_line_of_trl_works_with_other_data(data_file, tiny_folder, tmp_path, capsys):
+    argv = ["dpo", "--model_name_or_path", tiny_folder, "--dataset_name", data_file,
             "--dataset_train_split", "train", "--loss_type", "sigmoid", "--beta", "0.2",
             "--label_smoothing", "0.1", "--no_remove_unused_columns", "--torch_dtype", "float32",
             "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj",
@@ -210,26 +169,29 @@ def test_a_command_line_of_trl_works_with_other_data(data_file, tiny, tmp_path, 
     assert "loss 0.6931" in capsys.readouterr().out  # of a model to itself
 
 
-def test_values_with_a_dash_empty_lists_and_bare_switches(monkeypatch, tmp_path):
+@pytest.fixture
+def configs(monkeypatch):
+    """What training is called with; nothing is trained."""
     seen = []
-    monkeypatch.setattr(
-        cli, "train_model", lambda arguments, config: seen.append((arguments, config))
-    )
-    monkeypatch.setattr(cli, "prepare_lists", seen.append)
+    monkeypatch.setattr(cli, "train_model", lambda arguments, config: seen.append(config))
+    return seen
+
+
+def test_values_with_a_dash_empty_lists_and_bare_switches(configs, monkeypatch, tmp_path):
     argv = ["--demo", "--output_dir", str(tmp_path), "--run_name=-x", "--length_normalize"]
     assert cli.train([*argv, "--reward_scale", "1e-3"]) == 0
-    assert (seen[0][1].run_name, seen[0][1].length_normalize) == ("-x", True)
+    (config,) = configs
+    assert (config.run_name, config.length_normalize, config.reward_scale) == ("-x", True, 1e-3)
+    monkeypatch.setattr(cli, "prepare_lists", configs.append)
     (tmp_path / "p.yaml").write_text("data: [a]\nstop: []\n")
-    assert cli.prepare(["--config", str(tmp_path / "p.yaml")]) == 0 and seen[1].stop == []
+    assert cli.prepare(["--config", str(tmp_path / "p.yaml")]) == 0 and configs[1].stop == []
 
 
-def test_the_file_of_options_says_which_loss_dpo_is(monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(cli, "train_model", lambda arguments, config: seen.append(config.loss_type))
+def test_the_file_of_options_says_which_loss_dpo_is(configs, tmp_path):
     (tmp_path / "c.yaml").write_text("loss_type: ipo\n")
     argv = ["dpo", "--demo", "--output_dir", str(tmp_path)]
     assert main(argv) == main([*argv, "--config", str(tmp_path / "c.yaml")]) == 0
-    assert seen == ["dpo", "ipo"]
+    assert [config.loss_type for config in configs] == ["dpo", "ipo"]
 
 
 def test_the_output_folder_has_a_name_of_model_data_and_loss(
@@ -263,11 +225,13 @@ def test_help_on_a_group_an_option_and_all():
 
 def test_help_needs_no_torch():
     code = (
-        "import sys; from pro_trainer.cli.main import main; main(['train', '--help']); "
-        "main(['eval', '--help', 'loss']); sys.exit('torch' in sys.modules)"
+        "import sys\nfrom pro_trainer.cli.main import main\nmain(['train', '--help'])\n"
+        "main(['eval', '--help', 'loss'])\ntry: main(['run', '--help'])\n"
+        "except SystemExit: sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "--model" in done.stdout
+    assert done.returncode == 0
+    assert all(x in done.stdout for x in ("--model", "--beta", "--rows", "-- COMMAND"))
 
 
 def test_what_help_says_of_options_of_transformers_is_so():
@@ -281,20 +245,15 @@ def test_what_help_says_of_options_of_transformers_is_so():
                 assert str(option.default) == str(getattr(default, "value", default)), option
 
 
-def test_a_term_that_holds_most_of_the_loss_is_said_once(data_file, tmp_path, capsys):
-    argv = ["--demo", "--data", data_file, "--output_dir", str(tmp_path / "o"), *QUICK]
-    assert cli.train([*argv, "--sft_weight", "5", "--sft_reduction", "sum"]) == 0
-    said = [x for x in capsys.readouterr().out.splitlines() if "the SFT term is" in x]
-    assert len(said) == 1 and "a lower --sft_weight or --sft_reduction mean" in said[0]
-    assert cli.train([*argv, "--overwrite", "true"]) == 0
-    assert "the SFT term is" not in capsys.readouterr().out
-
-
-def test_much_memory_for_activations_is_said(data_file, tmp_path, capsys, monkeypatch):
+def test_a_term_that_holds_most_of_the_loss_and_much_memory_are_said_once(
+    train, capsys, monkeypatch
+):
     monkeypatch.setattr("pro_trainer.train.usage.memory_size", lambda device: 1 << 20)
-    argv = ["--demo", "--data", data_file, "--output_dir", str(tmp_path / "o"), *QUICK]
-    assert cli.train(argv) == 0
+    assert train("--sft_weight", "5", "--sft_reduction", "sum") == 0
     printed = capsys.readouterr().out
+    said = [x for x in printed.splitlines() if "the SFT term is" in x]
+    assert len(said) == 1 and "a lower --sft_weight or --sft_reduction mean" in said[0]
     assert printed.count("--gradient_checkpointing true would save about") == 1
-    assert cli.train([*argv, "--overwrite", "true", "--gradient_checkpointing", "true"]) == 0
-    assert "would save" not in capsys.readouterr().out
+    assert train("--overwrite", "true", "--gradient_checkpointing", "true") == 0
+    printed = capsys.readouterr().out
+    assert "the SFT term is" not in printed and "would save" not in printed

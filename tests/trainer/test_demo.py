@@ -31,16 +31,24 @@ def test_bundled_prompts_are_disjoint_and_lists_have_4_to_6_candidates():
 
 
 def test_held_out_accuracy_rises(tmp_path):
-    result, _ = demo.run(demo.demo_config(str(tmp_path), steps=80))
+    result, _ = demo.run(demo.demo_config(str(tmp_path), steps=50))
     before, after = (result[when]["eval_pairwise_accuracy"] for when in ("before", "after"))
-    assert before < 0.7 and after > before + 0.15, (before, after)
+    assert before < 0.5 and after > before + 0.3, (before, after)
     history = demo.losses(result)
-    assert len(history) == 80 and history[-1] < 0.2 * history[0]
+    assert len(history) == 50 and history[-1] < 0.5 * history[0]
 
 
-def test_demo_compares_and_writes_its_plot(tmp_path, capsys, monkeypatch):
+def test_demo_compares_writes_its_plot_and_fails_where_the_trajectories_part(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(demo, "REAL_HEAD", (8, 500))
-    output = tmp_path / "demo"
+    output, run, results = tmp_path / "demo", demo.run, []
+
+    def kept(config, **options):
+        results.append(run(config, **options))
+        return results[-1]
+
+    monkeypatch.setattr(demo, "run", kept)
     assert demo.main(str(output), steps=4) == 0
     printed = capsys.readouterr().out
     for part in ("fused loss", "rounding", "pairwise_accuracy, after", "backend torch: usable",
@@ -48,21 +56,11 @@ def test_demo_compares_and_writes_its_plot(tmp_path, capsys, monkeypatch):
         assert part in printed
     assert (output / "curves.png").exists() and (output / "model.safetensors").exists()
 
-
-def test_demo_fails_where_the_trajectories_part(tmp_path, capsys, monkeypatch):
-    run = demo.run
-
-    def shifted(config, **options):
-        result, trainer = run(config, **options)
-        if config.loss_impl == "auto":
-            for entry in result["log_history"]:
-                if "loss" in entry:
-                    entry["loss"] *= 1.001
-        return result, trainer
-
-    monkeypatch.setattr(demo, "run", shifted)
-    monkeypatch.setattr(demo, "print_times", lambda *args: None)
-    assert demo.main(str(tmp_path / "demo"), steps=2) == 1
+    for entry in results[0][0]["log_history"]:  # of the fused run
+        if "loss" in entry:
+            entry["loss"] *= 1.001
+    monkeypatch.setattr(demo, "run", lambda *_, **__: results.pop(0))
+    assert demo.main(str(output), steps=4) == 1
     assert "same trajectory within rounding: NO" in capsys.readouterr().out
 
 

@@ -33,6 +33,7 @@ def test_runs_through_the_wrapper_once_and_restores_forward():
     assert call_through(wrapper, module, function).equal(plain * 2)
     assert wrapper.calls == 1 and "forward" not in vars(module)
     assert seen.count("hook") == 3
+    assert call_through(module, module, lambda: 7) == 7  # without a wrapper, a plain call
 
 
 def test_restores_a_forward_of_the_instance_also_after_an_error():
@@ -41,11 +42,6 @@ def test_restores_a_forward_of_the_instance_also_after_an_error():
     with pytest.raises(RuntimeError, match="inside"):
         call_through(Wrapper(module), module, lambda: (_ for _ in ()).throw(RuntimeError("inside")))
     assert module.forward is own
-
-
-def test_without_a_wrapper_it_is_a_plain_call():
-    module = nn.Linear(2, 2)
-    assert call_through(module, module, lambda: 7) == 7
 
 
 def test_runs_inside_the_hooks_of_fsdp2(tmp_path):

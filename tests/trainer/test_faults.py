@@ -13,22 +13,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from trainer_runs import held, records, trainer_for
+from trainer_runs import QUICK, held, records, trained, trainer_for
 
 from pro_trainer.cli import commands as cli
 from pro_trainer.cli import inspect as inspecting
 from pro_trainer.cli import train as training
-from pro_trainer.models import tiny_llama
 from pro_trainer.train import checkpoints
 from pro_trainer.train.checkpoints import find, last_whole, run_identity
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ["--report_to", "none", "--use_cpu", "true", "--max_steps", "2", "--eval_fraction", "0"]
 SAVING = {"save_strategy": "steps", "save_steps": 2}
-
-
-def train(data: str, output: Path, *more: str) -> int:
-    return cli.train(["--demo", "--data", data, "--output_dir", str(output), *QUICK, *more])
 
 
 def last_line(capsys) -> str:
@@ -39,47 +33,37 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    """The demo's model in a folder."""
-    model, tokenizer = tiny_llama(0)
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-def test_a_second_run_is_refused_while_one_writes_the_folder(data_file, tmp_path, capsys):
+def test_a_second_run_is_refused_while_one_writes_the_folder(train, tmp_path, capsys):
     output = tmp_path / "out"
     with held(output / ".lock") as holder:
-        assert train(data_file, output) == 2
+        assert train() == 2
         assert last_line(capsys) == (
             f"error: output_dir {output} is being written by another run (process {holder.pid} on "
             f"{os.uname().nodename}): wait for its end, or give another output_dir"
         )
         assert [p.name for p in output.iterdir()] == [".lock"]
-    assert train(data_file, output) == 0  # its holder was killed
+    assert train() == 0  # its holder was killed
     assert not (output / ".lock").exists()
 
 
-def test_what_a_run_reads_is_never_written_over(saved, data_file, tmp_path, capsys):
-    before = bytes_of(saved)
-    link = tmp_path / "link"
-    link.symlink_to(saved)
-    model, tokenizer = ["--model", str(saved)], ["--tokenizer", str(saved)]
-    for output, more in ((saved, model), (link, model), (link, ["--model", "x", *tokenizer])):
-        assert train(data_file, output, "--overwrite", *more) == 2
-        message = f"error: output_dir {output}: writing there would change {saved}, which this run"
+def test_what_a_run_reads_is_never_written_over(tiny_folder, train, tmp_path, capsys):
+    base, link, checkpoint = (tmp_path / x for x in ("base", "link", "out/checkpoint-5"))
+    for copy in (base, checkpoint):
+        shutil.copytree(tiny_folder, copy)
+    link.symlink_to(base)
+    before = bytes_of(tmp_path)
+    for output, source, more in (
+        (base, base, ["--model", str(base)]),
+        (link, base, ["--model", str(base)]),
+        (link, base, ["--model", "x", "--tokenizer", str(base)]),
+        (checkpoint.parent, checkpoint, ["--model", str(checkpoint)]),
+    ):
+        assert train("--overwrite", *more, output=output) == 2
+        message = f"error: output_dir {output}: writing there would change {source}, which this run"
         assert last_line(capsys).startswith(message)
-    shutil.copytree(saved, tmp_path / "out" / "checkpoint-5")
-    of_the_run = ["--model", str(tmp_path / "out" / "checkpoint-5"), "--overwrite"]
-    assert train(data_file, tmp_path / "out", *of_the_run) == 2
-    assert "would change" in last_line(capsys)
     with pytest.raises(ValueError, match="would change .*base, which this run reads"):
-        trainer_for(link, model=str(saved)).train()
-    assert bytes_of(saved) == before == {
-        name.replace("out/checkpoint-5", "base"): x
-        for name, x in bytes_of(tmp_path / "out").items()
-    }  # fmt: skip
+        trained(link, model=str(base))
+    assert bytes_of(tmp_path) == before
 
 
 def test_every_list_and_what_orders_them_make_two_runs_the_same(tmp_path):
@@ -98,24 +82,21 @@ def test_every_list_and_what_orders_them_make_two_runs_the_same(tmp_path):
 @pytest.fixture(scope="module")
 def run_of_two_checkpoints(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    trainer_for(folder, **SAVING).train()
+    trained(folder, **SAVING)
     return folder
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def flip(file: Path) -> None:
-    content = file.read_bytes()
-    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
 
 
 DAMAGES = {  # file of checkpoint-4: (what becomes of it, what is said)
     "scheduler.pt": (Path.unlink, "scheduler.pt is missing"),
     "rng_state.pth": (Path.unlink, "rng_state.pth is missing"),
-    "optimizer.pt": (cut, r"optimizer.pt has \d+ bytes, \d+ were written"),
-    "model.safetensors": (flip, "model.safetensors is not what was written"),
+    "optimizer.pt": (
+        lambda p: p.write_bytes(p.read_bytes()[1:]),
+        r"optimizer.pt has \d+ bytes, \d+ were written",
+    ),
+    "model.safetensors": (
+        lambda p: p.write_bytes(p.read_bytes()[::-1]),
+        "model.safetensors is not what was written",
+    ),
     "pro_run.json": (lambda p: p.write_text("[]"), r"pro_run.json has 2 bytes, \d+ were written"),
     "manifest.json": (Path.unlink, "it has no manifest.json, so it was cut off while"),
     " manifest.json": (lambda p: p.write_text("[]"), "its manifest.json cannot be read"),
@@ -138,8 +119,8 @@ def test_a_checkpoint_is_whole_or_none(name, run_of_two_checkpoints, tmp_path):
     with pytest.raises(ValueError, match=message):
         find(tmp_path, last)
     if name == "scheduler.pt":  # what used to start the schedule again
-        trainer = trainer_for(tmp_path)
-        assert trainer.train(True).global_step == 4
+        trainer = trained(tmp_path, resume=True)
+        assert trainer.state.global_step == 4
         rates = [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
         assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
     shutil.rmtree(whole)
@@ -154,21 +135,18 @@ def test_a_run_cut_off_in_its_first_save_starts_afresh(run_of_two_checkpoints, t
         checkpoints.check_free(tmp_path, False)
     (first / "manifest.json").unlink()
     checkpoints.check_free(tmp_path, False)
-    (first / "pro_run.json").unlink()  # of another program then
+    options = first / "pro_run.json"
+    options.unlink()  # of another program then
     with pytest.raises(ValueError, match="holds another run .checkpoint-2."):
         checkpoints.check_free(tmp_path, False)
-
-
-def test_a_foreign_file_in_place_of_the_options_of_a_run(run_of_two_checkpoints, tmp_path):
-    shutil.copytree(run_of_two_checkpoints, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "checkpoint-4" / "pro_run.json").write_text("[]")
-    checkpoints.seal(tmp_path / "checkpoint-4", False)
+    options.write_text("[]")
+    checkpoints.seal(first, False)
     with pytest.raises(ValueError, match="pro_run.json must be a JSON object with the options"):
-        trainer_for(tmp_path).train(True)
+        trained(tmp_path, resume=True)
 
 
 def test_a_checkpoint_without_an_optimizer_is_not_resumed(tmp_path):
-    trainer_for(tmp_path, save_only_model=True, **SAVING).train()
+    trained(tmp_path, save_only_model=True, **SAVING)
     with pytest.raises(ValueError, match="checkpoint-2: it was saved with save_only_model"):
         find(tmp_path, tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="no whole checkpoint in"):
@@ -195,15 +173,14 @@ def test_the_older_checkpoint_goes_once_the_newer_is_whole(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("sizes", "strategy"), [(0.5, "steps"), (1.5, "steps"), (0.5, "no")])
 def test_a_full_disk_is_one_line_and_leaves_what_is_whole(
-    data_file, tmp_path, monkeypatch, capsys, sizes, strategy
+    train, tiny, tmp_path, capsys, sizes, strategy
 ):
     """Under a largest file size: weights fit (1.5) or not, the optimizer (2) does not."""
-    size = 4 * sum(p.numel() for p in tiny_llama(0)[0].parameters())
-    monkeypatch.setattr("pro_trainer.train.callbacks.draw_curves", lambda *_: None)
+    size = 4 * sum(p.numel() for p in tiny[0].parameters())
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sizes * size), before[1]))
     try:
-        code = train(data_file, tmp_path / "out", "--save_strategy", strategy, "--save_steps", "1")
+        code = train("--save_strategy", strategy, "--save_steps", "1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     step = 1 if strategy == "steps" else 2
@@ -219,40 +196,31 @@ RUN = (
 )
 
 
-@pytest.fixture
-def short_folder():
-    """A folder whose sockets have names that Unix takes (107 bytes); pytest's own is too long."""
-    with tempfile.TemporaryDirectory(prefix="s") as folder:
-        yield folder
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "workers"), [(signal.SIGINT, 130, "1"), (signal.SIGTERM, 143, "1")]
-)
-def test_a_signal_ends_a_run_with_one_line_and_nothing_left(
-    number, code, workers, tmp_path, short_folder
-):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_one_line_and_nothing_left(number, code, tmp_path):
     """The signal reaches the data loader's processes too, as Ctrl-C and a scheduler's do."""
-    argv = ["train", "--demo", "--output_dir", str(tmp_path / "out"), *QUICK, "--logging_steps"]
-    argv += ["1", "--save_strategy", "steps", "--save_steps", "2", "--disable_tqdm", "true"]
-    argv += ["--max_steps", "100000", "--save_total_limit", "1"]
-    argv += ["--dataloader_num_workers", workers]
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": short_folder},
-    )
-    try:
-        while not process.stdout.readline().startswith("step 3/"):
-            assert process.poll() is None
-        os.killpg(process.pid, number)
-        _, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    options = "--eval_fraction 0 --save_strategy steps --save_steps 2 --disable_tqdm true"
+    options += " --max_steps 100000 --save_total_limit 1 --dataloader_num_workers 1"
+    argv = ["train", "--demo", "--output_dir", str(tmp_path / "out"), *QUICK, *options.split()]
+    # Sockets there need names that Unix takes (107 bytes); pytest's own folder is too long.
+    with tempfile.TemporaryDirectory(prefix="s") as short:
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN, *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            cwd=ROOT,
+            env=os.environ | {"TMPDIR": short},
+        )
+        try:
+            while not process.stdout.readline().startswith("step 3/"):
+                assert process.poll() is None
+            os.killpg(process.pid, number)
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert {p.name.partition("_")[0] for p in Path(short).iterdir()} <= {"torchinductor"}
     assert process.returncode == code, error
     assert "Traceback" not in error
     said = error.splitlines()[-1]
@@ -260,7 +228,6 @@ def test_a_signal_ends_a_run_with_one_line_and_nothing_left(
     assert said.startswith("interrupted at step ")
     assert said.endswith(f"; --resume_from_checkpoint auto goes on from {kept.name}")
     assert last_whole(tmp_path / "out") == kept
-    assert {p.name.partition("_")[0] for p in Path(short_folder).iterdir()} <= {"torchinductor"}
 
 
 def test_ctrl_c_elsewhere_is_one_line_too(data_file, monkeypatch, capsys):
@@ -274,32 +241,30 @@ def test_ctrl_c_elsewhere_is_one_line_too(data_file, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_an_output_that_cannot_be_written_is_refused_first(
-    data_file, tmp_path, monkeypatch, capsys
-):
+def test_an_output_that_cannot_be_written_is_refused_first(train, tmp_path, monkeypatch, capsys):
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "gone")
-    assert train(data_file, link) == 2
+    assert train(output=link) == 2
     assert f"output_dir {link} is a link to {tmp_path / 'gone'}, which is not" in last_line(capsys)
 
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("pro_trainer.files.os.open", refuse)
-    assert train(data_file, tmp_path / "a" / "b") == 2
+    assert train(output=tmp_path / "a" / "b") == 2
     assert "a/b cannot be written (Permission denied): give another out" in last_line(capsys)
     assert not (tmp_path / "a").exists() and not (tmp_path / "gone").exists()
 
 
 def test_a_package_to_report_with_is_missed_before_the_model_is_loaded(
-    data_file, tmp_path, monkeypatch, capsys
+    train, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(training, "tiny_llama", None)
     integrations = "transformers.integrations.integration_utils"
     monkeypatch.setattr(f"{integrations}.is_wandb_available", lambda: False)
-    assert train(data_file, tmp_path / "out", "--report_to", "wandb") == 2
+    assert train("--report_to", "wandb") == 2
     error = last_line(capsys)
     assert error.startswith("error: report_to wandb: ") and "pip install wandb" in error
-    assert train(data_file, tmp_path / "out", "--report_to", "wandbb") == 2
+    assert train("--report_to", "wandbb") == 2
     assert "report_to wandbb: wandbb is not supported, only" in last_line(capsys)
     assert not (tmp_path / "out").exists()

@@ -14,9 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from ranks import launch
+from ranks import argv, launch
 from safetensors.torch import load_file
-from test_ranks import argv
 from trainer_runs import records
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -37,95 +36,84 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.fixture
-def flags(tmp_path):
-    """Options of a short run, and its folder."""
+@pytest.fixture(autouse=True)
+def files(tmp_path, write_lines):
+    """Of options and lists, for a short run."""
     (tmp_path / "run.yaml").write_text("demo: true\nlearning_rate: 0.5\n")
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records(8)))
-    output = tmp_path / "out"
-    options = argv(tmp_path, output, 2, max_steps=2, eval_data="", eval_fraction=0)
-    options = [x for x in options[1:] if x not in ("--eval_data", "")]
-    return options, output
+    write_lines(*records(8), name="train.jsonl")
 
 
-def test_torchrun_on_two_nodes(flags, tmp_path):
+def processes_of(output: Path) -> int:
+    run = json.loads((output / "checkpoint-2" / "pro_run.json").read_text())
+    return run["step"]["processes"]
+
+
+def test_torchrun_on_two_nodes(tmp_path):
     """Two agents on this machine, one rank each, meet over c10d."""
-    options, output = flags
+    output = tmp_path / "out"
+    options = argv(tmp_path, output, 2, max_steps=2, demo=None)
     script = ["bash", str(LAUNCH / "torchrun_nodes.sh"), *options]
     variables = environment(
         HEAD="localhost", NODES=2, RANKS=1, PORT=free_port(), CONFIG=tmp_path / "run.yaml"
     )
-    logs = [tmp_path / f"agent{i}.log" for i in range(2)]
-    agents = []
-    for log in logs:
-        with log.open("w") as file:
-            agents.append(
-                subprocess.Popen(script, env=variables, stdout=file, stderr=subprocess.STDOUT)
-            )
+    agents = [
+        subprocess.Popen(
+            script, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
     try:
-        codes = [agent.wait(timeout=120) for agent in agents]
+        printed = [agent.communicate(timeout=120)[0] for agent in agents]
     finally:
         for agent in agents:
             agent.terminate()  # where it has not ended; it ends its ranks
-    printed = [log.read_text() for log in logs]
-    assert codes == [0, 0], "\n".join(printed)
-    assert (output / "model.safetensors").exists()
-    run = json.loads((output / "checkpoint-2" / "pro_run.json").read_text())
-    assert run["step"]["processes"] == 2
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)
+    assert (output / "model.safetensors").exists() and processes_of(output) == 2
     assert not any("terminate called" in text for text in printed)
+
+
+def accelerated(folder: Path, name: str, command: list[str], **changed: object) -> list[str]:
+    """``accelerate launch`` with the file of this kind, for two processes of a CPU."""
+    config = yaml.safe_load((LAUNCH / f"accelerate_{name}.yaml").read_text())
+    file = folder / "accelerate.yaml"
+    file.write_text(yaml.safe_dump(config | {"num_processes": 2, "use_cpu": True} | changed))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    return [*launcher, "--main_process_port", str(free_port()), *command]
+
+
+def finished(command: list[str], **variables: object) -> subprocess.CompletedProcess[str]:
+    env = environment(**variables)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow  # the test above starts ranks, too
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_one_node(launcher, flags, tmp_path):
-    options, output = flags
-    if launcher == "torchrun":
-        command = ["bash", str(LAUNCH / "torchrun.sh")]
-    else:  # the same file, for two processes of a CPU
-        config = yaml.safe_load((LAUNCH / "accelerate_ddp.yaml").read_text())
-        config |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
-        (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
-        module = ["-m", "pro_kernels", "train", "--config", str(tmp_path / "run.yaml")]
-        command = ["accelerate", "launch", "--config_file", str(tmp_path / "accelerate.yaml")]
-        command += ["--main_process_port", str(free_port()), *module]
-    done = subprocess.run(
-        [*command, *options],
-        env=environment(RANKS=2, CONFIG=tmp_path / "run.yaml"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_one_node(launcher, tmp_path):
+    output, config = tmp_path / "out", tmp_path / "run.yaml"
+    command = ["bash", str(LAUNCH / "torchrun.sh")]
+    if launcher == "accelerate":
+        module = ["-m", "pro_kernels", "train", "--config", str(config)]
+        command = accelerated(tmp_path, "ddp", module, mixed_precision="no")
+    options = argv(tmp_path, output, 2, max_steps=2, demo=None)
+    done = finished([*command, *options], RANKS=2, CONFIG=config)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "terminate called" not in done.stderr
-    run = json.loads((output / "checkpoint-2" / "pro_run.json").read_text())
-    assert run["step"]["processes"] == 2
+    assert "terminate called" not in done.stderr and processes_of(output) == 2
     rate = json.loads((output / "metrics.json").read_text())["log_history"][0]["learning_rate"]
     assert rate == pytest.approx(1e-3)  # the flag wins over the file
 
 
-def sharded(kind: str, options: list[str], folder: Path) -> None:
-    """``accelerate launch`` with the file of this kind, for two processes of a CPU."""
-    done = launched(kind, options, folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def launched(kind: str, options: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def sharded(kind: str, folder: Path, options: list[str]) -> subprocess.CompletedProcess[str]:
+    """``kind``: fsdp2, or deepspeed and the name or path of its file."""
     name, _, zero = kind.partition(" ")
-    config = yaml.safe_load((LAUNCH / f"accelerate_{name}.yaml").read_text())
-    config |= {"num_processes": 2, "use_cpu": True}
+    changed = {"mixed_precision": "no"}
+    module = [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
     if zero:
+        config = yaml.safe_load((LAUNCH / "accelerate_deepspeed.yaml").read_text())
         file = LAUNCH / f"deepspeed_{zero}.json"
-        config["deepspeed_config"]["deepspeed_config_file"] = str(file if file.exists() else zero)
-    else:
-        config["mixed_precision"] = "no"
-    (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
-    shim = Path(__file__).with_name("fsdp_on_cpu.py")
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port",
-         str(free_port()), "--config_file", str(folder / "accelerate.yaml"),
-         *([str(shim)] if name == "fsdp2" else ["-m", "pro_kernels"]), "train", *options],
-        env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        own = {"deepspeed_config_file": str(file if file.exists() else zero)}
+        changed = {"deepspeed_config": config["deepspeed_config"] | own}
+        module = ["-m", "pro_kernels"]
+    return finished(accelerated(folder, name, [*module, "train", *options], **changed))
 
 
 @pytest.mark.slow
@@ -133,16 +121,14 @@ def launched(kind: str, options: list[str], folder: Path) -> subprocess.Complete
 def test_sharded_runs_are_those_of_ddp_and_resume_bitwise(kind, tmp_path):
     if kind != "fsdp2":
         pytest.importorskip("deepspeed")  # make zero-launch
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records(8)))
 
     def options(output: str, **more: object) -> list[str]:
-        found = argv(tmp_path, tmp_path / output, 2, max_steps=4, eval_data="", eval_fraction=0,
-                     ddp_timeout=60, **more)  # fmt: skip
-        return [x for x in found if x not in ("--eval_data", "")]
+        return argv(tmp_path, tmp_path / output, 2, max_steps=4, ddp_timeout=60, **more)
 
     run = launch(2, tmp_path / "ddp logs", options("ddp"))
     assert run.codes == [0, 0], "\n".join(run.printed)
-    sharded(kind, options("whole"), tmp_path)
+    done = sharded(kind, tmp_path, options("whole"))
+    assert done.returncode == 0, done.stderr[-3000:]
     whole, plain = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "ddp"))
     assert whole.keys() == plain.keys()
     for name, weight in whole.items():
@@ -151,7 +137,8 @@ def test_sharded_runs_are_those_of_ddp_and_resume_bitwise(kind, tmp_path):
     assert (tmp_path / "whole" / "checkpoint-2" / state).exists()  # it was sharded
 
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
-    sharded(kind, options("again", resume_from_checkpoint="last"), tmp_path)
+    done = sharded(kind, tmp_path, options("again", resume_from_checkpoint="last"))
+    assert done.returncode == 0, done.stderr[-3000:]
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())
 
@@ -162,12 +149,10 @@ def test_zero3_that_would_save_no_model_is_refused(tmp_path):
     config = json.loads((LAUNCH / "deepspeed_zero3.json").read_text())
     del config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
     (tmp_path / "zero3.json").write_text(json.dumps(config))
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records(8)))
-    options = argv(tmp_path, tmp_path / "out", 2, max_steps=1, eval_data="", eval_fraction=0)
-    options = [x for x in options if x not in ("--eval_data", "")]
-    done = launched(f"deepspeed {tmp_path / 'zero3.json'}", options, tmp_path)
-    assert done.returncode and "stage3_gather_16bit_weights_on_model_save must be" in done.stderr
     output = tmp_path / "out"
+    options = argv(tmp_path, output, 2, max_steps=1)
+    done = sharded(f"deepspeed {tmp_path / 'zero3.json'}", tmp_path, options)
+    assert done.returncode and "stage3_gather_16bit_weights_on_model_save must be" in done.stderr
     assert not output.exists() or not any(output.iterdir())
 
 

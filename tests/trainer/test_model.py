@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from trainer_runs import losses, trainer_for
+from peft import LoraConfig, get_peft_model
+from trainer_runs import losses, trained, trainer_for
 from transformers import AutoModelForCausalLM
 
 import pro_kernels as pk
@@ -49,11 +51,6 @@ def make(name: str):
     return model
 
 
-def save(model, tokenizer, folder) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def token_losses(head):
     """The logits of the rows, by plain PyTorch, as the loss that ``OpenModel`` is given."""
     z = (head.hidden @ head.weight.t() + (0 if head.bias is None else head.bias)) * head.logit_scale
@@ -78,8 +75,6 @@ def test_an_open_model_gives_what_the_whole_model_gives(name):
 
 
 def test_an_open_model_may_be_attached_copied_and_adapted(tiny):
-    from peft import LoraConfig, get_peft_model
-
     ids = torch.randint(3, 259, (2, 10))
     model = pk.attach(copy.deepcopy(tiny[0]))
     opened = pk.OpenModel(model)
@@ -95,135 +90,118 @@ def test_an_open_model_may_be_attached_copied_and_adapted(tiny):
     torch.testing.assert_close(out.logps, adapted(ids).logits.log_softmax(-1))
 
 
-def test_model_without_lm_head_is_refused(tmp_path, tiny):
-    model, tokenizer = tiny
+T5 = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+SMALL_HEAD = transformers.LlamaConfig(**SIZES | {"vocab_size": 100})
+
+
+@pytest.mark.parametrize(
+    ("build", "wrong"),
+    [
+        (lambda tiny: tiny.model, r"lacks weights of LlamaForCausalLM \(lm_head.weight\)"),
+        (lambda _: transformers.T5EncoderModel(T5), "not a causal LM: .*T5Config"),
+        (lambda _: transformers.LlamaForCausalLM(SMALL_HEAD), "259 tokens, the LM head.* only 100"),
+        (None, "model: not a causal LM"),
+    ],
+    ids=["no head", "an encoder", "fewer tokens than the tokenizer's", "an empty folder"],
+)
+def test_a_folder_without_a_causal_lm_is_refused(build, wrong, tmp_path, tiny):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if build:
+        build(tiny[0]).save_pretrained(folder)
+        tiny[1].save_pretrained(folder)
+    with pytest.raises(ValueError, match=wrong):
+        load(str(folder))
+
+
+def test_a_model_without_an_lm_head_is_refused(tiny):
     with pytest.raises(ValueError, match="LlamaModel has no LM head"):
-        causal_lm(model.model)
-    save(model.model, tokenizer, str(tmp_path))
-    with pytest.raises(ValueError, match=r"lacks weights of LlamaForCausalLM \(lm_head.weight\)"):
-        load(str(tmp_path))
+        causal_lm(tiny[0].model)
 
 
-def test_what_is_no_causal_lm_is_refused(tmp_path, tiny):
-    config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    save(transformers.T5EncoderModel(config), tiny[1], str(tmp_path))
-    with pytest.raises(ValueError, match="not a causal LM: .*T5Config"):
-        load(str(tmp_path))
-    (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match="nothing: not a causal LM"):
-        load(str(tmp_path / "nothing"))
-
-
-def test_tokenizer_larger_than_the_head_is_refused(tmp_path, tiny):
-    config = transformers.LlamaConfig(**SIZES | {"vocab_size": 100})
-    save(transformers.LlamaForCausalLM(config), tiny[1], str(tmp_path))
-    with pytest.raises(ValueError, match="tokenizer has 259 tokens, the LM head of .* only 100"):
-        load(str(tmp_path))
-
-
-def test_load_gives_weights_tokenizer_and_dtype(tmp_path, tiny):
-    save(*tiny, tmp_path)
-    model, tokenizer = load(str(tmp_path))
+def test_load_gives_weights_tokenizer_and_dtype(tiny_folder, tiny):
+    model, tokenizer = load(tiny_folder)
     assert all(a.equal(b) for a, b in zip(model.parameters(), tiny[0].parameters(), strict=True))
     assert tokenizer("é").input_ids == tiny[1]("é").input_ids
-    assert load(str(tmp_path), ModelOptions(dtype="bfloat16"))[0].dtype == torch.bfloat16
+    assert load(tiny_folder, ModelOptions(dtype="bfloat16"))[0].dtype == torch.bfloat16
 
 
 def test_ends_that_differ_are_named_with_both():
-    class Tokens:
-        eos_token_id, eos_token = 7, "</s>"
-
-        def convert_ids_to_tokens(self, i):
-            return f"<{i}>"
-
-    class Config:
-        eos_token_id = [1, 106]
-
-    assert different_ends(Tokens(), Config()) == (
+    tokens = SimpleNamespace(eos_token_id=7, eos_token="</s>", convert_ids_to_tokens="<{}>".format)
+    assert different_ends(tokens, SimpleNamespace(eos_token_id=[1, 106])) == (
         "the tokenizer's EOS is '</s>' (7), the model's is '<1>' (1), '<106>' (106): completions "
         "end with the tokenizer's"
     )
-    Config.eos_token_id = 7
-    assert different_ends(Tokens(), None, Config()) is None
-    Config.eos_token_id = None
-    assert different_ends(Tokens(), Config()) is None
-
-
-def test_disable_dropout_reaches_attention():
-    config = transformers.LlamaConfig(**SIZES, attention_dropout=0.5)
-    model = transformers.LlamaForCausalLM(config).train()
-    ids = torch.arange(10)[None]
-    assert not model(ids).logits.equal(model(ids).logits)
-    disable_dropout(model)
-    assert model(ids).logits.equal(model(ids).logits)
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**CONFIGS["GPT2"])).train()
-    disable_dropout(gpt2)
-    assert gpt2(ids).logits.equal(gpt2(ids).logits)
+    assert different_ends(tokens, None, SimpleNamespace(eos_token_id=7)) is None
+    assert different_ends(tokens, SimpleNamespace(eos_token_id=None)) is None
 
 
 def test_pad_id_falls_back_to_eos_and_zero(tiny):
-    class Tokens:
-        pad_token_id = None
-        eos_token_id = 7
+    tokens = SimpleNamespace(pad_token_id=None, eos_token_id=7)
+    assert pad_id(tiny[1]) == 0 and pad_id(tokens) == 7
+    tokens.eos_token_id = None
+    assert pad_id(tokens) == 0
 
-    assert pad_id(tiny[1]) == 0 and pad_id(Tokens()) == 7
-    Tokens.eos_token_id = None
-    assert pad_id(Tokens()) == 0
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, attention_dropout=0.5)),
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**CONFIGS["GPT2"])),
+    ],
+    ids=["of attention", "of all layers"],
+)
+def test_dropout_is_disabled(model):
+    ids = torch.arange(10)[None]
+    assert not model.train()(ids).logits.equal(model(ids).logits)
+    disable_dropout(model)
+    assert model(ids).logits.equal(model(ids).logits)
 
 
 TEXT = {**SIZES, "num_hidden_layers": 2, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+QWEN_VISION = {"depth": 1, "out_hidden_size": 16, "num_heads": 2, "fullatt_block_indexes": [0]}
+QWEN_TOKENS = {"image_token_id": 258, "video_token_id": 257, "vision_start_token_id": 256}
+SIGLIP = {"model_type": "siglip_vision_model"}
+CLIP = {"model_type": "clip_vision_model", "projection_dim": 16}
+WITH_IMAGES = {  # options of the text's config, the vision's and the whole one's
+    "Gemma3": ({"sliding_window": 8}, SIGLIP, {"mm_tokens_per_image": 4}),
+    "Llava": ({"model_type": "llama"}, CLIP, {}),
+    "PaliGemma": ({"model_type": "gemma"}, SIGLIP, {"projection_dim": 16}),
+    "Qwen2_5_VL": ({"rope_parameters": ROPE}, QWEN_VISION, QWEN_TOKENS),
+}
 
 
 def with_images(name: str):
     """A tiny model of text and images; the last token ids stand for images."""
-    if name == "Gemma3":
-        text = transformers.Gemma3TextConfig(**TEXT, sliding_window=8)
-        more = {
-            "vision_config": transformers.SiglipVisionConfig(**VISION),
-            "image_token_index": 258,
-        }
-        more["mm_tokens_per_image"] = 4
-    elif name == "Llava":
-        text = transformers.LlamaConfig(**TEXT)
-        vision = transformers.CLIPVisionConfig(**VISION, projection_dim=16)
-        more = {"vision_config": vision, "image_token_index": 258}
-    elif name == "PaliGemma":
-        text = {**TEXT, "model_type": "gemma"}
-        more = {"vision_config": {**VISION, "model_type": "siglip_vision_model"}}
-        more |= {"image_token_index": 258, "projection_dim": 16}
-    else:
-        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-        text = TEXT | {"rope_parameters": rope}
-        vision = {"depth": 1, "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 32}
-        vision |= {"num_heads": 2, "patch_size": 14, "fullatt_block_indexes": [0]}
-        more = {"vision_config": vision, "image_token_id": 258, "video_token_id": 257}
-        more["vision_start_token_id"] = 256
-    config = getattr(transformers, f"{name}Config")(text_config=text, **more)
+    text, vision, whole = WITH_IMAGES[name]
+    parts = {"text_config": TEXT | text, "vision_config": VISION | vision}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**parts, image_token_index=258, **whole)
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
 @pytest.mark.parametrize("name", ["Gemma3", "Llava", "Qwen2_5_VL"])
-def test_a_model_of_text_and_images_trains_on_text(name, tmp_path, tiny):
-    torch.manual_seed(0)
-    with_images(name).save_pretrained(tmp_path / "model")
-    tiny[1].save_pretrained(tmp_path / "tokenizer")
+def test_a_model_of_text_and_images_trains_on_text_and_its_adapters_load_again(
+    name, tmp_path, tiny_folder
+):
+    folder, how = str(tmp_path / "model"), ModelOptions(tokenizer=tiny_folder)
+    with_images(name).save_pretrained(folder)
     found = []
-    for impl in ("auto", "reference"):
-        how = ModelOptions(tokenizer=str(tmp_path / "tokenizer"))
-        model, _ = load(str(tmp_path / "model"), how)
-        trainer = trainer_for(
-            tmp_path / impl, model=model, loss_impl=impl, max_steps=2,
-            batching="auto" if impl == "auto" else "padded",
-        )  # fmt: skip
-        trainer.train()
-        found.append(losses(trainer))
+    for impl, batching in (("auto", "auto"), ("reference", "padded")):
+        options = {"loss_impl": impl, "batching": batching, "max_steps": 2}
+        found.append(losses(trained(tmp_path / impl, load(folder, how)[0], **options)))
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0][1] != found[0][0]
+
+    lora = LoraConfig(target_modules=["q_proj"])
+    get_peft_model(load(folder, how)[0], lora).save_pretrained(tmp_path / "lora")
+    loaded = load(str(tmp_path / "lora"), how)[0]
+    assert type(loaded).__name__ == f"{name}ForConditionalGeneration"
 
 
 def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
-    torch.manual_seed(0)
     with pytest.raises(ValueError, match="PaliGemma.* attends to later tokens"):
         trainer_for(tmp_path, model=with_images("PaliGemma"))
 
@@ -256,8 +234,13 @@ def test_a_model_that_cannot_run_lists_is_named_or_runs_padded_rows(tmp_path, ca
     trainer.train()
 
 
-@pytest.mark.parametrize("fault", ["fails", "differs"])
-def test_a_whole_model_that_makes_another_thing_of_a_list(tmp_path, capsys, fault, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("fails", "fails with RuntimeError: a mask of"), ("differs", "makes another thing of a list")],
+)
+def test_a_whole_model_that_makes_another_thing_of_a_list(
+    fault, said, tmp_path, capsys, monkeypatch
+):
     """Its decoder does it right, and what the model does around it does not."""
     plain = pk.OpenModel.run
 
@@ -270,24 +253,6 @@ def test_a_whole_model_that_makes_another_thing_of_a_list(tmp_path, capsys, faul
 
     monkeypatch.setattr(pk.OpenModel, "run", other)
     trainer = trainer_for(tmp_path, max_steps=1)
-    said = {
-        "fails": "fails with RuntimeError: a mask of",
-        "differs": "makes another thing of a list",
-    }
     assert "lists run as padded rows: LlamaForCausalLM" in (out := capsys.readouterr().out)
-    assert said[fault] in out and trainer.data_collator.form == "padded"
+    assert said in out and trainer.data_collator.form == "padded"
     assert trainer.model.config._attn_implementation == "sdpa"
-
-
-def test_adapters_of_a_model_of_text_and_images_load_again(tmp_path, tiny):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    base = with_images("Llava")
-    base.save_pretrained(tmp_path / "base")
-    tiny[1].save_pretrained(tmp_path / "tokenizer")
-    model, _ = load(
-        str(tmp_path / "base"), how := ModelOptions(tokenizer=str(tmp_path / "tokenizer"))
-    )
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    assert type(load(str(tmp_path / "lora"), how)[0]).__name__ == "LlavaForConditionalGeneration"

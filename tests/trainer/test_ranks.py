@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Run, launch
+from ranks import TIMEOUT, Run, argv, launch, words
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 from trainer_runs import records
@@ -22,7 +22,6 @@ from pro_trainer.train.checkpoints import last_whole
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
-TIMEOUT = 6  # seconds of a collective
 # 11 lists and 8 a step: the second step of each epoch has 3, so that ranks are left without any.
 DATA = [*records(9), *records(2, n=5)]
 
@@ -36,33 +35,17 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def argv(work: Path, output: Path, batch: int, accumulation: int = 1, **more: object) -> list[str]:
-    options = {
-        "data": work / "train.jsonl",
-        "eval_data": work / "eval.jsonl",
-        "output_dir": output,
-        "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": 2,
-        "gradient_accumulation_steps": accumulation,
-        "max_steps": 5,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "ddp_timeout": TIMEOUT,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "use_cpu": True,
-    } | more
-    return ["--demo", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+def train(work: Path, name: str, world: int, accumulation: int = 1, fault=None, **more) -> Run:
+    """Run the command with 8 lists a step and its output in a folder of this name."""
+    one = argv(work, work / name, 8 // world // accumulation, accumulation, **more)
+    return launch(world, work / f"{name} logs", one, fault=fault)
 
 
 def finished(run: Run, output: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     assert run.codes == [0] * len(run.codes), "\n".join(run.printed)
     assert all("terminate called" not in text for text in run.printed)
-    return json.loads((output / "metrics.json").read_text()), load_file(
-        output / "model.safetensors"
-    )
+    found = json.loads((output / "metrics.json").read_text())
+    return found, load_file(output / "model.safetensors")
 
 
 def close(one: tuple, other: tuple) -> None:
@@ -83,37 +66,21 @@ def close(one: tuple, other: tuple) -> None:
 @pytest.fixture(scope="module")
 def whole(work) -> dict[int, tuple]:
     """Runs that nothing interrupts, by ranks."""
-    found = {}
-    for world, batch in ((1, 8), (2, 4), (4, 2)):
-        output = work / f"whole{world}"
-        run = launch(world, work / f"logs{world}", argv(work, output, batch))
-        found[world] = finished(run, output)
-    return found
+    return {w: finished(train(work, f"whole{w}", w), work / f"whole{w}") for w in (1, 2, 4)}
 
 
-def test_2_and_4_ranks_take_the_steps_of_one_process(whole, work):
+def test_2_and_4_ranks_take_the_steps_of_one_process(whole):
     for world in (2, 4):
         close(whole[1], whole[world])
-    output = work / "accumulated"
-    close(whole[1], finished(launch(2, work / "a", argv(work, output, 2, 2)), output))
 
 
-def test_a_run_on_4_ranks_is_repeatable_bitwise(whole, work):
-    again = work / "again"
-    finished(launch(4, work / "again-logs", argv(work, again, 2)), again)
-    first = (work / "whole4" / "model.safetensors").read_bytes()
-    assert (again / "model.safetensors").read_bytes() == first
-
-
-def resumed(work: Path, cut: Path, wrote: int, world: int) -> tuple:
-    output = work / f"{cut.name} on {world}"
-    shutil.copytree(cut, output)
-    options = argv(work, output, 8 // world, resume_from_checkpoint="last")
-    run = launch(world, work / f"{output.name} logs", options)
-    found = finished(run, output)
+def resumed(work: Path, cut: str, wrote: int, world: int, accumulation: int = 1) -> tuple:
+    name = f"{cut} on {world}"
+    shutil.copytree(work / cut, work / name)
+    run = train(work, name, world, accumulation, resume_from_checkpoint="last")
     notice = f"resuming on {world} processes what {wrote} wrote"
     assert (notice in run.printed[0]) == (world != wrote)
-    return found
+    return finished(run, work / name)
 
 
 FAULTS = {  # kind: (ranks, the one that fails, what the others say, in a regular expression)
@@ -139,28 +106,31 @@ def test_errors_of_collectives_are_known_by_what_gloo_says():
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_of_one_rank_ends_all_and_the_last_checkpoint_goes_on(kind, whole, work):
+def test_a_fault_of_one_rank_ends_all_and_leaves_the_last_checkpoint(kind, whole, work):
     world, failing, cause = FAULTS[kind]
-    cut = work / kind
-    run = launch(world, work / f"{kind} logs", argv(work, cut, 8 // world), fault=(failing, kind))
+    run = train(work, kind, world, fault=(failing, kind))
     own = 143 if kind == "interrupted" else -signal.SIGKILL if kind.startswith("killed") else 1
     codes = [own if rank == failing else 1 for rank in range(world)]
     assert run.codes == codes, "\n".join(run.printed)  # a rank that hangs is killed: another code
     for rank, text in enumerate(run.printed):
         assert rank == failing or re.search(f"(rank|error: rank) {rank}.*{cause}", text), text
-    assert last_whole(cut).name == "checkpoint-2" or kind == "nan"
-    assert not (cut / "model.safetensors").exists()
-    if kind in ("killed with the store", "out of host memory"):
-        return  # the checkpoints are those of the others
-    _, weights = resumed(work, cut, world, world)
-    assert all(weight.equal(whole[world][1][name]) for name, weight in weights.items())
+    left = last_whole(work / kind)
+    assert left.name == "checkpoint-2" and not (work / kind / "model.safetensors").exists()
+    written, expected = (
+        (folder / left.name / "model.safetensors").read_bytes()
+        for folder in (work / kind, work / f"whole{world}")
+    )
+    assert written == expected  # up to there, a run on as many ranks is repeatable bitwise
     if kind != "killed":
         return
-    for fewer in (2, 1):  # what 4 ranks wrote
-        close(whole[1], resumed(work, cut, world, fewer))
+    _, weights = resumed(work, kind, world, world)
+    assert all(weight.equal(whole[world][1][name]) for name, weight in weights.items())
+    close(whole[1], resumed(work, kind, world, 1))
+    close(whole[1], resumed(work, kind, world, 2, accumulation=2))
     # Another number of lists a step is another run.
-    options = argv(work, cut, 2, 2, resume_from_checkpoint="last")
-    refused = launch(2, work / "refused", [*options, "--per_device_train_batch_size", "3"])
+    shutil.copytree(work / kind, work / "refused")
+    options = {"per_device_train_batch_size": 3, "resume_from_checkpoint": "last"}
+    refused = train(work, "refused", 2, accumulation=2, **options)
     assert refused.codes == [2, 2]
     for text in refused.printed:
         assert (
@@ -171,8 +141,8 @@ def test_a_fault_of_one_rank_ends_all_and_the_last_checkpoint_goes_on(kind, whol
 
 def test_ranks_that_disagree_all_raise(work):
     output = work / "disagree"
-    one = argv(work, output, 4)
-    other = argv(work, output, 4, data=work / "other.jsonl", num_candidates=2, learning_rate=0.5)
+    other = {"data": work / "other.jsonl", "num_candidates": 2, "learning_rate": 0.5}
+    one, other = argv(work, output, 4), argv(work, output, 4, **other)
     run = launch(2, work / "disagree logs", one, other)
     assert run.codes == [2, 2]
     for rank, text in enumerate(run.printed):
@@ -187,35 +157,32 @@ def test_ranks_that_disagree_all_raise(work):
     assert not output.exists() or not any(output.iterdir())
 
 
-def test_an_error_of_one_rank_before_the_first_step_ends_all(work):
-    output = work / "missing"
-    one, other = argv(work, output, 4), argv(work, output, 4, data=work / "missing.jsonl")
-    run = launch(2, work / "missing logs", one, other)
-    assert run.codes == [1, 2]
-    assert "rank 1 failed with DataError" in run.printed[0]
-    assert "missing.jsonl" in run.printed[0] and "error: rank 1: " in run.printed[1]
+def evaluation(work: Path, output: str, data: str = "eval.jsonl") -> list[str]:
+    given = {"model": work / "whole1", "data": work / data, "output_dir": work / output}
+    return words(given | {"per_device_eval_batch_size": 2, "ddp_timeout": TIMEOUT, "use_cpu": True})
 
 
-def test_eval_is_that_of_one_process_and_a_fault_ends_all(whole, work):
-    def options(output: str, data: str) -> list[str]:
-        given = {"model": work / "whole1", "data": work / data, "output_dir": work / output}
-        given |= {"per_device_eval_batch_size": 2, "ddp_timeout": TIMEOUT, "use_cpu": True}
-        return [str(x) for k, v in given.items() for x in (f"--{k}", v)]
-
-    found = {}
+def test_eval_is_that_of_one_process(whole, work):
+    found = []
     for world in (1, 2):
-        output = f"eval{world}"
-        run = launch(
-            world, work / f"{output} logs", options(output, "eval.jsonl"), command="evaluate"
-        )
+        name = f"eval{world}"
+        run = launch(world, work / f"{name} logs", evaluation(work, name), command="evaluate")
         assert run.codes == [0] * world, "\n".join(run.printed)
-        found[world] = json.loads((work / output / "eval.json").read_text())["metrics"]
-    assert found[2] == pytest.approx(found[1], rel=1e-5)
+        found.append(json.loads((work / name / "eval.json").read_text())["metrics"])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
-    wrong = options("eval wrong", "eval.jsonl"), options("eval wrong", "missing.jsonl")
-    run = launch(2, work / "eval wrong logs", *wrong, command="evaluate")
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_an_error_of_one_rank_before_the_first_step_ends_all(command, whole, work):
+    """Here, a file that one rank lacks."""
+    if command == "train":
+        one, other = (argv(work, work / "m", 4, data=work / x) for x in ("train.jsonl", "missing"))
+    else:
+        one, other = (evaluation(work, "m", data) for data in ("eval.jsonl", "missing"))
+    run = launch(2, work / f"missing {command}", one, other, command=command)
     assert run.codes == [1, 2]
     assert "rank 1 failed with DataError" in run.printed[0]
+    assert str(work / "missing") in run.printed[0] and "error: rank 1: " in run.printed[1]
 
 
 @pytest.mark.parametrize(("lists", "drop_last"), [(11, False), (16, False), (3, False), (11, True)])

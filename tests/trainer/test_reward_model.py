@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,9 +55,9 @@ def saved(tmp_path, tokenizer):
     """Saves a model with the tokenizer and returns the folder."""
 
     def save(model):
-        model.save_pretrained(tmp_path / "rm")
-        tokenizer.save_pretrained(tmp_path / "rm")
-        return str(tmp_path / "rm")
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / "rm")
+        return tmp_path / "rm"
 
     return save
 
@@ -72,16 +73,11 @@ def pairs(n=20):
 def test_scores_do_not_depend_on_the_batch(build, tokenizer):
     prompts, completions = pairs()
     alone = RewardModel(build(), tokenizer, batch_size=1).score(prompts, completions)
-    together = RewardModel(build(), tokenizer, batch_size=8).score(prompts, completions)
-    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-5, atol=1e-6)
     assert len(set(alone)) == len(alone)
-    shuffled = list(range(len(prompts)))[::-1]
-    again = RewardModel(build(), tokenizer, batch_size=8).score(
-        [prompts[i] for i in shuffled], [completions[i] for i in shuffled]
-    )
-    torch.testing.assert_close(
-        torch.tensor(again)[shuffled], torch.tensor(alone), rtol=1e-5, atol=1e-6
-    )
+    together = RewardModel(build(), tokenizer, batch_size=8)
+    assert together.score(prompts, completions) == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    backwards = together.score(prompts[::-1], completions[::-1])
+    assert backwards[::-1] == pytest.approx(alone, rel=1e-5, abs=1e-6)
 
 
 def test_a_score_is_the_classifiers_own_at_the_last_token(tokenizer):
@@ -102,7 +98,7 @@ def test_it_is_in_evaluation_mode_and_makes_no_graph(tokenizer):
 
 
 def test_messages_are_scored_as_the_template_writes_them(saved):
-    reward_model = RewardModel.from_path(saved(llama()))
+    reward_model = RewardModel.from_path(str(saved(llama())))
     question = ({"role": "user", "content": "hi"},)
     answer = ({"role": "assistant", "content": "yes"},)
     with pytest.raises(ValueError, match="/rm lacks: set tokenizer.chat_template"):
@@ -144,64 +140,59 @@ def test_the_first_special_token_stays_where_a_text_is_cut(tokenizer):
     assert cut and ids[0] == tokenizer.unk_token_id and tokenizer.decode(ids[1:]) == "efg"
 
 
-def test_two_labels_are_refused(saved, tokenizer):
-    path = saved(llama(num_labels=2))
-    with pytest.raises(ValueError, match=rf"{path}: .*num_labels=1\), .* has num_labels=2"):
-        RewardModel.from_path(path)
-    with pytest.raises(ValueError, match="num_labels=3"):
-        RewardModel(llama(num_labels=3), tokenizer)
+def no_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(llama().state_dict(), folder / "pytorch_model.bin")
 
 
-def test_a_language_model_is_no_reward_model(saved):
-    path = saved(llama(LlamaForCausalLM))
-    with pytest.raises(ValueError, match=r"lacks weights of \w+ \(score.weight\)"):
-        RewardModel.from_path(path)
-
-
-def test_only_safetensors_are_loaded(saved, tmp_path):
-    model = llama()
-    path = saved(model)
-    (tmp_path / "rm" / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "rm" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="not a reward model: .*safetensors"):
-        RewardModel.from_path(path)
-
-
-def test_code_of_a_checkpoint_is_not_run(saved, tmp_path):
-    path = saved(llama())
-    config = tmp_path / "rm" / "config.json"
-    config.write_text(
+def own_code(folder: Path) -> None:
+    (folder / "config.json").write_text(
         '{"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config"}, "num_labels": 1}'
     )
-    (tmp_path / "rm" / "odd.py").write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    (folder / "odd.py").write_text(
+        f"open({str(folder / 'ran')!r}, 'w')\n"
         "from transformers import PretrainedConfig\n"
         "class Config(PretrainedConfig):\n    model_type = 'odd'\n"
     )
-    with pytest.raises(ValueError, match="not a reward model: .* contains custom code"):
-        RewardModel.from_path(path)
-    assert not (tmp_path / "ran").exists()
 
 
-def test_what_cannot_be_scored(saved, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("build", "change", "wrong"),
+    [
+        (lambda: llama(num_labels=2), None, r"/rm: .*num_labels=1\), .* has num_labels=2"),
+        (lambda: llama(LlamaForCausalLM), None, r"lacks weights of \w+ \(score.weight\)"),
+        (llama, no_safetensors, "not a reward model: .*safetensors"),
+        (llama, own_code, "not a reward model: .* contains custom code"),
+    ],
+    ids=["two labels", "a language model", "other files than safetensors", "code of its own"],
+)
+def test_a_folder_without_a_safe_reward_model_is_refused(build, change, wrong, saved):
+    folder = saved(build())
+    if change:
+        change(folder)
+    with pytest.raises(ValueError, match=wrong):
+        RewardModel.from_path(str(folder))
+    assert not (folder / "ran").exists()
+
+
+def test_what_cannot_be_scored(tokenizer, tmp_path):
     reward_model = RewardModel(llama(), tokenizer)
+    assert reward_model.score([], []) == []
     with pytest.raises(ValueError, match="2 prompts but 1 completions"):
         reward_model.score(["a", "b"], ["c"])
     with pytest.raises(ValueError, match="without tokens"):
         reward_model.score_ids([[5], []])
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        RewardModel(llama(), tokenizer, batch_size=0)
-    with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):
-        RewardModel(llama(), tokenizer, max_length=1)
-    with pytest.raises(ValueError, match="the tokenizer has 300 tokens, .* only 259"):
-        RewardModel(llama(), ByT5Tokenizer(extra_ids=41))
+    for wrong, options in {
+        "batch_size must be at least 1, got 0": {"batch_size": 0},
+        "max_length must be at least 2, got 1": {"max_length": 1},
+        "the tokenizer has 300 tokens, .* only 259": {"tokenizer": ByT5Tokenizer(extra_ids=41)},
+        "num_labels=3": {"model": llama(num_labels=3)},
+    }.items():
+        with pytest.raises(ValueError, match=wrong):
+            RewardModel(**{"model": llama(), "tokenizer": tokenizer, **options})
     with pytest.raises(ValueError, match="nothing-here: not a reward model"):
         RewardModel.from_path(str(tmp_path / "nothing-here"))
     with torch.no_grad():
         reward_model.model.score.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="nan.*not finite numbers, in torch.float32"):
         reward_model.score(["a"], ["b"])
-
-
-def test_nothing_to_score(tokenizer):
-    assert RewardModel(llama(), tokenizer).score([], []) == []

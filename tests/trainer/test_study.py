@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +29,40 @@ SETTINGS = Settings(
 
 
 @pytest.fixture(scope="module")
-def paths(tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def paths(tiny_folder, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The tiny model on disk, and lists of four."""
-    folder = tmp_path_factory.mktemp("study")
-    for made in tiny:
-        made.save_pretrained(folder / "model")
+    lists = tmp_path_factory.mktemp("study") / "lists.jsonl"
     rng = random.Random(0)
-    with (folder / "lists.jsonl").open("w") as file:
+    with lists.open("w") as file:
         for i in range(20):
             words = [" ".join(rng.choices(["red", "blue", "green"], k=k + 2)) for k in range(4)]
             record = {"prompt": f"Secret {i}", "completions": words, "rewards": [3, 1.5, 1, 0]}
             file.write(json.dumps(record) + "\n")
-    return str(folder / "model"), str(folder / "lists.jsonl")
+    return tiny_folder, str(lists)
 
 
 @pytest.fixture(scope="module")
-def results(paths, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The whole study, in one worker."""
-    folder = tmp_path_factory.mktemp("runs")
-    found = study(*paths, folder, SETTINGS, processes=1)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def results(paths, folder) -> dict[str, Any]:
+    """The whole study, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("study.run.ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n))
+        return study(*paths, folder, SETTINGS, processes=1)
+
+
+def test_only_a_run_that_is_missing_is_run_and_to_the_same_numbers(paths, folder, results):
+    """In a process of its own."""
+    (folder / "pro_2-1.json").unlink()
     times = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert study(*paths, folder, SETTINGS, processes=1) == found  # nothing is run again
-    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == times
-    return found
+    again = study(*paths, folder, SETTINGS, processes=1)
+    for one, other in zip(results["runs"], again["runs"], strict=True):
+        assert one["logps"] == other["logps"] and (one == other) == (one["method"] != "pro_2")
+    assert study(*paths, folder, SETTINGS, processes=1) == again
+    assert times.items() < {file: file.stat().st_mtime_ns for file in folder.iterdir()}.items()
 
 
 def test_every_method_runs_with_its_seeds_and_learns_something(results):
@@ -72,12 +84,6 @@ def test_every_method_of_the_study_runs(paths, results):
         logps = scores_from(run).logps
         assert logps.isfinite().all() and run["log"], method
         assert torch.equal(logps, base.logps) == (method == "base"), method
-
-
-def test_a_run_is_repeatable(paths, results):
-    again = measure(*paths, SETTINGS, Run("pro_2", 1))
-    (first,) = [run for run in results["runs"] if run["method"] == "pro_2"]
-    assert again["logps"] == first["logps"]
 
 
 def test_sft_is_shown_the_best_answer_alone():

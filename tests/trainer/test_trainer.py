@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+import traceback
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.nn.functional import log_softmax
-from trainer_runs import config, losses, records, trainer_for
+from torch.utils._python_dispatch import TorchDispatchMode
+from trainer_runs import config, losses, records, trained, trainer_for, weights
 
 import pro_kernels as pk
 from pro_trainer.errors import TrainingError
 from pro_trainer.train.trainer import PROTrainer
+
+BY_ORDER = [{key: r[key] for key in ("prompt", "completions")} for r in records()]
 
 
 def test_first_loss_is_the_references_on_whole_logits(tmp_path):
@@ -25,120 +30,105 @@ def test_first_loss_is_the_references_on_whole_logits(tmp_path):
         for end in row["completions"]:
             ids = torch.tensor([row["prompts"][0] + end])
             logps = log_softmax(model(ids).logits[0, :-1].double(), -1)
-            picked = logps.gather(1, ids[0, 1:, None])[-len(end) :, 0]
-            scores.append(picked.mean())
-            if len(scores) == 1:  # records come best first
-                sft = -picked.mean()
+            scores.append(logps.gather(1, ids[0, 1:, None])[-len(end) :, 0].mean())
         s, r = torch.stack(scores), torch.tensor(row["rewards"], dtype=torch.float64)
         rank = 0.0
         for k in range(len(s) - 1):
             tau = r[k] - r[k:]
             tau[0] = tau.max()
             rank = rank + torch.logsumexp(s[k:] * tau, 0) - s[k] * tau[0]
-        per_list.append(rank + 0.05 * (len(s) - 1) ** 2 * sft)
+        per_list.append(rank - 0.05 * (len(s) - 1) ** 2 * s[0])  # records come best first
     expected = torch.stack(per_list).mean().item()
     assert losses(trainer)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_training_ranks_held_out_lists(tmp_path):
-    data = records(24)
-    trainer = trainer_for(
-        tmp_path, data=data[:16], eval_data=data[16:], max_steps=30, learning_rate=3e-3
-    )
-    before = trainer.evaluate()
-    trainer.train()
-    after = trainer.evaluate()
-    assert after["eval_loss"] < 0.5 * before["eval_loss"]
-    assert after["eval_pairwise_accuracy"] > 0.9
-    assert after["eval_kendall_tau"] > before["eval_kendall_tau"]
+ONE_BATCH = {"per_device_train_batch_size": 8}  # of all lists
+RAGGED = {"data": [*records(8), *records(3, n=5)], **ONE_BATCH}  # every second step has 3 of 11
+TOKENS = {"tokens_per_batch": 150, "gradient_accumulation_steps": 20}
+HEAD = {"peft_config": LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head", "q_proj"])}
+SAME_STEPS = {  # how they differ: (the options of one run, what the other has besides)
+    "adapters on the head, plain loss": (HEAD, {"loss_impl": "reference"}),
+    "gradient checkpointing": ({}, {"gradient_checkpointing": True}),
+    "grouped by length": (ONE_BATCH, {"train_sampling_strategy": "group_by_length"}),
+    "processes of the loader": (ONE_BATCH, {"dataloader_num_workers": 2}),
+    "padded": (ONE_BATCH, {"batching": "padded"}),
+    "2 x 4": (RAGGED, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
+    "1 x 8": (RAGGED, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}),
+    "an order is temperature 1": ({"data": BY_ORDER}, {"data": records(), "temperature": "1.0"}),
+    "with a fixed temperature rewards only order, and the two kinds go together": (
+        {"data": [*BY_ORDER, *BY_ORDER[:4]]},
+        {"data": [*records(), *BY_ORDER[:4]], "temperature": "1.0"},
+    ),
+}
+for form in ("lists", "padded"):
+    for loss in ("pro", "dpo"):
+        options = {"loss_type": loss, "batching": form}
+        SAME_STEPS[f"plain loss, {loss}, {form}"] = (options, {"loss_impl": "reference"})
+    SAME_STEPS[f"batches of tokens, {form}"] = ({**ONE_BATCH, "batching": form}, TOKENS)
+
+
+@pytest.mark.parametrize("differ", SAME_STEPS)
+def test_the_same_steps_by_another_way(differ, tmp_path):
+    options, more = SAME_STEPS[differ]
+    one, other = trained(tmp_path, **options), trained(tmp_path, **{**options, **more})
+    assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+    for name, weight in weights(one).items():
+        torch.testing.assert_close(weights(other)[name], weight, rtol=0, atol=2e-4, msg=name)
+    if more is TOKENS:
+        batches = [batch["preferences"].num_prompts for batch in other.get_train_dataloader()]
+        assert sum(batches) == 8 and 1 < len(batches) < 8
+    if options.get("loss_type") == "dpo":  # the reference of the first step is the model itself
+        assert losses(one)[0] == pytest.approx(math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", sorted(pk.losses.LOSSES))
-def test_every_loss_type_trains_and_logs_what_it_minimises(loss_type, tmp_path):
-    trainer = trainer_for(tmp_path, loss_type=loss_type, max_steps=12, learning_rate=2e-3)
-    before = trainer.evaluate(trainer.train_dataset)
+def test_every_loss_type_learns_to_rank_held_out_lists(loss_type, tmp_path):
+    data, options = records(24), {"max_steps": 8, "learning_rate": 5e-3}
+    trainer = trainer_for(tmp_path, None, data[:16], data[16:], loss_type=loss_type, **options)
+    before = trainer.evaluate()
     trainer.train()
-    after = trainer.evaluate(trainer.train_dataset)
+    after = trainer.evaluate()
     assert after["eval_loss"] < before["eval_loss"]
     assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
+    if loss_type != "slic":  # its scores are sums, and begin far off
+        assert after["eval_pairwise_accuracy"] > 0.9 > 0.5 > before["eval_pairwise_accuracy"]
     assert (trainer.ref_model is not None) == trainer.args.needs_reference()
-    entry = trainer.state.log_history[0]
+    entry = trainer.state.log_history[1]
     assert {"rewards/accuracies", "logps/chosen", "scored_share", "peak_memory_mb"} <= set(entry)
 
 
-@pytest.mark.parametrize("batching", ["lists", "padded"])
-@pytest.mark.parametrize("loss_type", ["pro", "dpo"])
-def test_reference_and_fused_losses_take_the_same_steps(batching, loss_type, tmp_path):
-    runs = []
-    for impl in ("auto", "reference"):
-        trainer = trainer_for(
-            tmp_path, loss_impl=impl, loss_type=loss_type, batching=batching, overwrite=True
-        )
-        trainer.train()
-        runs.append(losses(trainer))
-    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
-
-
-@pytest.mark.parametrize("batching", ["lists", "padded"])
-def test_batches_of_tokens_weigh_every_list_the_same(batching, tmp_path):
-    """All lists in one step, as one batch or accumulated from several: the same steps."""
-    options = {"batching": batching, "max_steps": 3, "overwrite": True}
-    whole = trainer_for(tmp_path, per_device_train_batch_size=8, **options)
-    whole.train()
-    options |= {"per_device_train_batch_size": 8, "tokens_per_batch": 150}
-    trainer = trainer_for(tmp_path, gradient_accumulation_steps=20, **options)
-    batches = [batch["preferences"].num_prompts for batch in trainer.get_train_dataloader()]
-    assert sum(batches) == 8 and 1 < len(batches) < 8
-    trainer.train()
-    assert losses(trainer) == pytest.approx(losses(whole), rel=1e-5)
-
-
-@pytest.mark.parametrize("first", ["whole", "adapters"])
-def test_a_run_of_another_kind_leaves_nothing_of_the_one_it_replaces(first, tmp_path):
-    from peft import LoraConfig
-
-    for kind in (first, "adapters" if first == "whole" else "whole"):
-        lora = LoraConfig(task_type="CAUSAL_LM", r=2) if kind == "adapters" else None
-        trainer = trainer_for(tmp_path, peft_config=lora, overwrite=True, max_steps=1)
-        trainer.train()
-        trainer.save_model()
-    names = {p.name for p in tmp_path.iterdir()}
-    assert ("model.safetensors" in names) == (kind == "whole")
-    assert ("adapter_model.safetensors" in names) == (kind == "adapters")
+def test_a_run_of_another_kind_leaves_nothing_of_the_one_it_replaces(tmp_path):
+    for lora in (None, LoraConfig(task_type="CAUSAL_LM", r=2), None):
+        trained(tmp_path, peft_config=lora, overwrite=True, max_steps=1).save_model()
+        names = {p.name for p in tmp_path.iterdir()}
+        assert ("model.safetensors" in names) == (lora is None)
+        assert ("adapter_model.safetensors" in names) == (lora is not None)
 
 
 def test_lists_with_and_without_a_marked_candidate_go_together(tmp_path):
+    marked = torch.tensor([2 if i % 2 else 0 for i in range(8)])
     data = [r | ({"sft_index": 2} if i % 2 else {}) for i, r in enumerate(records())]
-    trainer = trainer_for(
+    trainer = trained(
         tmp_path, data=data, per_device_train_batch_size=1, max_steps=8, logging_steps=8,
         learning_rate=1e-9, lr_scheduler_type="constant",
     )  # fmt: skip
-    trainer.train()
     entry = trainer.state.log_history[0]
     evaluated = trainer.evaluate(trainer.train_dataset)
     for name in ("loss", "sft_loss", "rank_loss_1"):
         assert entry[name] == pytest.approx(evaluated[f"eval_{name}"], rel=1e-4), name
     scores = trainer.score(trainer.train_dataset)
-    marked = torch.tensor([2 if i % 2 else 0 for i in range(8)])
     assert scores.sft_index.equal(marked)
     logps, lengths = (x.gather(1, marked[:, None]) for x in (scores.logps, scores.lengths))
     sft = -0.05 * 4 * (logps / lengths).mean().item()
     assert evaluated["eval_sft_loss"] == pytest.approx(sft, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", [{"batching": "auto"}, {"batching": "padded"}], ids=str)
-def test_the_reference_of_the_first_step_is_the_model_itself(layout, tmp_path):
-    """Every margin is 0, so the loss is ln 2: in any form, with dropout on, with adapters."""
-    from peft import LoraConfig
-
-    trainer = trainer_for(tmp_path, loss_type="dpo", max_steps=1, **layout)
-    trainer.train()
-    assert losses(trainer)[0] == pytest.approx(math.log(2), rel=1e-5)
+@pytest.mark.parametrize("batching", ["auto", "padded"])
+def test_the_reference_without_adapters_draws_no_dropout(batching, tmp_path):
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.5)
-    options = {"loss_type": "dpo", "disable_dropout": False, "overwrite": True}
-    trainer = trainer_for(tmp_path, peft_config=lora, **options, **layout)
-    model = trainer.model.get_base_model()
-    for layer in model.model.layers:
+    options = {"loss_type": "dpo", "disable_dropout": False, "batching": batching}
+    trainer = trainer_for(tmp_path, peft_config=lora, **options)
+    for layer in trainer.model.get_base_model().model.layers:
         layer.self_attn.attention_dropout = 0.5
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()
@@ -146,15 +136,24 @@ def test_the_reference_of_the_first_step_is_the_model_itself(layout, tmp_path):
     assert one.equal(two) and trainer.model.training
 
 
-def test_several_held_out_sets_are_evaluated_and_shown(tmp_path, capsys):
-    trainer = trainer_for(
-        tmp_path,
-        eval_data={"small": records(2), "large": records(3, n=5)},
-        eval_strategy="steps",
-        eval_steps=1,
-        max_steps=3,
-    )
-    trainer.train()
+def test_held_out_sets_are_evaluated_and_shown_with_samples_in_prints_card_and_curves(
+    tmp_path, capsys, curves
+):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "sample_steps": 2, "sample_tokens": 5}
+    trained(tmp_path, eval_data=records(2), **options).save_model()
+    printed, card = capsys.readouterr().out, (tmp_path / "README.md").read_text()
+    for part in ("library_name: transformers", "2306.17492", "| loss | pro |"):
+        assert part in card, part
+    assert "| | step 2 | step 4 |" in card
+    assert printed.count("sample, step 2: 'q") == printed.count("sample, step 4: 'q") == 2
+    assert printed.count("  -> ") == 4
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "model.safetensors").exists()
+    assert not list(tmp_path.glob("pytorch_model*"))
+
+    several = {"small": records(2), "large": records(3, n=5)}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "overwrite": True}
+    trainer = trained(tmp_path, eval_data=several, **options)
     trainer.save_model()
     printed = capsys.readouterr().out
     assert "eval_small: loss" in printed and "eval_large: loss" in printed
@@ -176,8 +175,7 @@ def test_score_is_in_the_data_sets_order_and_evaluate_is_made_of_it(tmp_path):
     scores = trainer.score(trainer.train_dataset)
     assert scores.logps.shape == (7, 5) and scores.mask.sum(1).tolist() == [3, 3, 3, 5, 5, 2, 2]
     lengths = [[len(end) for end in row["completions"]] for row in trainer.train_dataset]
-    for row, expected in zip(scores.lengths.tolist(), lengths, strict=True):
-        assert row == expected + [0] * (5 - len(expected))
+    assert scores.lengths.tolist() == [row + [0] * (5 - len(row)) for row in lengths]
     alone = trainer.score(trainer.train_dataset.select([4]))
     torch.testing.assert_close(alone.logps[0], scores.logps[4], rtol=1e-5, atol=1e-5)
     metrics = trainer.metrics(scores)
@@ -188,32 +186,12 @@ def test_score_is_in_the_data_sets_order_and_evaluate_is_made_of_it(tmp_path):
     assert metrics["loss"] == pytest.approx(sum(terms), rel=1e-5)
 
 
-def test_lists_by_order_use_temperature_one_and_kinds_do_not_mix(tmp_path):
-    by_order = [{"prompt": r["prompt"], "completions": r["completions"]} for r in records()]
-    trainer = trainer_for(tmp_path, data=by_order)
-    trainer.train()
-    constant = trainer_for(tmp_path / "t", data=records(), temperature="1.0")
-    constant.train()
-    assert losses(trainer) == pytest.approx(losses(constant), rel=1e-5)
-    mixed = [*records(), *by_order[:4]]
-    with pytest.raises(ValueError, match="8 of 12 lists have rewards, the others only an order"):
-        trainer_for(tmp_path, data=mixed)
-    # With a fixed temperature rewards only order, and the two kinds go together.
-    together = trainer_for(tmp_path, data=mixed, temperature="1.0", overwrite=True)
-    ordered = trainer_for(tmp_path, data=[*by_order, *by_order[:4]], overwrite=True)
-    for trainer in (together, ordered):
-        trainer.train()
-    assert losses(together) == pytest.approx(losses(ordered), rel=1e-5)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     options = {"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
-    trainer = trainer_for(tmp_path, max_steps=10, **options)
     with pytest.raises(TrainingError, match=r"steps up to [23]: mean loss .*; stopped"):
-        trainer.train()
-    trainer = trainer_for(
-        tmp_path, max_steps=10, logging_steps=10, save_strategy="steps", save_steps=3, **options
-    )
+        trained(tmp_path, max_steps=10, **options)
+    options |= {"logging_steps": 10, "save_strategy": "steps", "save_steps": 3}
+    trainer = trainer_for(tmp_path, max_steps=10, **options)
     with pytest.raises(TrainingError, match="step 3: .* weights are not finite"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*/*"))
@@ -224,38 +202,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_saves_card_curves_and_safetensors(tmp_path):
-    data = records(10)
-    trainer = trainer_for(
-        tmp_path, data=data[:8], eval_data=data[8:], eval_strategy="steps", eval_steps=2
-    )
-    trainer.train()
-    trainer.save_model()
-    card = (tmp_path / "README.md").read_text()
-    for part in ("library_name: transformers", "2306.17492", "| loss | pro |"):
-        assert part in card, part
-    assert "| | step 2 | step 4 |" in card
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "model.safetensors").exists()
-    assert not list(tmp_path.glob("pytorch_model*"))
-
-
-def test_prints_samples_on_request(tmp_path, capsys):
-    trainer = trainer_for(
-        tmp_path, eval_data=records(2), sample_steps=2, sample_tokens=5, max_steps=4
-    )
-    trainer.train()
-    printed = capsys.readouterr().out
-    assert printed.count("sample, step 2: 'q") == printed.count("sample, step 4: 'q") == 2
-    assert printed.count("  -> ") == 4
-
-
 def test_nothing_of_a_step_is_read_before_the_log(tmp_path, monkeypatch):
     """No value of a tensor is read in a step by our code (reading one waits for a GPU)."""
-    import traceback
-
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     reads = []
 
     class Spy(TorchDispatchMode):
@@ -281,32 +229,34 @@ def test_nothing_of_a_step_is_read_before_the_log(tmp_path, monkeypatch):
 
 def test_refusals_before_any_work(tmp_path, tiny):
     model, tokenizer = tiny
-    with pytest.raises(TypeError, match="args must be a PROConfig, got dict"):
-        PROTrainer(model, {}, records(), None, tokenizer)
-    with pytest.raises(ValueError, match="train_dataset must be one data set, got a dict of .'a'"):
-        PROTrainer(model, config(tmp_path), {"a": records()}, None, tokenizer)
-    with pytest.raises(ValueError, match="must be a causal LM of transformers, got Linear"):
-        PROTrainer(torch.nn.Linear(1, 1), config(tmp_path), records(), None, tokenizer)
-    with pytest.raises(TypeError, match="peft_config must be a peft config, got dict"):
-        trainer_for(tmp_path, peft_config={"r": 1})
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        trainer_for(tmp_path, model=copy.deepcopy(model).requires_grad_(False)).train()
-    with pytest.raises(ValueError, match=r"official' needs lists of one length, got \[3, 5\]"):
-        trainer_for(tmp_path, data=[*records(2), *records(2, n=5)], compat="official")
-    with pytest.raises(ValueError, match="metric_for_best_model='tau' is none of .*eval_ndcg"):
-        trainer_for(
-            tmp_path / "best", eval_data=records(2), eval_strategy="steps", eval_steps=1,
-            metric_for_best_model="tau",
-        ).train()  # fmt: skip
-    with pytest.raises(ValueError, match="hold no lists"):
-        PROTrainer(model, config(tmp_path), None, None, tokenizer)
-    with pytest.raises(ValueError, match="unknown backend|cuda"):
-        trainer_for(tmp_path, loss_impl="cuda")
-    short = copy.deepcopy(model)
+    arguments = config(tmp_path)
+    for wrong, given in {
+        "args must be a PROConfig, got dict": (model, {}, records()),
+        "train_dataset must be one data set, got a dict of .'a'": (model, arguments, {"a": []}),
+        "must be a causal LM of transformers, got Linear": (torch.nn.Linear(1, 1), arguments, []),
+        "hold no lists": (model, arguments, None),
+    }.items():
+        with pytest.raises(TypeError if "got dict" in wrong else ValueError, match=wrong):
+            PROTrainer(*given, None, tokenizer)
+    short, file = copy.deepcopy(model), tmp_path / "file"
     short.config.max_position_embeddings = 4
-    with pytest.raises(ValueError, match="max_position_embeddings=4; set max_length to 4"):
-        trainer_for(tmp_path, model=short)
-    file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(ValueError, match="file is a file"):
-        trainer_for(file).train()
+    evaluated = {"eval_data": records(2), "eval_strategy": "steps", "eval_steps": 1}
+    for wrong, options in {
+        "peft_config must be a peft config, got dict": {"peft_config": {"r": 1}},
+        r"official' needs lists of one length, got \[3, 5\]": {
+            "data": [*records(2), *records(2, n=5)], "compat": "official",
+        },
+        "8 of 12 lists have rewards, the others only an order": {
+            "data": [*records(), *BY_ORDER[:4]]
+        },
+        "unknown backend|cuda": {"loss_impl": "cuda"},
+        "max_position_embeddings=4; set max_length to 4": {"model": short},
+        "file is a file": {"output": file},
+        "no trainable parameter": {"model": copy.deepcopy(model).requires_grad_(False)},
+        "metric_for_best_model='tau' is none of .*eval_ndcg": {
+            **evaluated, "metric_for_best_model": "tau",
+        },
+    }.items():  # fmt: skip
+        with pytest.raises(TypeError if "got dict" in wrong else ValueError, match=wrong):
+            trained(**{"output": tmp_path, **options})

@@ -14,6 +14,8 @@ from pro_trainer.models import tiny_llama
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.trainer import PROTrainer
 
+QUICK = ["--report_to", "none", "--use_cpu", "true", "--max_steps", "2", "--logging_steps", "1"]
+
 
 def records(count: int = 8, n: int = 3) -> list[dict]:
     """Lists that can be learnt: longer praise is better."""
@@ -53,6 +55,13 @@ def trainer_for(output: Path, model=None, data=None, eval_data=None, **options) 
         tokenizer,
         **of_trainer,
     )
+
+
+def trained(output: Path, *args, resume: str | bool | None = None, **options) -> PROTrainer:
+    """``trainer_for`` that has trained."""
+    trainer = trainer_for(output, *args, **options)
+    trainer.train(resume)
+    return trainer
 
 
 def losses(trainer: PROTrainer) -> list[float]:
