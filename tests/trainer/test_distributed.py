@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pro_trainer.train.distributed import call_through
+from pro_trainer.train.usage import Activations
 
 
 class Wrapper(nn.Module):
@@ -44,7 +46,15 @@ def test_restores_a_forward_of_the_instance_also_after_an_error():
     assert module.forward is own
 
 
-def test_runs_inside_the_hooks_of_fsdp2(tmp_path):
+class Shaped(nn.Module):
+    """A model whose configuration tells of no layers."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.linear, self.config = module, PreTrainedConfig()
+
+
+def test_runs_inside_the_hooks_of_fsdp2_and_what_it_keeps_is_measured(tmp_path):
     """fully_shard wraps nothing: the module's own hooks gather its parameters."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -56,7 +66,8 @@ def test_runs_inside_the_hooks_of_fsdp2(tmp_path):
         module = nn.Linear(4, 4)
         weight, x = module.weight.detach().clone(), torch.randn(2, 4)
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-        made = call_through(module, module, lambda: x @ module.weight.t())
+        with Activations(torch.device("cpu"), True).measured(Shaped(module), {}):
+            made = call_through(module, module, lambda: x @ module.weight.t())
         torch.testing.assert_close(made, x @ weight.t())
         made.sum().backward()
         assert module.weight.grad.full_tensor().shape == (4, 4)

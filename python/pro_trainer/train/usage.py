@@ -83,10 +83,10 @@ class Activations:
             return
         self._done = True
         kept: dict[int, int] = {}
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        own = {_storage(p).data_ptr() for p in model.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
+            storage = _storage(tensor)
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
@@ -105,6 +105,11 @@ class Activations:
                 f"--gradient_checkpointing true would save about {max(0, saved) / 1e9:.1f} GB, "
                 "for one more forward a step"
             )
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    """What a tensor, or this rank's part of a DTensor (FSDP2), is stored in."""
+    return getattr(tensor, "to_local", lambda: tensor)().untyped_storage()
 
 
 def memory_size(device: torch.device) -> int:
