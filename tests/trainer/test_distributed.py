@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pro_trainer.train.distributed import call_through
 from pro_trainer.train.usage import Activations
@@ -46,14 +46,6 @@ def test_restores_a_forward_of_the_instance_also_after_an_error():
     assert module.forward is own
 
 
-class Shaped(nn.Module):
-    """A model whose configuration tells of no layers."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.linear, self.config = module, PreTrainedConfig()
-
-
 def test_runs_inside_the_hooks_of_fsdp2_and_what_it_keeps_is_measured(tmp_path):
     """fully_shard wraps nothing: the module's own hooks gather its parameters."""
     import torch.distributed as dist
@@ -66,10 +58,16 @@ def test_runs_inside_the_hooks_of_fsdp2_and_what_it_keeps_is_measured(tmp_path):
         module = nn.Linear(4, 4)
         weight, x = module.weight.detach().clone(), torch.randn(2, 4)
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-        with Activations(torch.device("cpu"), True).measured(Shaped(module), {}):
-            made = call_through(module, module, lambda: x @ module.weight.t())
+        made = call_through(module, module, lambda: x @ module.weight.t())
         torch.testing.assert_close(made, x @ weight.t())
         made.sum().backward()
         assert module.weight.grad.full_tensor().shape == (4, 4)
+
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=11, num_hidden_layers=1, **sizes))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
+        with Activations(torch.device("cpu"), True).measured(model, batch):
+            model(**batch).logits.sum().backward()
     finally:
         dist.destroy_process_group()
