@@ -186,10 +186,12 @@ def compare(what: str, model, expected, again: bool = True, step: int = 0) -> No
 def check_attached(mesh) -> None:
     """Two tiers, tied and not, frozen heads and bodies, adapters: in every way of sharding."""
     models = {f"tied={tied}": make(tied) for tied in (False, True)}
-    models["frozen head"], models["frozen body"] = make(False), make(False)
-    models["frozen head"].lm_head.requires_grad_(False)
-    models["frozen body"].model.requires_grad_(False)
-    if importlib.util.find_spec("peft"):
+    few = dist.get_world_size() == 2  # the others do not depend on the number of ranks
+    if few:
+        models["frozen head"], models["frozen body"] = make(False), make(False)
+        models["frozen head"].lm_head.requires_grad_(False)
+        models["frozen body"].model.requires_grad_(False)
+    if few and importlib.util.find_spec("peft"):
         import peft
 
         torch.manual_seed(2)
@@ -357,8 +359,9 @@ def check(group) -> None:
     check_functional(mesh)
     check_tensor_parallel()
     check_policies(mesh)
-    # All rows retained, a frozen head, and some of the rows computed again.
+    # All rows retained, and some of them computed again; a frozen head.
     met = {
         (tier, kept == "all") for x in judged.gathered(judged.plans, group) for tier, kept, _ in x
     }
-    assert met >= {("T1", True), ("T1f", False), ("T3", False)}
+    assert met >= {("T1", True), ("T3", False)}
+    assert ("T1f", False) in met or dist.get_world_size() > 2

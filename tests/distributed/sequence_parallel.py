@@ -47,7 +47,7 @@ CASES = [
     Case("candidates masked", options=BY_CANDIDATE),
     Case("bias, softcap", T=9, bias=True, options={"softcap": 5.0, "logit_scale": 0.5}),
 ]
-LONG = Case("several chunks", V=1009, T=160, bias=True)
+LONG = Case("several chunks", V=1009, T=80, bias=True)
 FUSED, REFERENCE = PRO
 
 
@@ -92,8 +92,9 @@ def part(case: Case, mine, padded: bool = False) -> Case:
 
 def judge_part(what, dtype, got, sides, mine, group, rows=slice(None)) -> None:
     """Outputs are whole and the same on all ranks; gradients are parts of the whole's."""
-    for name in ("loss", "rank_losses", "sft_loss", "scores", "logps", "lengths"):
-        same_everywhere(getattr(got.output, name).detach(), group)
+    names = ("loss", "rank_losses", "sft_loss", "scores", "logps", "lengths")
+    outputs = [getattr(got.output, name).detach().double().flatten() for name in names]
+    same_everywhere(torch.cat(outputs), group)
     assert torch.equal(got.output.lengths, sides[1].output.lengths), what
     ours, known = {}, {}
     theirs = [dict(x.grads) for x in sides]
@@ -115,16 +116,21 @@ def judge_part(what, dtype, got, sides, mine, group, rows=slice(None)) -> None:
 
 
 def check_values(group) -> None:
-    """Every split of every case, padded where a split is one of columns; all tiers on one."""
-    for case in CASES:
+    """Every split of every case, padded where a split is one of columns; in bf16 two of them."""
+    for k, case in enumerate(CASES):
         for dtype in (torch.float32, torch.bfloat16):
             sides = references(REFERENCE, case, dtype)
             for i, split in enumerate(owners(case.tensors()[3], 2)):
+                if dtype == torch.bfloat16 and i not in (k % 4, 4):
+                    continue
                 padded = i < 3 and dtype == torch.float32
                 mine = held_by_this_rank(case, split, group)
                 got = run(FUSED, part(case, mine, padded), dtype, sequence_group=group)
                 what = f"{case.name} {dtype} {split} padded={padded}"
                 judge_part(what, dtype, got, sides, mine, group)
+
+
+def check_tiers(group) -> None:
     mine = held_by_this_rank(LONG, "mixed", group)
     for dtype in (torch.float32, torch.bfloat16):
         for freeze in FROZEN:
@@ -134,6 +140,9 @@ def check_values(group) -> None:
                           budget=budget)  # fmt: skip
                 what = f"{dtype} {freeze} {budget}"
                 judge_part(what, dtype, got, sides, mine, group)
+    met = set().union(*gathered(plans, group))
+    assert met >= {("T1", "all", False), ("T3", "some", True), ("T3", "none", True)}
+    assert met >= {("T1f", "none", True), ("T0", "none", True)}
 
 
 def check_backends(group) -> None:
@@ -387,12 +396,9 @@ def check_refusals(group) -> None:
 
 
 def check(group) -> None:
-    check_refusals(group)
     plans.clear()
+    check_refusals(group)
     check_values(group)
-    met = set().union(*gathered(plans, group))
-    assert met >= {("T1", "all", False), ("T3", "some", True), ("T3", "none", True)}
-    assert met >= {("T1f", "none", True), ("T0", "none", True)}
     check_backends(group)
     check_from_logits(group)
     check_with_a_filter(group)
@@ -402,3 +408,5 @@ def check(group) -> None:
     check_repeats_and_traffic(group)
     if dist.get_world_size() == 4:
         check_mesh()
+    else:
+        check_tiers(group)

@@ -64,12 +64,12 @@ def whole(grads: dict, group) -> dict:
 
 def check_values(group) -> None:
     """The longest case with every frozen set and budget, the others with some of each."""
-    every = [(LONG, freeze, budgets(group)) for freeze in FROZEN]
-    for i, case in enumerate(CASES):
-        every += [(case, (), (None,)), (case, FROZEN[1 + i % 3], budgets(group)[-1:])]
-    for case, freeze, limits in every:
+    every = [(LONG, freeze, budgets(group), (PRO, LOG_PROBS)) for freeze in FROZEN]
+    every += [(case, (), (None,), (PRO, LOG_PROBS)) for case in CASES]
+    every += [(case, FROZEN[1 + i % 3], (1 << 14,), (PRO,)) for i, case in enumerate(CASES)]
+    for case, freeze, limits, functions in every:
         for dtype in (torch.float32, torch.bfloat16):
-            for fused, reference in (PRO, LOG_PROBS):
+            for fused, reference in functions:
                 sides = references(reference, case, dtype, freeze=freeze)
                 known = {}
                 if dtype == torch.bfloat16 and "hidden" in sides[1].grads:
