@@ -7,6 +7,7 @@ import sys
 from datetime import timedelta
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has counted GPUs cannot fork well
 import judged
 import torch
 import torch.distributed as dist
