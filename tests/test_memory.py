@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from bench.memory import CHILD_ENV
+from bench.engine.memory import CHILD_ENV
 from cases import usable_backends
 
 MB = 1 << 20

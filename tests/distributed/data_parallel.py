@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import pro_kernels as pk
-from bench.scaling import wire
+from bench.suites.ranks import wire
 from cases import assert_no_worse
 from pro_kernels.fused import shards
 from pro_kernels.models.counts import COUNTS

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 
 import pro_kernels as pk
-from bench.scaling import wire
+from bench.suites.ranks import wire
 from cases import Case, run, usable_backends
 
 BY_CANDIDATE = {

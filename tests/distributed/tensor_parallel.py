@@ -23,7 +23,7 @@ from judged import (
 )
 
 import pro_kernels as pk
-from bench.scaling import wire
+from bench.suites.ranks import wire
 from cases import Case, run, usable_backends
 from pro_kernels.fused.head import chunks_of
 
