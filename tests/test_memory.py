@@ -16,16 +16,13 @@ from cases import usable_backends
 
 MB = 1 << 20
 
-# In a child process: the resident set's high-water mark, reset just before the call.
+# For each call, in a fork of its own: the resident set's high-water mark, reset just before it.
 PEAK = """
-import json, sys, torch, pro_kernels as pk
-rows, H, V, budget = map(int, sys.argv[1:5])
-options, frozen = json.loads(sys.argv[5]), sys.argv[6] == "frozen"
-entropy = options.pop("entropy", False)
+import json, os, sys, torch, pro_kernels as pk
 def memory(field):
     with open("/proc/self/status") as f:
         return next(int(x.split()[1]) * 1024 for x in f if x.startswith(field))
-def batch(T, V):
+def batch(T, H, V, frozen):
     h = torch.randn(1, 8, T, H).bfloat16().requires_grad_()
     w = (torch.randn(V, H) / H).bfloat16().requires_grad_(not frozen)
     t = torch.randint(0, V // 2, (1, 8, T))
@@ -33,72 +30,65 @@ def batch(T, V):
     b = torch.zeros(V).bfloat16()
     b[4 * V // 5 :] = -30
     return h, w, t, torch.randn(1, 8), b
-h, w, t, r, b = batch(2, 100)
-pk.linear_pro_loss(h, w, t, r, bias=b, **options).loss.backward()
-h, w, t, r, b = batch(rows // 8, V)
-layout = pk.Layout.from_padded(t)
-before = memory("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-dropped = None
-if entropy:
-    a, e = pk.linear_token_logps(h, w, t, bias=b, budget=budget, return_entropy=True, **options)
-    (a.mean() + e.mean()).backward()
-else:
-    out = pk.linear_pro_loss(h, w, None, r, bias=b, layout=layout, budget=budget, **options)
-    out.loss.backward()
-    dropped = out.grad_filter and out.grad_filter.dropped_mass.min().item()
-print(json.dumps({"peak": memory("VmHWM") - before,
-                  "gradients": sum(x.grad.nbytes for x in (h, w) if x.requires_grad),
-                  "dropped": dropped}))
+def measure(rows, H, V, budget, frozen=False, entropy=False, **options):
+    h, w, t, r, b = batch(2, H, 100, frozen)
+    pk.linear_pro_loss(h, w, t, r, bias=b, **options).loss.backward()
+    h, w, t, r, b = batch(rows // 8, H, V, frozen)
+    layout = pk.Layout.from_padded(t)
+    before = memory("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    dropped = None
+    options["budget"] = budget
+    if entropy:
+        a, e = pk.linear_token_logps(h, w, t, bias=b, return_entropy=True, **options)
+        (a.mean() + e.mean()).backward()
+    else:
+        out = pk.linear_pro_loss(h, w, None, r, bias=b, layout=layout, **options)
+        out.loss.backward()
+        dropped = out.grad_filter and out.grad_filter.dropped_mass.min().item()
+    return {"peak": memory("VmHWM") - before, "dropped": dropped,
+            "gradients": sum(x.grad.nbytes for x in (h, w) if x.requires_grad)}
+for call in json.loads(sys.argv[1]):
+    if not os.fork():
+        print(json.dumps(measure(**call)), flush=True)
+        os._exit(0)
+    os.wait()
 """
+FILTERED = {"H": 128, "V": 256000, "grad_filter": 0.01}
+ENTROPY = {"H": 128, "V": 256000, "entropy": True}
+PLAIN = {"rows": 800, "H": 64, "V": 151936, "backend": "torch"}
+CALLS = {
+    # 1024 x 64000 logits are 131 MB in bf16.
+    "a prompt larger than 40 MB": {"rows": 1024, "H": 64, "V": 64000, "budget": 40},
+    "a prompt larger than 100 MB": {"rows": 1024, "H": 64, "V": 64000, "budget": 100},
+    # The copies of four fifths of a 65 MB weight, and of its gradient, count.
+    "filter, T1": {"rows": 120, "budget": 150, **FILTERED},
+    "filter, T1f": {"rows": 256, "budget": 140, "frozen": True, **FILTERED},
+    "filter, T3": {"rows": 640, "budget": 340, **FILTERED},
+    # Also where an fp32 copy of dW, 131 MB, would not fit.
+    "entropy, T1": {"rows": 64, "budget": 110, **ENTROPY},
+    "entropy, T3": {"rows": 512, "budget": 110, **ENTROPY},
+    # Its fp32 copies are few and small, whatever else they have to hold.
+    "plain backend": {"budget": 100, **PLAIN},
+    "plain backend, softcap": {"budget": 100, "softcap": 30.0, **PLAIN},
+    "plain backend, entropy": {"budget": 100, "entropy": True, **PLAIN},
+}
 
 
-def peak(rows: int, hidden: int, vocab: int, budget: int, frozen: bool = False, **options) -> dict:
-    """What a call took in a child process, and the size of its gradients."""
-    sizes = [str(x) for x in (rows, hidden, vocab, budget)]
-    command = [sys.executable, "-c", PEAK, *sizes, json.dumps(options), "frozen" * frozen]
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_calls_keep_to_their_budgets():
+    """All but their gradients and some tens of MB."""
+    calls = [{**call, "budget": call["budget"] * MB} for call in CALLS.values()]
     env = {**os.environ, **CHILD_ENV}  # else what the allocator keeps for itself counts: +-40 MB
-    out = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    return json.loads(out.stdout)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("budget", [40 * MB, 100 * MB])
-def test_one_prompt_larger_than_the_budget(budget):
-    """4096 x 16000 logits are 131 MB in bf16; the call stays within gradients + budget + 64 MB."""
-    found = peak(4096, 256, 16000, budget)
-    assert found["peak"] <= found["gradients"] + budget + 64 * MB, found
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(
-    ("rows", "budget", "frozen"),
-    [(512, 140 * MB, False), (1024, 110 * MB, True), (2560, 340 * MB, False)],
-    ids=["T1", "T1f", "T3"],
-)
-def test_a_filter_keeps_to_the_budget(rows, budget, frozen):
-    """The copies of four fifths of a 65 MB weight, and of its gradient, count."""
-    found = peak(rows, 512, 64000, budget, frozen, grad_filter=0.01)
-    assert 0 < found["dropped"] < 0.01
-    assert found["peak"] <= found["gradients"] + budget + 64 * MB, found
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("rows", [256, 2048], ids=["T1", "T3"])
-def test_an_entropy_keeps_to_the_budget(rows):
-    """Also where an fp32 copy of dW, 131 MB, would not fit it."""
-    found = peak(rows, 512, 64000, 110 * MB, entropy=True)
-    assert found["peak"] <= found["gradients"] + (110 + 64) * MB, found
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(
-    "options", [{}, {"softcap": 30.0}, {"entropy": True}], ids=["plain", "softcap", "entropy"]
-)
-def test_the_plain_backend_keeps_to_the_budget(options):
-    """Its fp32 copies are few and small, whatever else they have to hold."""
-    found = peak(2048, 64, 151936, 100 * MB, backend="torch", **options)
-    assert found["peak"] <= found["gradients"] + (100 + 32) * MB, found
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, json.dumps(calls)],
+        capture_output=True, text=True, check=True, env=env,
+    )  # fmt: skip
+    for (name, call), line in zip(CALLS.items(), out.stdout.splitlines(), strict=True):
+        found = json.loads(line)
+        room = call["budget"] + (32 if "backend" in call else 64)
+        assert found["peak"] <= found["gradients"] + room * MB, (name, found)
+        assert "grad_filter" not in call or 0 < found["dropped"] < 0.01, (name, found)
 
 
 @pytest.mark.slow

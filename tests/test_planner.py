@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -17,13 +19,46 @@ def plan(rows=1000, hidden=256, vocab=32000, dtype=torch.float32, budget=1 << 30
     return make_plan(rows, (vocab, hidden, dtype), CPU, budget=budget, **options)
 
 
-def test_tiers():
-    assert plan(need_hidden=False, need_weight=False).tier == "T0"
-    assert plan().tier == "T1"
-    assert plan(need_weight=False).tier == "T1f"
-    assert plan(budget=120 * MB, prompt_tokens=(400, 300, 300)).tier == "T2"
-    assert plan(budget=100 * MB).tier == "T3"
-    assert plan(budget=100 * MB, prompt_tokens=(1000,)).tier == "T3"
+THREE = {"prompt_tokens": (400, 300, 300)}
+# 32000 x 2048 x 4 = 250 MB of an fp32 accumulator.
+LOW = {"rows": 12000, "prompt_tokens": (600,) * 20, "hidden": 2048, "dtype": torch.bfloat16}
+FILTERED = {"rows": 920, "hidden": 4096, "vocab": 128256, "dtype": torch.bfloat16, "filtered": True}
+COPY = 4096 * 128256 * 2
+OF_PROMPTS = {"rows": 2000, "prompt_tokens": (500,) * 4, "dtype": torch.bfloat16}
+# An fp32 dW and 600 rows, beside the matmuls' scratch.
+OF_PROMPTS["budget"] = (32000 * 256 * 4 + 600 * (32000 * 2 + 4 * 256 * 4) + MB) * 8 // 7 + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "tiers"),
+    [
+        ({"need_hidden": False, "need_weight": False}, ("T0",)),
+        ({}, ("T1",)),
+        ({"need_weight": False}, ("T1f",)),
+        ({"budget": 120 * MB, **THREE}, ("T2",)),
+        ({"budget": 100 * MB}, ("T3",)),
+        ({"budget": 100 * MB, "prompt_tokens": (1000,)}, ("T3",)),
+        # The accumulator of low-precision weights counts.
+        ({"budget": 300 * MB, **LOW}, ("T3",)),
+        ({"budget": 500 * MB, **LOW}, ("T2",)),
+        # What a call takes in any tier comes off the budget.
+        ({"budget": 200 * MB}, ("T1",)),
+        ({"budget": 200 * MB, "fixed": 100 * MB}, ("T3",)),
+        # A filter counts the copies that a tier makes and no more.
+        ({"budget": 2 << 30, **FILTERED}, ("T1",)),
+        ({"budget": COPY + (400 << 20), **FILTERED}, ("T1",)),
+        ({"budget": COPY, **FILTERED}, ("T3",)),
+        ({"budget": 2 << 30, "need_weight": False, **FILTERED}, ("T1f",)),
+        # With chunks of prompts it counts an fp32 copy.
+        (OF_PROMPTS, ("T2",)),
+        ({"filtered": True, **OF_PROMPTS}, ("T1", "T3")),
+    ],
+)
+def test_tiers(options, tiers):
+    found = plan(**options)
+    assert found.tier in tiers
+    if found.tier == "T1f":
+        assert found.chunk == options.get("rows", 1000)
 
 
 def test_t1_keeps_everything_and_t3_what_fits():
@@ -31,6 +66,11 @@ def test_t1_keeps_everything_and_t3_what_fits():
     small = plan(budget=100 * MB)
     assert 0 < small.retained < 1000
     assert (small.retained + small.chunk) * 32000 * 4 <= 100 * MB
+    # A filter leaves less for the chunks, but more without a gradient of the weight.
+    low = {"rows": 4000, "budget": 100 * MB, "dtype": torch.bfloat16}
+    both, bias = plan(**low, filtered=True), plan(**low, filtered=True, grad_size=0)
+    assert both.tier == bias.tier == "T3"
+    assert both.retained < min(bias.retained, plan(**low).retained)
 
 
 @pytest.mark.parametrize("budget", [1, MB, 10 * MB, 100 * MB, 1 << 30])
@@ -72,20 +112,16 @@ def test_t2_groups_whole_prompts():
         start += count
 
 
-def test_t2_counts_the_fp32_accumulator_of_low_precision_weights():
-    tokens = (600,) * 20
-    options = {"rows": 12000, "prompt_tokens": tokens, "hidden": 2048, "vocab": 32000}
-    low = plan(dtype=torch.bfloat16, budget=300 * MB, **options)
-    assert low.tier == "T3"  # 32000 x 2048 x 4 = 250 MB of accumulator leave too little
-    assert plan(dtype=torch.bfloat16, budget=500 * MB, **options).tier == "T2"
+@pytest.fixture
+def no_default(monkeypatch):
+    """No budget is known, before and after the test."""
+    planner._default_budget.cache_clear()
+    monkeypatch.delenv("PRO_KERNELS_BUDGET", raising=False)
+    yield
+    planner._default_budget.cache_clear()
 
 
-def test_what_a_call_takes_in_any_tier_comes_off_the_budget():
-    assert plan(budget=200 * MB).tier == "T1"
-    assert plan(budget=200 * MB, fixed=100 * MB).tier == "T3"
-
-
-def test_default_budget_is_stable_and_can_be_set(monkeypatch):
+def test_default_budget_is_stable_and_can_be_set(no_default, monkeypatch):
     assert planner.default_budget(CPU) == planner.default_budget(CPU)
     assert planner.default_budget(CPU).bit_count() == 1
     planner._default_budget.cache_clear()
@@ -95,7 +131,14 @@ def test_default_budget_is_stable_and_can_be_set(monkeypatch):
     monkeypatch.setenv("PRO_KERNELS_BUDGET", "lots")
     with pytest.raises(ValueError, match="PRO_KERNELS_BUDGET must be a number of bytes > 0"):
         planner.default_budget(CPU)
-    planner._default_budget.cache_clear()
+
+
+def test_memory_cached_for_nobody_counts_as_free(no_default, monkeypatch):
+    numbers = {"mem_get_info": (1 << 30, 80 << 30), "memory_reserved": 41 << 30}
+    numbers["memory_allocated"] = 10 << 30
+    for name, value in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda index, value=value: value)
+    assert planner.default_budget(torch.device("cuda", 0)) == 8 << 30  # of 80; half of 32 is free
 
 
 @pytest.mark.parametrize(("budget", "error"), [(0, ValueError), (-5, ValueError), (1.5, TypeError)])
@@ -106,15 +149,13 @@ def test_bad_budget(budget, error):
 
 def test_plans_do_not_depend_on_data():
     """Two calls of equal shapes plan alike: make_plan takes numbers only, no tensors."""
-    import inspect
-
     assert "Tensor" not in str(inspect.signature(make_plan))
 
 
-def gpu_plan(rows, budget=16 << 30, **options):
+def gpu_plan(rows, budget=16 << 30, vocab=128256, **options):
     options = {"need_hidden": True, "need_weight": True, **options}
     device = torch.device("cuda", 0)
-    return make_plan(rows, (128256, 4096, torch.bfloat16), device, budget=budget, **options)
+    return make_plan(rows, (vocab, 4096, torch.bfloat16), device, budget=budget, **options)
 
 
 def test_few_large_equal_chunks_on_a_gpu():
@@ -136,12 +177,9 @@ def test_the_fp32_side_of_a_gpu_counts():
     """A budget that 16-bit sides would fit, and fp32 ones do not."""
     rows, width, vocab = 1000, 4096, 32000
     low = rows * (2 * vocab + 3 * 2 * width)
-    options = {"need_hidden": True, "need_weight": True}
-    device = torch.device("cuda", 0)
     for room, tier in ((low, "T3"), (low + rows * 2 * width, "T1")):
         budget = room * 8 // 7 + 1  # beside the matmuls' scratch
-        p = make_plan(rows, (vocab, width, torch.bfloat16), device, budget=budget, **options)
-        assert p.tier == tier
+        assert gpu_plan(rows, budget, vocab).tier == tier
 
 
 def test_the_matmuls_scratch_is_part_of_the_budget():
@@ -151,38 +189,6 @@ def test_the_matmuls_scratch_is_part_of_the_budget():
         fits = (budget - scratch) // row
         assert plan(rows=fits, budget=budget).tier == "T1"
         assert plan(rows=fits + 1, budget=budget).tier == "T3"
-
-
-def test_memory_cached_for_nobody_counts_as_free(monkeypatch):
-    numbers = {"mem_get_info": (1 << 30, 80 << 30), "memory_reserved": 41 << 30}
-    numbers["memory_allocated"] = 10 << 30
-    for name, value in numbers.items():
-        monkeypatch.setattr(torch.cuda, name, lambda index, value=value: value)
-    monkeypatch.delenv("PRO_KERNELS_BUDGET", raising=False)
-    planner._default_budget.cache_clear()
-    assert planner.default_budget(torch.device("cuda", 0)) == 8 << 30  # of 80; half of 32 is free
-    planner._default_budget.cache_clear()
-
-
-def test_a_filter_counts_the_copies_that_a_tier_makes_and_no_more():
-    head = {"rows": 920, "hidden": 4096, "vocab": 128256, "dtype": torch.bfloat16}
-    copy = 4096 * 128256 * 2
-    assert plan(**head, budget=2 << 30, filtered=True).tier == "T1"
-    assert plan(**head, budget=copy + (400 << 20), filtered=True).tier == "T1"
-    assert plan(**head, budget=copy, filtered=True).tier == "T3"
-    frozen = plan(**head, budget=2 << 30, filtered=True, need_weight=False)
-    assert (frozen.tier, frozen.chunk) == ("T1f", 920)
-    small = {"rows": 4000, "budget": 100 * MB, "dtype": torch.bfloat16}
-    without, filtered = plan(**small), plan(**small, filtered=True)
-    assert filtered.tier == "T3" and filtered.retained < without.retained
-
-
-def test_a_filter_with_chunks_of_prompts_counts_an_fp32_copy():
-    tokens = {"rows": 2000, "prompt_tokens": (500,) * 4, "dtype": torch.bfloat16}
-    room = (32000 * 256 * 4 + 600 * (32000 * 2 + 4 * 256 * 4)) + MB
-    budget = room * 8 // 7 + 1  # beside the matmuls' scratch
-    assert plan(**tokens, budget=budget).tier == "T2"
-    assert plan(**tokens, budget=budget, filtered=True).tier != "T2"
 
 
 @pytest.mark.parametrize(
@@ -198,9 +204,3 @@ def test_a_filter_with_chunks_of_prompts_counts_an_fp32_copy():
 def test_a_filter_copies_what_is_needed(need_hidden, grad_size, copies):
     """Bytes for each number of a bf16 weight: what is alive at the same time."""
     assert planner._filter_copies(1, 2, need_hidden, grad_size) == copies
-
-
-def test_a_filter_without_a_gradient_of_the_weight_has_more_for_its_chunks():
-    small = {"rows": 4000, "budget": 100 * MB, "dtype": torch.bfloat16, "filtered": True}
-    bias, both = plan(**small, grad_size=0), plan(**small)
-    assert bias.tier == both.tier == "T3" and bias.retained > both.retained

@@ -21,6 +21,17 @@ def random_tree(seed: int, longest: int = 40) -> pk.TokenTree:
     return pk.TokenTree.from_sequences(rows)
 
 
+def padded(rows: list[list[int]], left: bool = False) -> dict[str, Tensor]:
+    """Two columns wider than the longest of them."""
+    width = max(map(len, rows)) + 2
+    shape = len(rows), width
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, at], mask[i, at] = torch.tensor(row), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def dense_mask(tree: pk.TokenTree, window: int | None) -> Tensor:
     """(S, S), from each token's path: which keys stand on the way from the root to the query."""
     size = tree.num_tokens

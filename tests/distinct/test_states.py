@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from test_distinct_rows import SIZES, assert_same, batch, make, refused, run
+from test_distinct_rows import SIZES, assert_same, batch, check_same, make, refused, run
 from torch import nn
 from transformers.models.bamba.modeling_bamba import BambaMixer
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
@@ -66,11 +66,10 @@ def test_branches_of_about_one_length_are_one_call():
 
 
 def test_a_model_without_attention():
-    model, inputs = make("Qwen3_5Text", layer_types=["linear_attention"] * 4), batch()
-    want = run(model, inputs)
+    model = make("Qwen3_5Text", layer_types=["linear_attention"] * 4)
+    check_same(model, batch())
     with pk.distinct_rows(model) as rows:
-        assert_same(run(model, inputs), want)
-        assert rows.saved and len(rows.carriers) == 4
+        assert len(rows.carriers) == 4
 
 
 def test_generation_copies_and_the_end():

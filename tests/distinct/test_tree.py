@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import pro_kernels as pk
 from pro_kernels.distinct.tree import COPIED
+from trees import padded
 
 
 def distinct(rows: list[list[int]]) -> int:
@@ -60,12 +61,8 @@ def test_rows_with_long_common_prefixes(shapes, more):
 
 @pytest.mark.parametrize("left", [False, True])
 def test_a_padded_batch_has_the_tree_of_its_rows(left):
-    rows = [[5, 6, 7] * 6 + [i] * i for i in range(1, 5)] + [[9]]
-    width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), 6), torch.zeros(len(rows), width)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, at], mask[i, at] = torch.tensor(row), 1
+    rows = [[5, 0, 7] * 6 + [i] * i for i in range(1, 5)] + [[9]]  # padding is a token as well
+    ids, mask = padded(rows, left).values()
     tree = pk.TokenTree.from_padded(ids, mask)
     check(tree, rows)
     index = tree.index(ids.shape, mask)
@@ -75,13 +72,10 @@ def test_a_padded_batch_has_the_tree_of_its_rows(left):
     assert torch.equal(whole.index(ids.shape, None), whole.places)
 
 
-def test_a_prefix_and_what_is_equal_need_no_token_of_their_own():
+def test_what_is_shared_and_what_is_copied():
     start = list(range(20))
     tree = pk.TokenTree.from_sequences([start, [*start, 1], start, [*start, 1]])
     assert tree.num_tokens == 21 and tree.segments.tolist() == [[0, 20, 21, 0], [20, 21, 21, 20]]
-
-
-def test_a_short_common_piece_is_copied():
     rows = [[1, 2, *[k] * 200] for k in range(3, 6)]
     assert pk.TokenTree.from_sequences(rows).num_tokens == 606  # 602 differ; three segments
     tree = pk.TokenTree.from_sequences([[1, 2, k] for k in range(3, 6)])

@@ -1,14 +1,11 @@
-"""What each rank of ``test_data_parallel`` runs: attached models under DDP and FSDP2."""
+"""Attached models under DDP, FSDP2 and with split heads: as plain PyTorch in one process."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import sys
-from pathlib import Path
+import importlib.util
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import one_rank
+import judged
 import torch
 import torch.distributed as dist
 import transformers
@@ -21,14 +18,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import pro_kernels as pk
+from bench.suites.ranks import wire
 from cases import assert_no_worse
-from pro_kernels.fused import call, shards
+from pro_kernels.fused import shards
 from pro_kernels.models.counts import COUNTS
 
 BUDGETS = (None, 1 << 13)  # everything retained; most computed again
 OPTIONS = {"loss": "ranking", "temperature": 2.0}
 COMMON = 100  # the step whose rows begin alike
-plans: set[tuple] = set()
 
 
 def make(tied: bool):
@@ -75,11 +72,15 @@ class Head(nn.Module):
         return pk.linear_pro_loss(hidden, self.weight, targets, rewards).loss
 
 
-def bytes_sent(mesh, rank: int) -> list[dict]:
-    """What FSDP2 and DDP send for the head, with two micro-batches, and the shapes."""
-    found = []
-    for kind in ("FSDP2", "DDP"):
-        for vocab, width, dtype in ((67, 16, torch.float32), (66, 24, torch.bfloat16)):
+def check_bytes(mesh) -> None:
+    """``wire`` knows every byte FSDP2 and DDP send for the head, with two micro-batches."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for vocab, width, dtype in ((67, 16, torch.float32), (66, 24, torch.bfloat16)):
+        sizes = vocab, width, dtype.itemsize
+        for kind, predicted in (
+            ("FSDP2", wire.sharded_weight(world, *sizes, steps=2)),
+            ("DDP", wire.replicated_weight(world, *sizes)),
+        ):
             head = Head(vocab, width, dtype)
             if kind == "DDP":
                 head = DistributedDataParallel(head)
@@ -95,9 +96,10 @@ def bytes_sent(mesh, rank: int) -> list[dict]:
                     if kind == "DDP":
                         head.require_backward_grad_sync = last
                     head(hidden, targets, torch.tensor([[2.0, 1.0]] * 2)).backward()
-            shape = {"V": vocab, "H": width, "b": dtype.itemsize}
-            found.append({"kind": kind, "sent": sent, **shape})
-    return found
+            found = {kind: [x[2] for x in sent if x[0] == kind] for kind, *_ in sent}
+            assert {c.kind: (c.calls, c.size) for c in predicted} == {
+                kind: (len(sent), sum(sent)) for kind, sent in found.items()
+            }
 
 
 def loss_of_logits(model, input_ids, labels, rewards):
@@ -132,17 +134,16 @@ def in_one_process(
     return losses, grads
 
 
-def assert_same(what: str, got: dict, loss, expected, factor: float = 1.0) -> int:
-    """Loss and gradients by the rule of ``cases``; how many gradients there are."""
+def assert_same(what: str, got: dict, loss, expected, factor: float = 1.0) -> None:
+    """Loss and gradients by the rule of ``cases``."""
     losses, grads = expected
     if loss is not None:
         plain, exact = (x[dist.get_rank()] for x in losses)
         assert_no_worse(loss.detach(), plain, exact, torch.float32, what, norm=False)
-    assert got.keys() == grads[1].keys(), (what, got.keys() ^ grads[1].keys())
+    assert got.keys() == grads[1].keys() and got, (what, got.keys() ^ grads[1].keys())
     for name, grad in got.items():
         sides = [factor * x[name] for x in grads]
         assert_no_worse(grad, *sides, torch.float32, f"{what}: {name}", norm=True)
-    return len(got)
 
 
 def wrap(kind: str, model, mesh, **options):
@@ -164,7 +165,7 @@ def kinds(tied: bool) -> tuple[str, ...]:
     return "DDP", "FSDP2", "FSDP2, head with embedding" if tied else "FSDP2, head apart"
 
 
-def compare(what: str, model, expected, again: bool = True, step: int = 0) -> int:
+def compare(what: str, model, expected, again: bool = True, step: int = 0) -> None:
     """A step against one process and, bit by bit, against itself.
 
     From the second step on: DDP lays out its buckets anew after the first, which reorders its sums.
@@ -179,41 +180,67 @@ def compare(what: str, model, expected, again: bool = True, step: int = 0) -> in
         assert torch.equal(found[1][0], found[2][0]), f"{what}: loss not repeatable"
         for name, grad in found[1][1].items():
             assert torch.equal(grad, found[2][1][name]), f"{what}: {name} not repeatable"
-    return assert_same(what, gradients(model), loss, expected)
+    assert_same(what, found[-1][1], loss, expected)
 
 
-def compare_kinds(mesh) -> dict:
-    """Tied and not, two tiers, every way of sharding."""
-    found = {}
-    for tied in (False, True):
-        alone = make(tied)
+def few_ranks() -> bool:
+    """Whether to check what does not depend on their number, too."""
+    return dist.get_world_size() == 2
+
+
+def check_attached(mesh) -> None:
+    """Two tiers, tied and not, frozen heads and bodies, adapters: in every way of sharding."""
+    models = {f"tied={tied}": make(tied) for tied in (False, True)}
+    if few_ranks():
+        models["frozen head"], models["frozen body"] = make(False), make(False)
+        models["frozen head"].lm_head.requires_grad_(False)
+        models["frozen body"].model.requires_grad_(False)
+    if few_ranks() and importlib.util.find_spec("peft"):
+        import peft
+
+        torch.manual_seed(2)
+        for name, target in (("LoRA", "v_proj"), ("LoRA on the head", "lm_head")):
+            lora = peft.LoraConfig(target_modules=["q_proj", target], init_lora_weights=False)
+            models[name] = peft.get_peft_model(make(False), lora)
+    for name, alone in models.items():
         expected = in_one_process(alone)
         for budget in BUDGETS:
-            for kind in kinds(tied):
+            for kind in kinds(name == "tied=True"):
                 model = pk.attach(copy.deepcopy(alone), budget=budget, **OPTIONS)
-                what = f"{kind}, tied={tied}, budget={budget}"
-                found[what] = compare(what, wrap(kind, model, mesh), expected)
-    return found
+                what = f"{kind}, {name}, budget={budget}"
+                again = name.startswith("tied") and budget is not None
+                compare(what, wrap(kind, model, mesh), expected, again)
 
 
-def compare_distinct(mesh) -> dict:
-    """On distinct rows, tied and not, every way of sharding; what share was not run."""
-    found = {}
-    for tied in (False, True):
+def check_distinct_and_accumulated(mesh) -> None:
+    """On distinct rows; two micro-batches, gradients reduced with the second only."""
+    rank = dist.get_rank()
+    for tied in (False, True)[: few_ranks() + 1]:
         alone = make(tied)
-        expected = in_one_process(alone, (COMMON,))
+        on_distinct = in_one_process(alone, (COMMON,))
+        of_two = in_one_process(alone, (0, 1))
         for kind in kinds(tied):
-            model = pk.attach(copy.deepcopy(alone), rows="distinct", **OPTIONS)
             what = f"{kind}, tied={tied}"
-            compare(what, wrap(kind, model, mesh), expected, step=COMMON)
-            found[what] = pk.distinct_rows(model).saved
-    return found
+            model = pk.attach(copy.deepcopy(alone), rows="distinct", **OPTIONS)
+            compare(what, wrap(kind, model, mesh), on_distinct, step=COMMON)
+            assert pk.distinct_rows(model).saved > 0.2
+
+            model = wrap(kind, pk.attach(copy.deepcopy(alone), **OPTIONS), mesh)
+            for step in (0, 1):
+                if kind == "DDP":
+                    model.require_backward_grad_sync = step == 1
+                else:
+                    model.set_requires_gradient_sync(step == 1)
+                model(**batch(rank, step)).loss.backward()
+            assert_same(f"{what}, accumulated", gradients(model), None, of_two)
 
 
-def compare_logits(mesh) -> dict:
-    """Trainers that work on logits; of how many rows the logits were made after all."""
-    found = {}
-    for tied in (False, True):
+def check_logits(mesh) -> None:
+    """Trainers that work on logits; only for a static graph of DDP are their rows made after all.
+
+    It has to see a gradient of DDP's outputs.
+    """
+    for tied in (False, True)[: few_ranks() + 1]:
         alone = make(tied)
         expected = in_one_process(alone, loss=loss_of_masked_logits)
         ways: dict[str, dict] = dict.fromkeys(kinds(tied), {})
@@ -227,57 +254,10 @@ def compare_logits(mesh) -> dict:
                 loss = loss_of_masked_logits(model, **batch(dist.get_rank()))
                 loss.backward()
                 assert_same(what, gradients(model), loss, expected)
-            found[what] = COUNTS["made_rows"] - before
-    return found
+            assert COUNTS["made_rows"] == before or "static" in kind, what
 
 
-def compare_frozen(mesh) -> dict:
-    """A frozen head, a frozen body, and adapters on the body and on the head."""
-    found = {}
-    head, body = make(False), make(False)
-    head.lm_head.requires_grad_(False)
-    body.model.requires_grad_(False)
-    cases = {"frozen head": head, "frozen body": body}
-    with contextlib.suppress(ImportError):
-        import peft
-
-        torch.manual_seed(2)
-        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        cases["LoRA"] = peft.get_peft_model(make(False), config)
-        config.target_modules = {"q_proj", "lm_head"}
-        cases["LoRA on the head"] = peft.get_peft_model(make(False), config)
-    for name, alone in cases.items():
-        expected = in_one_process(alone)
-        for kind in kinds(False):
-            for budget in BUDGETS:
-                model = pk.attach(copy.deepcopy(alone), budget=budget, **OPTIONS)
-                what = f"{kind}, {name}, budget={budget}"
-                found[what] = compare(what, wrap(kind, model, mesh), expected, again=False)
-    return found
-
-
-def compare_accumulated(mesh) -> dict:
-    """Two micro-batches, gradients reduced with the second only."""
-    found = {}
-    rank = dist.get_rank()
-    for tied in (False, True):
-        alone = make(tied)
-        expected = in_one_process(alone, steps=(0, 1))
-        for kind in kinds(tied):
-            model = wrap(kind, pk.attach(copy.deepcopy(alone), **OPTIONS), mesh)
-            if kind == "DDP":
-                with model.no_sync():
-                    model(**batch(rank)).loss.backward()
-            else:
-                model.set_requires_gradient_sync(False)
-                model(**batch(rank)).loss.backward()
-                model.set_requires_gradient_sync(True)
-            model(**batch(rank, 1)).loss.backward()
-            found[f"{kind}, tied={tied}"] = assert_same(kind, gradients(model), None, expected)
-    return found
-
-
-def compare_policies(mesh) -> None:
+def check_policies(mesh) -> None:
     """What FSDP2 is told holds for a head apart: sums for means, 16-bit parameters."""
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = make(False)
@@ -330,90 +310,62 @@ class WithLoss(nn.Module):
         )
 
 
-def compare_functional(mesh) -> dict:
+def check_functional(mesh) -> None:
     """``linear_pro_loss`` with the DTensor weight of a unit of its own."""
-    found = {}
     alone = make(False)
     expected = in_one_process(alone)
     for budget in BUDGETS:
         model = wrap("FSDP2, head apart", WithLoss(copy.deepcopy(alone), budget), mesh)
-        what = f"functional, budget={budget}"
-        found[what] = compare(what, model, expected)
-    return found
+        compare(f"functional, budget={budget}", model, expected)
 
 
-def compare_tensor_parallel() -> dict:
+def check_tensor_parallel() -> None:
     """A head split over two ranks with one batch, among two such pairs FSDP2; then gathered."""
-    found, world = {}, dist.get_world_size()
-    pairs = world // 2
-    square = init_device_mesh("cpu", (pairs, 2), mesh_dim_names=("dp", "tp"))
-    mine, alone = batch(dist.get_rank() // 2, 1), make(False)
-    expected = in_one_process(alone, (1,), pairs)
+    world, pair = dist.get_world_size(), dist.get_rank() // 2
+    square = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    mine, alone = batch(pair, 1), make(False)
+    losses, grads = in_one_process(alone, (1,), world // 2)
+    expected = [[x[pair]] * world for x in losses], grads
     plain = alone(input_ids=mine["input_ids"], labels=mine["labels"])
-    groups = {"mesh": square["tp"], "its group": square["tp"].get_group(), "gathered": None}
+    split = {"lm_head": ColwiseParallel()}
     agreed, original = [], shards.agree
     shards.agree = lambda *args: agreed.append(1) or original(*args)
-    for name, group in groups.items():
+    for group in (square["tp"], square["tp"].get_group(), None):
         for budget in BUDGETS:
             agreed.clear()
             model = pk.attach(copy.deepcopy(alone), budget=budget, temperature=2.0,
                               process_group=group)  # fmt: skip
             model = copy.deepcopy(model)  # the group is not copied
-            parallelize_module(model, square["tp"], {"lm_head": ColwiseParallel()})
-            if pairs > 1:
+            parallelize_module(model, square["tp"], split)
+            if world > 2:
                 model = wrap("FSDP2", model, square["dp"])
             out = model(input_ids=mine["input_ids"], labels=mine["labels"])
             torch.testing.assert_close(out.loss, plain.loss, rtol=1e-5, atol=1e-5)
             loss = model(**mine).loss
             loss.backward()
             assert len(agreed) == (0 if group is None else 2)  # each call split its head
-            what = f"{name}, budget={budget}"
-            losses = [[x[dist.get_rank() // 2]] * world for x in expected[0]]
-            found[what] = assert_same(what, gradients(model), loss, (losses, expected[1]))
+            assert_same(f"{group}, budget={budget}", gradients(model), loss, expected)
     shards.agree = original
     model = pk.attach(copy.deepcopy(alone), process_group=square["tp"], **OPTIONS)
-    try:
-        model(**mine)
-    except ValueError as error:
-        found["whole"] = str(error)
-    parallelize_module(model, square["tp"], {"lm_head": ColwiseParallel()})
+    judged.refused("its head is no DTensor", model, **mine)
+    parallelize_module(model, square["tp"], split)
     wrap("FSDP2, head apart", model, square["dp"])
-    try:
-        model(**mine)
-    except ValueError as error:
-        found["refused"] = str(error)
-    return found
+    judged.refused("tensor parallel and a unit of FSDP2 of its own", model, **mine)
 
 
-def watch_plans() -> None:
-    """Note which tiers run, and whether they retain all rows."""
-    original = call.make_plan
-
-    def noted(rows, *args, **kwargs):
-        plan = original(rows, *args, **kwargs)
-        plans.add((plan.tier, plan.retained >= rows))
-        return plan
-
-    call.make_plan = noted
-
-
-def find(_: Path) -> dict:
+def check(group) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    watch_plans()
-    found = {
-        "bytes": bytes_sent(mesh, dist.get_rank()),
-        "kinds": compare_kinds(mesh),
-        "distinct": compare_distinct(mesh),
-        "logits": compare_logits(mesh),
-        "frozen": compare_frozen(mesh),
-        "accumulated": compare_accumulated(mesh),
-        "functional": compare_functional(mesh),
-        "tensor parallel": compare_tensor_parallel(),
+    judged.plans.clear()
+    check_bytes(mesh)
+    check_attached(mesh)
+    check_distinct_and_accumulated(mesh)
+    check_logits(mesh)
+    check_functional(mesh)
+    check_tensor_parallel()
+    check_policies(mesh)
+    # All rows retained, and some of them computed again; a frozen head.
+    met = {
+        (tier, kept == "all") for x in judged.gathered(judged.plans, group) for tier, kept, _ in x
     }
-    compare_policies(mesh)
-    found["plans"] = sorted(plans)
-    return found
-
-
-if __name__ == "__main__":
-    one_rank.run(find)
+    assert met >= {("T1", True), ("T3", False)}
+    assert ("T1f", False) in met or not few_ranks()

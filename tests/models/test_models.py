@@ -41,9 +41,6 @@ def dataset(path: str, source: object = RECORDS, **options: object):
     return found, report, tokenizer
 
 
-# ---- texts
-
-
 def test_gemma_has_one_bos(gemma):
     encoder = Encoder(AutoTokenizer.from_pretrained(gemma))
     for prompt in ("<bos>Hi", "Hi"):
@@ -105,25 +102,24 @@ def test_inspect_shows_what_is_trained_on(smollm, tmp_path, capsys):
     assert commands.inspect(argv) == 0
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found, _, _ = dataset(smollm)
+    assert {f.name for f in fields(TokenizedList)} < set(found.column_names)
     assert [x["prompt_ids"] for x in shown] == [row["prompts"][0] for row in found]
     assert [x["completion_ids"] for x in shown] == [row["completions"] for row in found]
 
 
-# ---- distinct rows
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_distinct_rows_are_accepted_and_planted_faults_are_refused(real, dtype, monkeypatch):
     """Prints the numbers of docs/attach.md, "What counts as rounding" (``-s``)."""
+    if dtype == torch.float16 and "gemma" in real:
+        pytest.skip("overflows there")
     model = AutoModelForCausalLM.from_pretrained(real, dtype=dtype)
     agree, plain = tryout.agree, pk.TokenTree.from_sequences
     what = iter(("renamed", "distinct", "further on"))
 
     def printed(*args):
         off, allowed = agree(*args)
-        print(
-            f"{type(model).__name__} {dtype} {next(what)}: {off:.2g}, noise {allowed / FACTOR:.2g}"
-        )
+        about = f"{type(model).__name__} {dtype} {next(what)}"
+        print(f"{about}: {off:.2g}, noise {allowed / FACTOR:.2g}")
         return off, allowed
 
     monkeypatch.setattr(tryout, "agree", printed)
@@ -137,18 +133,10 @@ def test_distinct_rows_are_accepted_and_planted_faults_are_refused(real, dtype, 
                 pk.distinct_rows(model)
 
 
-def test_distinct_rows_in_fp16(smollm):
-    with pk.distinct_rows(AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float16)):
-        pass
-
-
 def test_gemma_in_fp16_is_refused_with_what_to_use(gemma, tmp_path):
     model, tokenizer = load(gemma, ModelOptions(dtype="float16"))
     with pytest.raises(ValueError, match="overflow there: use bfloat16 or float32"):
         PROTrainer(model, PROConfig(output_dir=str(tmp_path)), RECORDS, None, tokenizer)
-
-
-# ---- training
 
 
 def train(path: str, folder, steps: int = 10, loaded=None, **options):
@@ -164,21 +152,25 @@ def train(path: str, folder, steps: int = 10, loaded=None, **options):
     return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def check_saved(trainer, model, tokenizer) -> None:
+    """What is saved ranks as what was trained."""
+    config = PROConfig(output_dir=f"{trainer.args.output_dir}/again", use_cpu=True,
+                       report_to="none")  # fmt: skip
+    again = PROTrainer(model, config, None, RECORDS, tokenizer)
+    torch.testing.assert_close(
+        again.score(again.eval_dataset).logps, trainer.score(trainer.eval_dataset).logps,
+        rtol=1e-5, atol=1e-4,
+    )  # fmt: skip
+
+
 def test_ten_steps_fall_and_equal_the_plain_reference(real, tmp_path):
     trainer, fused = train(real, tmp_path / "fused")
     assert fused[-1] < 0.8 * fused[0]
     _, plain = train(real, tmp_path / "plain", loss_impl="reference", batching="padded")
     assert fused == pytest.approx(plain, rel=2e-3, abs=2e-3 * fused[0])
     assert fused[0] == pytest.approx(plain[0], rel=1e-5)
-    # What is saved ranks as what was trained.
     trainer.save_model()
-    scores = trainer.score(trainer.eval_dataset)
-    model, tokenizer = load(str(tmp_path / "fused"))
-    config = PROConfig(output_dir=str(tmp_path / "again"), use_cpu=True, report_to="none")
-    again = PROTrainer(model, config, None, RECORDS, tokenizer)
-    torch.testing.assert_close(
-        again.score(again.eval_dataset).logps, scores.logps, rtol=1e-5, atol=1e-4
-    )
+    check_saved(trainer, *load(str(tmp_path / "fused")))
 
 
 def test_lora_with_the_head_trains_and_loads(smollm, tmp_path):
@@ -190,18 +182,7 @@ def test_lora_with_the_head_trains_and_loads(smollm, tmp_path):
     assert fused == pytest.approx(plain, rel=2e-3) and fused[0] == pytest.approx(plain[0], rel=1e-5)
     trainer.save_model()
     model, tokenizer = load(smollm)
-    config = PROConfig(output_dir=str(tmp_path / "again"), use_cpu=True, report_to="none")
-    loaded = PeftModel.from_pretrained(model, tmp_path / "fused")
-    again = PROTrainer(loaded, config, None, RECORDS, tokenizer)
-    torch.testing.assert_close(
-        again.score(again.eval_dataset).logps, trainer.score(trainer.eval_dataset).logps,
-        rtol=1e-5, atol=1e-4,
-    )  # fmt: skip
-
-
-def test_rows_of_the_data_set_are_tokenized_lists(smollm):
-    found, _, _ = dataset(smollm)
-    assert {f.name for f in fields(TokenizedList)} < set(found.column_names)
+    check_saved(trainer, PeftModel.from_pretrained(model, tmp_path / "fused"), tokenizer)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
