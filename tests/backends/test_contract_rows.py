@@ -141,7 +141,7 @@ def test_a_bad_row_harms_no_other(subject, dtype, options):
             assert equal([x[others] for x in found], [x[others] for x in clean])
             want = everything(reference, replace(dirty, logits=dirty.logits.float()))
             for i, (got, like) in enumerate(zip(found, want, strict=True)):
-                if i == 6 or (i == 2 and subject.name == "triton"):
+                if i == 6:
                     continue  # which number it is there is not specified
                 tolerance = {"rtol": 1e-4 if got.dtype == torch.float32 else 0.02, "atol": 1e-4}
                 torch.testing.assert_close(got.float(), like, **tolerance, equal_nan=True)

@@ -88,7 +88,8 @@ def logp_kernel(
             log_total = tl.log(total)
             logp = at_most_zero((z_t - top) - log_total)
             lse = top + log_total
-            entropy = log_total - moment / total
+            finite = tl.abs(lse) < float("inf")
+            entropy = tl.where(finite, log_total - moment / total, lse)  # as the C++ kernels
         tl.store(logp_ptr + row, logp)
         tl.store(lse_ptr + row, lse)
         if entropy_ptr is not None:
