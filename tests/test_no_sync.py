@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import pro_kernels as pk
-from cases import Case, fp32_sums
+from cases import CPU, Case, fp32_sums
 from pro_kernels import api
 from pro_kernels.fused import call, registry, shards
 from pro_kernels.fused.planner import Plan
@@ -84,13 +84,12 @@ class Waits(ast.NodeVisitor):
     def report(self, node: ast.AST, what: str) -> None:
         self.found.append((".".join(self.scope), node.lineno, what))
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.ClassDef) -> None:
         self.scope.append(node.name)
         self.generic_visit(node)
         self.scope.pop()
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        self.visit_FunctionDef(node)  # type: ignore[arg-type]
+    visit_ClassDef = visit_FunctionDef
 
     def visit_Call(self, node: ast.Call) -> None:
         keywords = {k.arg for k in node.keywords}
@@ -100,7 +99,8 @@ class Waits(ast.NodeVisitor):
                 self.report(node, name)
             if name == "repeat_interleave" and "output_size" not in keywords:
                 self.report(node, "repeat_interleave without output_size")
-            if name == "to" and "non_blocking" not in keywords and any(map(_is_device, node.args)):
+            where = [x for x in map(ast.unparse, node.args) if "device" in x]
+            if name == "to" and where and "non_blocking" not in keywords:
                 self.report(node, "copy between devices that waits")
             if name == "cuda" and not isinstance(node.func.value, ast.Name):
                 self.report(node, "cuda()")
@@ -121,15 +121,10 @@ class Waits(ast.NodeVisitor):
     visit_IfExp = visit_While = visit_If
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
-        if isinstance(node.slice, (ast.Compare, ast.UnaryOp)) and not (
-            isinstance(node.slice, ast.UnaryOp) and isinstance(node.slice.op, ast.USub)
-        ):
+        negative = isinstance(getattr(node.slice, "op", None), ast.USub)
+        if isinstance(node.slice, (ast.Compare, ast.UnaryOp)) and not negative:
             self.report(node, "index by a mask")
         self.generic_visit(node)
-
-
-def _is_device(node: ast.expr) -> bool:
-    return "device" in ast.unparse(node)
 
 
 def _reads_a_tensor(node: ast.expr) -> bool:
@@ -188,8 +183,8 @@ def test_the_search_finds(line):
     assert waits(f"def f(x):\n    {line}")
 
 
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
 CUDA = torch.device("cuda", 0)
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
 
 
 def on_host(x: torch.Tensor) -> torch.Tensor:
@@ -200,10 +195,6 @@ def on_host(x: torch.Tensor) -> torch.Tensor:
 
 def _host(x: torch.Tensor) -> bool:
     return getattr(x, "stays_on_host", False)
-
-
-def _is_device_argument(x: object) -> bool:
-    return isinstance(x, torch.device) or (isinstance(x, str) and x == "cpu")
 
 
 class Gpu(TorchFunctionMode):
@@ -223,7 +214,7 @@ class Gpu(TorchFunctionMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         name = getattr(func, "__name__", "")
         if func == torch.Tensor.device.__get__:
-            return torch.device("cpu") if _host(args[0]) else CUDA
+            return CPU if _host(args[0]) else CUDA
         if func == torch.Tensor.is_cuda.__get__:
             return not _host(args[0])
         if func is torch.Tensor.backward:
@@ -233,7 +224,8 @@ class Gpu(TorchFunctionMode):
             with self:  # inside the op everything is watched too
                 return registry.BODIES[func](*args[:-3], registry.decode(*args[-3:]))
         leaves = tree_leaves((args, kwargs))
-        made_for = [torch.device(x) for x in leaves if _is_device_argument(x)]
+        made_for = [x for x in leaves if isinstance(x, torch.device)]
+        made_for += [CPU for x in leaves if isinstance(x, str) and x == "cpu"]
         host = [_host(x) for x in tensors]
         assert all(host) or name not in METHODS, f"{name} waits"
         if made_for and tensors and (made_for[0] == CUDA) == all(host):
@@ -243,9 +235,7 @@ class Gpu(TorchFunctionMode):
         else:
             shaped = {_host(x) for x in tensors if x.dim()}
             assert len(shaped) < 2, f"{name} of tensors on two devices"
-        args, kwargs = tree_map(
-            lambda x: torch.device("cpu") if isinstance(x, torch.device) else x, (args, kwargs)
-        )
+        args, kwargs = tree_map(lambda x: CPU if isinstance(x, torch.device) else x, (args, kwargs))
         stays = made_for[0] != CUDA if made_for else all(host)
         self.host = stays
         try:
@@ -285,13 +275,33 @@ class NoWait(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def plan_of(tier: str, rows: int, prompts: int) -> Plan:
-    needs = {"need_hidden": tier != "T0", "need_weight": tier in ("T1", "T2", "T3")}
-    retained = {"T1": rows, "T3": rows // 2}.get(tier, 0)
-    chunk = rows if tier == "T1" else 5
-    return Plan(
-        tier, chunk, retained, **needs, prompt_chunks=(1,) * prompts if tier == "T2" else ()
-    )
+class Tier:
+    """One way through the gradients: its plan, its leaves, and what it gives."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, prompts: int) -> None:
+        self.learns = name != "T0"
+        self.weighs = name in ("T1", "T2", "T3")
+
+        def plan(rows: int, *_, **__) -> Plan:
+            retained = {"T1": rows, "T3": rows // 2}.get(name, 0)
+            chunks = (1,) * prompts if name == "T2" else ()
+            needs = {"need_hidden": self.learns, "need_weight": self.weighs}
+            chunk = rows if name == "T1" else 5
+            return Plan(name, chunk, retained, **needs, prompt_chunks=chunks)
+
+        monkeypatch.setattr(call, "make_plan", plan)
+
+    def leaves(self, hidden: torch.Tensor, *head: torch.Tensor) -> list[torch.Tensor]:
+        """Copies, of which those have a gradient that it gives one to."""
+        return [
+            hidden.clone().requires_grad_(self.learns),
+            *(x.clone().requires_grad_(self.weighs) for x in head),
+        ]
+
+    def results(self, out: pk.PROOutput, *leaves: torch.Tensor) -> list[torch.Tensor]:
+        if self.learns:
+            (2 * out.loss).backward()
+        return [*out[:-1], *(x.grad for x in leaves if x.grad is not None)]
 
 
 OPTIONS = [
@@ -302,53 +312,44 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+# Each two of a dtype, rows of one token or of several, and rewards' place come together.
 @pytest.mark.parametrize("tier", ["T0", "T1", "T1f", "T2", "T3"])
-@pytest.mark.parametrize("shared", [False, True], ids=["distinct", "shared"])
-@pytest.mark.parametrize("host", [True, False], ids=["rewards-host", "rewards-device"])
+@pytest.mark.parametrize(
+    ("dtype", "shared", "host"),
+    [
+        (torch.float32, False, True),
+        (torch.float32, True, False),
+        (torch.bfloat16, False, False),
+        (torch.bfloat16, True, True),
+    ],
+)
 def test_linear_pro_loss(tier, dtype, shared, host, monkeypatch):
     case = Case("gpu", bias=True)
     hidden, weight, bias, targets, rewards = case.tensors()
     layout = pk.Layout.from_padded(targets.masked_fill(targets < 0, 3))
     if shared:
-        layout = pk.Layout.from_rows(
-            layout.rows // 2,
-            layout.targets,
-            layout.offsets,
-            case.n,
-            num_rows=layout.num_rows,
-        )
+        rows = layout.rows // 2, layout.targets, layout.offsets, case.n
+        layout = pk.Layout.from_rows(*rows, num_rows=layout.num_rows)
     fp32_sums(monkeypatch)
-    monkeypatch.setattr(call, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, case.B))
+    tier = Tier(monkeypatch, tier, case.B)
     per_candidate = {
         "candidate_mask": torch.arange(case.B * case.n).view(case.B, case.n) > 0,
         "prompt_weights": torch.rand(case.B),
         "sft_index": torch.zeros(case.B, dtype=torch.int64),
-        "rewards": rewards,
     }
-    needs = {"h": tier != "T0", "w": tier in ("T1", "T2", "T3"), "b": tier in ("T1", "T2", "T3")}
 
     def step() -> list[torch.Tensor]:
-        leaves = [
-            x.to(dtype).requires_grad_(need)
-            for x, need in zip((hidden.flatten(0, 2), weight, bias), needs.values(), strict=True)
-        ]
-        out = pk.linear_pro_loss(
-            leaves[0], leaves[1], None, bias=leaves[2], layout=layout, backend="torch", **options
-        )
-        if tier != "T0":
-            (2 * out.loss).backward()
-        return [*out[:-1], *(x.grad for x in leaves if x.grad is not None)]
+        h, w, b = tier.leaves(hidden.flatten(0, 2).to(dtype), weight.to(dtype), bias.to(dtype))
+        out = pk.linear_pro_loss(h, w, None, bias=b, layout=layout, backend="torch", **options)
+        return tier.results(out, h, w, b)
 
     for options in OPTIONS:
-        official = "compat" in options
-        options = {**({"rewards": rewards} if official else per_candidate), **options}
-        options = {k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+        given = {"rewards": rewards} | ({} if "compat" in options else per_candidate) | options
+        options = {k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in given.items()}
         expected = step()
-        if host:
-            for x in options.values():
-                if isinstance(x, torch.Tensor):
-                    on_host(x)
+        for x in options.values():
+            if host and isinstance(x, torch.Tensor):
+                on_host(x)
         with Gpu():
             found = step()
         torch.testing.assert_close(found, expected)
@@ -373,19 +374,15 @@ def test_a_sequence_group_waits_in_its_agreement_only(tier, ragged, monkeypatch)
     layout = pk.Layout.from_packed(
         torch.randint(0, 37, (12,)), torch.tensor([0, 3, 4, 7, 12]), counts
     )
-    monkeypatch.setattr(call, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 2))
+    tier = Tier(monkeypatch, tier, 2)
     monkeypatch.setattr(shards, "group_of", lambda _, group: group)
     monkeypatch.setattr(shards, "agree", lambda *_: None)
     monkeypatch.setattr(shards, "sum_", lambda x, _: x)
 
     def step(**options) -> list[torch.Tensor]:
-        leaves = hidden.clone(), weight.clone()
-        for x, need in zip(leaves, (tier != "T0", tier in ("T1", "T3")), strict=True):
-            x.requires_grad_(need)
+        leaves = tier.leaves(hidden, weight)
         out = pk.linear_pro_loss(*leaves, None, rewards, layout=layout, backend="torch", **options)
-        if tier != "T0":
-            (2 * out.loss).backward()
-        return [*out[:-1], *(x.grad for x in leaves if x.grad is not None)]
+        return tier.results(out, *leaves)
 
     expected = step()
     with Gpu():
@@ -396,39 +393,29 @@ def test_a_sequence_group_waits_in_its_agreement_only(tier, ragged, monkeypatch)
 @pytest.mark.parametrize("tier", ["T0", "T1", "T1f", "T3"])
 def test_token_log_probs_wait_for_their_layout_only(tier, monkeypatch):
     """Targets on the device: how many are scored is asked for once, and nothing else."""
-    hidden, weight = torch.randn(20, 8), torch.randn(37, 8)
-    targets = torch.randint(0, 37, (20,))
-    hidden.requires_grad_(tier != "T0")
-    weight.requires_grad_(tier in ("T1", "T3"))
-    monkeypatch.setattr(call, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 1))
+    tier, targets = Tier(monkeypatch, tier, 1), torch.randint(0, 37, (20,))
+    hidden, weight = tier.leaves(torch.randn(20, 8), torch.randn(37, 8))
     layout = pk.Layout.from_padded(targets.view(1, 1, -1))
     monkeypatch.setattr(pk.Layout, "of_targets", lambda *_: layout)
     with Gpu():
         logps = pk.linear_token_logps(hidden, weight, targets, backend="torch")
-        if tier != "T0":
-            (logps * torch.arange(20, device=targets.device)).sum().backward()
-    assert logps.isfinite().all()
-    with Gpu():
         stats = api.linear_token_stats(hidden, weight, targets, extra=True, backend="torch")
-        if tier != "T0":
+        if tier.learns:
+            (logps * torch.arange(20, device=targets.device)).sum().backward()
             (stats.logps * stats.entropy).sum().backward()
-    assert stats.entropy.isfinite().all()
+    assert logps.isfinite().all() and stats.entropy.isfinite().all()
 
 
 @pytest.mark.parametrize(("tier", "chunks"), [("T1", 1), ("T1f", 4), ("T2", 2), ("T3", 4)])
 def test_grad_filter_waits_once_a_chunk(tier, chunks, monkeypatch):
     """For the number of columns that stay, in the forward; else for nothing."""
-    hidden, weight = torch.randn(20, 8), 3 * torch.randn(301, 8)
-    hidden.requires_grad_()
-    weight.requires_grad_(tier != "T1f")
+    hidden, weight = Tier(monkeypatch, tier, 2).leaves(torch.randn(20, 8), 3 * torch.randn(301, 8))
     layout = pk.Layout.from_padded(torch.randint(0, 301, (2, 2, 5)))
-    monkeypatch.setattr(call, "make_plan", lambda rows, *_, **__: plan_of(tier, rows, 2))
+    options = {"layout": layout, "backend": "torch", "grad_filter": 0.3}
     with Gpu() as gpu:
         gpu.calls.numbers_allowed = chunks
-        out = pk.linear_pro_loss(
-            *(hidden, weight, None, on_host(torch.tensor([[2.0, 1.0], [3.0, 1.0]]))),
-            **{"layout": layout, "backend": "torch", "grad_filter": 0.3},
-        )
+        rewards = on_host(torch.tensor([[2.0, 1.0], [3.0, 1.0]]))
+        out = pk.linear_pro_loss(hidden, weight, None, rewards, **options)
         assert gpu.calls.numbers_allowed == 0
         out.loss.backward()
     assert (out.grad_filter.dropped_mass > 0).any() and hidden.grad.isfinite().all()
