@@ -8,6 +8,7 @@ tests/test_gpu.py.
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,100 +32,81 @@ METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique
 METHODS |= {"argwhere", "unique_consecutive", "is_nonzero", "equal", "allclose", "bincount"}
 REDUCTIONS = {"any", "all", "sum", "max", "min", "amax", "amin"}  # in an ``if`` or int(...)
 
-# function -> why what it calls there does not make a training step wait
-ALLOWED = {
-    "fused/ops._compact": "the dense form: sizes are unknown until the data is looked at",
-    "fused/ops.linear_pro": "the dense form",
-    "backends/torch._blank": "only of CPU tensors",
-    "backends/cpu.tree_attention_backward": "the segments are on the CPU",
-    "fused/ops.check_range": "only of CPU tensors",
-    "layout.Layout.present": "of a mask on the CPU",
-    "layout.Layout.from_rows": "when a layout is made",
-    "layout.Layout._padded_on_host": "only of CPU tensors",
-    "layout._scored": "when a layout is made: one copy to the host, as its docstring says",
-    "layout._scored_on_cpu": "only of CPU tensors",
-    "layout.raise_bad_target": "an error",
-    "validate.check_all": "only of CPU tensors",
-    "validate.check_of_prompts": "what check_all says of CPU tensors only",
-    "validate.check_total": "called for CPU tensors only",
-    "validate.check_gaps": "called for CPU tensors only",
-    "fused/rank_order._sort_by_rewards": "called for CPU tensors only",
-    "models/forward._check_labels": "of CPU tensors, and once a model of a GPU's",
-    "models/tryout._check_loss": "when a model is attached",
-    "models/probe.probe": "when a model is attached",
-    "models/tryout._log_probs": "when a model is attached",
-    "models/probe._largest": "when a model is attached",
-    "models/probe.rms": "when a model is attached or tried out",
-    "models/probe.example_inputs": "when a model is attached",
+# Why what these functions call does not make a training step wait -> the functions.
+REASONS = {
+    "the dense form: sizes are unknown until the data is looked at": (
+        "fused/ops._compact fused/ops.linear_pro"
+    ),
+    "only of CPU tensors": (
+        "backends/torch._blank fused/ops.check_range layout.Layout._padded_on_host "
+        "layout._scored_on_cpu layout.Layout.present validate.check_all validate.check_of_prompts "
+        "validate.check_total validate.check_gaps fused/rank_order._sort_by_rewards "
+        "fused/shards.described fused/shards._ranks_of backends/cpu.tree_attention_backward"
+    ),
+    "of CPU tensors, and once a model of a GPU's": "models/forward._check_labels",
+    "when a layout is made": "layout.Layout.from_rows",
+    "when a layout is made: one copy to the host, as its docstring says": "layout._scored",
+    "an error": "layout.raise_bad_target",
+    "when a model is attached": (
+        "models/tryout._check_loss models/tryout._log_probs models/probe.probe models/probe.rms "
+        "models/probe._largest models/probe.example_inputs"
+    ),
     # Logits that are not made: what they answer depends on data.
-    "models/lazy._TargetLogits.backward": "which gradients are 0, once a backward",
-    "models/lazy.logits_of": "ids out of range are an error at once, as of plain logits on a CPU",
-    "models/lazy._run": "of distinct rows, whose number is data",
-    "models/lazy._Late.backward": "which rows have a gradient, once a backward",
-    "models/lazy._known": "whether a pass of before was for the same ids",
-    "models/answers._columns": "whether row numbers are those of all rows",
-    "models/answers._cooled": "temperatures of rows, of which none may be 0",
-    "fused/planner._meminfo": "text of /proc/meminfo, once a process",
-    "fused/ranks._checksum": "only of CPU tensors, and only with a process_group",
-    "fused/shards.agree": "once a call of several ranks, as its docstring says",
-    "fused/shards.described": "values of CPU tensors only",
-    "fused/shards._ranks_of": "a mesh is on the CPU",
-    "fused/columns.select": "once a chunk, only with grad_filter: how many columns stay is data",
-    "fused/columns.Kept.count": "counts are on the CPU; it waits where it chooses the columns",
+    "which gradients are 0, once a backward": "models/lazy._TargetLogits.backward",
+    "ids out of range are an error at once, as on a CPU": "models/lazy.logits_of",
+    "of distinct rows, whose number is data": "models/lazy._run",
+    "which rows have a gradient, once a backward": "models/lazy._Late.backward",
+    "whether a pass of before was for the same ids": "models/lazy._known",
+    "whether row numbers are those of all rows": "models/answers._columns",
+    "temperatures of rows, of which none may be 0": "models/answers._cooled",
+    "text of /proc/meminfo, once a process": "fused/planner._meminfo",
+    "only of CPU tensors, and only with a process_group": "fused/ranks._checksum",
+    "once a call of several ranks, as its docstring says": "fused/shards.agree",
+    "once a chunk, only with grad_filter: how many columns stay is data": (
+        "fused/columns.select fused/columns.Kept.count"
+    ),
 }
+ALLOWED = " ".join(REASONS.values()).split()
 
 
-class Waits(ast.NodeVisitor):
-    """Collects the calls in a module that make the host wait, by the function they are in."""
+def waits(source: str, module: str = "m") -> list[tuple[str, int, str]]:
+    """The places in a module that make the host wait, by the function they are in."""
+    found = []
 
-    def __init__(self, module: str) -> None:
-        self.scope = [module]
-        self.found: list[tuple[str, int, str]] = []
+    def look(node: ast.AST, scope: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            scope += f".{node.name}"
+        found.extend((scope, node.lineno, what) for what in _waiting(node))
+        for child in ast.iter_child_nodes(node):
+            look(child, scope)
 
-    def report(self, node: ast.AST, what: str) -> None:
-        self.found.append((".".join(self.scope), node.lineno, what))
+    look(ast.parse(source), module)
+    return found
 
-    def visit_FunctionDef(self, node: ast.FunctionDef | ast.ClassDef) -> None:
-        self.scope.append(node.name)
-        self.generic_visit(node)
-        self.scope.pop()
 
-    visit_ClassDef = visit_FunctionDef
-
-    def visit_Call(self, node: ast.Call) -> None:
-        keywords = {k.arg for k in node.keywords}
-        if isinstance(node.func, ast.Attribute):
-            name = node.func.attr
-            if name in METHODS:
-                self.report(node, name)
-            if name == "repeat_interleave" and "output_size" not in keywords:
-                self.report(node, "repeat_interleave without output_size")
+def _waiting(node: ast.AST) -> Iterator[str]:
+    match node:
+        case ast.Call(func=ast.Attribute(value=value, attr=name)):
+            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
             where = [x for x in map(ast.unparse, node.args) if "device" in x]
+            if name in METHODS:
+                yield name
+            if name == "repeat_interleave" and "output_size" not in keywords:
+                yield "repeat_interleave without output_size"
             if name == "to" and where and "non_blocking" not in keywords:
-                self.report(node, "copy between devices that waits")
-            if name == "cuda" and not isinstance(node.func.value, ast.Name):
-                self.report(node, "cuda()")
-            if name in ("tensor", "as_tensor") and "device" in keywords:
-                device = next(k.value for k in node.keywords if k.arg == "device")
-                if not (isinstance(device, ast.Constant) and device.value == "cpu"):
-                    self.report(node, "a host number copied to a device")
-        elif isinstance(node.func, ast.Name) and node.func.id in ("int", "float", "bool"):
-            if any(isinstance(a, ast.Subscript) or _reads_a_tensor(a) for a in node.args):
-                self.report(node, f"{node.func.id}() of a tensor")
-        self.generic_visit(node)
-
-    def visit_If(self, node: ast.If | ast.IfExp | ast.While) -> None:
-        if _reads_a_tensor(node.test):
-            self.report(node, "a branch on a tensor")
-        self.generic_visit(node)
-
-    visit_IfExp = visit_While = visit_If
-
-    def visit_Subscript(self, node: ast.Subscript) -> None:
-        negative = isinstance(getattr(node.slice, "op", None), ast.USub)
-        if isinstance(node.slice, (ast.Compare, ast.UnaryOp)) and not negative:
-            self.report(node, "index by a mask")
-        self.generic_visit(node)
+                yield "copy between devices that waits"
+            if name == "cuda" and not isinstance(value, ast.Name):
+                yield "cuda()"
+            if name in ("tensor", "as_tensor") and keywords.get("device", "'cpu'") != "'cpu'":
+                yield "a host number copied to a device"
+        case ast.Call(func=ast.Name(id="int" | "float" | "bool" as name), args=args):
+            if any(isinstance(a, ast.Subscript) or _reads_a_tensor(a) for a in args):
+                yield f"{name}() of a tensor"
+        case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
+            if _reads_a_tensor(test):
+                yield "a branch on a tensor"
+        case ast.Subscript(slice=ast.Compare() | ast.UnaryOp(op=ast.Invert() | ast.Not())):
+            yield "index by a mask"
 
 
 def _reads_a_tensor(node: ast.expr) -> bool:
@@ -133,12 +115,6 @@ def _reads_a_tensor(node: ast.expr) -> bool:
         isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in REDUCTIONS
         for n in ast.walk(node)
     )
-
-
-def waits(source: str, module: str = "m") -> list[tuple[str, int, str]]:
-    visitor = Waits(module)
-    visitor.visit(ast.parse(source))
-    return visitor.found
 
 
 def test_the_hot_path_has_no_call_that_waits():
