@@ -94,7 +94,9 @@ def test_a_peer_that_is_missing_or_crashes_is_a_line(tmp_path, monkeypatch):
         return real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(of_torch.F, "linear_cross_entropy", raises("it crashed\n..."), raising=False)
+    monkeypatch.setattr(
+        of_torch.F, "linear_cross_entropy", raises("it crashed\n..."), raising=False
+    )
     code, data, text = run(tmp_path, CASES[:1])
     reasons = {(r["who"][:3], r["reason"]) for r in data["refusals"]}
     assert code == 0 and ("TRL", "not installed: pip install 'trl==1.16.*'") in reasons
