@@ -8,6 +8,16 @@ import types
 import torch
 
 
+def stub(monkeypatch, name: str) -> types.ModuleType:
+    """An empty module, and the packages it is in."""
+    parts = name.split(".")
+    for n in range(1, len(parts) + 1):
+        below = ".".join(parts[:n])
+        if n == len(parts) or below not in sys.modules:
+            monkeypatch.setitem(sys.modules, below, types.ModuleType(below))
+    return sys.modules[name]
+
+
 def stub_verl(monkeypatch):
     """Modules with verl's names and signatures, and plain formulas."""
 
@@ -30,12 +40,9 @@ def stub_verl(monkeypatch):
         ):
             raise AssertionError("a kernel")
 
-    functional, kernel = types.ModuleType("functional"), types.ModuleType("kernel")
+    functional = stub(monkeypatch, "verl.utils.experimental.torch_functional")
+    kernel = stub(monkeypatch, "verl.utils.kernel.linear_cross_entropy")
     functional.plain = plain
     functional.FusedLinearForPPO, kernel.LinearCrossEntropy = FusedLinearForPPO, LinearCrossEntropy
     kernel.linear_cross_entropy = lambda *args: ("theirs", *args)
-    monkeypatch.setitem(sys.modules, "verl.utils.experimental.torch_functional", functional)
-    monkeypatch.setitem(sys.modules, "verl.utils.kernel.linear_cross_entropy", kernel)
-    for name in ("verl", "verl.utils", "verl.utils.experimental", "verl.utils.kernel"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     return functional, kernel

@@ -21,50 +21,24 @@ import pro_kernels as pk
 pytestmark = pytest.mark.slow
 
 VOCABULARY = 99
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers",
-           "encoder_layers")  # fmt: skip
-_WIDTH = ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim",
-          "attention_hidden_size", "embedding_dim")  # fmt: skip
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
-          "encoder_attention_heads", "num_key_value_heads", "linear_num_key_heads",
-          "linear_num_value_heads")  # fmt: skip
-_INNER = ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "dff",
-          "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size",
-          "intermediate_size_mlp", "expert_ffn_hidden_size")  # fmt: skip
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TINY = {
-    **dict.fromkeys(_LAYERS, 2),
-    **dict.fromkeys(_WIDTH, 64),
-    **dict.fromkeys(_HEADS, 4),
-    **dict.fromkeys(_INNER, 64),
-    **dict.fromkeys(_EXPERTS, 4),
-    "head_dim": 16,
-    "vocab_size": VOCABULARY,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-    "state_size": 8,
-    "lru_width": 64,
-    "conv_kernel": 2,
-    "rotary_dim": 8,
-    "max_position_embeddings": 64,
-    "n_positions": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "is_decoder": True,
-    "use_cache": False,
-    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
+SIZES = {
+    2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers conv_kernel "
+    "num_experts_per_tok",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
+    "encoder_attention_heads num_key_value_heads linear_num_key_heads linear_num_value_heads "
+    "num_local_experts num_experts n_routed_experts moe_num_experts",
+    8: "qk_rope_head_dim qk_nope_head_dim state_size rotary_dim chunk_size mamba_chunk_size",
+    16: "head_dim v_head_dim q_lora_rank kv_lora_rank",
+    64: "hidden_size n_embd d_model dim embedding_size word_embed_proj_dim attention_hidden_size "
+    "embedding_dim intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dff "
+    "moe_intermediate_size shared_expert_intermediate_size ffn_hidden_size intermediate_size_mlp "
+    "expert_ffn_hidden_size lru_width max_position_embeddings n_positions",
+    1: "n_group topk_group bos_token_id",
 }
-SPECIAL = {
-    "xmod": {"default_language": "en_XX"},
-    "zaya": {"num_experts_per_tok": 1},
-}
+TINY = {name: size for size, names in SIZES.items() for name in names.split()}
+TINY |= {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 2}
+TINY |= {"is_decoder": True, "use_cache": False}
+SPECIAL = {"xmod": {"default_language": "en_XX"}, "zaya": {"num_experts_per_tok": 1}}
 LARGEST = 150_000_000  # parameters
 EXACT = 140  # at least, of transformers 5.17
 

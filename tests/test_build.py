@@ -16,12 +16,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"
 LIBRARY = "pro_kernels/lib/libpro_kernels_cpu.so"
+CUDA_LIBRARY = LIBRARY.replace("cpu", "cuda")
 RECORD = "pro_kernels/lib/build.json"
+SETTINGS = "CXX CUDA_HOME PRO_KERNELS_BUILD PRO_KERNELS_NVCC PRO_KERNELS_CUDA_ARCHS".split()
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
-_SETTINGS = (
-    "CXX", "CUDA_HOME", "PRO_KERNELS_BUILD", "PRO_KERNELS_NVCC", "PRO_KERNELS_CUDA_ARCHS",
-)  # fmt: skip
-
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
 
 
@@ -40,107 +40,97 @@ def tree(tmp_path: Path) -> Path:
     return copy
 
 
-def _python(tree: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
-    clean = {k: v for k, v in os.environ.items() if k not in _SETTINGS}
-    return subprocess.run(
+def _python(tree: Path, *args: str, fails: bool = False, **env: str) -> str:
+    """What Python says on stderr, run in a tree with these settings alone."""
+    clean = {k: v for k, v in os.environ.items() if k not in SETTINGS}
+    done = subprocess.run(
         [sys.executable, *args], cwd=tree, env={**clean, **env}, capture_output=True, text=True
     )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stderr
 
 
-def _wheel(tree: Path, **env: str) -> Path:
-    out = tree / "dist"
-    args = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(out), ".")
-    done = _python(tree, *args, **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = out.glob("*.whl")
-    return wheel
+def _built(tree: Path, **env: str) -> dict:
+    """The record of a build in place."""
+    _python(tree, "setup.py", "build_native", "--inplace", **env)
+    return json.loads((tree / RECORD).read_text())
 
 
-def _record(wheel: Path) -> dict:
-    with zipfile.ZipFile(wheel) as z:
-        return json.loads(z.read(RECORD))["cpu"]
+def _fails(tree: Path, **env: str) -> str:
+    """What a build in place says that must fail."""
+    return _python(tree, "setup.py", "build_native", "--inplace", fails=True, **env)
 
 
-def _without_compiler(tmp_path: Path) -> str:
+def _wheel(tree: Path, **env: str) -> tuple[str, zipfile.ZipFile, dict]:
+    """A wheel's name, its files and the record of its CPU library."""
+    args = "-m pip wheel --no-deps --no-build-isolation -q -w dist .".split()
+    _python(tree, *args, **env)
+    (wheel,) = (tree / "dist").glob("*.whl")
+    files = zipfile.ZipFile(wheel)
+    return wheel.name, files, json.loads(files.read(RECORD))["cpu"]
+
+
+@pytest.fixture
+def no_compiler(tmp_path: Path) -> dict[str, str]:
     """A PATH with ninja but no compiler."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    ninja = shutil.which("ninja")
-    if ninja:
+    if ninja := shutil.which("ninja"):
         (folder / "ninja").symlink_to(ninja)
-    return str(folder)
+    return {"PATH": str(folder)}
 
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
-)
+def _stale(tree: Path) -> None:
+    """The library of an earlier build in place."""
+    (tree / LIBRARY).parent.mkdir(exist_ok=True)
+    (tree / LIBRARY).write_text("stale")
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_wheel_holds_the_library(tree):
-    (tree / LIBRARY).parent.mkdir(exist_ok=True)
-    (tree / LIBRARY).write_text("stale")  # of an earlier build in place: must not get in
-    wheel = _wheel(tree, PRO_KERNELS_BUILD="1")
-    assert wheel.name.split("-")[2:4] == ["py3", "none"] and "any" not in wheel.name
-    with zipfile.ZipFile(wheel) as z:
-        names = set(z.namelist())
-        assert z.read(LIBRARY)[:4] in (b"\x7fELF", b"\xcf\xfa\xed\xfe")
-        assert (
-            "Root-Is-Purelib: false"
-            in z.read(next(n for n in names if n.endswith("/WHEEL"))).decode()
-        )
+    _stale(tree)
+    name, files, record = _wheel(tree, PRO_KERNELS_BUILD="1")
+    assert name.split("-")[2:4] == ["py3", "none"] and "any" not in name
+    assert files.read(LIBRARY)[:4] in (b"\x7fELF", b"\xcf\xfa\xed\xfe")
+    names = files.namelist()
+    (tags,) = (files.read(n) for n in names if n.endswith("/WHEEL"))
+    assert b"Root-Is-Purelib: false" in tags
     assert "pro_kernels/backends/cpu.py" in names
     assert not any(n.startswith(("csrc", "tests", "bench")) for n in names)
-    record = _record(wheel)
     assert "generic" in record["isas"] and "reason" not in record and record["version"]
 
 
 @pytest.mark.slow
-def test_no_compiler_installs_and_keeps_the_reason(tree, tmp_path):
-    wheel = _wheel(tree, PATH=_without_compiler(tmp_path))
-    assert wheel.name.endswith("py3-none-any.whl")
-    with zipfile.ZipFile(wheel) as z:
-        assert LIBRARY not in z.namelist()
-    assert "no C++ compiler found" in _record(wheel)["reason"]
+def test_no_compiler_installs_and_keeps_the_reason(tree, no_compiler):
+    name, files, record = _wheel(tree, **no_compiler)
+    assert name.endswith("py3-none-any.whl") and LIBRARY not in files.namelist()
+    assert "no C++ compiler found" in record["reason"]
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_source_distribution_builds(tree):
-    done = _python(tree, "setup.py", "-q", "sdist", "-d", "dist", PRO_KERNELS_BUILD="1")
-    assert done.returncode == 0, done.stderr
+    _python(tree, "setup.py", "-q", "sdist", "-d", "dist", PRO_KERNELS_BUILD="1")
     (archive,) = (tree / "dist").glob("*.tar.gz")
     shutil.unpack_archive(archive, tree / "unpacked")
     (source,) = (tree / "unpacked").iterdir()
     assert not (source / "pro_kernels" / "lib").exists()
-    done = _python(source, "setup.py", "build_native", "--inplace", PRO_KERNELS_BUILD="1")
-    assert done.returncode == 0, done.stderr
+    _built(source, PRO_KERNELS_BUILD="1")
     assert (source / LIBRARY).exists()
 
 
-def _build_in_place(tree: Path, **env: str) -> subprocess.CompletedProcess:
-    return _python(tree, "setup.py", "build_native", "--inplace", **env)
-
-
-def test_required_build_fails_with_the_reason(tree, tmp_path):
-    path = _without_compiler(tmp_path)
-    done = _build_in_place(tree, PRO_KERNELS_BUILD="1", PATH=path)
-    assert done.returncode != 0
-    assert "PRO_KERNELS_BUILD=1" in done.stderr and "no C++ compiler found" in done.stderr
-    done = _build_in_place(tree, PRO_KERNELS_BUILD="1", CXX="/nowhere/c++ -O3")
-    assert done.returncode != 0 and "CXX=/nowhere/c++" in done.stderr
+def test_required_build_fails_with_the_reason(tree, no_compiler):
+    said = _fails(tree, PRO_KERNELS_BUILD="1", **no_compiler)
+    assert "PRO_KERNELS_BUILD=1" in said and "no C++ compiler found" in said
+    assert "CXX=/nowhere/c++" in _fails(tree, PRO_KERNELS_BUILD="1", CXX="/nowhere/c++ -O3")
 
 
 def test_skipped_build_removes_the_library(tree):
-    (tree / LIBRARY).parent.mkdir(exist_ok=True)
-    (tree / LIBRARY).write_text("stale")
-    done = _build_in_place(tree, PRO_KERNELS_BUILD="0")
-    assert done.returncode == 0, done.stderr
+    _stale(tree)
+    assert _built(tree, PRO_KERNELS_BUILD="0")["cpu"]["reason"] == "PRO_KERNELS_BUILD=0"
     assert not (tree / LIBRARY).exists()
-    assert json.loads((tree / RECORD).read_text())["cpu"]["reason"] == "PRO_KERNELS_BUILD=0"
-    done = _build_in_place(tree, PRO_KERNELS_BUILD="yes")
-    assert done.returncode != 0 and "must be 0, 1 or auto" in done.stderr
+    assert "must be 0, 1 or auto" in _fails(tree, PRO_KERNELS_BUILD="yes")
 
 
 @pytest.mark.slow
@@ -148,11 +138,8 @@ def test_skipped_build_removes_the_library(tree):
 def test_compile_error_is_kept_or_raised(tree):
     with open(tree / "csrc" / "cpu" / "dispatch.cpp", "a") as f:
         f.write("\n#error broken on purpose\n")
-    done = _build_in_place(tree)
-    assert done.returncode == 0, done.stderr
-    assert "broken on purpose" in json.loads((tree / RECORD).read_text())["cpu"]["reason"]
-    done = _build_in_place(tree, PRO_KERNELS_BUILD="1")
-    assert done.returncode != 0 and "broken on purpose" in done.stderr
+    assert "broken on purpose" in _built(tree)["cpu"]["reason"]
+    assert "broken on purpose" in _fails(tree, PRO_KERNELS_BUILD="1")
 
 
 FAKE_NVCC = """#!/bin/sh
@@ -174,77 +161,55 @@ def fake_nvcc(tmp_path: Path) -> dict[str, str]:
     script = tmp_path / "my nvcc"
     script.write_text(FAKE_NVCC)
     script.chmod(0o755)
-    return {
-        "PRO_KERNELS_NVCC": str(script),
-        "CXX": "/nowhere/c++",
-        "CALLS": str(tmp_path / "calls"),
-    }
-
-
-CUDA_LIBRARY = LIBRARY.replace("cpu", "cuda")
-
-
-def _cuda_record(tree: Path) -> dict:
-    return json.loads((tree / RECORD).read_text())["cuda"]
+    settings = {"PRO_KERNELS_NVCC": script, "CXX": "/nowhere/c++", "CALLS": tmp_path / "calls"}
+    return {name: str(value) for name, value in settings.items()}
 
 
 def test_cuda_is_built_for_what_nvcc_knows_and_without_the_cpu_library(tree, fake_nvcc):
-    done = _build_in_place(tree, **fake_nvcc)
-    assert done.returncode == 0, done.stderr
+    record = _built(tree, **fake_nvcc)
     assert (tree / CUDA_LIBRARY).read_text() == "built\n" and not (tree / LIBRARY).exists()
-    record = _cuda_record(tree)
-    assert record["targets"] == ["sm_80", "sm_90a"] and "release 12.4" in record["version"]
+    assert record["cuda"]["targets"] == ["sm_80", "sm_90a"] and record["cpu"]["reason"]
+    assert "release 12.4" in record["cuda"]["version"]
     *compiled, linked = Path(fake_nvcc["CALLS"]).read_text().splitlines()
     assert len(compiled) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
     for call in compiled:
         assert "-gencode=arch=compute_80,code=sm_80" in call and "compute_90a,code=sm_90a" in call
     assert "-cudart static" in linked
-    assert json.loads((tree / RECORD).read_text())["cpu"]["reason"]
 
 
 def test_cuda_targets_can_be_chosen(tree, fake_nvcc):
-    done = _build_in_place(tree, **fake_nvcc, PRO_KERNELS_CUDA_ARCHS="sm_120 compute_120")
-    assert done.returncode == 0, done.stderr
-    assert _cuda_record(tree)["targets"] == ["sm_120", "compute_120"]
+    record = _built(tree, **fake_nvcc, PRO_KERNELS_CUDA_ARCHS="sm_120 compute_120")
+    assert record["cuda"]["targets"] == ["sm_120", "compute_120"]
     assert "-gencode=arch=compute_120,code=compute_120" in Path(fake_nvcc["CALLS"]).read_text()
-    done = _build_in_place(tree, **fake_nvcc, PRO_KERNELS_CUDA_ARCHS="hopper")
-    assert "'hopper'" in _cuda_record(tree)["reason"] and not (tree / CUDA_LIBRARY).exists()
+    record = _built(tree, **fake_nvcc, PRO_KERNELS_CUDA_ARCHS="hopper")
+    assert "'hopper'" in record["cuda"]["reason"] and not (tree / CUDA_LIBRARY).exists()
 
 
-def test_a_failing_nvcc_is_kept_or_raised(tree, fake_nvcc):
+def test_no_nvcc_or_a_failing_one_is_a_reason_and_never_an_error(tree, fake_nvcc, no_compiler):
     (tree / "csrc" / "cuda" / "BROKEN.cu").write_text("")
-    done = _build_in_place(tree, **fake_nvcc)
-    assert done.returncode == 0 and "broken on purpose" in _cuda_record(tree)["reason"]
-    missing = {**fake_nvcc, "PRO_KERNELS_NVCC": "/nowhere/nvcc"}
-    _build_in_place(tree, **missing)
-    assert "PRO_KERNELS_NVCC=/nowhere/nvcc" in _cuda_record(tree)["reason"]
-
-
-def test_no_nvcc_is_a_reason_and_never_an_error(tree, tmp_path):
-    done = _build_in_place(tree, PATH=_without_compiler(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert _cuda_record(tree)["reason"].startswith("no CUDA compiler found")
+    for settings, reason in (
+        (fake_nvcc, "broken on purpose"),
+        ({**fake_nvcc, "PRO_KERNELS_NVCC": "/nowhere/nvcc"}, "PRO_KERNELS_NVCC=/nowhere/nvcc"),
+        (no_compiler, "no CUDA compiler found"),
+    ):
+        assert reason in _built(tree, **settings)["cuda"]["reason"]
 
 
 STRICT = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
 PORTABLE = ["isa_generic.cpp", "dispatch.cpp", "logits.cpp", "ranking.cpp"]
+AARCH64 = shutil.which("aarch64-linux-gnu-g++")
 
 
-@needs_compiler
-@pytest.mark.parametrize("name", PORTABLE)
-def test_portable_sources_compile_without_warnings(name):
-    """No instruction set asked for, none compiled in, no OpenMP."""
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
-    done = subprocess.run([compiler, *STRICT, str(CPU / name)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="no aarch64 compiler")
-@pytest.mark.parametrize("name", [*PORTABLE, "isa_neon.cpp"])
-def test_aarch64_compiles_without_warnings(name):
-    command = ["aarch64-linux-gnu-g++", *STRICT, "-DPK_HAVE_NEON", str(CPU / name)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    ("compiler", "name"),
+    [*((COMPILER, x) for x in PORTABLE), *((AARCH64, x) for x in [*PORTABLE, "isa_neon.cpp"])],
+)
+def test_portable_sources_compile_without_warnings(compiler, name):
+    """No instruction set asked for, none compiled in, no OpenMP; and for aarch64."""
+    if compiler is None:
+        pytest.skip("no such C++ compiler")
+    flags = [*STRICT, "-DPK_HAVE_NEON"] if compiler == AARCH64 else STRICT
+    subprocess.run([compiler, *flags, str(CPU / name)], check=True)
 
 
 @needs_compiler
@@ -252,20 +217,19 @@ def test_aarch64_compiles_without_warnings(name):
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
 def test_instruction_sets_share_no_code(tmp_path):
     """No function of an AVX2 object may stand in for the same one of a generic object."""
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     target = tmp_path / "isa.o"
     flags = "-std=c++17 -O2 -fno-exceptions -fno-rtti -mavx2 -mfma -mf16c".split()
     source = str(CPU / "isa_avx2.cpp")
-    subprocess.run([compiler, *flags, "-c", source, "-o", str(target)], check=True)
+    subprocess.run([COMPILER, *flags, "-c", source, "-o", str(target)], check=True)
     symbols = subprocess.run(["nm", "-C", str(target)], capture_output=True, text=True).stdout
     defined = [line.split(maxsplit=2)[1:] for line in symbols.splitlines() if line[0] != " "]
     shared = [name for kind, name in defined if kind.isupper()]
     assert shared == ["pk::kAvx2Isa"], shared
 
 
-def test_a_backend_that_must_be_tested_and_is_not_there_fails_the_run(tmp_path):
+def test_a_backend_that_must_be_tested_and_is_not_there_fails_the_run(request, monkeypatch):
     """So that a broken build is not green (.ci/run requires what a machine can run)."""
-    env = {**os.environ, "PRO_KERNELS_REQUIRE": "torch,cuda"}
-    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_layout.py"), "-q"]
-    done = subprocess.run([*command, "-p", "no:xdist"], env=env, capture_output=True, text=True)
-    assert done.returncode == 4 and "cuda cannot be tested" in done.stderr
+    monkeypatch.setenv("PRO_KERNELS_REQUIRE", "torch,cuda")
+    hooks = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    with pytest.raises(pytest.UsageError, match="cuda cannot be tested"):
+        hooks.pytest_configure(request.config)

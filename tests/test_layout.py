@@ -87,7 +87,6 @@ def test_both_ways_find_a_bad_target_where_it_stands(bad):
 
 def test_packed_equals_padded():
     hidden, weight, _, targets, rewards = Case("packed", B=2, n=3, T=5, masked=0.4).tensors()
-    padded = pk.linear_pro_loss(hidden, weight, targets, rewards)
     lengths = [5, 3, 4, 5, 1, 2]  # cut the rows: what follows is not scored in either form
     for s, keep in enumerate(lengths):
         targets.view(6, 5)[s, keep:] = -100
@@ -102,22 +101,19 @@ def test_packed_equals_padded():
 
 def test_ragged_numbers_of_candidates():
     hidden, weight, _, targets, rewards = Case("ragged", B=2, n=3, T=4, masked=0.0).tensors()
-    counts = [3, 2]
-    layout = Layout.from_packed(
-        targets.view(-1)[: 5 * 4], torch.arange(0, 21, 4), counts, vocab_size=weight.shape[0]
-    )
+    packed = targets.view(-1)[: 5 * 4], torch.arange(0, 21, 4), [3, 2]
+    layout = Layout.from_packed(*packed, vocab_size=weight.shape[0])
     assert layout.sequences.tolist() == [[0, 1, 2], [3, 4, -1]]
     out = pk.linear_pro_loss(hidden.view(24, -1)[:20], weight, None, rewards, layout=layout)
-    mask = torch.tensor([[True, True, True], [True, True, False]])
+    mask = torch.tensor([[True] * 3, [True, True, False]])
     expected = pk.linear_pro_loss(hidden, weight, targets, rewards, candidate_mask=mask)
     torch.testing.assert_close(out.loss, expected.loss)
     assert out.lengths.tolist() == [[4, 4, 4], [4, 4, 0]]
 
 
 def test_shared_rows_are_summed_in_a_fixed_order():
-    rows = torch.randint(0, 4, (2000,))
-    layout = Layout.from_rows(rows, torch.zeros(2000).long(), torch.tensor([0, 900, 2000]), 2,
-                              num_rows=4)  # fmt: skip
+    rows, ends = torch.randint(0, 4, (2000,)), torch.tensor([0, 900, 2000])
+    layout = Layout.from_rows(rows, torch.zeros(2000).long(), ends, 2, num_rows=4)
     weight, rewards = torch.randn(5, 64), torch.tensor([[1.0, 0.0]])
     grads = []
     threads = torch.get_num_threads()
@@ -138,8 +134,7 @@ def test_shared_rows_add_their_gradients(dtype):
     weight = torch.randn(19, 8, generator=g, dtype=torch.float64).to(dtype)
     rows = torch.tensor([3, 4, 5, 3, 6, 3, 7, 8, 9])  # row 3 is the prompt's last
     targets = torch.randint(0, 19, (9,), generator=g)
-    ends = torch.tensor([0, 3, 5, 9])
-    layout = Layout.from_rows(rows, targets, ends, 3, num_rows=10)
+    layout = Layout.from_rows(rows, targets, torch.tensor([0, 3, 5, 9]), 3, num_rows=10)
     rewards = torch.tensor([[2.0, 1.0, -1.0]])
     grads = []
     for function in (pk.linear_pro_loss, pk.reference.linear_pro_loss):
@@ -168,50 +163,30 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
     assert moved.prompt_tokens == layout.prompt_tokens
 
 
+@pytest.mark.parametrize("targets", [torch.zeros(2, 3), [1]])
+def test_targets_that_are_no_integers(targets):
+    with pytest.raises(TypeError, match="targets must be an integer tensor, got (dtype|list)"):
+        Layout.from_padded(targets)
+
+
+FOUR, TWO_OF_TWO = torch.zeros(4).long(), torch.tensor([0, 2, 4])
+BAD_ROWS = torch.tensor([0, 9]), torch.zeros(2).long(), torch.tensor([0, 2])
+
+
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "message"),
     [
-        (lambda: Layout.from_padded(torch.zeros(2, 3)), TypeError, "targets must be an integer"),
-        (lambda: Layout.from_padded([1]), TypeError, "targets must be an integer tensor, got list"),
-        (
-            lambda: Layout.from_padded(torch.zeros(2, dtype=torch.long)),
-            ValueError,
-            r"targets must have shape \(B, n, T\) or \(B, T\), got \(2,\)",
-        ),
+        (lambda: Layout.from_padded(FOUR), r"must have shape \(B, n, T\) or \(B, T\), got \(4,\)"),
         (
             lambda: Layout.from_padded(torch.tensor([[[1, 7]]]), vocab_size=7),
-            ValueError,
             r"targets must lie in \[0, 7\) or be ignore_index=-100, got 7 at flat position 1",
         ),
-        (
-            lambda: Layout.from_padded(torch.tensor([[[1, -3]]])),
-            ValueError,
-            "got -3 at flat position 1",
-        ),
-        (
-            lambda: Layout.from_packed(torch.zeros(4).long(), torch.tensor([0, 3]), 1),
-            ValueError,
-            "cu_seqlens must rise from 0 to 4",
-        ),
-        (
-            lambda: Layout.from_packed(torch.zeros(4).long(), torch.tensor([0, 2, 4]), 3),
-            ValueError,
-            "num_candidates=3 does not divide the 2 sequences",
-        ),
-        (
-            lambda: Layout.from_packed(torch.zeros(4).long(), torch.tensor([0, 2, 4]), [1, 2]),
-            ValueError,
-            "add up to the 2 sequences",
-        ),
-        (
-            lambda: Layout.from_rows(
-                torch.tensor([0, 9]), torch.zeros(2).long(), torch.tensor([0, 2]), 1, num_rows=5
-            ),
-            ValueError,
-            r"rows must lie in \[0, 5\), got 0 ... 9",
-        ),
+        (lambda: Layout.from_packed(FOUR, TWO_OF_TWO[:2], 1), "cu_seqlens must rise from 0 to 4"),
+        (lambda: Layout.from_packed(FOUR, TWO_OF_TWO, 3), "=3 does not divide the 2 sequences"),
+        (lambda: Layout.from_packed(FOUR, TWO_OF_TWO, [1, 2]), "add up to the 2 sequences"),
+        (lambda: Layout.from_rows(*BAD_ROWS, 1, num_rows=5), r"lie in \[0, 5\), got 0 ... 9"),
     ],
 )
-def test_bad_input(call, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
         call()

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import copy
 import io
-import json
-import os
 import pickle
-import subprocess
-import sys
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import pro_kernels as pk
-from bench.engine.memory import CHILD_ENV
+from bench.engine.memory import peak_extra_bytes
+from bench.engine.timing import Step
+from cases import CPU
 from pro_kernels.fused import matmul
 from pro_kernels.models import lazy
 from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.lazy import LazyLogits
-from test_attach import make
+from tiny_models import V, make
 
-V, B, T = 67, 4, 9
+B, T = 4, 9
 g = torch.Generator().manual_seed(0)
 IDS = torch.randint(0, V, (B, T), generator=g)
 NEXT = torch.randint(0, V, (B, T - 1), generator=g)
 UP = torch.randn(B, T - 1, generator=g, dtype=torch.float64)
+HOT = UP.abs().unsqueeze(-1) + 0.5
 MASK = UP > 0
 IGNORED = NEXT.where(MASK, -100).flatten()
 
@@ -64,9 +65,8 @@ def by_chunks(z, ids):
 
 def by_loss(z, ids):
     """Torchtune, transformers: cross-entropy of flattened rows."""
-    return -F.cross_entropy(z.reshape(-1, z.shape[-1]), ids.reshape(-1), reduction="none").view(
-        ids.shape
-    )
+    flat = z.reshape(-1, z.shape[-1])
+    return -F.cross_entropy(flat, ids.reshape(-1), reduction="none").view(ids.shape)
 
 
 def by_index(z, ids):
@@ -89,100 +89,133 @@ def entropy(z):
     return torch.logsumexp(z, dim=-1) - torch.sum(probs * z, dim=-1)
 
 
+LOGPS = [row_by_row, softmax_by_row, whole, by_chunks, by_loss, by_index]
+
+
+# ---- losses on logits z
+
+
+def chosen(z, ids=NEXT, up=UP, way=row_by_row):
+    """A weighted sum of log-probs."""
+    return (way(z, ids) * up.to(z.dtype)).sum()
+
+
+def loss(z, targets=IGNORED, **options):
+    return F.cross_entropy(z[:, :-1].flatten(0, 1), targets, **options)
+
+
+def sums(z):
+    return z.logsumexp(-1).square().sum()
+
+
 def changed(z, how):
     how(z)
     return z
 
 
-LOGPS = [row_by_row, softmax_by_row, whole, by_chunks, by_loss, by_index]
-WAYS = {f"{way.__name__}": lambda z, way=way: (way(z[:, :-1], NEXT) * UP).sum() for way in LOGPS}
-WAYS |= {
-    "entropy": lambda z: (entropy(z[:, :-1]) * UP).sum(),
-    "entropy by chunks": lambda z: (entropy_by_chunks(z[:, :-1]) * UP).sum(),
-    "entropy beside log-probs": lambda z: (
-        row_by_row(z[:, :-1], NEXT) * UP + entropy(z[:, :-1])
-    ).sum(),
-    "halves": lambda z: sum(
-        (row_by_row(half[:, :-1], ids) * up).sum()
-        for half, ids, up in zip(z.split(2), NEXT.split(2), UP.split(2), strict=True)
-    ),
-    "mask": lambda z: (
-        z[:, :-1][MASK].log_softmax(-1).gather(-1, NEXT[MASK][:, None])[:, 0] * UP[MASK]
-    ).sum(),
-    "rows twice": lambda z: (whole(z[torch.tensor([2, 0, 1, 1])][:, :-1], NEXT) * UP).sum(),
-    "cat": lambda z: (row_by_row(torch.cat([z[2:, :-1], z[:2, :-1]]), NEXT) * UP).sum(),
-    "stack": lambda z: (row_by_row(torch.stack([*z])[:, :-1], NEXT) * UP).sum(),
-    "temperature": lambda z: (row_by_row(z[:, :-1] / 0.7, NEXT) * UP).sum(),
-    "temperature in place": lambda z: (
-        row_by_row(changed(z.squeeze(0), lambda x: x.div_(0.7))[:, :-1], NEXT) * UP
-    ).sum(),
-    "temperature of a part in place": lambda z: (
-        row_by_row(changed(z[:, :-1][:, 2:], lambda x: x.div_(0.7)), NEXT[:, 2:]) * UP[:, 2:]
-    ).sum() + z[:, :4].logsumexp(-1).square().sum(),
-    "temperature of rows": lambda z: (
-        row_by_row(z[:, :-1] / (UP.abs() + 0.5).unsqueeze(-1), NEXT) * UP
-    ).sum(),
-    "times 2": lambda z: (row_by_row(2 * z[:, :-1], NEXT) * UP).sum(),
-    "some labels": lambda z: F.cross_entropy(z[:, :-1].flatten(0, 1), IGNORED),
-    "sum of losses": lambda z: F.cross_entropy(
-        z[:, :-1].flatten(0, 1), NEXT.flatten(), reduction="sum"
-    ),
-    "weights of classes": lambda z: F.cross_entropy(
-        z[:, :-1].flatten(0, 1), IGNORED, weight=torch.linspace(0.1, 1, V, dtype=z.dtype)
-    ),
-    "nll_loss": lambda z: F.nll_loss(z[:, :-1].flatten(0, 1).log_softmax(-1), IGNORED),
-    "gather twice": lambda z: (
-        z.logsumexp(-1).square().sum() + 2 * z.gather(-1, IDS[..., None]).square().sum()
-        + z.gather(-1, IDS[..., None].expand(-1, -1, 3)).sum()
-    ),
-    "most likely": lambda z: (z.max(-1).values + z.topk(3).values.sum(-1)).sum()
-    + (z.argmax(-1) == IDS).sum(),
-    "columns": lambda z: z[..., 5].square().sum() + z[:, -1, -7].sum(),
-    "rows in another order": lambda z: (
-        F.log_softmax(z[:, :-1].transpose(0, 1).reshape(-1, V), -1).gather(
-            1, NEXT.t().reshape(-1, 1)
-        )[:, 0] * UP.t().reshape(-1)
-    ).sum(),
-}  # fmt: skip
-# Under a softcap these are no temperatures of hidden states.
-LINEAR_ROWS = ("temperature of rows", "temperature of a part in place")
-# A mean over the vocabulary is one of the weight's, where no softcap is between.
-LINEAR = {
-    "means": lambda z: z.mean() + z[:, :2].mean(-1).square().sum() + z[:, :-1][MASK].mean(),
-    "label smoothing": lambda z: F.cross_entropy(
-        z[:, :-1].flatten(0, 1), IGNORED, label_smoothing=0.1
-    ),
-}
+def cooled(z):
+    return changed(z, lambda z: z.div_(0.7))
+
+
+def under_no_grad(z, how):
+    with torch.no_grad():
+        return how(z)
 
 
 def softmaxed(z):
     return z[:, :2].softmax(-1).square().sum()
 
 
-def with_loss(model, way, on: bool) -> list[torch.Tensor]:
+class _Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+WAYS = {way.__name__: lambda z, way=way: chosen(z[:, :-1], way=way) for way in LOGPS}
+WAYS |= {
+    "entropy": lambda z: (entropy(z[:, :-1]) * UP).sum(),
+    "entropy by chunks": lambda z: (entropy_by_chunks(z[:, :-1]) * UP).sum(),
+    "entropy beside log-probs": lambda z: chosen(z[:, :-1]) + entropy(z[:, :-1]).sum(),
+    "halves": lambda z: sum(
+        chosen(half[:, :-1], ids, up)
+        for half, ids, up in zip(z.split(2), NEXT.split(2), UP.split(2), strict=True)
+    ),
+    "mask": lambda z: (
+        z[:, :-1][MASK].log_softmax(-1).gather(-1, NEXT[MASK][:, None])[:, 0] * UP[MASK]
+    ).sum(),
+    "rows twice": lambda z: chosen(z[torch.tensor([2, 0, 1, 1])][:, :-1], way=whole),
+    "cat": lambda z: chosen(torch.cat([z[2:, :-1], z[:2, :-1]])),
+    "stack": lambda z: chosen(torch.stack([*z])[:, :-1]),
+    "temperature": lambda z: chosen(z[:, :-1] / 0.7),
+    "temperature in place": lambda z: chosen(cooled(z.squeeze(0))[:, :-1]),
+    "temperature of a part in place": lambda z: (
+        chosen(cooled(z[:, :-1][:, 2:]), NEXT[:, 2:], UP[:, 2:]) + sums(z[:, :4])
+    ),
+    "temperature of rows": lambda z: chosen(z[:, :-1] / HOT),
+    "times 2": lambda z: chosen(2 * z[:, :-1]),
+    "some labels": loss,
+    "sum of losses": lambda z: loss(z, NEXT.flatten(), reduction="sum"),
+    "weights of classes": lambda z: loss(z, weight=torch.linspace(0.1, 1, V, dtype=z.dtype)),
+    "nll_loss": lambda z: F.nll_loss(z[:, :-1].flatten(0, 1).log_softmax(-1), IGNORED),
+    "gather twice": lambda z: (
+        sums(z)
+        + 2 * z.gather(-1, IDS[..., None]).square().sum()
+        + z.gather(-1, IDS[..., None].expand(-1, -1, 3)).sum()
+    ),
+    "most likely": lambda z: (
+        (z.max(-1).values + z.topk(3).values.sum(-1)).sum() + (z.argmax(-1) == IDS).sum()
+    ),
+    "columns": lambda z: z[..., 5].square().sum() + z[:, -1, -7].sum(),
+    "rows in another order": lambda z: chosen(
+        z[:, :-1].transpose(0, 1).reshape(-1, V), NEXT.t().flatten(), UP.t().flatten(), by_index
+    ),
+}
+# Under a softcap these are no temperatures of hidden states.
+LINEAR_ROWS = ("temperature of rows", "temperature of a part in place")
+# A mean over the vocabulary is one of the weight's, where no softcap is between.
+LINEAR = {
+    "means": lambda z: z.mean() + z[:, :2].mean(-1).square().sum() + z[:, :-1][MASK].mean(),
+    "label smoothing": lambda z: loss(z, label_smoothing=0.1),
+}
+
+
+def logits_of(model, on: bool = True, ids=IDS, **more):
+    """Lazy ones or plain ones; the model then makes lazy ones again."""
     model._pro_kernels.lazy = on
-    model.zero_grad()
-    z = model(input_ids=IDS, use_cache=False).logits
+    try:
+        z = model(input_ids=ids, use_cache=False, **more).logits
+    finally:
+        model._pro_kernels.lazy = True
     assert isinstance(z, LazyLogits) is on
-    loss = way(z)
-    assert type(loss) is torch.Tensor
-    loss.backward()
-    grads = [p.grad for p in model.parameters()]
-    return [loss.detach(), *(x.clone() for x in grads if x is not None)]
+    return z
 
 
-def assert_alike(model, way, rtol: float) -> int:
+def with_loss(model, way, *args, **more) -> list[Tensor]:
+    """The loss and its gradients."""
+    model.zero_grad()
+    found = way(logits_of(model, *args, **more))
+    assert type(found) is Tensor
+    found.backward()
+    return [found.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_alike(model, way, rtol: float, **more) -> int:
     """How many rows of logits were made."""
-    plain = with_loss(model, way, False)
+    plain = with_loss(model, way, False, **more)
     before = COUNTS["made_rows"]
-    for a, b in zip(plain, with_loss(model, way, True), strict=True):
+    for a, b in zip(plain, with_loss(model, way, True, **more), strict=True):
         assert (a - b).norm() <= rtol * (a.norm() + 1e-3 * plain[1].norm())
     return COUNTS["made_rows"] - before
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return pk.attach(make("Llama").double())
+    return pk.attach(make().double())
 
 
 @pytest.fixture(scope="module")
@@ -201,14 +234,10 @@ def test_no_logits_are_made_under_a_softcap(capped, way):
 
 
 @pytest.mark.parametrize("name", ["Cohere", "Granite", "GPTJ"])  # a scale, a divisor, a bias
-@pytest.mark.parametrize("way", [row_by_row, entropy_by_chunks], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", ["row_by_row", "entropy by chunks"])
 def test_what_models_do_to_their_logits(name, way):
-    def loss(z):
-        z = z[:, :-1]
-        return ((way(z, NEXT) if way is row_by_row else way(z)) * UP).sum()
-
     # The scale was read off logits, to fp32's last bits.
-    assert assert_alike(pk.attach(make(name).double()), loss, 1e-6) == 0
+    assert assert_alike(pk.attach(make(name).double()), WAYS[way], 1e-6) == 0
 
 
 @pytest.mark.parametrize("way", [
@@ -217,75 +246,54 @@ def test_what_models_do_to_their_logits(name, way):
 ])  # fmt: skip
 def test_of_distinct_rows(way):
     """The head multiplies each distinct hidden state once, with each of its targets."""
-    model = pk.attach(make("Llama").double())
+    model = pk.attach(make().double())
     ids = IDS.clone()
     ids[:2, :4], ids[3] = ids[0, :4], ids[2]
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    losses, made = [], COUNTS["made_rows"]
+    batch = {"ids": ids, "attention_mask": mask}
     with pk.distinct_rows(model):
-        for on in (False, True):
-            model._pro_kernels.lazy = on
-            model.zero_grad()
-            z = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            if on:
-                assert z.source.head.hidden.shape[0] == 4 * T - 4 - 9 - 3 + 1
-            loss = (WAYS | LINEAR)[way](z)
-            loss.backward()
-            losses.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*losses, strict=True):
-        assert (a - b).norm() <= 1e-9 * a.norm() + 1e-12
-    assert COUNTS["made_rows"] == made
+        states = logits_of(model, **batch).source.head.hidden
+        assert states.shape[0] == 4 * T - 4 - 9 - 3 + 1
+        assert assert_alike(model, (WAYS | LINEAR)[way], 1e-9, **batch) == 0
 
 
-@pytest.mark.parametrize("way", LOGPS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", LOGPS)
 def test_in_16_bits(way):
     """As exact as fp32 until the result is rounded; plain logits are rounded before."""
-    model = pk.attach(make("Llama"))
-    exact = with_loss(model, lambda z: (way(z[:, :-1], NEXT) * UP.float()).sum(), False)
-    model = pk.attach(make("Llama").bfloat16())
-    losses = [with_loss(model, lambda z: (way(z[:, :-1], NEXT) * UP.bfloat16()).sum(), on)
-              for on in (False, True)]  # fmt: skip
-    plain, ours = ((x[0].double() - exact[0]).abs() for x in losses)
-    assert losses[0][0].dtype == losses[1][0].dtype == torch.bfloat16
-    assert ours <= plain + 2**-7 * exact[0].abs()
+    model = pk.attach(make())
+    exact = with_loss(model, WAYS[way.__name__], False)[0]
+    model.bfloat16()
+    found = [with_loss(model, WAYS[way.__name__], on)[0] for on in (False, True)]
+    plain, ours = ((x.double() - exact).abs() for x in found)
+    assert found[0].dtype == found[1].dtype == torch.bfloat16
+    assert ours <= plain + 2**-7 * exact.abs()
+
+
+MADE = {
+    "softmax": softmaxed,
+    "in place": lambda z: softmaxed(changed(z, lambda x: x.mul_(2).tanh_())),
+    "written to": lambda z: chosen(changed(z, lambda x: x.__setitem__((..., 3), -5.0))[:, :-1]),
+    "by a part in place": lambda z: chosen(changed(z, lambda x: x[:2].mul_(2.0))[:, :-1]),
+    "class in the middle": lambda z: F.cross_entropy(z[:, :-1].transpose(1, 2), NEXT),
+    "hook": lambda z: (
+        changed(z, lambda x: x.register_hook(lambda g: 2 * g)).log_softmax(-1)[..., 1].sum()
+    ),
+    "Function": lambda z: whole(_Tripled.apply(z)[:, :-1], NEXT).sum(),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*were made for")
-@pytest.mark.parametrize("way", {
-    "softmax": softmaxed,
-    "in place": lambda z: softmaxed(changed(z, lambda x: x.mul_(2).tanh_())),
-    "written to": lambda z: (
-        row_by_row(changed(z, lambda x: x.__setitem__((..., 3), -5.0))[:, :-1], NEXT) * UP
-    ).sum(),
-    "by a part in place": lambda z: (
-        row_by_row(changed(z, lambda x: x[:2].mul_(2.0))[:, :-1], NEXT) * UP
-    ).sum(),
-    "class in the middle": lambda z: F.cross_entropy(z[:, :-1].transpose(1, 2), NEXT),
-    "hook": lambda z: changed(z, lambda x: x.register_hook(lambda g: 2 * g)).log_softmax(-1)[
-        ..., 1
-    ].sum(),
-    "Function": lambda z: whole(_Tripled.apply(z)[:, :-1], NEXT).sum(),
-}.items(), ids=lambda way: way[0])  # fmt: skip
+@pytest.mark.parametrize("way", MADE)
 def test_everything_else_is_done_to_the_real_logits(llama, way):
-    assert assert_alike(llama, way[1], 1e-12) > 0
+    assert assert_alike(llama, MADE[way], 1e-12) > 0
 
 
-class _Tripled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 3 * grad
-
-
-@pytest.mark.parametrize("way", [softmax_by_row, row_by_row], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [softmax_by_row, row_by_row])
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_rows_without_a_gradient_are_multiplied_once(way, share, monkeypatch):
     """1 + 3 s matmuls of rows, or 3 where it was told that most of them have a gradient."""
-    model, rows, late = pk.attach(make("Llama")), [], []
+    model, rows, late = pk.attach(make()), [], []
     multiply, run = matmul.logits_into, lazy._run
     monkeypatch.setattr(
         matmul, "logits_into", lambda out, *args: rows.append(len(out)) or multiply(out, *args)
@@ -295,8 +303,7 @@ def test_rows_without_a_gradient_are_multiplied_once(way, share, monkeypatch):
     for step in range(2):
         rows.clear()
         late.clear()
-        z = model(input_ids=IDS, use_cache=False).logits
-        (way(z[:, :-1], NEXT) * mask).sum().backward()
+        chosen(logits_of(model)[:, :-1], up=mask, way=way).backward()
         assert model._pro_kernels.habits["live"] == pytest.approx(share)
         first = step == 0 or share < 2 / 3
         assert set(late) == {first}
@@ -306,41 +313,32 @@ def test_rows_without_a_gradient_are_multiplied_once(way, share, monkeypatch):
 def test_only_rows_asked_for_are_made_and_it_is_said_once(llama, monkeypatch, capsys):
     monkeypatch.setattr(lazy, "_said", set())
     with pytest.warns(UserWarning, match=r"probs of shape \(4, 2, 67\) were made for square"):
-        assert (
-            assert_alike(llama, lambda z: softmaxed(z) + row_by_row(z[:, :-1], NEXT).sum(), 1e-9)
-            == 8
-        )
+        assert assert_alike(llama, lambda z: softmaxed(z) + chosen(z[:, :-1]), 1e-9) == 8
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with_loss(llama, softmaxed, True)
+        with_loss(llama, softmaxed)
     monkeypatch.setenv("PRO_KERNELS_EXPLAIN", "1")
-    with_loss(llama, softmaxed, True)
+    with_loss(llama, softmaxed)
     assert "in softmaxed" in capsys.readouterr().err
 
 
 def test_a_tensor_to_whoever_looks(llama):
-    llama._pro_kernels.lazy = True
     out = llama(input_ids=IDS)
-    z = out.logits
+    z, plain = out.logits, logits_of(llama, False)
     assert z.shape == (B, T, V) and z.dtype == torch.float64 and z.requires_grad
     assert len(z) == B and z.size(-1) == V and z.dim() == z.ndim == 3 and z.numel() == B * T * V
     assert "shape=(4, 9, 67)" in f"{z}" and "LazyLogits" in str(out)
     assert llama(input_ids=IDS, return_dict=False)[0].shape == z.shape
-    assert type(pickle.loads(pickle.dumps(z.detach()))) is torch.Tensor
+    assert type(pickle.loads(pickle.dumps(z.detach()))) is Tensor
     file = io.BytesIO()
     torch.save(z, file)
     file.seek(0)
-    llama._pro_kernels.lazy = False
-    plain = llama(input_ids=IDS).logits
     assert torch.load(file).equal(plain) and z.detach().equal(plain.detach())
     assert z.tolist() == plain.tolist()
     assert copy.deepcopy(z.detach()).equal(plain)
-    with pytest.raises(ValueError, match="got -100"):  # and not a score of 0
-        z.gather(-1, torch.full((B, T, 1), -100))
 
 
 def test_a_call_with_labels_has_them_too(llama):
-    llama._pro_kernels.lazy = True
     out = llama(input_ids=IDS, labels=IDS)
     assert isinstance(out.logits, LazyLogits)
     logps = row_by_row(out.logits[:, :-1], IDS[:, 1:])
@@ -349,10 +347,9 @@ def test_a_call_with_labels_has_them_too(llama):
 
 
 def test_asked_after_the_optimizers_step(llama):
-    llama._pro_kernels.lazy = True
     model = copy.deepcopy(llama)
-    z = model(input_ids=IDS).logits
-    row_by_row(z[:, :-1], NEXT).sum().backward()
+    z = logits_of(model)
+    chosen(z[:, :-1]).backward()
     torch.optim.SGD(model.parameters(), 0.1).step()
     for ask in (softmaxed, lambda z: z.argmax(-1), lambda z: z.gather(-1, IDS[..., None])):
         with pytest.raises(RuntimeError, match="ask before that"):
@@ -360,43 +357,35 @@ def test_asked_after_the_optimizers_step(llama):
 
 
 def test_under_no_grad(llama, monkeypatch):
-    llama._pro_kernels.lazy = True
     with torch.no_grad():
-        assert type(llama(input_ids=IDS).logits) is torch.Tensor  # few rows
+        assert type(llama(input_ids=IDS).logits) is Tensor  # few rows
         monkeypatch.setattr(lazy, "_FEW", 0)
-        z = llama(input_ids=IDS).logits
-        assert isinstance(z, LazyLogits)
-        assert not row_by_row(z[:, :-1], NEXT).requires_grad
-    z = llama(input_ids=IDS).logits
-    with torch.no_grad():
-        entropies = entropy(z)
-        logps = row_by_row(z[:, :-1], NEXT)
-    assert not entropies.requires_grad and not logps.requires_grad
-    assert row_by_row(z[:, :-1], NEXT).requires_grad
-    assert not row_by_row(z.detach()[:, :-1], NEXT).requires_grad
+        assert not chosen(logits_of(llama)[:, :-1]).requires_grad
+    z = logits_of(llama)
+    for ask in (entropy, lambda z: chosen(z[:, :-1])):
+        assert not under_no_grad(z, ask).requires_grad
+    assert chosen(z[:, :-1]).requires_grad
+    assert not chosen(z.detach()[:, :-1]).requires_grad
 
 
 def test_plain_where_it_is_compiled_generates_or_is_told_to(llama):
-    llama._pro_kernels.lazy = True
     kinds = []
     handle = llama.register_forward_hook(lambda m, a, out: kinds.append(type(out.logits)))
     try:
         llama.generate(IDS[:, :3], max_new_tokens=3, do_sample=False)
     finally:
         handle.remove()
-    assert set(kinds) == {torch.Tensor}
-    compiled = torch.compile(llama, backend="eager")
-    assert type(compiled(input_ids=IDS).logits) is torch.Tensor
-    off = pk.attach(make("Llama"), lazy_logits=False)
-    assert type(off(input_ids=IDS).logits) is torch.Tensor
-    hooked = pk.attach(make("Llama"))
+    hooked = pk.attach(make())
     hooked.lm_head.register_forward_hook(lambda m, a, out: out + 1)
-    assert type(hooked(input_ids=IDS).logits) is torch.Tensor
+    off = pk.attach(make(), lazy_logits=False)
+    for model in (torch.compile(llama, backend="eager"), off, hooked):
+        kinds.append(type(model(input_ids=IDS).logits))
+    assert set(kinds) == {Tensor}
 
 
 def test_a_model_that_looks_at_its_logits_itself():
     """Its first call without labels is run again, and the others have plain logits."""
-    model = make("Llama")
+    model = make()
 
     class Looking(type(model)):
         def forward(self, *args, **kwargs):
@@ -408,45 +397,37 @@ def test_a_model_that_looks_at_its_logits_itself():
     pk.attach(model)
     for _ in range(2):
         out = model(input_ids=IDS)
-        assert type(out.logits) is torch.Tensor and out.best.equal(out.logits.argmax(-1))
+        assert type(out.logits) is Tensor and out.best.equal(out.logits.argmax(-1))
     assert not model._pro_kernels.lazy
     with pytest.raises(IndexError):  # one of its own stays one
-        pk.attach(make("Llama"))(input_ids=IDS + V)
+        pk.attach(make())(input_ids=IDS + V)
 
 
 def test_a_compiled_loss(llama):
-    @torch.compile(backend="eager")
-    def loss(z):
-        return (row_by_row(z[:, :-1], NEXT) * UP).sum()
-
-    assert assert_alike(llama, loss, 1e-9) == 0
+    compiled = torch.compile(WAYS["row_by_row"], backend="eager")
+    assert assert_alike(llama, compiled, 1e-9) == 0
 
 
-def test_autocast_and_accelerate(llama):
+def test_autocast_and_accelerate():
     from accelerate.utils import convert_outputs_to_fp32
 
-    model = pk.attach(make("Llama"))
-    found = []
-    with torch.autocast("cpu", torch.bfloat16):
-        labelled, plain = (m(input_ids=IDS, labels=IDS).logits for m in (model, make("Llama")))
-        assert isinstance(labelled, LazyLogits) and labelled.dtype == plain.dtype
-    for on in (False, True):
-        model._pro_kernels.lazy = on
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            z = convert_outputs_to_fp32(model.forward)(input_ids=IDS, use_cache=False).logits
-        assert z.dtype == torch.float32
-        (row_by_row(z[:, :-1], NEXT) * UP).sum().backward()  # outside of autocast
-        found.append(model.lm_head.weight.grad)
-    assert (found[0] - found[1]).norm() <= 0.02 * found[0].norm()
+    model = pk.attach(make())
+    cast = torch.autocast("cpu", torch.bfloat16)
+    with cast:
+        labelled, plain = (m(input_ids=IDS, labels=IDS).logits for m in (model, make()))
+    assert isinstance(labelled, LazyLogits) and labelled.dtype == plain.dtype
+    model.forward, forward = cast(convert_outputs_to_fp32(model.forward)), model.forward
+    off, on = (with_loss(model, WAYS["row_by_row"], lazy) for lazy in (False, True))
+    model.forward = forward
+    assert on[0].dtype == off[0].dtype == torch.float32  # made outside of autocast
+    for a, b in zip(off, on, strict=True):
+        assert (a - b).norm() <= 0.02 * a.norm()
 
 
 def test_lora_on_the_head():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(make("Llama").double(), config)
-    pk.attach(model)
-    base = model.get_base_model()
+    base = pk.attach(peft.get_peft_model(make().double(), config)).get_base_model()
     base.requires_grad_(True)
     assert assert_alike(base, WAYS["row_by_row"], 1e-9) == 0
     base.gradient_checkpointing_enable()
@@ -454,110 +435,89 @@ def test_lora_on_the_head():
     assert assert_alike(base, WAYS["row_by_row"], 1e-9) == 0
 
 
-PEAK = """
-import sys, torch, pro_kernels as pk, warnings
-from transformers import LlamaConfig, LlamaForCausalLM
-from test_lazy_logits import LOGPS, entropy_by_chunks
-rows, V = 2048, 32768  # 256 MB of logits
-lm = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=16,
-    num_hidden_layers=1, num_attention_heads=2))
-pk.attach(lm, budget=32 << 20)
-def peak(n, way):
-    ids = torch.randint(0, V, (4, n // 4))
-    open("/proc/self/clear_refs", "w").write("5")
-    way(lm(input_ids=ids).logits[:, :-1], ids[:, 1:]).sum().backward()
-    with open("/proc/self/status") as f:
-        return next(int(x.split()[1]) << 10 for x in f if x.startswith("VmHWM"))
-warnings.simplefilter("error")
-before = peak(64, LOGPS[0])
-ways = [*LOGPS[:2], lambda z, ids: entropy_by_chunks(z)]
-print([peak(rows, way) - before for way in ways])
-"""
-
-
+@pytest.mark.filterwarnings("error")
 def test_peak_memory():
     """Far below the logits, and no tensor [rows, V] was made."""
-    env = {**os.environ, **CHILD_ENV, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", PEAK], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert max(json.loads(run.stdout)) < 100 << 20  # logits and their gradient: 512 MB
+    model = pk.attach(make(vocab_size=1 << 15), budget=16 << 20)
+    ids = torch.randint(0, V, (4, 256))  # 128 MB of logits, and as much for their gradient
+    for way in (row_by_row, softmax_by_row, lambda z, ids: entropy_by_chunks(z)):
+
+        def run(ids=ids, way: Callable = way) -> None:
+            way(model(input_ids=ids).logits[:, :-1], ids[:, 1:]).sum().backward()
+
+        run(ids[:, :9])
+        assert peak_extra_bytes(Step(run), CPU)[0] < 50 << 20
 
 
-def under_no_grad(z, how):
-    with torch.no_grad():
-        return how(z)
-
-
-UP3 = UP.abs().unsqueeze(-1) + 0.5
 # Programs in which lazy logits once differed from plain ones.
 FOUND = {
     "a detached factor": lambda z: (z.log_softmax(-1) * z.softmax(-1).detach()).sum(-1)[0].sum(),
     "a factor under no_grad": lambda z: (
-        under_no_grad(z, lambda z: z.softmax(-1)) * z
-    ).sum(-1).square().sum(),
-    "a view in place": lambda z: changed(z, lambda z: z[:, 1:].div_(2)).logsumexp(-1).sum(),
-    "rows in place": lambda z: changed(z, lambda z: z.view(-1, V)[::2].mul_(2)).logsumexp(-1).sum(),
-    "detached in place": lambda z: changed(z, lambda z: z.detach().mul_(2)).logsumexp(-1).sum(),
-    "in place under no_grad": lambda z: under_no_grad(
-        z, lambda z: changed(z, lambda z: z.squeeze(0).div_(2))
-    ).logsumexp(-1).sum(),
-    "a contiguous copy in place": lambda z: z.logsumexp(-1).sum() + (
-        changed(z[:, 1:].contiguous(), lambda y: y.view(-1, V).div_(2)).logsumexp(-1).square().sum()
+        (under_no_grad(z, lambda z: z.softmax(-1)) * z).sum(-1).square().sum()
     ),
-    "a clone in place": lambda z: z.logsumexp(-1).sum() + (
-        changed(z[:, :-1].clone(), lambda y: y.reshape(-1, V).div_(2)).logsumexp(-1).square().sum()
+    "a view in place": lambda z: sums(changed(z, lambda z: cooled(z[:, 1:]))),
+    "rows in place": lambda z: sums(changed(z, lambda z: z.view(-1, V)[::2].mul_(2))),
+    "detached in place": lambda z: sums(changed(z, lambda z: cooled(z.detach()))),
+    "in place under no_grad": lambda z: sums(
+        under_no_grad(z, lambda z: changed(z, lambda z: cooled(z.squeeze(0))))
+    ),
+    "a contiguous copy in place": lambda z: sums(z) + sums(
+        changed(z[:, 1:].contiguous(), lambda y: cooled(y.view(-1, V)))
+    ),
+    "a clone in place": lambda z: sums(z) + sums(
+        changed(z[:, :-1].clone(), lambda y: cooled(y.reshape(-1, V)))
     ),
     "tuples as rows": lambda z: z[(0, 0),].gather(-1, IDS[:2][..., None]).sum(),
     "a new dimension": lambda z: (z.unsqueeze(-2).logsumexp(-1) * torch.arange(9.0)[:, None]).sum(),
     "a mean under no_grad first": lambda z: under_no_grad(z, torch.mean) * 0 + z.mean(),
-    "a hook of a part": lambda z: changed(
-        z[:, :-1], lambda v: v.register_hook(lambda g: 2 * g)
-    ).logsumexp(-1).sum(),
+    "a hook of a part": lambda z: sums(
+        changed(z[:, :-1], lambda v: v.register_hook(lambda g: 2 * g))
+    ),
     "max with a tensor": lambda z: torch.max(z, torch.tensor(-1.0, dtype=z.dtype)).sum(),
-    "nothing counts, smoothed": lambda z: z.mean() + F.cross_entropy(
-        z.flatten(0, 1), torch.full((B * T,), -100), label_smoothing=0.1, reduction="sum"
+    "nothing counts, smoothed": lambda z: z.mean() + loss(
+        z, torch.full_like(IGNORED, -100), label_smoothing=0.1, reduction="sum"
     ),
     "two copies divided": lambda z: (
-        changed(z[:, :-1].clone(), lambda a: a.div_(UP3)).softmax(-1)
-        * changed(z[:, :-1].clone(), lambda b: b.div_(2 * UP3)).log_softmax(-1)
+        changed(z[:, :-1].clone(), lambda a: a.div_(HOT)).softmax(-1)
+        * changed(z[:, :-1].clone(), lambda b: b.div_(2 * HOT)).log_softmax(-1)
     ).sum(-1).sum(),
     "dtype by position": lambda z: torch.log_softmax(z, -1, torch.float64)[..., 0].sum(),
     "no rows": lambda z: z[torch.empty(0, dtype=torch.int64)].logsumexp(-1).sum() + z.mean(),
     "a row": lambda z: z[0, 0].gather(0, torch.tensor(3)) + sum(p.sum() for p in z[0, 0].chunk(2)),
-    "a negative divisor": lambda z: (z / -2).logsumexp(-1).sum() + (z * -2).logsumexp(-1).sum(),
+    "a negative divisor": lambda z: sums(z / -2) + sums(z * -2),
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*were made for")
 @pytest.mark.parametrize("name", FOUND)
-@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
-def test_as_plain_logits(llama, capped, kind, name):
-    assert_alike(llama if kind == "Llama" else capped, FOUND[name], 1e-9)
+@pytest.mark.parametrize("kind", ["llama", "capped"])
+def test_as_plain_logits(request, kind, name):
+    assert_alike(request.getfixturevalue(kind), FOUND[name], 1e-9)
 
 
 def test_errors_of_plain_logits_are_errors(llama):
-    llama._pro_kernels.lazy = True
-    z = llama(input_ids=IDS).logits
+    z = logits_of(llama)
     for ids in (IDS - V, IDS + V, torch.full_like(IDS, -100)):
         for k in (1, 2):
             with pytest.raises((IndexError, ValueError, RuntimeError)):
                 z.gather(-1, ids[..., None].expand(-1, -1, k))
+    with pytest.raises(ValueError, match="got -100"):  # and not a score of 0
+        z.gather(-1, torch.full((B, T, 1), -100))
     with pytest.raises(RuntimeError, match="cannot be done in place"):
         z[:1].squeeze_(0)
     with pytest.raises(RuntimeError, match=r"out=\.\.\.\) cannot be done in place"):
         torch.div(z.detach(), 2, out=z.detach())
-    for ask in (lambda z: z.logsumexp(-1), lambda z: z.log_softmax(-1).gather(-1, IDS[..., None])):
+    for ask in (sums, lambda z: z.log_softmax(-1).gather(-1, IDS[..., None])):
         with pytest.raises(RuntimeError, match="first order only"):
             torch.autograd.grad(ask(z).sum(), llama.lm_head.weight, create_graph=True)
     with pk.distinct_rows(llama):
-        same = llama(input_ids=IDS[:1].expand(3, -1)).logits
+        same = logits_of(llama, ids=IDS[:1].expand(3, -1))
         with pytest.raises(IndexError, match="must lie in"):
             same.gather(-1, IDS[:1, :, None].expand(3, -1, -1) - V)
 
 
 def test_a_gradient_of_the_logits_themselves(llama):
-    llama._pro_kernels.lazy = True
-    z = llama(input_ids=IDS).logits
+    z = logits_of(llama)
     z.retain_grad()
     z.logsumexp(-1).sum().backward()
     assert z.grad.shape == z.shape and z.grad.sum().item() == pytest.approx(B * T)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import subprocess
+import runpy
 import sys
 import types
 
@@ -13,19 +14,12 @@ import torch
 import pro_kernels as pk
 from pro_kernels.integrations import names
 from pro_kernels.models.forward import STATE
-from stubs import stub_verl
+from pro_kernels.models.trl import accelerate_trl
+from stubs import stub, stub_verl
+from tiny_models import SIZES, V, assert_same_grads, grads, make
 
-V, H, T = 67, 16, 9
-
-
-def test_a_switch_is_imported_when_it_is_named():
-    code = (
-        "import sys, pro_kernels as pk; "
-        "print([m for m in sys.modules if m.startswith('pro_kernels.integrations.')]); "
-        "print(pk.integrations.liger.apply.__name__, hasattr(pk.integrations, 'llama'))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\napply False\n"
+H, T = SIZES["hidden_size"], 9
+liger_switch, verl_switch = pk.integrations.liger, pk.integrations.verl
 
 
 def test_names_are_exchanged_in_modules_loaded_before_and_since(monkeypatch):
@@ -42,6 +36,21 @@ def test_names_are_exchanged_in_modules_loaded_before_and_since(monkeypatch):
     assert (before.a, before.b, before.c, since.a) == (old, other, old, old) and not pairs
 
 
+@pytest.mark.parametrize(
+    ("package", "apply", "needs"),
+    [
+        ("liger_kernel", liger_switch.apply, "integrations.liger needs liger-kernel"),
+        ("verl", verl_switch.apply, "integrations.verl needs verl"),
+        ("swift", pk.integrations.swift.apply, "integrations.swift needs ms-swift"),
+        ("trl", accelerate_trl, "accelerate_trl needs TRL "),
+    ],
+)
+def test_a_missing_package_is_named(package, apply, needs, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=needs):
+        apply()
+
+
 # ---- Liger
 
 
@@ -49,7 +58,7 @@ def test_names_are_exchanged_in_modules_loaded_before_and_since(monkeypatch):
 def liger():
     pytest.importorskip("liger_kernel", reason="needs liger-kernel==0.8.*")
     yield importlib.import_module("liger_kernel.chunked_loss")
-    pk.integrations.liger.restore()
+    liger_switch.restore()
 
 
 def leaves(seed: int, *shapes) -> list[torch.Tensor]:
@@ -60,43 +69,31 @@ def leaves(seed: int, *shapes) -> list[torch.Tensor]:
 def targets(rows: int, seed: int = 1) -> torch.Tensor:
     """Of unequal lengths: some positions at the front and the end are not scored."""
     found = torch.randint(0, V, (rows, T), generator=torch.Generator().manual_seed(seed))
-    for row in range(rows):
-        found[row, : 1 + row % 3] = -100
-        found[row, T - row % 4 :] = -100
-    return found
+    at, row = torch.arange(T), torch.arange(rows)[:, None]
+    return found.masked_fill((at <= row % 3) | (at >= T - row % 4), -100)
 
 
-def ways(liger, run, *tensors):
-    """Outputs and gradients of ``run()``: Liger's, and ours, which never asks Liger."""
-    found = []
-    for ours in (False, True):
-        if ours:
-            pk.integrations.liger.apply()
-            monkey = pytest.MonkeyPatch()
-            monkey.setattr(torch.autograd.Function, "apply", _not_of(torch.autograd.Function.apply))
-        try:
-            loss, more = run()
-            (0.7 * loss).backward()
-        finally:
-            if ours:
-                monkey.undo()
-        found.append([loss, *more, *(t.grad for t in tensors)])
-        for t in tensors:
-            t.grad = None
-    return found
+def assert_ligers(run, *tensors):
+    """Outputs and gradients of ``run()`` are Liger's, and ours never ask Liger."""
+    theirs, ours = found = [], []
+    apply = torch.autograd.Function.apply.__func__
 
-
-def _not_of(apply):
     @classmethod
     def checked(cls, *args, **kwargs):
         assert not cls.__module__.startswith("liger_kernel"), cls
-        return apply.__func__(cls, *args, **kwargs)
+        return apply(cls, *args, **kwargs)
 
-    return checked
-
-
-def assert_same(theirs, ours):
-    assert len(theirs) == len(ours)
+    with pytest.MonkeyPatch.context() as patch:
+        for results in found:
+            loss, more = run()
+            (0.7 * loss).backward()
+            results += [loss, *more, *(t.grad for t in tensors)]
+            for t in tensors:
+                t.grad = None
+            if results is theirs:
+                liger_switch.apply()
+                patch.setattr(torch.autograd.Function, "apply", checked)
+    assert len(theirs) == len(ours) and not any(x.requires_grad for x in ours[1 : -len(tensors)])
     for a, b in zip(theirs, ours, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -133,16 +130,13 @@ def test_pairwise_losses_are_ligers(liger, kind, options, bias):
     loss_of = getattr(liger, f"LigerFusedLinear{kind}Loss")(compiled=False, **options)
     more = [x if x is None else x.detach() for x in reference] if kind == "DPO" else []
     tensors = [x for x in (hidden, weight, b) if x is not None]
-    theirs, ours = ways(liger, lambda: loss_of(weight, hidden, target, b, *more), *tensors)
-    assert_same(theirs, ours)
-    assert not any(x.requires_grad for x in ours[1 : -len(tensors)])
+    assert_ligers(lambda: loss_of(weight, hidden, target, b, *more), *tensors)
 
 
 def test_orpo_takes_other_targets_for_its_nll(liger):
     hidden, weight = leaves(3, (4, T, H), (V, H))
     loss_of, whole = liger.LigerFusedLinearORPOLoss(compiled=False), targets(4).clamp(min=0)
-    run = lambda: loss_of(weight, hidden, targets(4), nll_target=whole)  # noqa: E731
-    assert_same(*ways(liger, run, hidden, weight))
+    assert_ligers(lambda: loss_of(weight, hidden, targets(4), nll_target=whole), hidden, weight)
 
 
 @pytest.mark.parametrize("kl", [None, 0.3])
@@ -153,8 +147,7 @@ def test_kto_is_ligers(liger, options, kl):
     loss_of = liger.LigerFusedLinearKTOLoss(compiled=False, **options)
     kl = None if kl is None else torch.tensor(kl)
     more = (bias, wanted, *(x.detach() for x in reference), None, kl)
-    run = lambda: loss_of(hidden, weight, targets(5), *more)  # noqa: E731
-    assert_same(*ways(liger, run, hidden, weight, bias))
+    assert_ligers(lambda: loss_of(hidden, weight, targets(5), *more), hidden, weight, bias)
 
 
 @pytest.mark.parametrize("reference", ["logps", "model", None])
@@ -168,134 +161,113 @@ def test_kto_is_ligers(liger, options, kl):
     ids=str,
 )
 def test_grpo_is_ligers(liger, options, reference):
-    hidden, weight, old, ratio, ref, ref_hidden, ref_weight, good = (
-        x if i < 2 else x.detach()
-        for i, x in enumerate(leaves(5, (4, T, H), (V, H), (4, T), 4, (4, T), (4, T, H), (V, H), 4))
-    )
+    hidden, weight, *more = leaves(5, (4, T, H), (V, H), (4, T), 4, (4, T), (4, T, H), (V, H), 4)
+    old, ratio, ref, ref_hidden, ref_weight, good = (x.detach() for x in more)
     mask = targets(4) != -100
     if options.get("loss_type") != "luspo":  # which counts every position
         old = torch.where(mask, old, -200.0)  # the ratio overflows where nothing is kept
     old = old - 4
     given = {"old_per_token_logps": old, "vllm_is_ratio": ratio.abs()}
-    if reference == "logps":
-        given["ref_per_token_logps"] = ref - 4
-    elif reference:
-        given |= {"ref_input": ref_hidden, "ref_weight": ref_weight}
+    given |= {
+        "logps": {"ref_per_token_logps": ref - 4},
+        "model": {"ref_input": ref_hidden, "ref_weight": ref_weight},
+    }.get(reference, {})
     loss_of = liger.LigerFusedLinearGRPOLoss(
         compiled=False, use_ref_model=reference is not None, **options
     )
-    ids, mask = targets(4).clamp(min=0), mask.float()
+    ids, mask, safe = targets(4).clamp(min=0), mask.float(), old.clamp(min=-20)
 
     def run():
-        safe = given
-        if pk.integrations.liger._exchanged == []:  # of Liger, which would give NaN there
-            safe = {**given, "old_per_token_logps": old.clamp(min=-20)}
-        return loss_of(hidden, weight, ids, mask, good, **safe)
+        if not liger_switch._exchanged:  # Liger itself, which would give NaN there
+            return loss_of(hidden, weight, ids, mask, good, **given | {"old_per_token_logps": safe})
+        return loss_of(hidden, weight, ids, mask, good, **given)
 
-    theirs, ours = ways(liger, run, hidden, weight)
-    assert_same(theirs, ours)
+    assert_ligers(run, hidden, weight)
+
+
+CROSS_ENTROPIES = {
+    "plain": {},
+    "softcap": {"softcap": 3.0},
+    "classes": {"ce_weight": torch.linspace(0.1, 2.0, V)},
+    "scaled": {"use_token_scaling": True},
+    "accuracy": {"return_token_accuracy": True},
+    "empty": {},
+}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("case", ["plain", "softcap", "classes", "scaled", "accuracy", "empty"])
+@pytest.mark.parametrize("case", CROSS_ENTROPIES)
 def test_cross_entropy_is_that_of_plain_torch(liger, reduction, case):
     """Liger's own needs a GPU; its formula is written out here."""
     functional = importlib.import_module("liger_kernel.transformers.functional")
     modules = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
-    loss_class = modules.LigerFusedLinearCrossEntropyLoss
-    hidden, weight, bias, classes, upstream = leaves(6, (4 * T, H), (V, H), V, V, 4 * T)
-    target = targets(4).reshape(-1)
+    hidden, weight, bias, upstream = tensors = leaves(6, (4 * T, H), (V, H), V, 4 * T)
+    target, options = targets(4).reshape(-1), CROSS_ENTROPIES[case]
     if case == "empty":
         target = torch.full_like(target, -100)
-    options = {
-        "softcap": {"softcap": 3.0}, "classes": {"ce_weight": classes.detach().abs()},
-        "scaled": {"use_token_scaling": True}, "accuracy": {"return_token_accuracy": True},
-    }.get(case, {})  # fmt: skip
     upstream = upstream.detach() if reduction == "none" else torch.tensor(0.7)
+    kept, classes = target != -100, options.get("ce_weight", torch.ones(V))
     logits = hidden @ weight.t() + bias
     if case == "softcap":
         logits = 3 * torch.tanh(logits / 3)
-    want = torch.nn.functional.cross_entropy(
-        logits, target, options.get("ce_weight"), reduction="none"
-    )
-    count = (target != -100).sum().clamp(min=1)
-    if case == "classes":
-        count = options["ce_weight"][target[target != -100]].sum()
+    want = torch.nn.functional.cross_entropy(logits, target, classes, reduction="none")
     if case == "scaled":
         want = want * (-want.detach()).exp()
-    want = want if reduction == "none" else want.sum() / (count if reduction == "mean" else 1)
-    (want * upstream).sum().backward()
-    grads = [x.grad.clone() for x in (hidden, weight, bias)]
-    pk.integrations.liger.apply()
-    for run in (
-        lambda: loss_class(reduction=reduction, **options)(weight, hidden, target, bias),
-        lambda: functional.liger_fused_linear_cross_entropy(
-            hidden, weight, target, bias, reduction=reduction, **options
-        ),
-    ):
-        for x in (hidden, weight, bias):
-            x.grad = None
-        got = run()
+    right = ((logits.argmax(-1) == target) & kept).float()
+    if reduction != "none":
+        right = right.sum() / kept.sum()
+        want = want.sum() / (classes[target[kept]].sum().clamp(min=1) if reduction == "mean" else 1)
+
+    def gradients(loss):
+        return torch.autograd.grad((loss * upstream).sum(), tensors[:3])
+
+    expected = gradients(want)
+    liger_switch.apply()
+    loss_of = modules.LigerFusedLinearCrossEntropyLoss(reduction=reduction, **options)
+    function = functools.partial(
+        functional.liger_fused_linear_cross_entropy, reduction=reduction, **options
+    )
+    for got in (loss_of(weight, hidden, target, bias), function(hidden, weight, target, bias)):
         if case == "accuracy":
             assert got.z_loss is None and got.predicted_tokens is None
-            right = ((logits.argmax(-1) == target) & (target != -100)).float()
-            if reduction != "none":
-                right = right.sum() / (target != -100).sum()
             assert torch.equal(got.token_accuracy, right)
             got = got.loss
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-        (got * upstream).sum().backward()
-        for x, grad in zip((hidden, weight, bias), grads, strict=True):
-            torch.testing.assert_close(x.grad, grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients(got), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_transformers_model_with_ligers_forward_trains_on_it(liger):
     """What ``use_liger_kernel`` calls; Liger's other kernels need a GPU."""
-    import transformers
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=H, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).train()
-    labels = targets(2)
+    model, labels = make().train(), targets(2)
     batch = {"input_ids": labels.clamp(min=0), "labels": labels, "num_items_in_batch": 9}
     want = model(**batch).loss
-    want.backward()
-    grads = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
+    expected = grads(model, want)
     kernels = dict.fromkeys(("rope", "swiglu", "rms_norm", "cross_entropy"), False)
     _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=True, **kernels)
-    pk.integrations.liger.apply()
+    liger_switch.apply()
     got = model(**batch).loss
-    got.backward()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    for p, grad in zip(model.parameters(), grads, strict=True):
-        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
+    assert_same_grads(grads(model, got), expected)
 
 
 def test_what_the_kernels_cannot_do_stays_ligers_and_it_is_said(liger, monkeypatch):
-    import liger_kernel.ops as ops
-
-    asked = []
+    ops = importlib.import_module("liger_kernel.ops")
+    modules = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+    Loss, asked = modules.LigerFusedLinearCrossEntropyLoss, []  # noqa: N806
     function = ops.LigerFusedLinearCrossEntropyFunction
     monkeypatch.setattr(function, "apply", lambda *args: asked.append(args) or (0,) * 4)
-    pk.integrations.liger.apply()
+    liger_switch.apply()
     hidden, weight = leaves(7, (T, H), (V, H))
-    from liger_kernel.transformers.fused_linear_cross_entropy import (
-        LigerFusedLinearCrossEntropyLoss as Loss,
-    )
-
-    options = (
-        {"label_smoothing": 0.1}, {"lse_square_scale": 1e-4},
-        {"return_predicted_tokens": True}, {"return_z_loss": True},
-    )  # fmt: skip
-    for option in options:
-        (name,) = option
+    for name, value in (
+        ("label_smoothing", 0.1),
+        ("lse_square_scale", 1e-4),
+        ("return_predicted_tokens", True),
+        ("return_z_loss", True),
+    ):
         with pytest.warns(UserWarning, match=f"with {name}=.* is computed by Liger itself"):
-            Loss(**option)(weight, hidden, targets(1)[0])
+            Loss(**{name: value})(weight, hidden, targets(1)[0])
     weight.ds_id = 3
     with pytest.warns(UserWarning, match="a weight that ZeRO-3 has split"):
         Loss()(weight, hidden, targets(1)[0])
@@ -321,16 +293,16 @@ def test_every_name_is_ligers_again(liger):
     importlib.import_module("liger_kernel.chunked_loss.functional")
     importlib.import_module("liger_kernel.transformers")
     before = held()
-    pk.integrations.liger.apply()
+    liger_switch.apply()
     changed = {name for (_, name), value in held().items() if value is not before[_, name]}
     kinds = ("DPO", "ORPO", "CPO", "SimPO", "KTO", "GRPO", "CrossEntropy")
     assert changed == {f"LigerFusedLinear{x}Function" for x in kinds} | {
         f"liger_fused_linear_{x.lower()}" for x in kinds[:-1]
     }
     with pytest.raises(ValueError, match="computed here already; call restore"):
-        pk.integrations.liger.apply()
-    pk.integrations.liger.restore()
-    pk.integrations.liger.restore()
+        liger_switch.apply()
+    liger_switch.restore()
+    liger_switch.restore()
     assert all(value is before[key] for key, value in held().items())
 
 
@@ -344,14 +316,8 @@ def test_a_function_with_arguments_of_another_release_stays_ligers(liger, monkey
 
     monkeypatch.setattr(dpo_loss, "LigerFusedLinearDPOFunction", Newer)
     with pytest.warns(UserWarning, match="Newer takes tree, which is not known here"):
-        pk.integrations.liger.apply()
+        liger_switch.apply()
     assert dpo_loss.LigerFusedLinearDPOFunction is Newer
-
-
-def test_a_missing_liger_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    with pytest.raises(ImportError, match="integrations.liger needs liger-kernel"):
-        pk.integrations.liger.apply()
 
 
 # ---- verl
@@ -376,7 +342,7 @@ def bare_verl(monkeypatch):
 @pytest.fixture(params=[stub_verl, bare_verl], ids=["stub", "verl"])
 def verl(request, monkeypatch):
     yield request.param(monkeypatch)
-    pk.integrations.verl.restore()
+    verl_switch.restore()
     for name in [x for x in sys.modules if x.startswith("verl")]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -387,39 +353,37 @@ def test_verls_backends_all_give_its_log_probs_and_entropies(verl, monkeypatch, 
     hidden, weight, *upstream = leaves(8, (2, T, H), (V, H), (2, T), (2, T))
     ids = targets(2).clamp(min=0).int()
 
-    def run(score, *args):
+    def run(score, *args, shape=(2, T)):
         got = score(hidden, weight, *args)
-        shaped = [x.view(2, T) for x in got]
-        sum((x * up.detach()).sum() for x, up in zip(shaped, upstream, strict=True)).backward()
-        grads = [x.grad for x in (hidden, weight)]
-        hidden.grad = weight.grad = None
-        return got, [x.detach() for x in shaped] + grads
+        assert got[0].shape == got[1].shape == shape
+        got = [x.view(2, T) for x in got]
+        weighted = sum((x * up.detach()).sum() for x, up in zip(got, upstream, strict=True))
+        return [*got, *torch.autograd.grad(weighted, (hidden, weight))]
 
-    _, want = run(functional.FusedLinearForPPO(), ids.long(), temperature)
+    want = run(functional.FusedLinearForPPO(), ids.long(), temperature)
     holder = types.ModuleType("model_forward_fused")  # Megatron's, which imports the name
     holder.linear_cross_entropy = theirs = kernel.linear_cross_entropy
     monkeypatch.setitem(sys.modules, "model_forward_fused", holder)
-    pk.integrations.verl.apply()
+    verl_switch.apply()
     monkeypatch.setattr(torch.nn.functional, "log_softmax", None)
-    for backend in ("torch", "liger"):
-        score = functional.FusedLinearForPPO(impl_backend=backend)
-        got, found = run(score, ids, temperature)
-        assert got[0].shape == got[1].shape == (2, T)
-        for a, b in zip(found, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    for module in (kernel, holder):
-        got, found = run(module.linear_cross_entropy, ids, temperature, "none")
-        assert got[0].shape == got[1].shape == (2 * T,)  # flat, as verl's is
-        for a, b in zip(found, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    pk.integrations.verl.restore()
+    found = [
+        run(functional.FusedLinearForPPO(impl_backend=backend), ids, temperature)
+        for backend in ("torch", "liger")
+    ]
+    found += [  # flat, as verl's is
+        run(module.linear_cross_entropy, ids, temperature, "none", shape=(2 * T,))
+        for module in (kernel, holder)
+    ]
+    for got in found:
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    verl_switch.restore()
     assert kernel.linear_cross_entropy is holder.linear_cross_entropy is theirs
-    assert functional.FusedLinearForPPO.forward is not pk.integrations.verl.fused_linear_for_ppo
+    assert functional.FusedLinearForPPO.forward is not verl_switch.fused_linear_for_ppo
 
 
 def test_a_head_over_ranks_and_a_reduction_stay_verls_own(monkeypatch):
     _, kernel = stub_verl(monkeypatch)
-    pk.integrations.verl.apply()
+    verl_switch.apply()
     sizes = {"one": 1, "two": 2}
     monkeypatch.setattr(torch.distributed, "get_world_size", sizes.get)
     hidden, weight = leaves(8, (T, H), (V, H))
@@ -430,27 +394,24 @@ def test_a_head_over_ranks_and_a_reduction_stay_verls_own(monkeypatch):
     with pytest.warns(UserWarning, match="with reduction='mean' is computed by verl itself"):
         assert kernel.linear_cross_entropy(*args, "mean")[0] == "theirs"
     with pytest.raises(ValueError, match="computed here already; call restore"):
-        pk.integrations.verl.apply()
-    pk.integrations.verl.restore()
-    pk.integrations.verl.restore()
+        verl_switch.apply()
+    verl_switch.restore()
+    verl_switch.restore()
 
 
 def test_verls_workers_switch_is_an_import(monkeypatch):
     _, kernel = stub_verl(monkeypatch)
     monkeypatch.delitem(sys.modules, "pro_kernels.integrations.verl_workers", raising=False)
     importlib.import_module("pro_kernels.integrations.verl_workers")
-    assert kernel.linear_cross_entropy.func is pk.integrations.verl.linear_cross_entropy
-    pk.integrations.verl.restore()
+    assert kernel.linear_cross_entropy.func is verl_switch.linear_cross_entropy
+    verl_switch.restore()
 
 
-def test_another_verl_and_a_missing_one_are_named(monkeypatch):
+def test_another_verl_is_named(monkeypatch):
     functional, _ = stub_verl(monkeypatch)
     functional.FusedLinearForPPO.forward = lambda self, hidden_states, mask: None
     with pytest.raises(ValueError, match=r"takes \['self', 'hidden_states', 'mask'\], and what"):
-        pk.integrations.verl.apply()
-    monkeypatch.setitem(sys.modules, "verl.utils.kernel.linear_cross_entropy", None)
-    with pytest.raises(ImportError, match="integrations.verl needs verl"):
-        pk.integrations.verl.apply()
+        verl_switch.apply()
 
 
 # ---- plugins
@@ -458,19 +419,11 @@ def test_another_verl_and_a_missing_one_are_named(monkeypatch):
 
 @pytest.fixture
 def model():
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=H, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
+    return make()
 
 
 def is_attached(model) -> bool:
-    out = model(torch.arange(2 * T).view(2, T))
-    return type(out.logits) is not torch.Tensor
+    return type(model(torch.arange(2 * T).view(2, T)).logits) is not torch.Tensor
 
 
 @pytest.fixture(params=["stub", "axolotl"])
@@ -479,11 +432,8 @@ def axolotl(request, monkeypatch):
     if request.param == "axolotl":
         pytest.importorskip("axolotl", reason="needs axolotl==0.19.*")
     else:
-        base = types.ModuleType("axolotl.integrations.base")
+        base = stub(monkeypatch, "axolotl.integrations.base")
         base.BasePlugin = type("BasePlugin", (), {})
-        for name in ("axolotl", "axolotl.integrations"):
-            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        monkeypatch.setitem(sys.modules, base.__name__, base)
     monkeypatch.delitem(sys.modules, "pro_kernels.integrations.axolotl", raising=False)
     yield importlib.import_module("pro_kernels.integrations.axolotl")
     sys.modules.pop("pro_kernels.integrations.axolotl")
@@ -523,7 +473,6 @@ def swift(request, monkeypatch):
         pytest.importorskip("swift.model", reason="needs ms-swift==4.6.*")
         yield importlib.import_module("swift.model.register")
     else:
-        register = types.ModuleType("swift.model.register")
 
         class ModelLoader:
             def __init__(self, model, dummy):
@@ -532,10 +481,8 @@ def swift(request, monkeypatch):
             def load(self):
                 return self.model, "processor"
 
+        register = stub(monkeypatch, "swift.model.register")
         register.ModelLoader = ModelLoader
-        for name in ("swift", "swift.model"):
-            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        monkeypatch.setitem(sys.modules, register.__name__, register)
         yield register
     pk.integrations.swift.restore()
 
@@ -543,10 +490,9 @@ def swift(request, monkeypatch):
 def test_ms_swifts_plugin_is_a_file_that_attaches_what_ms_swift_loads(
     swift, model, capsys, monkeypatch
 ):
-    command = [sys.executable, "-m", "pro_kernels.integrations.swift"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    runpy.run_module("pro_kernels.integrations.swift", run_name="__main__")
     theirs = swift.ModelLoader.load
-    spec = importlib.util.spec_from_file_location("_external", done.stdout.strip())
+    spec = importlib.util.spec_from_file_location("_external", capsys.readouterr().out.strip())
     spec.loader.exec_module(importlib.util.module_from_spec(spec))  # as ms-swift imports it
     assert swift.ModelLoader.load is not theirs
     monkeypatch.setenv("PRO_KERNELS_RUN_ROWS", "distinct")
@@ -570,9 +516,3 @@ def test_the_plugins_folder_hides_no_package():
     """ms-swift puts it first on the path of every import."""
     files = {x.stem for x in pk.integrations.swift.PLUGIN.parent.glob("*.py")}
     assert files == {"__init__", "__main__", "pro_kernels_plugin"}
-
-
-def test_a_missing_ms_swift_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "swift", None)
-    with pytest.raises(ImportError, match="integrations.swift needs ms-swift"):
-        pk.integrations.swift.apply()
