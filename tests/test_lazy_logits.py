@@ -495,6 +495,30 @@ def test_as_plain_logits(request, kind, name):
     assert_alike(request.getfixturevalue(kind), FOUND[name], 1e-9)
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        lambda z: z[..., 3],
+        lambda z: z[..., :7],
+        lambda z: z.select(-1, 3),
+        lambda z: z.narrow(-1, 0, 7),
+    ],
+)
+def test_a_write_to_columns_is_not_lost_in_silence(llama, columns):
+    for make in (logits_of, lambda model: logits_of(model).detach()):
+        z = make(llama)
+        read = columns(z).clone()
+        z.log_softmax(-1).gather(-1, IDS[..., None])  # reading takes nothing away
+        columns(z).fill_(-5)
+        for ask in (softmaxed, lambda z: z.gather(-1, IDS[..., None])):
+            with pytest.raises(RuntimeError, match="columns of the logits .* changed in place"):
+                ask(z)
+        z = make(llama)
+        z.tanh_()  # real from now on: columns are views of them
+        columns(z).fill_(-5)
+        assert (columns(z) == -5).all() and read.shape == columns(z).shape
+
+
 def test_errors_of_plain_logits_are_errors(llama):
     z = logits_of(llama)
     for ids in (IDS - V, IDS + V, torch.full_like(IDS, -100)):

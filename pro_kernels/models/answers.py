@@ -156,7 +156,8 @@ def _columns(x: LazyLogits, index: list[Any], column: Any) -> Any:
         column = column + x.shape[-1] if column < 0 else column
         if x.what != "logits" or not 0 <= column < x.shape[-1]:
             return NotImplemented
-        return _number(x, logits_of(x, torch.full_like(x.rows, column)[..., None])[..., 0])
+        found = logits_of(x, torch.full_like(x.rows, column)[..., None])[..., 0]
+        return x.source.hand_out(_number(x, found))
     if isinstance(column, Tensor) and column.dim() and column.dtype == torch.int64:
         if not all(isinstance(i, int | Tensor) for i in index):
             return NotImplemented

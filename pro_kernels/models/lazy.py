@@ -78,6 +78,7 @@ class Source:
     hooks: list[Callable[[Tensor], Any]] = field(default_factory=list)
     shared: dict[Any, Tensor] = field(default_factory=dict)  # with copies, of the same rows
     watched: tuple[tuple[Tensor, int], ...] = ()  # what logits are made of, and its version
+    parts: tuple[tuple[Tensor, int], ...] = ()  # that were handed out, and their versions
 
     def __post_init__(self) -> None:
         if not self.watched:
@@ -89,8 +90,14 @@ class Source:
         """Autocast as it was when the model ran.
 
         Raises:
-            RuntimeError: the head has been changed since.
+            RuntimeError: the head has been changed since, or a part that plain logits share.
         """
+        if any(x._version != version for x, version in self.parts):
+            raise RuntimeError(
+                "columns of the logits of an attached model were changed in place, which does not "
+                "reach the logits: write logits[..., ids] = value instead of "
+                "logits[..., ids].fill_(value), or attach(model, lazy_logits=False)"
+            )
         if any(x._version != version for x, version in self.watched):
             raise RuntimeError(
                 "the logits of an attached model are asked for after its head was changed, by an "
@@ -99,6 +106,12 @@ class Source:
         on = self.autocast is not None
         with torch.autocast(self.head.hidden.device.type, dtype=self.autocast, enabled=on):
             yield
+
+    def hand_out(self, part: Tensor) -> Tensor:
+        """Columns, of which plain logits would give a view: a write to them must not be lost."""
+        if not part.is_inference():
+            self.parts += ((part.detach(), part._version),)
+        return part
 
     def mean_logit(self) -> Tensor:
         """(N,) fp32 (fp64 of such), of raw logits."""
@@ -428,7 +441,12 @@ def _plainly(func: Callable[..., Any], name: str, args: tuple, kwargs: dict[str,
         raise RuntimeError(f"{name}(out=...) {_NOT_IN_PLACE}")
     if wrapped:  # through the graph, below which logits are made
         return func(*args, **kwargs)
-    return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+    made = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+    if isinstance(first, LazyLogits) and first.source.real is None:
+        for x in made if isinstance(made, list | tuple) else (made,):
+            if isinstance(x, Tensor) and x._is_view():  # of real logits that are nobody's now
+                first.source.hand_out(x)
+    return made
 
 
 def _in_place(x: LazyLogits, func: Callable[..., Any], args: tuple, kwargs: dict) -> LazyLogits:

@@ -52,8 +52,8 @@ error; where sums stay fp32, √(3/2) times for the weight's alone (docs/design.
 relative to the largest log-prob: per token where tokens are asked for or scored, else of each
 candidate's sum. The others are relative, in norm. The official formulation ({official}) and peers
 are judged by nothing; they get the same inputs, and peers the plain ranking loss of
-bench/engine/losses.py. "official" entrances are compat="official" against the reference's in fp64. Batches
-are small and run on one thread, one of them on all."""
+bench/engine/losses.py. "official" entrances are compat="official" against the reference's in fp64.
+Batches are small and run on one thread, one of them on all."""
 
 
 def run(out: Path, cases: Sequence[Case] = CASES) -> int:
