@@ -63,14 +63,14 @@ test: $(VENV)/.installed
 
 # What takes longest is left out: processes, ranks, compilers, interpreted kernels, the trainer.
 FAST := tests/losses tests/distinct/test_tree.py tests/distinct/test_tree_attention.py \
-	tests/distinct/test_states.py $(wildcard tests/backends/test_*.py) \
+	tests/distinct/test_states.py $(wildcard tests/backends/test_c*.py) tests/backends/test_native.py \
 	$(addprefix tests/test_,$(addsuffix .py,reference layout layers planner matmul grad_filter \
 	rank_order bad_input attach switches no_sync shared_maths extending)) \
 	$(addprefix tests/trainer/test_,$(addsuffix .py,collate text data records files choose config \
 	official ranking inspect model))
 
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 $(FAST) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -k "not triton and not cuda" $(FAST) $(PYTEST_ARGS)
 
 test-models: $(VENV)/.models
 	$(BIN)/python tests/models/build.py '$(MODELS)'

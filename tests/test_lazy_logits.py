@@ -446,7 +446,7 @@ def test_peak_memory():
             way(model(input_ids=ids).logits[:, :-1], ids[:, 1:]).sum().backward()
 
         run(ids[:, :9])
-        assert peak_extra_bytes(Step(run), CPU)[0] < 50 << 20
+        assert peak_extra_bytes(Step(run), CPU)[0] < 64 << 20
 
 
 # Programs in which lazy logits once differed from plain ones.

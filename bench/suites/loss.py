@@ -334,13 +334,14 @@ def _hidden_cases(dtype: str) -> list[Case]:
 def _equal_cases(dtype: str) -> list[Case]:
     """Equal lists, and the share of scored positions from 10 to 100 %."""
     more = {"repeats": 3, "only": (*_PLAIN, "trl", "cce"), "dtype": dtype, "group": "equal"}
-    return [head_case(1024, 32000, masked, **more) for masked in MASKED]
+    cases = [head_case(1024, 32000, masked, **more) for masked in MASKED]
+    return [replace(case, name=f"equal lengths, {case.name}") for case in cases]
 
 
 def _gpu_quick(_: bool) -> list[Case]:
     """A minute or two on a GPU: the main shape with every peer, each entrance once."""
     return [
-        real_case("ranked", 4, 4096, 128256, repeats=7, memory=True, only=_EVERY),
+        real_case("ranked 4", 4, 4096, 128256, repeats=7, memory=True, only=_EVERY),
         *_entrances(4, 4096, 128256, repeats=5),
         *_logits_cases(4096, (128256,), 7),
         _ranking_case(4096, 64, 64, 11),
@@ -355,7 +356,7 @@ def _gpu(_: bool) -> list[Case]:
     return [
         head_case(H, V, 0.6, only=_EVERY, **main),
         head_case(H, V, 0.0, only=(*_PLAIN, *_HEAD_PEERS, *_TIERS), **main),
-        real_case("ranked", 4, H, V, only=(*_PLAIN, *_HEAD_PEERS), repeats=7),
+        real_case("ranked", 4, H, V, only=(*_PLAIN, *_HEAD_PEERS), repeats=7, group="real"),
         *_entrances(4, H, V, repeats=7),
         *_logits_cases(4096, (32000, 64000, 128256, 256000), 11),
         *(_ranking_case(4096, n, tokens, 21) for n, tokens in ((2, 64), (8, 64), (64, 64))),

@@ -41,14 +41,14 @@ def watch_plans() -> None:
 def log_probs(function: Callable) -> Callable:
     """Such a function with a loss of its log-probs (and entropies), for ``cases.run``."""
 
-    def with_loss(hidden, weight, targets, _, **options):
+    def pro_loss(hidden, weight, targets, _, **options):
         found = function(hidden, weight, targets, **options)
         found = found if isinstance(found, tuple) else (found,)
         g = torch.Generator().manual_seed(5)
         loss = sum((x * torch.randn(x.shape, generator=g)).sum() for x in found)
         return SimpleNamespace(loss=loss, values=found)
 
-    return with_loss
+    return pro_loss
 
 
 PRO = pk.linear_pro_loss, pk.reference.linear_pro_loss
@@ -71,12 +71,7 @@ def held(case: Case, head: Callable, hidden: Callable = lambda x: x) -> Case:
 
 def references(function: Callable, case: Case, dtype: torch.dtype, **options) -> list[Result]:
     """In ``dtype``, and in fp64 on the inputs as ``dtype`` rounds them."""
-
-    def rounded(x: Tensor) -> Tensor:
-        return x.to(dtype).double()
-
-    exact = run(function, held(case, rounded, rounded), torch.float64, **options)
-    return [run(function, case, dtype, **options), exact]
+    return [run(function, case, dtype, kind=kind, **options) for kind in (None, torch.float64)]
 
 
 def bounds(vocab: int, world: int) -> list[int]:

@@ -170,4 +170,4 @@ if __name__ == "__main__":
     check_steps()
     (folder / f"{dist.get_rank()}.done").touch()
     dist.barrier()
-    os._exit(0)  # as ranks.py does
+    os._exit(0)  # as worlds.py does

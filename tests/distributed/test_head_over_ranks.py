@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 def test_values_gradients_bytes_and_refusals(world, tmp_path):
     """A rank that fails a check fails the launch."""
     pytest.importorskip("transformers")
-    script = Path(__file__).with_name("ranks.py")
+    script = Path(__file__).with_name("worlds.py")
     done = subprocess.run(
         [sys.executable, str(script), str(world), str(tmp_path / "store")],
         capture_output=True, text=True,

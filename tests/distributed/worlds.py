@@ -1,4 +1,4 @@
-"""Run every check of this folder on ranks forked from one process: ranks.py WORLD STORE."""
+"""Run every check of this folder on ranks forked from one process: worlds.py WORLD STORE."""
 
 from __future__ import annotations
 
