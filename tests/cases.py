@@ -131,7 +131,8 @@ def run(
         for k, v in leaves.items()
         if v is not None
     }
-    args = [leaves["hidden"], leaves["weight"], None if targets is None else targets.to(here)]
+    targets = None if targets is None else targets.to(here)
+    args = [leaves["hidden"], leaves["weight"], targets]
     if "pro_loss" in function.__name__:
         rewards = options.pop("rewards", rewards)
         args.append(None if rewards is None else rewards.to(here))
