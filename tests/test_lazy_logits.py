@@ -505,15 +505,15 @@ def test_as_plain_logits(request, kind, name):
     ],
 )
 def test_a_write_to_columns_is_not_lost_in_silence(llama, columns):
-    for make in (logits_of, lambda model: logits_of(model).detach()):
-        z = make(llama)
+    for given in (logits_of, lambda model: logits_of(model).detach()):
+        z = given(llama)
         read = columns(z).clone()
         z.log_softmax(-1).gather(-1, IDS[..., None])  # reading takes nothing away
         columns(z).fill_(-5)
         for ask in (softmaxed, lambda z: z.gather(-1, IDS[..., None])):
             with pytest.raises(RuntimeError, match="columns of the logits .* changed in place"):
                 ask(z)
-        z = make(llama)
+        z = given(llama)
         z.tanh_()  # real from now on: columns are views of them
         columns(z).fill_(-5)
         assert (columns(z) == -5).all() and read.shape == columns(z).shape

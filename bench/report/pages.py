@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.engine.case import is_main
+from bench.engine.lists import MODELS
 from bench.engine.record import load
 from bench.engine.step import GROWTH
 from bench.report import frameworks, gpu, ranks
@@ -288,14 +289,20 @@ def _main_table(cases: list[list[dict]]) -> str:
     else:
         masked = f"{first['masked']:.0%} of the positions not scored"
         what = f"{first['dtype']}, n={first['n']}, {masked}; R positions."
-    missing = {row["label"]: row for rows in cases for row in rows if row["label"] not in ran}
-    return _joined(text, what, not_run([*missing.values()]))
+    every = [row for rows in cases for row in rows]
+    missing = {row["label"]: row for row in every if row["label"] not in ran}
+    here = [row for row in every if row["label"] in ran and row["seconds"] is None]
+    partly = [{**row, "label": f"{row['label']} at {_size(row)}"} for row in here]
+    return _joined(text, what, not_run([*missing.values(), *partly]))
 
 
 def _size(row: dict) -> str:
     cap = "" if row["softcap"] is None else f" softcap {row['softcap']:g}"
-    N = f" N={row['scored']}" if row.get("data") else ""
-    return f"H={row['H']} V={row['V']} R={row['tokens']}{N}{cap}"
+    if not row.get("data"):
+        return f"H={row['H']} V={row['V']} R={row['tokens']}{cap}"
+    sizes = f"H={row['H']} V={row['V']} n={row['n']} R={row['tokens']} N={row['scored']}"
+    whose = MODELS[row["model"]].label if row["model"] else row["data"]
+    return f"{whose}, {sizes}{cap}"
 
 
 def _loss_shape(row: dict) -> str:

@@ -120,7 +120,11 @@ def case_table(rows: list[dict]) -> str:
 
 def not_run(rows: list[dict]) -> str:
     """Who has no numbers, and why."""
-    reasons = {r["label"]: r["note"].split(": pip")[0] for r in rows if r["seconds"] is None}
+    reasons = {
+        r["label"]: r["note"].removeprefix("not run: ").split(": pip")[0]
+        for r in rows
+        if r["seconds"] is None
+    }
     return f"Not run: {'; '.join(f'{k} ({v})' for k, v in reasons.items())}." if reasons else ""
 
 
