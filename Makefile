@@ -58,7 +58,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m pro_trainer.demo
 
 test: $(VENV)/.installed
-	@echo "All tests: 10 to 20 minutes on two cores. make test-fast takes two."
+	@echo "All tests: 8 to 12 minutes on two cores. make test-fast takes two."
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 # What takes longest is left out: processes, ranks, compilers, interpreted kernels, the trainer.
