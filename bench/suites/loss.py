@@ -21,7 +21,7 @@ from bench.engine.case import Case, head_case, native, real_case
 from bench.engine.record import NO_TIME, empty_row, flag_wrong, note
 from bench.engine.rounds import interleaved
 from bench.engine.run import DeviceLost, Run, Suite
-from bench.engine.timing import Step, Timer, describe, paired, summary, wait
+from bench.engine.timing import Refused, Step, Timer, describe, paired, summary, wait
 from bench.engine.truth import Inputs, Truth, make_inputs, make_truth
 from bench.providers.base import Provider, available_bytes, ours_name
 
@@ -50,11 +50,10 @@ def measure(case: Case, providers: list[Provider], run: Run) -> list[dict]:
         return list(rows.values())  # weighed later
     try:
         if need > 0.7 * free:
-            why = f"its inputs need {need / 1e9:.0f} GB, {free / 1e9:.0f} are free"
-            raise MemoryError(why)
+            raise Refused(f"its inputs need {need / 1e9:.0f} GB, {free / 1e9:.0f} are free")
         contest = _Contest(case, run, rows)
-    except Exception as error:
-        return [{**row, "note": f"not run: {describe(error)}"} for row in rows.values()]
+    except Refused as refused:
+        return [{**row, "note": f"not run: {refused}"} for row in rows.values()]
     return contest.rows_of(providers)
 
 
