@@ -49,11 +49,6 @@ def plain_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
 
 
-def plain_loss(logits: Tensor, targets: Tensor, rewards: Tensor) -> Tensor:
-    """``loss_of_logps`` of ``plain_logps``."""
-    return loss_of_logps(plain_logps(logits, targets), targets, rewards)
-
-
 def official_logps(
     logits_of: Callable[[int], Tensor],  # candidate -> (B, T, V)
     targets: Tensor,  # (B, n, T)

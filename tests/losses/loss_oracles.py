@@ -274,7 +274,6 @@ def oracle_lipo_lambda(prompt, *, beta=0.05, gain="exp2"):
 
 ORACLES = {name[7:]: value for name, value in list(globals().items()) if name[:7] == "oracle_"}
 NEEDS_REF = {"dpo", "dpo_pl", "s_dpo", "ipo"}
-USES_REF = NEEDS_REF | {"lipo_lambda"}
 
 
 def expected(name, batch, *, use_ref=True, sft_index=None, weights=None, **options):
