@@ -19,6 +19,7 @@ import torch
 from cases import CPU, DTYPES, IDS
 from cuda_emulation import build, emulation
 from pro_kernels import backends
+from pro_kernels.selfcheck.trust.measure import threads
 
 ISAS = ("avx512bf16", "avx512", "avx2", "neon", "generic")
 # Roundings of fp32 that a row's sums may carry, and those of each nat of an exponent, for the
@@ -35,17 +36,6 @@ def isa(name: str) -> Iterator[None]:
         yield
     finally:
         cpu.set_isa(None)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """PyTorch, and with it the C++ library, on some threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @functools.cache

@@ -139,7 +139,7 @@ def test_eps_that_counts_keeps_the_official_meaning_away():
 
 def test_threads_are_left_as_they_were():
     before = torch.get_num_threads()
-    with pytest.raises(RuntimeError), measure._threads(before + 1):
+    with pytest.raises(RuntimeError), measure.threads(before + 1):
         assert torch.get_num_threads() == before + 1
         raise RuntimeError
     assert torch.get_num_threads() == before

@@ -105,7 +105,7 @@ def measure(
             if progress:
                 print(f"{device.type} {label(dtype)} ...", file=sys.stderr, flush=True)
             for seed, case in enumerate(cases):
-                with _threads(torch.get_num_threads() if case.threads else 1):
+                with threads(torch.get_num_threads() if case.threads else 1):
                     for kind in case.kinds:
                         problem = make_problem(case, kind, device, dtype, seed)
                         if found := entrances(problem):
@@ -167,7 +167,7 @@ def _measure_problem(
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """PyTorch's threads inside: between few rows threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
