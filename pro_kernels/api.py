@@ -23,7 +23,7 @@ from pro_kernels.layout import Layout, mark_unscored, shift_targets
 from pro_kernels.options import CallOptions, LogitOptions, Options, PROOptions
 from pro_kernels.output import GradFilter, PROOutput, TokenStats
 
-_NOT_OF_LOGITS = ("logits_dtype", "grad_filter", "budget", "process_group")
+_NOT_OF_LOGITS = ("head_dtype", "grad_filter", "budget", "process_group")
 _TOKENS = Options(LogitOptions, CallOptions, without=("inplace_backward", "sequence_group"))
 _STATS = Options(
     LogitOptions,
@@ -53,7 +53,8 @@ def linear_token_logps(
 
     Args:
         hidden: (..., H), float64/32/16 or bfloat16.
-        weight: (V, H), the dtype of hidden (under autocast both are cast). A DTensor (FSDP2, HSDP),
+        weight: (V, H), the dtype of hidden (under autocast both are cast; an fp32 head takes any
+            two). A DTensor (FSDP2, HSDP),
             sharded or replicated, is gathered in the forward and its gradient averaged over the
             mesh, as that of every other parameter is.
         targets: (...), integer.
@@ -135,12 +136,12 @@ def _token_stats(
     def check() -> ranks.Door:
         """This rank's arguments."""
         logits, how = taken.split(options)
-        compute = _check_head(hidden, weight, bias, how)
+        dtypes = _check_head(hidden, weight, bias, how)
         validate.check_targets_of(targets, "hidden", hidden, "hidden.shape[:-1]")
         vocab = weight.shape[0] if group is None else None
         scored = _scored(targets, how).reshape(1, 1, -1)
         layout = Layout.of_targets(scored, how.ignore_index, vocab)
-        call = _call(hidden, compute, logits, how, weight, entropy=entropy, extra=extra)
+        call = _call(hidden, dtypes, logits, how, weight, entropy=entropy, extra=extra)
         return call, layout, how, None
 
     call, layout, how, _ = ranks.agreed(check, (group, None), (hidden, weight, bias))
@@ -183,7 +184,7 @@ def token_logps(
     transform, how = _LOGITS.split(options)
     _check_logits(logits, targets)
     flat = mark_unscored(_scored(targets, how), how.ignore_index).reshape(-1)
-    call = _call(logits, logits.dtype, transform, how, entropy=return_entropy)
+    call = _call(logits, (logits.dtype,) * 2, transform, how, entropy=return_entropy)
     logps, entropy = autograd.Logps.apply(_rows(logits), flat, how.inplace_backward, call)
     logps = logps.view(targets.shape)
     return (logps, entropy.view(targets.shape)) if return_entropy else logps
@@ -243,10 +244,10 @@ def linear_pro_loss(
     def check() -> ranks.Door:
         """This rank's arguments."""
         loss, logits, how = _PRO.split(options)
-        compute = _check_head(hidden, weight, bias, how)
+        dtypes = _check_head(hidden, weight, bias, how)
         vocab = weight.shape[0] if group is None else None
         found = _lists(hidden, targets, layout, candidate_mask, how, vocab)
-        return _call(hidden, compute, logits, how, weight, loss, found), found, how, loss
+        return _call(hidden, dtypes, logits, how, weight, loss, found), found, how, loss
 
     def source(call: Call, scored: Layout, how: CallOptions, scalar_loss: bool) -> tuple:
         """As ``ranks.Source``."""
@@ -300,7 +301,8 @@ def pro_loss(
         loss, transform, how = _PRO_OF_LOGITS.split(options)
         _check_logits(logits, targets, lists=True)
         found = Layout.dense(_scored(targets, how, candidate_mask), how.ignore_index)
-        return _call(logits, logits.dtype, transform, how, None, loss, found), found, how, loss
+        dtypes = (logits.dtype,) * 2
+        return _call(logits, dtypes, transform, how, None, loss, found), found, how, loss
 
     def source(call: Call, layout: Layout, how: CallOptions, _: bool) -> tuple:
         """As ``ranks.Source``."""
@@ -346,7 +348,7 @@ def _pro(
 
 def _call(
     x: Tensor,  # hidden states or logits
-    compute: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],  # of matmuls and logits
     logits: LogitOptions,
     how: CallOptions,
     weight: Tensor | None = None,
@@ -356,7 +358,7 @@ def _call(
     extra: bool = False,
 ) -> Call:
     """The description of a call but for its plan."""
-    dtype = compute if how.logits_dtype is None else how.logits_dtype
+    compute, dtype = dtypes
     ranking: dict[str, Any] = {}
     if loss is not None and layout is not None:
         ranks_with = resolve(how.backend, x.device, dtype, layout.shape[1])
@@ -379,12 +381,10 @@ def _call(
 
 def _check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, how: CallOptions
-) -> torch.dtype:
-    """Dtype of the matmuls."""
-    compute = validate.check_head(hidden, weight, bias)
-    validate.check_logits_dtype(how.logits_dtype, compute)
+) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of matmuls and logits."""
     validate.check_grad_filter(how.grad_filter)
-    return compute
+    return validate.check_head(hidden, weight, bias, how.head_dtype)
 
 
 def _check_logits(logits: Tensor, targets: Tensor, lists: bool = False) -> None:

@@ -204,8 +204,12 @@ class CallOptions(_Checked):
 
     ignore_index: Annotated[int, "Target value of positions that are not scored."] = IGNORE_INDEX
     shift: Annotated[bool, "Targets are unshifted labels."] = False
-    logits_dtype: Annotated[
-        torch.dtype | None, "``torch.float32`` keeps logits of lower-precision inputs unrounded."
+    head_dtype: Annotated[
+        Literal["float32"] | None,
+        '"float32": an fp32 head. Hidden states and weight are multiplied as they are given, '
+        "autocast or not, and of any two dtypes; logits are the fp32 sums. Where both have one "
+        "16-bit dtype their products are exact in fp32, and no fp32 copy of the weight is made. "
+        "None: logits are rounded to the dtype of the matmuls.",
     ] = None
     grad_filter: Annotated[
         float | None,

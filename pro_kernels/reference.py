@@ -65,11 +65,12 @@ def linear_token_logps(
     bias: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     shift: bool = False,
+    head_dtype: str | None = None,
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``token_logps`` of ``hidden weight^T + bias``; options as there."""
     hidden, targets = _tokens(hidden, targets, ignore_index, shift)
-    return token_logps(torch.nn.functional.linear(hidden, weight, bias), targets, **options)
+    return token_logps(_logits(hidden, weight, bias, head_dtype), targets, **options)
 
 
 def sequence_scores(
@@ -170,13 +171,14 @@ def linear_pro_loss(
     ignore_index: int = IGNORE_INDEX,
     shift: bool = False,
     layout: Layout | None = None,
+    head_dtype: str | None = None,
     **options,
 ) -> PROOutput:
     """``pro_loss`` of ``hidden weight^T + bias``; all logits are built."""
     hidden, targets = _tokens(hidden, targets, ignore_index, shift, candidate_mask, layout)
     if layout is not None:
         layout = dataclasses.replace(layout, rows=None, targets=targets)
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = _logits(hidden, weight, bias, head_dtype)
     masked: Any = {"candidate_mask": candidate_mask, "layout": layout}
     return pro_loss(logits, targets, rewards, **masked, **options)
 
@@ -282,6 +284,15 @@ def _prompt_weights(valid: Tensor, prompt_weights: Tensor | None, dtype: torch.d
     if prompt_weights is not None:
         weights = weights * prompt_weights.to(weights)
     return (weights / weights.sum()).to(dtype) if weights.any() else weights.to(dtype)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head_dtype: str | None) -> Tensor:
+    """``hidden weight^T + bias``; of an fp32 head in fp32 (fp64 for fp64), autocast or not."""
+    if head_dtype is None:
+        return torch.nn.functional.linear(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        wide = None if bias is None else _wide(bias)
+        return torch.nn.functional.linear(_wide(hidden), _wide(weight), wide)
 
 
 def _wide(x: Tensor) -> Tensor:

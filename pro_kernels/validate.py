@@ -190,10 +190,13 @@ def check_candidates(
         check_same_shape("sft_index", sft_index, shape[:1], "(B,)")  # type: ignore[arg-type]
 
 
-def check_head(hidden: object, weight: object, bias: object) -> torch.dtype:
-    """Check ``hidden[..., H]``, ``weight[V, H]``, ``bias[V]``; return the dtype of the matmuls.
+def check_head(
+    hidden: object, weight: object, bias: object, head_dtype: str | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """Check ``hidden[..., H]``, ``weight[V, H]``, ``bias[V]``; the dtypes of matmuls and logits.
 
-    Under autocast that is autocast's dtype, else all three must have one dtype.
+    Those are autocast's, else that of all three, which must be one. An fp32 head leaves operands of
+    one dtype as they are, and multiplies those of two in fp32.
     """
     hidden = check_float("hidden", hidden)
     weight = check_float("weight", weight)
@@ -215,24 +218,21 @@ def check_head(hidden: object, weight: object, bias: object) -> torch.dtype:
                 f"bias must have shape ({weight.shape[0]},) and dtype {weight.dtype} as weight, "
                 f"got {tuple(bias.shape)} and {bias.dtype}"
             )
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(hidden.device.type)
-    if hidden.dtype != weight.dtype:
+    compute = hidden.dtype
+    if head_dtype is not None:
+        if torch.float64 in (compute, weight.dtype):
+            raise ValueError(
+                f"head_dtype must be None for float64 hidden or weight, got {head_dtype!r}"
+            )
+        return compute if compute == weight.dtype else torch.float32, torch.float32
+    if torch.is_autocast_enabled(hidden.device.type) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(hidden.device.type)
+    elif compute != weight.dtype:
         raise ValueError(
-            f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
-            f"{weight.dtype}"
+            "hidden and weight must have one dtype outside autocast and without "
+            f'head_dtype="float32", got {compute} and {weight.dtype}'
         )
-    return hidden.dtype
-
-
-def check_logits_dtype(logits_dtype: torch.dtype | None, compute: torch.dtype) -> None:
-    """The logits are held in the matmuls' own dtype, or in fp32."""
-    if logits_dtype is None or logits_dtype == compute:
-        return
-    if logits_dtype != torch.float32 or compute == torch.float64:
-        raise ValueError(
-            f"logits_dtype must be None, float32 or the compute dtype {compute}, got {logits_dtype}"
-        )
+    return compute, compute
 
 
 # Values

@@ -68,7 +68,7 @@ VALUES = [
     ({"hidden": torch.randn(2, 0, 4, 8), "targets": zeros(2, 0, 4)}, "have shape (B, n, T, H)"),
     ({"weight": torch.randn(11)}, "weight must have shape (V, H), got (11,)"),
     ({"weight": torch.randn(0, 8)}, "weight must not be empty"),
-    ({"weight": torch.randn(11, 8).double()}, "one dtype outside autocast"),
+    ({"weight": torch.randn(11, 8).double()}, 'without head_dtype="float32", got torch.float32'),
     ({"weight": torch.randn(11, 8, device="meta")}, "on the device of hidden"),
     ({"bias": torch.randn(10)}, "bias must have shape (11,)"),
     ({"targets": zeros(2, 3, 5)}, "targets must have shape (B, n, T)"),
@@ -108,7 +108,11 @@ VALUES = [
     ({"top_k": 0}, "top_k must be None or an integer >= 1, got 0"),
     ({"softcap": -1.0}, "softcap must be > 0, got -1.0"),
     ({"logit_scale": 0.0}, "logit_scale must not be 0"),
-    ({"logits_dtype": torch.float16}, "logits_dtype must be None, float"),
+    ({"head_dtype": torch.float32}, "one of [None, 'float32'], got torch.float32"),
+    (
+        {"hidden": DOUBLE, "weight": torch.randn(11, 8).double(), "head_dtype": "float32"},
+        "head_dtype must be None for float64 hidden or weight, got 'float32'",
+    ),
     ({"backend": "cudnn"}, "backend must be 'auto' or one of"),
     # An explicit backend never falls back.
     (

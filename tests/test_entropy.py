@@ -99,9 +99,9 @@ def test_every_tier(case, tier, freeze, force_tier, poison):
 def test_a_gpus_matmuls(tier, force_tier, monkeypatch):
     fp32_sums(monkeypatch)
     force_tier(tier)
-    for logits_dtype in (None, torch.float32):
+    for head_dtype in (None, "float32"):
         case = Case("sums", T=9, H=48, V=333, bias=True)
-        check(case, torch.bfloat16, logits_dtype=logits_dtype)
+        check(case, torch.bfloat16, head_dtype=head_dtype)
 
 
 @every_tier

@@ -136,24 +136,6 @@ def test_logits_changed_in_place_are_not_used_again_unnoticed(subject):
             torch.autograd.grad(output, x)
 
 
-def test_fp32_logits_of_bf16_inputs_are_more_exact():
-    hidden = torch.randn(300, 64).bfloat16()
-    weight = torch.randn(999, 64).bfloat16()
-    targets = torch.randint(0, 999, (300,))
-    exact = pk.reference.linear_token_logps(hidden.double(), weight.double(), targets)
-    errors = [
-        (pk.linear_token_logps(hidden, weight, targets, logits_dtype=kind) - exact).abs().max()
-        for kind in (None, torch.float32)
-    ]
-    assert errors[1] < 1e-5 < errors[0]
-
-
-def test_fp32_logits_have_gradients_too(force_tier):
-    for tier in ("T1", "T3"):
-        force_tier(tier)
-        compare(Case("wide", V=101), torch.bfloat16, logits_dtype=torch.float32)
-
-
 @pytest.mark.parametrize("freeze", [("hidden",), ("weight",), ("hidden", "weight"), ("bias",)])
 @every_tier
 def test_gradients_only_where_required(freeze, tier, force_tier):
@@ -258,7 +240,7 @@ def test_a_row_does_not_depend_on_where_it_stands(subject, tier, force_tier):
     hidden = torch.randn(1, 8).bfloat16().repeat(24, 1).view(2, 2, 6, 8).requires_grad_()
     weight = torch.randn(777, 8).bfloat16()
     logps = pk.linear_token_logps(
-        hidden, weight, torch.full((2, 2, 6), 5), logits_dtype=torch.float32, backend=subject.name
+        hidden, weight, torch.full((2, 2, 6), 5), head_dtype="float32", backend=subject.name
     )
     assert logps.unique().numel() == 1
     logps.sum().backward()

@@ -109,7 +109,7 @@ def test_errors_lie_within_the_bounds(small_chunks, monkeypatch, tier, extra):
     "options",
     [
         *({"backend": name} for name in usable_backends() if name != "triton"),
-        *({"budget": b, "logits_dtype": d} for b in (None, 1) for d in (None, torch.float32)),
+        *({"budget": b, "head_dtype": d} for b in (None, 1) for d in (None, "float32")),
     ],
     ids=str,
 )
@@ -324,7 +324,7 @@ def test_what_the_head_shares_cancels_before_it_is_rounded_to_16_bits(route, dty
     for tau in (None, 0.5):
         logps, dropped = pk.linear_token_logps(
             *(hidden, weight.to(dtype), targets),
-            **{"bias": bias.to(dtype), "logits_dtype": torch.float32},
+            **{"bias": bias.to(dtype), "head_dtype": "float32"},
             **{"grad_filter": tau, "return_dropped": True},
         )
         grads.append(torch.autograd.grad((upstream * logps).sum(), hidden)[0].double())

@@ -181,11 +181,11 @@ def test_the_route_of_a_gpu(case, dtype, tier, force_tier, monkeypatch):
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_fp32_logits_on_the_route_of_a_gpu(dtype, monkeypatch):
-    """``logits_dtype=float32`` without upcast operands: exact to fp32 roundings."""
+    """``head_dtype="float32"`` without upcast operands: exact to fp32 roundings."""
     fp32_sums(monkeypatch)
     hidden, weight, _, targets, _ = GPU_ROUTE[2].tensors()
     h, w = hidden.to(dtype), weight.to(dtype)
-    logps = pk.linear_token_logps(h, w, targets, logits_dtype=torch.float32)
+    logps = pk.linear_token_logps(h, w, targets, head_dtype="float32")
     exact = pk.reference.token_logps(h.double() @ w.double().t(), targets)
     torch.testing.assert_close(logps.double(), exact, rtol=1e-5, atol=1e-4)
 
@@ -279,9 +279,9 @@ def test_nothing_uninitialised_lies_between_rows_on_a_cpu(columns, poison):
 @pytest.mark.parametrize("options", [
     {}, {"grad_filter": 0.03}, {"budget": 1}, {"grad_filter": 0.03, "budget": 1},
 ])  # fmt: skip
-@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=["same", "fp32"])
+@pytest.mark.parametrize("head_dtype", [None, "float32"], ids=["same", "fp32"])
 def test_no_matmul_has_nan_between_the_rows_of_its_operands(
-    monkeypatch, poison, options, logits_dtype
+    monkeypatch, poison, options, head_dtype
 ):
     seen = []
 
@@ -307,7 +307,7 @@ def test_no_matmul_has_nan_between_the_rows_of_its_operands(
     weight = (3 * torch.randn(301, 16, generator=g)).bfloat16().requires_grad_()
     targets = torch.randint(0, 301, (2, 3, 8), generator=g)
     out = pk.linear_pro_loss(
-        hidden, weight, targets, torch.randn(2, 3, generator=g), logits_dtype=logits_dtype,
+        hidden, weight, targets, torch.randn(2, 3, generator=g), head_dtype=head_dtype,
         **options,
     )  # fmt: skip
     out.loss.backward()

@@ -95,7 +95,8 @@ def attach(
             does until ``detach``; "padded" runs batches as they are.
         lazy_logits: False: a call without labels returns plain logits, one with labels None.
         options: of ``linear_pro_loss``: ``sft_weight``, ``temperature``, ``ties``, ...,
-            ``logits_dtype``, ``grad_filter``. The last two count for the cross-entropy too.
+            ``head_dtype``, ``grad_filter``. The last two count for the cross-entropy too, and
+            ``head_dtype="float32"`` for ``logits``, which are fp32 then (but not of ``generate``).
 
     Returns:
         The same model.

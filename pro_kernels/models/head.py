@@ -39,9 +39,10 @@ class HeadInputs(NamedTuple):
         """All but ``hidden`` and ``weight``, as the fused functions take it."""
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
-    def raw_logits(self) -> Tensor:
-        """What the head multiplies, in its own dtype."""
-        return nn.functional.linear(self.hidden, self.weight, self.bias)
+    def raw_logits(self, dtype: torch.dtype | None = None) -> Tensor:
+        """What the head multiplies, in its own dtype or in this one."""
+        given = (x if x is None or dtype is None else x.to(dtype) for x in self[:3])
+        return nn.functional.linear(*given)  # type: ignore[arg-type]
 
     def after(self, z: Tensor) -> Tensor:
         """What the model makes of raw logits z."""

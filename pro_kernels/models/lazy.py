@@ -68,7 +68,7 @@ class Source:
     places: Tensor | None  # (N,), of each row in the hidden states; None: row i is the i-th
     dtype: torch.dtype  # in which the head would leave logits
     autocast: torch.dtype | None
-    options: dict[str, Any]  # backend and budget
+    options: dict[str, Any]  # backend, budget and head_dtype
     habits: dict[str, Any]  # what was asked of logits of this model before
     base: Tensor  # (count,) contiguous: the rows of its memory, of which views are made
     graph: bool  # whether its logits have a gradient
@@ -232,15 +232,17 @@ def lazy_logits(
 
     Args:
         head: of the call; hidden (..., H), of the logits or, with ``places``, (S, H).
-        options: ``backend`` and ``budget`` of the calls that answer for them.
+        options: ``backend``, ``budget`` and ``head_dtype`` of the calls that answer for them.
         habits: of the model, to be kept from call to call.
         made: the dtype in which the head would leave them.
-        dtype: the one they would be returned in.
+        dtype: the one they would be returned in. Of an fp32 head both are fp32, without autocast.
         places: (...), which hidden state each of the logits' rows is of.
     """
     kind = head.hidden.device.type
     shape = head.hidden.shape[:-1] if places is None else places.shape
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if options.get("head_dtype"):
+        made, dtype, autocast = torch.float32, torch.float32, None
     head = head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
     places = None if places is None else places.reshape(-1)
     rows = torch.arange(shape.numel(), device=head.hidden.device)
@@ -382,7 +384,8 @@ def _values(view: dict[str, Any], rows: Tensor, dtype: torch.dtype) -> Tensor:
     source: Source = view["source"]
     head = source.head._replace(hidden=source.at(source.head.hidden, rows))
     with source.computing():
-        z = head.after(head.raw_logits()).to(source.dtype).to(dtype)
+        wide = torch.float32 if source.options.get("head_dtype") else None
+        z = head.after(head.raw_logits(wide)).to(source.dtype).to(dtype)
     divisor, what = view["divisor"] * source.divisor, view["what"]
     z = z if divisor == 1.0 else z / divisor
     if what in ("logits", "log_probs"):
@@ -528,7 +531,7 @@ def _products(
 def target_logits(source: Source, places: Tensor, ids: Tensor) -> Tensor:
     """(n, k) of ids (n, k) of hidden states (n,), not divided."""
     head = source.head
-    dtype = source.autocast or head.hidden.dtype
+    dtype = source.autocast or torch.promote_types(head.hidden.dtype, head.weight.dtype)
     with source.computing():
         return _TargetLogits.apply(*head[:3], places, ids, dtype, head)
 

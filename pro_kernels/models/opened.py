@@ -265,7 +265,9 @@ class Opened:
                 inputs = resolve(head, row)._replace(**self.logits)
             except ValueError:
                 return forward(hidden)
-            if is_dtensor(hidden) or is_dtensor(inputs.weight) or not worth(*inputs[:2]):
+            if is_dtensor(hidden) or is_dtensor(inputs.weight):
+                return forward(hidden)
+            if not (self.options.get("head_dtype") or worth(*inputs[:2])):
                 return forward(hidden)
             calls[0] = inputs
             left = _no_logits(hidden)
@@ -293,7 +295,8 @@ class Opened:
         return out.to_tuple() if as_tuple else out
 
     def _not_made(self, inputs: HeadInputs, *more: Any) -> Tensor:
-        options = {name: self.options[name] for name in ("backend", "budget")}
+        names = self.options.keys() & {"backend", "budget", "head_dtype"}
+        options = {name: self.options[name] for name in names}
         return lazy_logits(inputs, options, self.habits, *more)
 
     def _stays_lazy(self, head: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -106,7 +106,7 @@ def check_gathered(mesh, square) -> None:
     if square is not None:
         layouts = {"HSDP": (square, Replicate(), Shard(0))}
     for what, layout in layouts.items():
-        compare(what, placed(*layout), batches(world), rank, logits_dtype=torch.float32)
+        compare(what, placed(*layout), batches(world), rank, head_dtype="float32")
 
 
 def check_split(mesh, square) -> None:

@@ -238,3 +238,19 @@ def test_twenty_steps_of_trl_are_the_same_on_distinct_rows(smollm, shared, tmp_p
     assert len(found[None]) == 20 and found[None][0] == pytest.approx(0.693, abs=1e-3)
     for rows in ("padded", "distinct"):
         assert found[rows] == pytest.approx(found[None], rel=1e-3)
+
+
+def test_log_probs_of_an_fp32_head_are_those_of_a_plain_fp32_forward(smollm):
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    ids = torch.tensor(tokenizer(__doc__ + "".join(QUESTIONS)).input_ids)[None]
+    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.bfloat16)
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state[0, :-1]
+        plain = (hidden.float() @ model.lm_head.weight.float().T).log_softmax(-1)
+        plain = plain.gather(1, ids[0, 1:, None])[:, 0]
+        off = []
+        for head_dtype in (None, "float32"):
+            out = pk.attach(model, head_dtype=head_dtype)(input_ids=ids, labels=ids)
+            off.append((out.token_logps[0, :-1] - plain).abs().max())
+            pk.detach(model)
+    assert off[1] < 5e-5 < 1e-2 < off[0]

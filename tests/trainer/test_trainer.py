@@ -81,6 +81,17 @@ def test_the_same_steps_by_another_way(differ, tmp_path):
         assert losses(one)[0] == pytest.approx(math.log(2), rel=1e-5)
 
 
+@pytest.mark.parametrize("loss_type", ["pro", "simpo"])
+def test_an_fp32_head_under_mixed_precision(loss_type, tmp_path):
+    wide = {"head_dtype": "float32"}
+    options = {"bf16": True, "max_steps": 1, "loss_type": loss_type}
+    fused, plain, rounded = (
+        losses(trained(tmp_path, **options, **more))[0]
+        for more in (wide, wide | {"loss_impl": "reference"}, {})
+    )
+    assert fused == pytest.approx(plain, rel=1e-6) and fused != pytest.approx(rounded, rel=1e-6)
+
+
 @pytest.mark.parametrize("loss_type", sorted(pk.losses.LOSSES))
 def test_every_loss_type_learns_to_rank_held_out_lists(loss_type, tmp_path):
     data, options = records(24), {"max_steps": 8, "learning_rate": 5e-3}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -154,11 +155,8 @@ def _pro_loss(
     head: Head, batch: Mapping[str, Any], config: LossOptions, ref_logps: None
 ) -> BatchLoss:
     preferences = batch["preferences"]
-    function, where = pk.linear_pro_loss, _backend(config)
-    if config.loss_impl == "reference":
-        function, where = pk.reference.linear_pro_loss, {}
     official = config.compat == "official"
-    output = function(
+    output = _function(config, "linear_pro_loss")(
         head.hidden,
         head.weight,
         None,
@@ -170,7 +168,6 @@ def _pro_loss(
         final_dtype=head.hidden.dtype if official else None,
         **_options(config, preferences.by_order),
         **head.options(),
-        **where,
     )
     return BatchLoss(output.loss, output.logps, output.lengths)
 
@@ -292,19 +289,22 @@ def _sequence_logps(
 ) -> tuple[Tensor, Tensor]:
     layout = batch["layout"]
     rows = head.hidden.index_select(0, layout.rows)
-    function, where = pk.linear_token_logps, _backend(config)
-    if config.loss_impl == "reference":
-        function, where = pk.reference.linear_token_logps, {}
-    logps = function(rows, head.weight, layout.targets, **head.options(), **where)
+    function = _function(config, "linear_token_logps")
+    logps = function(rows, head.weight, layout.targets, **head.options())
     sums = torch.segment_reduce(logps, "sum", lengths=layout.lengths, unsafe=True)
     at = layout.sequences.clamp_min(0)
     exists = layout.sequences >= 0
     return torch.where(exists, sums[at], 0.0), torch.where(exists, layout.lengths[at], 0)
 
 
-def _backend(config: LossOptions) -> dict[str, Any]:
-    budget = None if config.budget_mb is None else config.budget_mb << 20
-    return {"backend": config.loss_impl, "budget": budget}
+def _function(config: LossOptions, name: str) -> Callable[..., Any]:
+    """The fused function of that name, or the reference's, and how it is to run."""
+    if config.loss_impl == "reference":
+        return partial(getattr(pk.reference, name), head_dtype=config.head_dtype)
+    how = {"backend": config.loss_impl, "head_dtype": config.head_dtype}
+    if config.budget_mb is not None:
+        how["budget"] = config.budget_mb << 20
+    return partial(getattr(pk, name), **how)
 
 
 def _options(config: LossOptions, by_order: bool) -> dict[str, Any]:

@@ -46,6 +46,11 @@ class LossOptions(LossSettings):
         "The fused loss with this backend (auto: the fastest usable), or the plain PyTorch "
         "reference.",
     )
+    head_dtype: Literal["float32"] | None = option(
+        None,
+        "float32: logits are fp32 sums, whatever the dtype of the weights, and mixed precision "
+        "leaves the LM head alone. Default: that of the weights, or of mixed precision.",
+    )
     budget_mb: int | None = option(
         None, "MiB the fused loss may take beyond the gradients. Default: an eighth of the memory."
     )

@@ -1,0 +1,132 @@
+"""``head_dtype="float32"``: fp32 logits of operands of any dtypes, in every backend and tier."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import pro_kernels as pk
+from cases import Case, assert_no_worse, upstreams
+from pro_kernels.models.lazy import LazyLogits, real
+from subjects import every_subject
+from tiny_models import V, make
+
+FP32 = {"head_dtype": "float32"}
+# Of hidden states and of the head, and autocast's.
+DTYPES = [
+    (torch.bfloat16, torch.bfloat16, None),
+    (torch.float16, torch.float16, None),
+    (torch.bfloat16, torch.float32, None),
+    (torch.float32, torch.bfloat16, None),
+    (torch.float16, torch.bfloat16, None),
+    (torch.float32, torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.float16),
+]
+CASE = Case("wide", T=9, H=48, V=333, bias=True, options={"softcap": 5.0, "logit_scale": 0.8})
+
+
+def results(function, dtypes, kind=None, **options) -> list[torch.Tensor]:
+    """What the function returns for ``CASE`` and its gradients; ``kind``: the dtype to run in."""
+    here = torch.get_default_device()
+    *tensors, targets, rewards = (x.to(here) for x in CASE.tensors())
+    own, head, autocast = dtypes
+    leaves = [
+        x.to(dtype).to(kind or dtype).requires_grad_()
+        for x, dtype in zip(tensors, (own, head, head), strict=True)
+    ]
+    args = (*leaves[:2], targets)
+    with torch.autocast(here.type, autocast, enabled=autocast is not None and kind is None):
+        if "pro_loss" in function.__name__:
+            out = function(*args, rewards, bias=leaves[2], **options)
+            values = [out.loss, out.logps]
+        else:
+            values = list(function(*args, bias=leaves[2], return_entropy=True, **options))
+    up = upstreams(CASE).to(here) if values[0].dim() else [torch.tensor(1.7)]
+    sum((x * u).sum() for x, u in zip(values, up, strict=False)).backward()
+    assert [x.grad.dtype for x in leaves] == [x.dtype for x in leaves]
+    return [*(x.detach() for x in values), *(x.grad for x in leaves)]
+
+
+def check(function: str, dtypes, **options) -> None:
+    plain = getattr(pk.reference, function)
+    ours = results(getattr(pk, function), dtypes, **CASE.options, **options, **FP32)
+    exact = results(plain, dtypes, torch.float64, **CASE.options)
+    # What the gradient matmuls round to is the dtype that both operands have.
+    same = dtypes[0] == dtypes[1]
+    rounded = results(plain, (*dtypes[:2], None), **CASE.options, **({} if same else FP32))
+    for i, what in enumerate(("value 0", "value 1", "hidden", "weight", "bias")):
+        if i < 2:
+            torch.testing.assert_close(ours[i].double(), exact[i], rtol=2e-6, atol=2e-6)
+        else:
+            dtype = dtypes[0] if same else ours[i].dtype
+            assert_no_worse(ours[i], rounded[i], exact[i], dtype, f"{what} weight", norm=True)
+
+
+@pytest.mark.parametrize("function", ["linear_token_logps", "linear_pro_loss"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@every_subject(every_way=False)
+def test_every_backend(subject, dtypes, function, poison):
+    check(function, dtypes, backend=subject.name)
+
+
+@pytest.mark.parametrize("tier", ["T1", "T2", "T3"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_every_tier(dtypes, tier, force_tier, poison):
+    force_tier(tier)
+    check("linear_pro_loss", dtypes)
+
+
+def test_it_is_what_makes_the_difference():
+    hidden, weight = torch.randn(300, 64).bfloat16(), torch.randn(999, 64).bfloat16()
+    targets = torch.randint(0, 999, (300,))
+    exact = pk.reference.linear_token_logps(hidden.double(), weight.double(), targets)
+    off = [
+        (pk.linear_token_logps(hidden, weight, targets, **options) - exact).abs().max()
+        for options in ({}, FP32)
+    ]
+    assert off[1] < 1e-5 < off[0]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_an_attached_model(autocast):
+    """Its log-probs and its logits, lazy and made, are those of fp32 logits to fp32's roundings."""
+    model = make() if autocast else make().bfloat16()
+    ids = torch.randint(0, V, (2, 9))
+
+    def run(**options):
+        attached = pk.attach(copy.deepcopy(model), **options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return attached, attached(input_ids=ids, labels=ids), attached(input_ids=ids).logits
+
+    plain = pk.OpenModel(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        heads = []
+        plain.run(lambda head: heads.append(head) or (ids.sum(), {"logps": ids}), input_ids=ids)
+    exact = heads[0].exact_logits().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    attached, out, logits = run(**FP32)
+    _, rounded, _ = run()
+    near = {"rtol": 0, "atol": 2e-6, "check_dtype": False}
+    torch.testing.assert_close(out.token_logps[:, :-1], exact, **near)
+    assert (rounded.token_logps[:, :-1] - exact).abs().max() > 1e-4
+    for z in (out.logits, logits):
+        assert isinstance(z, LazyLogits) and z.dtype == torch.float32
+        for way in (torch.clone, real):  # lazy, and made
+            log_p = way(z)[:, :-1].log_softmax(-1)
+            torch.testing.assert_close(log_p.gather(-1, ids[:, 1:, None])[..., 0], exact, **near)
+        top = z[:, :-1].topk(2).values
+        torch.testing.assert_close(top, heads[0].exact_logits()[:, :-1].topk(2).values, **near)
+    with torch.no_grad():  # of a few rows, too
+        assert attached(input_ids=ids).logits.dtype == torch.float32
+
+
+def test_an_fp32_weight_behind_16_bits_of_hidden_states():
+    model = make().bfloat16()
+    model.lm_head.float()
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    ids = torch.randint(0, V, (2, 9))
+    exact = model(input_ids=ids).logits.double().log_softmax(-1)[:, :-1]
+    out = pk.attach(model, **FP32)(input_ids=ids, labels=ids)
+    exact = exact.gather(-1, ids[:, 1:, None])[..., 0].float()
+    torch.testing.assert_close(out.token_logps[:, :-1], exact, rtol=0, atol=2e-6)
