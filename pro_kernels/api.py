@@ -131,6 +131,7 @@ def _token_stats(
 ) -> tuple[list[Tensor], Tensor]:
     """Log-probs and what else is asked for, and what a filter dropped, in the shape of targets."""
     taken, options = given
+    options, scale = _numbers(options)
     weight, bias, group = shards.head_here(weight, bias, options.get("process_group"))
 
     def check() -> ranks.Door:
@@ -141,13 +142,15 @@ def _token_stats(
         vocab = weight.shape[0] if group is None else None
         scored = _scored(targets, how).reshape(1, 1, -1)
         layout = Layout.of_targets(scored, how.ignore_index, vocab)
+        _check_scale(scale, "hidden", hidden, bias, layout.rows, layout.targets)
         call = _call(hidden, dtypes, logits, how, weight, entropy=entropy, extra=extra)
         return call, layout, how, None
 
-    call, layout, how, _ = ranks.agreed(check, (group, None), (hidden, weight, bias))
+    call, layout, how, _ = ranks.agreed(check, (group, None), (hidden, weight, bias, scale))
     call = planned(call, hidden, weight, bias, layout, how.budget)
+    rows, by_row = hidden.reshape(-1, hidden.shape[-1]), _flat(scale, call)
     logps, dropped, *more = autograd.Head.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout.rows, layout.targets, call
+        rows, weight, bias, layout.rows, layout.targets, by_row, call
     )
     found = [logps, *more[:1], *(more[1] if extra else [])]
     stats = [layout.by_position(x).view(targets.shape) for x in found]
@@ -181,11 +184,14 @@ def token_logps(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit, a target outside [0, V).
     """
+    options, scale = _numbers(options)
     transform, how = _LOGITS.split(options)
     _check_logits(logits, targets)
     flat = mark_unscored(_scored(targets, how), how.ignore_index).reshape(-1)
+    _check_scale(scale, "logits", logits, None, None, flat)
     call = _call(logits, (logits.dtype,) * 2, transform, how, entropy=return_entropy)
-    logps, entropy = autograd.Logps.apply(_rows(logits), flat, how.inplace_backward, call)
+    args = (_rows(logits), flat, _flat(scale, call), how.inplace_backward, call)
+    logps, entropy = autograd.Logps.apply(*args)
     logps = logps.view(targets.shape)
     return (logps, entropy.view(targets.shape)) if return_entropy else logps
 
@@ -233,6 +239,7 @@ def linear_pro_loss(
         ValueError: shapes, devices or values that do not fit; rewards not finite, or all equal
             within a prompt (with ``temperature="reward"``); a target outside [0, V).
     """
+    options, scale = _numbers(options)
     weight, bias, group = shards.head_here(weight, bias, options.get("process_group"))
     by_candidate = {
         "rewards": rewards,
@@ -247,6 +254,7 @@ def linear_pro_loss(
         dtypes = _check_head(hidden, weight, bias, how)
         vocab = weight.shape[0] if group is None else None
         found = _lists(hidden, targets, layout, candidate_mask, how, vocab)
+        _check_scale(scale, "hidden", hidden, bias, found.rows, found.targets)
         return _call(hidden, dtypes, logits, how, weight, loss, found), found, how, loss
 
     def source(call: Call, scored: Layout, how: CallOptions, scalar_loss: bool) -> tuple:
@@ -255,14 +263,14 @@ def linear_pro_loss(
         rows = hidden.reshape(-1, hidden.shape[-1])
         if layout is not None and candidate_mask is not None and scored.candidate_tokens is None:
             rows = scored.blanked(rows)
-        head = (rows, weight, bias, scored.rows, scored.targets)
+        head = (rows, weight, bias, scored.rows, scored.targets, _flat(scale, call))
         return (
             call,
             lambda: autograd.Head.apply(*head, call)[:2],
             lambda candidates: autograd.LinearPRO.apply(*head, *candidates, call),
         )
 
-    return _pro(check, source, (hidden, weight, bias), (group, options), by_candidate)
+    return _pro(check, source, (hidden, weight, bias, scale), (group, options), by_candidate)
 
 
 @_PRO_OF_LOGITS
@@ -289,6 +297,7 @@ def pro_loss(
 
     Returns, raises: as ``linear_pro_loss``.
     """
+    options, scale = _numbers(options)
     by_candidate = {
         "rewards": rewards,
         "candidate_mask": candidate_mask,
@@ -301,12 +310,13 @@ def pro_loss(
         loss, transform, how = _PRO_OF_LOGITS.split(options)
         _check_logits(logits, targets, lists=True)
         found = Layout.dense(_scored(targets, how, candidate_mask), how.ignore_index)
+        _check_scale(scale, "logits", logits, None, None, found.targets)
         dtypes = (logits.dtype,) * 2
         return _call(logits, dtypes, transform, how, None, loss, found), found, how, loss
 
     def source(call: Call, layout: Layout, how: CallOptions, _: bool) -> tuple:
         """As ``ranks.Source``."""
-        args = (_rows(logits), layout.targets, how.inplace_backward, call)
+        args = _rows(logits), layout.targets, _flat(scale, call), how.inplace_backward, call
 
         def logps() -> tuple[Tensor, None]:
             return autograd.Logps.apply(*args)[0], None
@@ -316,7 +326,7 @@ def pro_loss(
 
         return call, logps, loss
 
-    return _pro(check, source, (logits, None, None), (None, options), by_candidate)
+    return _pro(check, source, (logits, None, None, scale), (None, options), by_candidate)
 
 
 def _pro(
@@ -385,6 +395,37 @@ def _check_head(
     """Dtypes of matmuls and logits."""
     validate.check_grad_filter(how.grad_filter)
     return validate.check_head(hidden, weight, bias, how.head_dtype)
+
+
+def _numbers(options: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """The options with a number for logit_scale, and what of it is a tensor."""
+    scale = options.get("logit_scale")
+    return (
+        ({**options, "logit_scale": 1.0}, scale) if isinstance(scale, Tensor) else (options, None)
+    )
+
+
+def _check_scale(
+    scale: Tensor | None,
+    name: str,
+    like: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,  # that are scored; None: those with a target
+    targets: Tensor,
+) -> None:
+    """A ``logit_scale`` of each row, its values only on the CPU."""
+    if scale is None:
+        return
+    validate.check_row_scale(scale, name, like, bias)
+    if validate.readable(scale):
+        flat = scale.detach().reshape(-1)
+        scored = torch.where(targets < 0, 1.0, flat) if rows is None else flat[rows]
+        validate.check_scales(scored)
+
+
+def _flat(scale: Tensor | None, call: Call) -> Tensor | None:
+    """(R,), in the dtype of log-probs."""
+    return None if scale is None else scale.detach().reshape(-1).to(call.acc_dtype)
 
 
 def _check_logits(logits: Tensor, targets: Tensor, lists: bool = False) -> None:

@@ -92,7 +92,13 @@ class LogitOptions(_Checked):
         float | None, Limits(above=0), "``c * tanh(z / c)`` on the logits, or None."
     ] = None
     logit_scale: Annotated[
-        float, Limits(largest=LARGEST_SCALE), "Factor on the logits, before the softcap."
+        float,
+        Limits(largest=LARGEST_SCALE),
+        "Factor on the logits, before the softcap. A number, or a tensor of a number for each row "
+        "(of the shape of targets; with a layout, of the rows of hidden): 1 / temperature of "
+        "sampling, say. Such a tensor is a constant of the gradient, and there can be no bias. It "
+        "is multiplied into the rows of hidden in fp32, which rounds 16-bit ones once more, unless "
+        "the head is an fp32 one (docs/logprobs.md).",
     ] = 1.0
 
     def __post_init__(self) -> None:

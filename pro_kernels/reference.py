@@ -37,7 +37,7 @@ def token_logps(
     ignore_index: int = IGNORE_INDEX,
     shift: bool = False,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target, ``(...)`` fp32 (fp64 for fp64), 0 where not scored.
@@ -46,6 +46,9 @@ def token_logps(
     """
     logits, targets = _tokens(logits, targets, ignore_index, shift)
     scored = targets != IGNORE_INDEX
+    if isinstance(logit_scale, Tensor):
+        by_row = torch.where(scored, logit_scale, 1.0).to(_wide(logits).dtype)
+        logits, logit_scale = _wide(logits) * by_row[..., None], 1.0
     z = LogitOptions(softcap, logit_scale).transform(_wide(logits))
     index = torch.where(scored, targets, 0).long().unsqueeze(-1)
     log_p = torch.log_softmax(z, dim=-1)
@@ -120,13 +123,16 @@ def pro_loss(
     ignore_index: int = IGNORE_INDEX,
     shift: bool = False,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     layout: Layout | None = None,
     **options,
 ) -> PROOutput:
     """The PRO loss from logits; arguments and result as ``pro_kernels.linear_pro_loss``."""
     opts = PROOptions(**options)
     logits, targets = _tokens(logits, targets, ignore_index, shift, candidate_mask, layout)
+    if layout is not None and isinstance(logit_scale, Tensor):
+        logit_scale = logit_scale.flatten()
+        logit_scale = logit_scale if layout.rows is None else logit_scale[layout.rows]
     logps: Any = token_logps(logits, targets, softcap=softcap, logit_scale=logit_scale)
     if layout is None:
         _, sums, lengths = sequence_scores(logps, targets.ne(IGNORE_INDEX))
@@ -177,6 +183,8 @@ def linear_pro_loss(
     """``pro_loss`` of ``hidden weight^T + bias``; all logits are built."""
     hidden, targets = _tokens(hidden, targets, ignore_index, shift, candidate_mask, layout)
     if layout is not None:
+        if isinstance(scale := options.get("logit_scale"), Tensor) and layout.rows is not None:
+            options["logit_scale"] = scale.flatten()[layout.rows]
         layout = dataclasses.replace(layout, rows=None, targets=targets)
     logits = _logits(hidden, weight, bias, head_dtype)
     masked: Any = {"candidate_mask": candidate_mask, "layout": layout}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from pro_kernels.option_types import SIZES, OptionType
+from pro_kernels.option_types import LARGEST_SCALE, SIZES, OptionType
 from pro_kernels.ranking import exact, last_where_not
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -235,7 +235,32 @@ def check_head(
     return compute, compute
 
 
+def check_row_scale(scale: object, like_name: str, like: Tensor, bias: object) -> None:
+    """A ``logit_scale`` of each row of ``like`` (..., D), but for its values."""
+    scale = check_float("logit_scale", scale)
+    legend = f"{like_name}.shape[:-1]"
+    check_same_shape("logit_scale", scale, tuple(like.shape[:-1]), legend)
+    check_device("logit_scale", scale, like_name, like)
+    if bias is not None:
+        raise ValueError(
+            "logit_scale must be a number where there is a bias, which a factor of each row would "
+            f"have to multiply too, got a tensor of shape {tuple(scale.shape)}"
+        )
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "logit_scale must be a constant, got a tensor that requires a gradient: detach it"
+        )
+
+
 # Values
+
+
+def check_scales(scale: Tensor) -> None:
+    """``scale`` (N,), of rows that are scored, holds numbers that could each be a logit_scale."""
+    low, high = SIZES[0], LARGEST_SCALE
+    good = (scale.abs() >= low) & (scale.abs() <= high)
+    text = f"logit_scale must be of a size in [{low:g}, {high:g}] in every row"
+    check_all(text, good, lambda i: f", got {scale[i]}")
 
 
 def readable(tensor: Tensor) -> bool:

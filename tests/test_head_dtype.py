@@ -115,6 +115,10 @@ def test_an_attached_model(autocast):
         for way in (torch.clone, real):  # lazy, and made
             log_p = way(z)[:, :-1].log_softmax(-1)
             torch.testing.assert_close(log_p.gather(-1, ids[:, 1:, None])[..., 0], exact, **near)
+        hot = torch.rand(2, 8, 1) + 0.5
+        cooled = (z[:, :-1] / hot).log_softmax(-1).gather(-1, ids[:, 1:, None])
+        want = (heads[0].exact_logits()[:, :-1] / hot).log_softmax(-1).gather(-1, ids[:, 1:, None])
+        torch.testing.assert_close(cooled, want, **near)
         top = z[:, :-1].topk(2).values
         torch.testing.assert_close(top, heads[0].exact_logits()[:, :-1].topk(2).values, **near)
     with torch.no_grad():  # of a few rows, too

@@ -39,8 +39,8 @@ fused.gather_scatter: fused.call fused.matmul
 fused.head: fused.call fused.columns fused.gather_scatter fused.matmul
 fused.backward: fused.call fused.gather_scatter fused.head fused.matmul
 fused.prompts: fused.backward fused.call fused.columns fused.gather_scatter fused.head
-fused.ops: fused.backward fused.call fused.columns fused.gather_scatter fused.head fused.prompts
-    fused.registry layout options
+fused.ops: fused.backward fused.call fused.columns fused.gather_scatter fused.head fused.matmul
+    fused.prompts fused.registry layout options
 fused.autograd: fused.call fused.ops fused.registry fused.shards layout
 fused.ranks: fused.autograd fused.call fused.ops fused.planner fused.rank_order fused.shards
     layout options output validate

@@ -156,7 +156,7 @@ WAYS |= {
     "temperature of a part in place": lambda z: (
         chosen(cooled(z[:, :-1][:, 2:]), NEXT[:, 2:], UP[:, 2:]) + sums(z[:, :4])
     ),
-    "temperature of rows": lambda z: chosen(z[:, :-1] / HOT),
+    "temperature of rows": lambda z: chosen(z[:, :-1] / HOT.to(z.dtype)),
     "times 2": lambda z: chosen(2 * z[:, :-1]),
     "some labels": loss,
     "sum of losses": lambda z: loss(z, NEXT.flatten(), reduction="sum"),
@@ -258,16 +258,17 @@ def test_of_distinct_rows(way):
         assert assert_alike(model, (WAYS | LINEAR)[way], 1e-9, **batch) == 0
 
 
-@pytest.mark.parametrize("way", LOGPS)
+@pytest.mark.parametrize("way", [*(way.__name__ for way in LOGPS), *LINEAR_ROWS])
 def test_in_16_bits(way):
     """As exact as fp32 until the result is rounded; plain logits are rounded before."""
     model = pk.attach(make())
-    exact = with_loss(model, WAYS[way.__name__], False)[0]
+    exact = with_loss(model, WAYS[way], False)[0]
     model.bfloat16()
-    found = [with_loss(model, WAYS[way.__name__], on)[0] for on in (False, True)]
+    before = COUNTS["made_rows"]
+    found = [with_loss(model, WAYS[way], on)[0] for on in (False, True)]
     plain, ours = ((x.double() - exact).abs() for x in found)
     assert found[0].dtype == found[1].dtype == torch.bfloat16
-    assert ours <= plain + 2**-7 * exact.abs()
+    assert ours <= plain + 2**-7 * exact.abs() and COUNTS["made_rows"] == before
 
 
 MADE = {

@@ -374,7 +374,8 @@ def test_token_log_probs_wait_for_their_layout_only(tier, monkeypatch):
     layout = pk.Layout.from_padded(targets.view(1, 1, -1))
     monkeypatch.setattr(pk.Layout, "of_targets", lambda *_: layout)
     with Gpu():
-        logps = pk.linear_token_logps(hidden, weight, targets, backend="torch")
+        scale = torch.ones_like(hidden[..., 0])
+        logps = pk.linear_token_logps(hidden, weight, targets, logit_scale=scale, backend="torch")
         stats = api.linear_token_stats(hidden, weight, targets, extra=True, backend="torch")
         if tier.learns:
             (logps * torch.arange(20, device=targets.device)).sum().backward()

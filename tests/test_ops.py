@@ -52,11 +52,12 @@ def test_a_call_survives_encoding():
 @every_subject(every_way=False)
 def test_opcheck_logits_ops(subject):
     logits, targets = torch.randn(5, 17), torch.tensor([0, 16, -100, 3, 4])
-    for entropy in (False, True):
+    scale = torch.rand(5)
+    for entropy, by in ((False, None), (True, scale), (True, None)):
         call = encoded(subject.name, entropy=entropy)
-        check(ops.logps, (logits, targets, *call))
-    _, lse, value = ops.logps(logits, targets, *call)
-    for extra in ((None, None), (value, torch.randn(5))):
+        check(ops.logps, (logits, targets, by, *call))
+    _, lse, value = ops.logps(logits, targets, None, *call)
+    for extra in ((None, None, None), (value, torch.randn(5), scale)):
         args = (logits, lse, targets, torch.randn(5), *extra, *call)
         check(ops.logits_grad, args)
         check(ops.logits_grad_, args)
@@ -92,7 +93,8 @@ def test_opcheck_head_ops(subject, head):
     kept = min(retained, n)
     plan = Plan("T3", 5 if kept < n else n, kept, need_hidden=True, need_weight=True)
     call = encoded(subject.name, plan, vocab=weight.shape[0], **facts)
-    inputs = (hidden, weight, bias, layout.rows, layout.targets)
+    scale = None if layout.rows is None else torch.rand(len(hidden))
+    inputs = (hidden, weight, bias, layout.rows, layout.targets, scale)
     # Dense buffers have tails that nobody writes or reads: not to be compared value by value.
     check(ops.head_forward, (*inputs, *call), FULL if rows else FULL[:2])
     values, *saved = ops.head_forward(*inputs, *call)
@@ -111,9 +113,10 @@ def test_opcheck_ranking_and_linear_pro(subject):
     check(ops.ranking, (-torch.rand(layout.num_tokens), *candidates, *call))
     plan = Plan("T2", 99, need_hidden=True, need_weight=True, prompt_chunks=(1, 1))
     facts = {"vocab": weight.shape[0], "prompt_tokens": layout.prompt_tokens}
-    for tau in (None, 0.3):
+    for tau, scale in ((None, None), (0.3, torch.rand(len(hidden)))):
         call = encoded(subject.name, plan, ranking=RankingOptions(), grad_filter=tau, **facts)
-        args = (hidden, weight, bias, layout.rows, layout.targets, candidates, True, *call)
+        rows = (layout.rows, layout.targets, scale)
+        args = (hidden, weight, bias, *rows, candidates, True, *call)
         check(ops.linear_pro, args)
 
 

@@ -47,8 +47,8 @@ class Head(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, call: Call):  # noqa: D102
-        values, saved = _head_forward(ctx, hidden, weight, bias, rows, targets, call)
+    def forward(ctx, hidden, weight, bias, rows, targets, scale, call: Call):  # noqa: D102
+        values, saved = _head_forward(ctx, hidden, weight, bias, rows, targets, scale, call)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         dropped = saved[-1]
@@ -63,21 +63,21 @@ class Head(torch.autograd.Function):
     @first_order
     def backward(ctx, grad, _dropped, entropy_grad=None, _extra=None):  # noqa: D102
         if grad is None and entropy_grad is None:
-            return (None,) * 6
+            return (None,) * 7
         saved = ctx.saved_tensors
         if grad is None:
-            grad = saved[5].new_zeros(saved[4].shape)
+            grad = saved[6].new_zeros(saved[4].shape)
         grads = _head_backward(ctx, grad.contiguous(), entropy_grad, saved)
-        return *_needed(grads, ctx.needs_input_grad), None, None, None
+        return *_needed(grads, ctx.needs_input_grad), *[None] * 4
 
 
 class Logps(torch.autograd.Function):
     """Log-probs ``(N,)`` of the targets from logits ``(N, V)``; entropies (N,), or none, (0,)."""
 
     @staticmethod
-    def forward(ctx, logits, targets, inplace: bool, call: Call):  # noqa: D102
-        logps, lse, entropies = run(ops.logps, logits, targets, call)
-        ctx.save_for_backward(logits, lse, targets, entropies)
+    def forward(ctx, logits, targets, scale, inplace: bool, call: Call):  # noqa: D102
+        logps, lse, entropies = run(ops.logps, logits, targets, scale, call)
+        ctx.save_for_backward(logits, lse, targets, entropies, scale)
         ctx.call, ctx.inplace = call, inplace
         ctx.set_materialize_grads(False)
         return logps, entropies
@@ -88,15 +88,16 @@ class Logps(torch.autograd.Function):
         if not ctx.call.entropy:
             entropy_grad = None
         if grad is None and entropy_grad is None:
-            return (None,) * 4
-        logits, lse, targets, entropies = ctx.saved_tensors
+            return (None,) * 5
+        logits, lse, targets, entropies, scale = ctx.saved_tensors
         weights = torch.zeros_like(lse) if grad is None else grad.contiguous().to(lse.dtype)
         by = None if entropy_grad is None else entropy_grad.contiguous().to(lse.dtype)
-        args = (logits, lse, targets, weights, None if by is None else entropies, by, ctx.call)
-        if not ctx.inplace:
-            return run(ops.logits_grad, *args), None, None, None
-        run(ops.logits_grad_, *args)
-        return logits, None, None, None
+        rows = (lse, targets, weights, None if by is None else entropies, by, scale)
+        if ctx.inplace:
+            run(ops.logits_grad_, logits, *rows, ctx.call)
+        else:
+            logits = run(ops.logits_grad, logits, *rows, ctx.call)
+        return logits, *[None] * 4
 
 
 class Ranking(torch.autograd.Function):
@@ -158,12 +159,9 @@ class LinearPRO(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
-        ctx, hidden, weight, bias, rows, targets,
-        offsets, lengths, order, rewards, sft_rank, weights, call: Call,
-    ):  # fmt: skip
-        tensors = (hidden, weight, bias, rows, targets)
-        candidates = (offsets, lengths, order, rewards, sft_rank, weights)
+    def forward(ctx, hidden, weight, bias, rows, targets, scale, *candidates_and_call):  # noqa: D102
+        tensors = (hidden, weight, bias, rows, targets, scale)
+        *candidates, call = candidates_and_call
         ctx.call = call
         if call.plan.tier == "T2":
             need_bias = bias is not None and ctx.needs_input_grad[2]
@@ -176,14 +174,14 @@ class LinearPRO(torch.autograd.Function):
             terms, sums, row_weights = run(ops.ranking, values[0], *candidates, call)
             ctx.save_for_backward(*saved, row_weights)
             dropped = saved[-1]
-        return _loss(ctx, weights, terms, call, sums, row_weights, dropped)
+        return _loss(ctx, candidates[-1], terms, call, sums, row_weights, dropped)
 
     @staticmethod
     @first_order
     def backward(ctx, grad, *_others):  # noqa: D102
         call = ctx.call
         if grad is None:
-            return (None,) * 12
+            return (None,) * 13
         if call.plan.tier == "T2":
             # Out of place: a second backward through a retained graph must find them unscaled.
             grads = [run(ops.scaled, g, grad, call) for g in ctx.saved_tensors]
@@ -191,19 +189,19 @@ class LinearPRO(torch.autograd.Function):
         else:
             *saved, row_weights = ctx.saved_tensors
             grads = _head_backward(ctx, grad.to(row_weights.dtype) * row_weights, None, saved)
-        return *_needed(grads, ctx.needs_input_grad), *[None] * 9
+        return *_needed(grads, ctx.needs_input_grad), *[None] * 10
 
 
 def _head_forward(
-    ctx, hidden, weight, bias, rows, targets, call: Call
+    ctx, hidden, weight, bias, rows, targets, scale, call: Call
 ) -> tuple[Tensor, list[Tensor | None]]:
     """``values`` of ``head_forward``, and what ``_head_backward`` is to find saved."""
-    values, *made = run(ops.head_forward, hidden, weight, bias, rows, targets, call)
+    values, *made = run(ops.head_forward, hidden, weight, bias, rows, targets, scale, call)
     ctx.call, plan = call, call.plan
     # All of dZ0 at hand: the backward does without the weight, which may be re-sharded by then.
     whole = not call.entropy and (plan.retained >= targets.shape[0] or not plan.need_weight)
     head = (None, None) if whole else (weight, bias)
-    return values, [hidden, *head, rows, targets, *made]
+    return values, [hidden, *head, rows, targets, scale, *made]
 
 
 def _head_backward(
@@ -212,7 +210,7 @@ def _head_backward(
     """Gradients of hidden, weight and bias from those of each log-prob and entropy."""
     by = None if entropy_grad is None else entropy_grad.contiguous()
     needs = list(ctx.needs_input_grad[:3])
-    return run(ops.head_backward, grad, by, *saved[:5], list(saved[5:]), needs, ctx.call)
+    return run(ops.head_backward, grad, by, *saved[:6], list(saved[6:]), needs, ctx.call)
 
 
 def _loss(ctx, weights: Tensor, terms: Tensor, call: Call, *others: Tensor) -> tuple[Tensor, ...]:

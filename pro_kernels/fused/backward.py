@@ -14,6 +14,7 @@ from torch import Tensor
 from pro_kernels.fused import matmul
 from pro_kernels.fused.call import Call, acc_dtype
 from pro_kernels.fused.gather_scatter import (
+    Rows,
     empty_rows,
     operand_dtype,
     rows_of,
@@ -31,7 +32,7 @@ def backward(
     hidden: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    rows: Tensor,
+    rows: Rows,
     targets: Tensor,
     saved: Saved,
     upstream: Sequence[Tensor | None],  # (N,) gradient of each log-prob; of each entropy
@@ -42,7 +43,7 @@ def backward(
     By columns, because then each dW block is one matmul over all rows: the fp32 sum over rows stays
     inside the matmul and no fp32 copy of dW is needed.
     """
-    w, n = upstream[0], rows.shape[0]
+    w, n = upstream[0], len(rows)
     assert w is not None
     d_hidden, d_weight, d_bias = out
     if d_hidden is not None:
@@ -63,7 +64,8 @@ def backward(
         block = max(64, call.plan.chunk * call.vocab // n * size // call.logits_dtype.itemsize)
         assert weight is not None
         x = rows_of(call, hidden, rows[retained:]).to(operand_dtype(call, hidden))
-        blocks = _blocks(call, weight, bias, x, targets, saved, block)
+        again = x, rows[retained:].late(call)
+        blocks = _blocks(call, weight, bias, again, targets, saved, block)
     for cols, dz in blocks:
         if d_weight is not None:
             matmul.weight_grad(dz, xw, d_weight[cols], accumulate=False)
@@ -76,7 +78,7 @@ def backward_of_both(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Tensor,
+    rows: Rows,
     targets: Tensor,
     saved: Saved,
     upstream: Sequence[Tensor | None],
@@ -89,20 +91,21 @@ def backward_of_both(
     stay as they are, for a second backward.
     """
     d_hidden, d_weight, d_bias = out
-    n, vocab, chunk = rows.shape[0], call.vocab, call.plan.chunk
+    n, vocab, chunk = len(rows), call.vocab, call.plan.chunk
     retained = min(saved.kept.shape[0], n)
     scale = _powers_of_two(*upstream)
     scaled = [None if x is None else x / scale for x in upstream]
     block = vocab if chunk >= n else max(64, chunk * vocab // n // 64 * 64)
-    x = None
+    again = None
     if retained < n:
         x = rows_of(call, hidden, rows[retained:]).to(operand_dtype(call, hidden))
+        again = x, rows[retained:].late(call)
     if d_weight is not None:
         xw = weighted_rows(call, hidden, rows, scale)
     side = None
     if d_hidden is not None and block < vocab:  # a sum over blocks
         side = hidden.new_zeros((n, hidden.shape[1]), dtype=acc_dtype(call.logits_dtype))
-    for cols, dz in _blocks(call, weight, bias, x, targets, saved, block, scaled):
+    for cols, dz in _blocks(call, weight, bias, again, targets, saved, block, scaled):
         dz = dz.to(call.compute_dtype)
         if d_hidden is not None:
             part = matmul.hidden_grad(dz, weight[cols])
@@ -119,7 +122,8 @@ def _blocks(
     call: Call,
     weight: Tensor,
     bias: Tensor | None,
-    x: Tensor | None,  # hidden states of the rows that were not retained
+    # Hidden states of the rows that were not retained, and what scales their logits.
+    again: tuple[Tensor, Tensor | None] | None,
     targets: Tensor,
     saved: Saved,
     block: int,  # columns
@@ -153,9 +157,9 @@ def _blocks(
             dz[:retained] = kept
         elif retained:
             gradient(kept, slice(0, retained), first, dz[:retained])
-        if x is not None:
-            z = dz[retained:]
-            matmul.logits_into(z, x, weight[cols], None if bias is None else bias[cols])
+        if again is not None:
+            z, (x, late) = dz[retained:], again
+            matmul.logits_into(z, x, weight[cols], None if bias is None else bias[cols], late)
             gradient(z, slice(retained, n), first, z)
         yield cols, dz
 
@@ -165,14 +169,14 @@ def _kept_backward(
     hidden: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    rows: Tensor,
+    rows: Rows,
     targets: Tensor,
     saved: Saved,
     weighted: tuple[Tensor, Tensor],  # the row weights, and X times them
     out: Gradients,
 ) -> None:
     """DW and dbias of the columns that each chunk kept."""
-    n = rows.shape[0]
+    n = len(rows)
     chunks = chunks_of(n, call.plan.chunk, min(saved.kept.shape[0], n))
     wanted = out[1:]
     sums = [_zeros_for(x, len(chunks) > 1) for x in wanted]  # their sum is fp32
@@ -187,7 +191,7 @@ def _kept_backward(
             some = None if bias is None else _take(bias, columns)
             # The copy of the weight is not held beyond this: that of dW comes next.
             x = rows_of(call, hidden, rows[at])
-            matmul.logits_into(dz, x, _take(weight, columns), some)
+            matmul.logits_into(dz, x, _take(weight, columns), some, rows[at].late(call))
             t = targets[at]
             if columns is not None:
                 t = torch.searchsorted(columns, t.to(columns.dtype))

@@ -93,6 +93,11 @@ class Call:
         return acc_dtype(self.compute_dtype)
 
     @property
+    def wide_logits(self) -> bool:
+        """Whether logits are fp32 sums of 16-bit operands."""
+        return self.logits_dtype != self.compute_dtype
+
+    @property
     def rounds_logits(self) -> bool:
         """Whether logits are held in 16 bits, so that a target's own is kept exactly beside."""
         return self.logits_dtype.itemsize < 4
@@ -130,8 +135,7 @@ def planned(
 ) -> Call:
     """The call with its tier and chunks; ``scalar_loss``: its result is one loss over prompts."""
     grads, compute, shard = torch.is_grad_enabled(), call.compute_dtype, call.shard
-    wide = call.logits_dtype != compute
-    may_chunk = scalar_loss and not wide and weight.requires_grad and shard is None
+    may_chunk = scalar_loss and not call.wide_logits and weight.requires_grad and shard is None
     vocab = weight.shape[0] if shard is None else shard.most  # all ranks take the same chunks
     fixed = vocab * weight.shape[1] * compute.itemsize if weight.dtype != compute else 0
     if layout.shared_rows and hidden.requires_grad and hidden.itemsize < 4:
@@ -146,7 +150,7 @@ def planned(
         prompt_tokens=layout.prompt_tokens if may_chunk else None,
         fixed=fixed,
         hidden_rows=layout.num_rows,
-        wide_logits=wide,
+        wide_logits=call.wide_logits,
         filtered=call.grad_filter is not None,
         grad_size=weight.itemsize if weight.requires_grad else 0,
         entropy=call.entropy,

@@ -7,11 +7,40 @@ Legend: ``N`` scored rows, ``R`` rows of the hidden states, ``H`` hidden, ``V`` 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from pro_kernels.fused import matmul
 from pro_kernels.fused.call import Call
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the hidden states tokens read, and by what they multiply them.
+
+    A ``logit_scale`` of each token acts here, on the thin sides of all three matmuls: the head sees
+    ``s X``, so no pass over logits knows of it. Where 16-bit operands give fp32 logits, ``s X``
+    would round what those are there for, and the logits' own matmul takes the scale (``late``).
+    """
+
+    at: Tensor  # (N,) int64
+    scale: Tensor | None = None  # (N,) fp32 (fp64); None: 1
+
+    def __len__(self) -> int:
+        return self.at.shape[0]
+
+    def __getitem__(self, tokens: slice) -> Rows:
+        return Rows(self.at[tokens], None if self.scale is None else self.scale[tokens])
+
+    def late(self, call: Call) -> Tensor | None:
+        """The scale that logits get after their matmul."""
+        return self.scale if call.wide_logits else None
+
+    def times(self, weights: Tensor) -> Tensor:
+        """``weights`` (N,) times the scale."""
+        return weights if self.scale is None else weights * self.scale
 
 
 def operand_dtype(call: Call, like: Tensor) -> torch.dtype:
@@ -25,20 +54,24 @@ def side_dtype(call: Call, like: Tensor) -> torch.dtype:
     return matmul.sums_dtype(call.compute_dtype, like.device.type)
 
 
-def rows_of(call: Call, hidden: Tensor, rows: Tensor) -> Tensor:
-    """The hidden states of these rows, in the dtype of the matmuls."""
-    if call.kernels.gather_rows:
-        return call.kernels.gather_rows(hidden, rows, None, call.compute_dtype)
-    return hidden.index_select(0, rows).to(call.compute_dtype)
+def rows_of(call: Call, hidden: Tensor, rows: Rows) -> Tensor:
+    """The hidden states of these rows, in the dtype of the matmuls; scaled, unless logits are."""
+    scale = None if call.wide_logits else rows.scale
+    return _gathered(call, hidden, rows.at, scale, call.compute_dtype)
 
 
-def weighted_rows(call: Call, hidden: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+def weighted_rows(call: Call, hidden: Tensor, rows: Rows, weights: Tensor) -> Tensor:
     """``w * X`` for the dW matmul, rounded once, and only as far as that matmul reads it."""
-    operand = operand_dtype(call, hidden)
+    return _gathered(call, hidden, rows.at, rows.times(weights), operand_dtype(call, hidden))
+
+
+def _gathered(
+    call: Call, hidden: Tensor, rows: Tensor, weights: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     if call.kernels.gather_rows:
-        return call.kernels.gather_rows(hidden, rows, weights, operand)
-    x = hidden.index_select(0, rows).to(weights.dtype)
-    return x.mul_(weights[:, None]).to(operand)
+        return call.kernels.gather_rows(hidden, rows, weights, dtype)
+    x = hidden.index_select(0, rows)
+    return x.to(dtype) if weights is None else x.to(weights.dtype).mul_(weights[:, None]).to(dtype)
 
 
 def target_logits(
@@ -61,11 +94,11 @@ def scatter_rows(
     call: Call,
     side: Tensor,  # (N, H): dZ0 W
     weights: Tensor,  # (N,)
-    rows: Tensor,  # (N,)
+    tokens: Rows,
     out: Tensor,  # (R, H), zeros on entry
 ) -> None:
     """``out[rows] += weights * side``; in fp32, in a fixed order, where rows are shared."""
-    shared = call.shared_rows
+    shared, rows, weights = call.shared_rows, tokens.at, tokens.times(weights)
     if call.kernels.scatter_rows:
         call.kernels.scatter_rows(side, weights, rows, out, shared)
         return

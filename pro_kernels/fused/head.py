@@ -31,7 +31,7 @@ from torch import Tensor
 from pro_kernels.fused import matmul
 from pro_kernels.fused.call import Call, acc_dtype
 from pro_kernels.fused.columns import Kept
-from pro_kernels.fused.gather_scatter import clear_behind, empty_rows, rows_of, target_logits
+from pro_kernels.fused.gather_scatter import Rows, clear_behind, empty_rows, rows_of, target_logits
 
 
 class Saved(NamedTuple):
@@ -64,20 +64,21 @@ def forward(
     hidden: Tensor,  # (R, H)
     weight: Tensor,  # (V, H) in compute_dtype
     bias: Tensor | None,  # (V,) in compute_dtype
-    rows: Tensor,  # (N,)
+    rows: Rows,
     targets: Tensor,  # (N,)
     values: Tensor,  # (1, 2 or 5, N) fp32 to fill: log-prob, entropy, ``_extra``
     saved: Saved,  # to fill
 ) -> None:
     """Log-probs of all rows, chunk by chunk, and what the backward will need."""
-    n, plan = rows.shape[0], call.plan
+    n, plan = len(rows), call.plan
     if plan.tier == "T0" and _score(call, hidden, weight, bias, rows, targets, values, saved):
         return
     retained = min(saved.kept.shape[0], n)
     scratch = None
     for i, (start, stop) in enumerate(chunks_of(n, plan.chunk, retained)):
         keep, at = start < retained, slice(start, stop)
-        x, t = rows_of(call, hidden, _part(rows, at)), _part(targets, at)
+        here, t = rows[at], _part(targets, at)
+        x = rows_of(call, hidden, here)
         exact = None if call.shard else target_logits(call, x, weight, bias, t)
         if keep and saved.kept.dtype == call.logits_dtype:
             logits = _part(saved.kept, at)
@@ -86,7 +87,7 @@ def forward(
                 shape = min(plan.chunk, n), call.vocab
                 scratch = empty_rows(saved.kept, *shape, call.logits_dtype)
             logits = scratch[: stop - start]
-        matmul.logits_into(logits, x, weight, bias)
+        matmul.logits_into(logits, x, weight, bias, here.late(call))
         if call.entropy:
             logp, lse, entropy = call.kernels.logp(
                 logits, t, target_logits=exact, options=call.logits, entropy=True
@@ -110,6 +111,8 @@ def forward(
         dz, w = logits, weight
         if call.grad_filter is not None:
             dz, w = saved.filter.choose(i, logits, t, weight, call.logits.logit_scale, at)
+            if here.scale is not None:  # norms are of gradients of the hidden states as they came
+                saved.filter.dropped[1:, at] *= here.scale.abs()
         if keep and saved.kept.dtype != call.logits_dtype:
             clear_behind(saved.kept[at], dz.shape[1])
             dz = saved.kept[at, : dz.shape[1]].copy_(dz)
@@ -119,8 +122,8 @@ def forward(
 
 def _score(call, hidden, weight, bias, rows, targets, values, saved) -> bool:
     """``forward`` without a backward by the backend's fused kernel; False where that is slower."""
-    fused, n = call.kernels.scores_fused, rows.shape[0]
-    if not fused or call.shard or call.entropy:
+    fused, n = call.kernels.scores_fused, len(rows)
+    if not fused or call.shard or call.entropy or rows.late(call) is not None:
         return False
     if not fused(n, hidden.shape[1], call.vocab, call.compute_dtype, hidden.device):
         return False

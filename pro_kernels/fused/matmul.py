@@ -137,8 +137,13 @@ def column_block(rows: int, hidden: int, vocab: int, device_type: str = "cpu") -
     return max(64, min(block, vocab))
 
 
-def logits_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``out[R, V] = x weight^T + bias`` in out's dtype (fp32 from low inputs is fp32 maths)."""
+def logits_into(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    """``out[R, V] = x weight^T + bias`` in out's dtype (fp32 from low inputs is fp32 maths).
+
+    ``scale`` (R,): factors of the rows of fp32 logits from 16-bit operands; then there is no bias.
+    """
     native = x.dtype == weight.dtype and not upcasts(x.dtype, x.device.type)
     if native and out.dtype == x.dtype:
         if bias is None:
@@ -146,10 +151,14 @@ def logits_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         return torch.addmm(bias, x, weight.t(), out=out)
     if native and out.dtype == torch.float32 and leaves_sums(x.dtype, x.device.type):
         mm_fp32(x, weight.t(), out)
+        if scale is not None:
+            out.mul_(scale[:, None])
         return out if bias is None else out.add_(bias)
     work = _Workspace(x, weight.shape[0])
     for rows in work.tiles:
         tile = x[rows].float()
+        if scale is not None:
+            tile = tile * scale[rows, None]
         for cols in work.blocks:
             part = torch.mm(tile, work.wide(weight[cols]).t(), out=work.rows(rows, cols))
             if bias is not None:

@@ -10,16 +10,16 @@ sequences, ``B`` prompts, ``n`` candidates.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pro_kernels.fused import backward, head, prompts
+from pro_kernels.fused import backward, head, matmul, prompts
 from pro_kernels.fused.call import Call, Candidates, acc_dtype
 from pro_kernels.fused.columns import Kept
-from pro_kernels.fused.gather_scatter import empty_rows, side_dtype
+from pro_kernels.fused.gather_scatter import Rows, empty_rows, side_dtype
 from pro_kernels.fused.registry import fake, op
 from pro_kernels.layout import raise_bad_target
 from pro_kernels.options import IGNORE_INDEX
@@ -29,16 +29,23 @@ from pro_kernels.options import IGNORE_INDEX
 def logps(
     logits: Tensor,  # (N, V)
     targets: Tensor,  # (N,), IGNORE_INDEX where not scored
+    scale: Tensor | None,  # (N,) fp32, of each row's logits
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob of each target, log-sum-exp and entropy (or nothing) of each row, ``(N,)`` fp32."""
     check_range(targets, logits.shape[1])
-    logp, lse, third = call.kernels.logp(logits, targets, options=call.logits, entropy=call.entropy)
-    return logp, lse, lse.new_empty(0) if third is None else third
+    found = [
+        call.kernels.logp(z, targets[at], options=call.logits, entropy=call.entropy)
+        for at, z in _times(logits, scale)
+    ]
+    parts: Any = found[0] if len(found) == 1 else [
+        None if x[0] is None else torch.cat(x) for x in zip(*found, strict=True)
+    ]  # fmt: skip
+    return *parts[:2], parts[1].new_empty(0) if parts[2] is None else parts[2]
 
 
 @fake(logps)
-def _(logits, targets, call):
+def _(logits, targets, scale, call):
     out = logits.new_empty(targets.shape, dtype=acc_dtype(logits.dtype))
     return out, torch.empty_like(out), out.new_empty(out.shape if call.entropy else 0)
 
@@ -51,15 +58,16 @@ def logits_grad(
     weights: Tensor,  # (N,) upstream gradient of each log-prob
     entropy: Tensor | None,  # (N,)
     entropy_weights: Tensor | None,  # (N,) upstream gradient of each entropy
+    scale: Tensor | None,  # (N,)
     call: Call,
 ) -> Tensor:
     """Gradient with respect to the logits; rows that are not scored become 0 without being read."""
-    rows = (lse, targets, weights, entropy, entropy_weights)
+    rows = (lse, targets, weights, entropy, entropy_weights, scale)
     return _logits_grad(logits, *rows, call, out=None)
 
 
 @fake(logits_grad)
-def _(logits, lse, targets, weights, entropy, entropy_weights, call):
+def _(logits, lse, targets, weights, entropy, entropy_weights, scale, call):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -71,10 +79,11 @@ def logits_grad_(
     weights: Tensor,
     entropy: Tensor | None,
     entropy_weights: Tensor | None,
+    scale: Tensor | None,
     call: Call,
 ) -> None:
     """``logits_grad`` written over the logits."""
-    rows = (lse, targets, weights, entropy, entropy_weights)
+    rows = (lse, targets, weights, entropy, entropy_weights, scale)
     _logits_grad(logits, *rows, call, out=logits)
     # Kernels write through pointers, which autograd does not see; it must find logits that another
     # node saved, or a second backward of this one, changed.
@@ -83,20 +92,38 @@ def logits_grad_(
 
 
 @fake(logits_grad_)
-def _(logits, lse, targets, weights, entropy, entropy_weights, call):
+def _(logits, lse, targets, weights, entropy, entropy_weights, scale, call):
     return None
 
 
-def _logits_grad(logits, lse, targets, weights, entropy, by, call, out):
-    return call.kernels.logits_grad(
-        logits,
-        lse,
-        targets,
-        weights,
-        options=call.logits,
-        out=out,
-        entropy=None if entropy is None else (entropy, by),
-    )
+def _logits_grad(logits, lse, targets, weights, entropy, by, scale, call, out):
+    if scale is None:
+        both = None if entropy is None else (entropy, by)
+        rows = lse, targets, weights
+        return call.kernels.logits_grad(logits, *rows, options=call.logits, out=out, entropy=both)
+    if out is None:
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    rows = lse, targets, weights * scale, entropy, None if by is None else by * scale
+    for at, z in _times(logits, scale):
+        some = (None if x is None else x[at] for x in rows)
+        out[at] = _logits_grad(z, *some, None, call, out=z)
+    return out
+
+
+def _times(logits: Tensor, scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """``scale`` times the logits of some rows at a time, in fp32 (fp64); themselves without one.
+
+    Each in the memory of those before.
+    """
+    if scale is None:
+        yield slice(None), logits
+        return
+    n, vocab = logits.shape
+    step = max(1, matmul.workspace(logits.device.type) // (scale.itemsize * vocab))
+    memory = empty_rows(scale, min(n, step), vocab, scale.dtype)
+    for i in range(0, max(1, n), step):
+        at = slice(i, i + step)
+        yield at, torch.mul(logits[at], scale[at, None], out=memory[: min(n, i + step) - i])
 
 
 @op()
@@ -131,6 +158,7 @@ def head_forward(
     bias: Tensor | None,  # (V,)
     rows: Tensor | None,  # (N,); None: token i is row i, unscored ones are dropped here
     targets: Tensor,  # (N,)
+    scale: Tensor | None,  # (R,) fp32, of each row's logits
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
@@ -150,7 +178,7 @@ def head_forward(
             call,
             hidden,
             *_cast(weight, bias, call),
-            rows,
+            _scaled(rows, scale),
             kept_targets,
             compact,
             saved._replace(stats=saved.stats[:, :n]),
@@ -162,7 +190,7 @@ def head_forward(
 
 
 @fake(head_forward)
-def _(hidden, weight, bias, rows, targets, call):
+def _(hidden, weight, bias, rows, targets, scale, call):
     values, saved = _head_buffers(hidden, targets, call)
     return values, *saved.tensors
 
@@ -176,6 +204,7 @@ def head_backward(
     bias: Tensor | None,  # (V,)
     rows: Tensor | None,  # (N,)
     targets: Tensor,  # (N,)
+    scale: Tensor | None,  # (R,)
     saved: Sequence[Tensor],  # of ``head_forward``
     needs: Sequence[bool],  # whether dHidden, dW and dbias are wanted
     call: Call,
@@ -191,12 +220,13 @@ def head_backward(
         kept = kept._replace(stats=kept.stats[:, : rows.shape[0]])
         wanted = [x if need else None for x, need in zip(grads, needs, strict=True)]
         gradients = backward.backward_of_both if call.entropy else backward.backward
-        gradients(call, hidden, *_cast(weight, bias, call), rows, targets, kept, upstream, wanted)
+        head_here, tokens = _cast(weight, bias, call), _scaled(rows, scale)
+        gradients(call, hidden, *head_here, tokens, targets, kept, upstream, wanted)
         return grads
 
 
 @fake(head_backward)
-def _(grad, entropy_grad, hidden, weight, bias, rows, targets, saved, needs, call):
+def _(grad, entropy_grad, hidden, weight, bias, rows, targets, scale, saved, needs, call):
     return _grad_buffers(hidden, call, needs)
 
 
@@ -207,6 +237,7 @@ def linear_pro(
     bias: Tensor | None,  # (V,)
     rows: Tensor | None,  # (N,)
     targets: Tensor,  # (N,)
+    scale: Tensor | None,  # (R,)
     candidates: Sequence[Tensor | None],  # of ``call.Candidates``
     need_bias: bool,
     call: Call,
@@ -232,7 +263,7 @@ def linear_pro(
             call,
             hidden,
             *_cast(weight, bias, call),
-            rows,
+            _scaled(rows, scale),
             kept_targets,
             ranked,
             tokens,
@@ -250,7 +281,7 @@ def linear_pro(
 
 
 @fake(linear_pro)
-def _(hidden, weight, bias, rows, targets, candidates, need_bias, call):
+def _(hidden, weight, bias, rows, targets, scale, candidates, need_bias, call):
     acc, n = call.acc_dtype, targets.shape[0]
     d_hidden, d_weight, d_bias = _t2_grads(hidden, call, need_bias, call.weight_dtype)
     ranked = Candidates(*candidates)
@@ -347,6 +378,10 @@ def _compact(rows: Tensor | None, targets: Tensor) -> tuple[Tensor | None, Tenso
         return None, rows, targets
     live = (targets >= 0).nonzero()[:, 0]
     return live, live, targets[live]
+
+
+def _scaled(rows: Tensor, scale: Tensor | None) -> Rows:
+    return Rows(rows, None if scale is None else scale[rows])
 
 
 def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:

@@ -15,7 +15,13 @@ from torch import Tensor
 from pro_kernels.fused.backward import Gradients, add_columns
 from pro_kernels.fused.call import Call, Candidates
 from pro_kernels.fused.columns import Kept
-from pro_kernels.fused.gather_scatter import empty_rows, scatter_rows, side_dtype, weighted_rows
+from pro_kernels.fused.gather_scatter import (
+    Rows,
+    empty_rows,
+    scatter_rows,
+    side_dtype,
+    weighted_rows,
+)
 from pro_kernels.fused.head import Saved, forward
 
 
@@ -24,7 +30,7 @@ def pro_forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Tensor,
+    rows: Rows,
     targets: Tensor,
     candidates: Candidates,
     tokens: Sequence[int],  # of each chunk
@@ -37,9 +43,9 @@ def pro_forward(
     (N,).
     """
     d_hidden, d_weight, d_bias = out
-    most, n = max(tokens, default=0), rows.shape[0]
+    most, n = max(tokens, default=0), len(rows)
     buffer = empty_rows(weight, most, call.vocab, weight.dtype)
-    values = torch.zeros((1, n), dtype=call.acc_dtype, device=rows.device)
+    values = torch.zeros((1, n), dtype=call.acc_dtype, device=targets.device)
     stats = values.new_empty(2, most)
     terms, sums = [], values.new_zeros(candidates.lengths.shape)
     weights = values.new_zeros(n)

@@ -23,7 +23,8 @@ from pro_kernels.options import CallOptions, PROOptions
 # What checking a call's arguments finds: the call but for its plan, its layout, how it runs, and
 # the options of a loss.
 Door = tuple[Call, Layout, CallOptions, PROOptions | None]
-Tensors = tuple[Tensor, Tensor | None, Tensor | None]  # hidden (or logits), weight, bias
+# Hidden (or logits), weight, bias, and a logit_scale of each row.
+Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 # Of ``CallOptions``, what may differ between ranks.
 _OWN = ("backend", "budget", "process_group", "sequence_group", "inplace_backward")
 
@@ -43,7 +44,7 @@ def agreed(
     process_group, sequence_group = groups
     if process_group is None and sequence_group is None:
         return check()
-    hidden, weight, _ = tensors
+    hidden, weight = tensors[:2]
     found, shard = None, None
     error: Exception | None = None
     shared: dict[str, Any] = {}
@@ -89,7 +90,7 @@ def _shared_facts(
     found: Door, tensors: Tensors, by_candidate: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What must be the same on all ranks of either group, by name; checked first."""
-    (call, layout, how, loss), (hidden, weight, bias) = found, tensors
+    (call, layout, how, loss), (hidden, weight, bias, scale) = found, tensors
     facts: dict[str, Any] = {
         f.name: repr(getattr(x, f.name))
         for x in (call.logits, how)
@@ -99,6 +100,7 @@ def _shared_facts(
     facts["dtypes"] = f"{hidden.dtype}, {getattr(weight, 'dtype', None)}, {call.compute_dtype}"
     facts["the kind of device"] = hidden.device.type
     facts["bias"] = bias is not None
+    facts["a logit_scale of each row"] = scale is not None
     if by_candidate is None or loss is None:
         return facts
     check_arguments(layout.shape, **by_score(by_candidate), options=loss)
@@ -108,9 +110,10 @@ def _shared_facts(
 
 def _whole_facts(layout: Layout, tensors: Tensors) -> dict[str, Any]:
     """What must be the same where the ranks hold the same tokens, by name."""
-    grads = torch.is_grad_enabled()
+    grads, scale = torch.is_grad_enabled(), tensors[3]
     return {
         "the shape of hidden": tuple(tensors[0].shape),
+        "the sum of logit_scale": None if scale is None else shards.described(scale.sum()),
         # Ranks with other numbers would take other chunks, and wait for one another.
         "scored tokens": layout.num_tokens,
         "shared rows": layout.shared_rows,

@@ -278,11 +278,11 @@ def _divided_(x: LazyLogits, other: Any) -> Any:
     if number and x.rows.numel() == source.base.numel() and _is_scale(x, other):
         source.divisor *= other
     else:  # for these rows alone
-        by = torch.tensor(other, dtype=source.head.hidden.dtype) if number else other
-        hidden = _cooled(x, by)
+        hidden = _cooled(x, torch.tensor(other, dtype=x.dtype) if number else other)
         if hidden is None:
             return NotImplemented
-        source.put(source.at(source.head.hidden, source.numbers).index_put((x.rows,), hidden))
+        before = source.at(source.head.hidden, source.numbers).to(hidden.dtype)
+        source.put(before.index_put((x.rows,), hidden))
     source.changes = next(_changes)
     return x
 
@@ -294,14 +294,20 @@ def _is_scale(x: LazyLogits, by: float) -> bool:
 
 
 def _cooled(x: LazyLogits, by: Any) -> Tensor | None:
-    """Hidden states over temperatures (..., 1) of their rows; None where that is not the same."""
+    """Hidden states over temperatures (..., 1) of their rows; None where that is not the same.
+
+    In 16 bits that rounds less than it does to round logits, and then their quotients
+    (docs/logprobs.md); those of an fp32 head become fp32.
+    """
     head, shape = x.source.head, (*x.rows.shape, 1)
     if not isinstance(by, Tensor) or isinstance(by, LazyLogits) or by.dim() > len(shape):
         return None
-    if head.softcap is not None or head.bias is not None or head.hidden.itemsize < 4:
-        return None  # 16 bits would round them
-    fits = torch.broadcast_shapes(by.shape, shape) == shape and by.dtype == head.hidden.dtype
-    return hidden_of(x) / by if fits and bool((by != 0).all()) else None
+    if head.softcap is not None or head.bias is not None or by.dtype != x.dtype:
+        return None
+    if torch.broadcast_shapes(by.shape, shape) != shape or not bool((by != 0).all()):
+        return None
+    cooled = hidden_of(x).to(torch.promote_types(x.dtype, head.hidden.dtype)) / by
+    return cooled if x.source.options.get("head_dtype") else cooled.to(head.hidden.dtype)
 
 
 @_answers("mul", "__mul__", "__rmul__", of=("logits", "log_probs", "probs"))

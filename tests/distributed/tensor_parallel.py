@@ -37,6 +37,7 @@ CASES = [
     Case("odd vocabulary", V=1009, T=4),
     Case("small vocabulary", V=7),
     Case("bias, softcap", T=9, bias=True, options={"softcap": 5.0, "logit_scale": 0.5}),
+    Case("scales of rows", T=9, options={"logit_scale": torch.linspace(0.5, 2, 54).view(2, 3, 9)}),
 ]
 LONG = Case("several chunks", V=1009, T=40, bias=True)
 
