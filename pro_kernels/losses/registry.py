@@ -71,9 +71,7 @@ class Loss:
         Raises:
             TypeError, ValueError: an input or an option that cannot be.
         """
-        for name, value in options.items():
-            if name in self.types:
-                check_option(name, value, self.types[name])
+        self.check(options)
         needs = self.needs(**options)
         for name, given in (("rewards", rewards), ("ref_logps", ref_logps)):
             if name in needs and given is None:
@@ -94,6 +92,12 @@ class Loss:
             sft = weight * ranked.mean(ranked.nll(shared["sft_reduction"], shared["sft_on"]))
             loss, metrics = loss + sft, {"sft_loss": sft.detach().float(), **metrics}
         return loss, metrics
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError for a value that an option cannot have."""
+        for name, value in options.items():
+            if name in self.types:
+                check_option(name, value, self.types[name])
 
     def needs(self, **options: Any) -> tuple[str, ...]:
         """Which of "rewards" and "ref_logps" it cannot do without, with these options."""

@@ -281,6 +281,22 @@ def test_fp32_is_close_to_the_oracle_also_compiled_in_one_graph(name):
         assert loss.item() == pytest.approx(expected(name, batch)[0], rel=2e-6)
 
 
+def test_bco_keeps_a_running_mean():
+    one, two = (random_batch(seed, poison=False) for seed in (1, 2))
+    running, seen = torch.zeros(2, dtype=torch.float64), []
+    for batch in (one, two):
+        inputs = batch.logps, batch.lengths
+        loss, _ = LOSSES["bco"](*inputs, **batch.inputs(), running=running)
+        there = batch.mask & (batch.lengths > 0)
+        seen.append((0.1 * (batch.logps - batch.ref_logps))[there])
+        mean = torch.cat(seen).mean().item()
+        assert (running[0] / running[1]).item() == pytest.approx(mean, rel=1e-12)
+        assert loss.item() == pytest.approx(expected("bco", batch, delta=mean)[0], rel=1e-11)
+    with torch.no_grad():  # an evaluation takes the mean as it is
+        again, _ = LOSSES["bco"](*inputs, **batch.inputs(), running=running)
+    assert again == loss
+
+
 def test_log1mexp_is_accurate_at_both_ends():
     points = [-1e-15, -1e-6, -0.1, -0.6931, -0.6932, -2.0, -40.0, -80.0, -1e4]
     x = torch.tensor(points, dtype=torch.float64, requires_grad=True)

@@ -59,6 +59,11 @@ def check_lists(report: DataReport, args: LossOptions) -> None:
     Lists without rewards, or lists with rewards beside such, where the loss needs them; lists of
     different lengths for ``compat="official"``.
     """
+    if report.marked and "desirable" not in args.loss().defaults:
+        raise ValueError(
+            f"{report.marked} lists have a column 'desirable', which loss_type={args.loss_type!r} "
+            "does not use: take loss_type='kto', or leave the column out"
+        )
     if args.compat == "official" and len(report.candidates) > 1:
         raise ValueError(
             f"compat='official' needs lists of one length, got {sorted(report.candidates)} "
