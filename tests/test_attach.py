@@ -166,7 +166,8 @@ def test_signature_is_the_models_with_the_ranking_arguments(llama):
     own = inspect.signature(llama.forward).parameters
     ours = inspect.signature(pk.attach(llama).forward).parameters
     assert [name for name in ours if name in own] == list(own)
-    more = "rewards num_candidates candidate_mask prompt_weights sft_index layout ref_logps desirable"
+    more = "rewards num_candidates candidate_mask prompt_weights sft_index layout "
+    more += "ref_logps desirable"
     assert set(ours) - set(own) == set(more.split())
     assert [p.kind for p in ours.values()][-1] is inspect.Parameter.VAR_KEYWORD
 

@@ -16,6 +16,7 @@ from pro_kernels.losses.ranked import Ranked
 from pro_kernels.option_types import Beta, LengthNormalize, Limits
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
+TABLE = PAGE.with_name("losses.md")
 TOY = re.search(r"## A loss.*?```python\n(.*?)```", PAGE.read_text(), re.S)[1]
 
 
@@ -121,6 +122,22 @@ def test_an_integer_option_has_limits_of_its_own(toy):
     for k, error in ((5, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match=f"k must be an integer >= 0 and <= 4, got {k}"):
             toy_ratio(ones, ones, k=k)
+
+
+def test_the_table_of_the_docs_has_every_loss_and_what_it_needs():
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| ([^|]*) \| [^|]* \| ([^|]*) \|$", TABLE.read_text(), re.M
+    )
+    names = {"ref": "ref_logps", "r": "rewards"}
+    for name, needs, source in rows:
+        said = re.sub(r"\(.*\)", "", needs).strip(" –")
+        assert {names[x.strip()] for x in said.split(",") if x} == set(LOSSES[name].needs()), name
+        module = sys.modules[LOSSES[name].body.__module__].__doc__
+        assert re.search(r"\d{4}\.\d{5}|20\d\d", source)[0] in module, name
+    ours = {
+        name for name, loss in LOSSES.items() if loss.body.__module__.startswith("pro_kernels.")
+    }
+    assert {name for name, *_ in rows} == ours
 
 
 def result(ranked):
