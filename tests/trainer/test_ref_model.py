@@ -93,9 +93,14 @@ def test_the_reference_moves_and_is_resumed_where_it_was_as_is_the_mean_of_bco(t
             {"loss_type": "dpo", "sync_ref_model": True, "peft_config": lora()},
             "model with adapters has none",
         ),
+        ({"loss_type": "kto", "precompute_ref_log_probs": True}, "set kto_kl='batch'"),
+        (
+            {"loss_type": "dpo", "kto_kl": "batch"},
+            "kto_kl is an option of loss_type='kto', got 'dp",
+        ),
     ],
 )
-def test_what_has_no_reference_is_refused(options, wrong, tmp_path):
+def test_what_does_not_go_with_a_reference_is_refused(options, wrong, tmp_path):
     with pytest.raises(ValueError, match=wrong):
         trainer_for(tmp_path, **options)
 

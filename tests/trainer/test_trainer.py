@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import traceback
 from dataclasses import replace
@@ -16,6 +17,7 @@ from trainer_runs import config, losses, records, trained, trainer_for, weights
 
 import pro_kernels as pk
 from pro_trainer.errors import TrainingError
+from pro_trainer.models import tiny_llama
 from pro_trainer.train.objective import list_losses
 from pro_trainer.train.trainer import PROTrainer
 
@@ -147,11 +149,42 @@ def test_lists_count_by_their_weight_and_kto_takes_marks(loss_type, tmp_path):
     assert scores.weights.equal(share)
     each = list_losses(replace(scores, weights=None), trainer.args)
     if loss_type == "kto":
-        assert scores.desirable[0].tolist() == [True, True, False]
+        assert scores.desirable[0, :3].tolist() == [True, True, False]
         assert scores.desirable[2].sum() == 1
         assert trainer.metrics(scores)["loss"] == pytest.approx(0.5, abs=0.01)
     wanted = (each * share).sum() / share.sum()
     assert losses(trainer)[0] == pytest.approx(wanted.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("batching", ["auto", "padded"])
+def test_kto_takes_kl_from_completions_of_other_prompts(batching, tmp_path):
+    """As TRL cycles them: each prompt with the best completion of the list before it."""
+    (ref_model, _), (model, _) = tiny_llama(0), tiny_llama(1)  # in this order KL is not below 0
+    options = {"loss_type": "kto", "batching": batching, "per_device_eval_batch_size": 4}
+    trainer = trainer_for(tmp_path, model, ref_model=ref_model, **options)
+    models, dataset = (trainer.model, trainer.ref_model), trainer.train_dataset
+
+    def kl(first: int, last: int) -> torch.Tensor:
+        ratios = []
+        for row in range(first, last):
+            other = dataset[last - 1 if row == first else row - 1]["completions"][0]
+            start = len(prompt := dataset[row]["prompts"][0])
+            ids = torch.tensor([prompt + other])
+            scores = [log_softmax(m(ids).logits[0, start - 1 : -1], -1) for m in models]
+            ours, its = (x.gather(1, ids[0, start:, None]).sum() for x in scores)
+            ratios.append(ours - its)
+        return torch.stack(ratios).detach()
+
+    loss, scores = pk.losses.LOSSES["kto"], trainer.score(dataset)
+    assert scores.logps.shape == (8, 4) and not scores.mask[:, 3].any()
+    inputs = {"rewards": scores.rewards, "ref_logps": scores.ref_logps, "mask": scores.mask}
+    over = functools.partial(loss, scores.logps, scores.lengths, **inputs)
+    wanted = over(kl=torch.cat([kl(0, 4), kl(4, 8)]).mean())[0].item()
+    assert trainer.metrics(scores)["loss"] == pytest.approx(wanted, rel=1e-4)
+    batch = trainer.data_collator([dataset[row] for row in range(8)])
+    trained_on = trainer.compute_loss(trainer.model, batch).item()
+    assert trained_on == pytest.approx(over(kl=kl(0, 8).mean())[0].item(), rel=1e-4)
+    assert abs(trained_on - over()[0].item()) > 1e-4  # of the batch itself
 
 
 @pytest.mark.parametrize("batching", ["auto", "padded"])

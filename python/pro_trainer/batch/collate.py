@@ -32,6 +32,8 @@ class Preferences:
         by_order: whether the lists have no rewards, only their order.
         num_positions: tokens that the decoder runs on, padding not counted.
         weights: (B,) float64, of each list in the mean over lists; None: all weigh 1.
+        kl_index: (B,) int64, the candidate that is another prompt's completion, scored for KTO's KL
+            and outside the mask; None: there is none.
         desirable: (B, n) bool, False where a candidate is absent; None: no list marks any.
         idle: whether the batch only keeps a rank without lists in step, and counts for nothing.
         ref_logps: (B, n) float32, the reference model's log-probs where the lists hold them.
@@ -46,6 +48,7 @@ class Preferences:
     ref_logps: Tensor | None = None
     weights: Tensor | None = None
     desirable: Tensor | None = None
+    kl_index: Tensor | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -75,6 +78,8 @@ class PROCollator:
         official: score as the official code does: the position of a last token too, with the
             padding id as its label, where that sequence is shorter than T.
         ranks_only: the loss takes only the order from rewards, so lists with and without them mix.
+        kl_length: None, or the most tokens of a sequence: then each prompt of a batch is run with
+            the best completion of the list before it, too, for the KL estimate of KTO.
         idle: the list that is run for a batch of none, which a rank gets that no list is left for.
 
     Raises:
@@ -88,6 +93,7 @@ class PROCollator:
         form: Literal["padded", "lists"] = "padded",
         official: bool = False,
         ranks_only: bool = False,
+        kl_length: int | None = None,
         idle: Mapping[str, Any] | None = None,
     ) -> None:
         if form not in ("padded", "lists"):
@@ -98,6 +104,7 @@ class PROCollator:
         self.form = form
         self.official = official
         self.ranks_only = ranks_only
+        self.kl_length = kl_length
         self.idle = idle
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -122,7 +129,14 @@ class PROCollator:
         if idle:
             features = [self.idle]
         rewards, candidate_mask, by_order = _rewards(features, self.ranks_only)
-        sequences = read_sequences(features)
+        desirable, kl_index, run = _desirable(features, rewards), None, features
+        if self.kl_length is not None and len(features) > 1:
+            kl_index = candidate_mask.sum(1)
+            run = _with_others(features, rewards, self.kl_length)
+            wider = [None if x is None else torch.nn.functional.pad(x, (0, 1))
+                     for x in (rewards, candidate_mask, desirable)]  # fmt: skip
+            rewards, candidate_mask, desirable = wider
+        sequences = read_sequences(run)
         batch, rows = self._inputs(sequences)
         size = batch["input_ids"].numel()
         batch["layout"] = self._layout(sequences, rows, size)
@@ -135,7 +149,8 @@ class PROCollator:
             idle,
             _ref_logps(features),
             _weights(features),
-            _desirable(features, rewards),
+            desirable,
+            kl_index,
         )
         return batch
 
@@ -267,6 +282,24 @@ def _rewards(
         rewards[row, :n] = torch.as_tensor(list(values), dtype=torch.float64)
         mask[row, :n] = True
     return rewards, mask, by_order
+
+
+def _with_others(
+    features: Sequence[Mapping[str, Any]], rewards: Tensor, length: int
+) -> list[dict[str, Any]]:
+    """Each list with one candidate more: the best of the list before, as far as it fits.
+
+    TRL's ``KTOTrainer`` cycles the completions of a batch likewise.
+    """
+    found = []
+    for row, feature in enumerate(features):
+        prompts = list(feature["prompts"])
+        others = features[row - 1]["completions"]
+        other = others[int(rewards[row - 1, : len(others)].argmax())]
+        prompts += prompts[:1] if len(prompts) > 1 else []
+        completions = [*feature["completions"], other[: max(1, length - len(prompts[0]))]]
+        found.append({**feature, "prompts": prompts, "completions": completions})
+    return found
 
 
 def _weights(features: Sequence[Mapping[str, Any]]) -> Tensor | None:

@@ -156,6 +156,7 @@ def make_collator(
         form=form,
         official=args.compat == "official",
         ranks_only=args.ranks_only(),
+        kl_length=args.max_length if args.loss_type == "kto" and args.kto_kl != "batch" else None,
         idle=example,
     )
 

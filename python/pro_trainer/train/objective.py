@@ -47,6 +47,8 @@ class Scores:
         sft_index: (L,) int64, the candidate that carries the SFT term.
         ref_logps: (L, n) fp32, the reference model's S, or None.
         weights: (L,) float64, of each list in the mean over lists; None: all weigh 1.
+        kl: (L,) fp32, S less the reference model's of another prompt's completion, NaN where that
+            was not scored.
         desirable: (L, n) bool, for losses that take candidates one by one; None: the best are.
     """
 
@@ -59,6 +61,7 @@ class Scores:
     ref_logps: Tensor | None = None
     weights: Tensor | None = None
     desirable: Tensor | None = None
+    kl: Tensor | None = None
 
     def ranked_by(self, length_normalize: bool) -> Tensor:
         """(L, n), S / m or S."""
@@ -78,6 +81,7 @@ class Scores:
             preferences.by_order,
             None if ref_logps is None else ref_logps.cpu(),
             *_marks(preferences),
+            _kl(logps, ref_logps, preferences.kl_index).cpu(),
         )
 
     @classmethod
@@ -110,6 +114,15 @@ def _marks(preferences: Preferences) -> tuple[Tensor, Tensor]:
         ranked = rewards.masked_fill(~mask, -torch.inf)
         desirable = mask & (ranked == ranked.amax(1, keepdim=True))
     return weights, desirable
+
+
+def _kl(logps: Tensor, ref_logps: Tensor | None, index: Tensor | None) -> Tensor:
+    """Log-ratios (B,) of the candidates at ``index`` (B,); NaN where it is None or negative."""
+    if ref_logps is None or index is None:
+        return logps.new_full(logps.shape[:1], torch.nan)
+    at = index.to(logps.device, non_blocking=True)[:, None]
+    ratios = (logps.detach() - ref_logps).gather(1, at.clamp_min(0))
+    return torch.where(at < 0, torch.nan, ratios)[:, 0]
 
 
 def batch_loss(
@@ -207,6 +220,8 @@ def _loss_on_scores(
 ) -> BatchLoss:
     preferences = batch["preferences"]
     logps, lengths = _sequence_logps(head, batch, config)
+    if preferences.kl_index is not None:
+        own = {**own, "kl": _kl(logps, ref_logps, preferences.kl_index).mean()}
     loss, _ = config.loss()(
         logps,
         lengths,
@@ -257,6 +272,8 @@ def _loss_of(scores: Scores, config: LossOptions) -> tuple[Tensor, dict[str, Ten
         "equal_rewards": "keep",
         "desirable": scores.desirable,
     }
+    if scores.kl is not None and not scores.kl.isnan().all():
+        inputs["kl"] = scores.kl.nanmean()
     options |= {name: value for name, value in inputs.items() if name in loss.defaults}
     if config.compat == "official":
         options |= {"eps": OFFICIAL_EPS, "sft_reduction": options.get("sft_reduction", "sum")}
@@ -282,6 +299,9 @@ def label_columns(preferences: Preferences) -> tuple[Tensor, ...]:
         preferences.sft_index[:, None],
         weights[:, None],
         desirable.to(torch.int64),
+        torch.full((prompts, 1), -1)
+        if preferences.kl_index is None
+        else preferences.kl_index[:, None],
     )
 
 
@@ -292,7 +312,9 @@ def predicted_scores(predictions: Sequence[Any], labels: Sequence[Any]) -> Score
         ValueError: no list at all, or lists with rewards beside lists without.
     """
     logps, lengths, *ref_logps = (torch.as_tensor(x) for x in predictions)
-    rewards, present, by_order, sft_index, weights, desirable = map(torch.as_tensor, labels)
+    rewards, present, by_order, sft_index, weights, desirable, kl_index = map(
+        torch.as_tensor, labels
+    )
     mask = present == 1  # the loop pads to the largest n with -100
     if by_order.unique().numel() != 1:
         raise ValueError("the lists of a data set must all have rewards or all have none")
@@ -310,6 +332,7 @@ def predicted_scores(predictions: Sequence[Any], labels: Sequence[Any]) -> Score
         where_present(ref_logps[0]) if ref_logps else None,
         weights[:, 0],
         mask & (desirable == 1),
+        _kl(logps, ref_logps[0] if ref_logps else None, kl_index[:, 0]),
     )
 
 

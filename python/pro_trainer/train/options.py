@@ -38,6 +38,12 @@ class LossOptions(LossSettings):
     loss_options: str | None = option(
         None, 'Options of such a loss that are no flags here, as JSON: {"margin": 2.0}.'
     )
+    kto_kl: Literal["other_prompts", "batch"] = option(
+        "other_prompts",
+        "KTO's KL: from each prompt with the best completion of the list before it in the batch, "
+        "as TRL has it, where a batch has two lists; or from the candidates themselves, which "
+        "costs no further tokens.",
+    )
     compat: Literal["none", "official"] = option(
         "none", "official: the meaning of the authors' code, quirks included (pro only)."
     )
@@ -58,6 +64,8 @@ class LossOptions(LossSettings):
                 f"compat='official' is a meaning of loss_type='pro', got {self.loss_type!r}"
             )
         check_positive(self, "budget_mb")
+        if self.loss_type != "kto" and self.kto_kl != "other_prompts":
+            raise ValueError(f"kto_kl is an option of loss_type='kto', got {self.loss_type!r}")
         for name in MIXED:
             if getattr(self, name) is not None:
                 setattr(self, name, str(getattr(self, name)))
