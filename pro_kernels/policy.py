@@ -6,7 +6,7 @@ l_ref under a reference model and A the advantage, a token's term is
     -min(w A, clip(w, 1 - epsilon, 1 + epsilon_high) A) + beta (exp(l_ref - l) - (l_ref - l) - 1)
 
 with w = exp(l - l_old), or exp of the completion's mean of l - l_old. What ``loss_type`` changes,
-and who published it: docs/loss.md. Names are those of TRL's ``GRPOConfig``.
+and who published it: docs/losses.md. Names are those of TRL's ``GRPOConfig``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PolicyOptions(Checked):
 
     loss_type: Annotated[
         Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"],
-        "A token's term, and what the sum of all is divided by (docs/loss.md).",
+        "A token's term, and what the sum of all is divided by (docs/losses.md).",
     ] = "dapo"
     importance_sampling_level: Annotated[
         Literal["token", "sequence"], '"sequence": a completion has one ratio (GSPO).'

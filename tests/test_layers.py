@@ -60,9 +60,9 @@ models.probe: models.head option_types
 models.lazy: api fused.autograd models.counts models.head
 models.answers: models.lazy
 models.opened: distinct.row fused.shards models.answers models.head models.lazy models.probe
-models.forward: api fused.shards layout models.head models.opened options
+models.forward: api fused.shards layout losses models.head models.opened options
 models.tryout: models.forward models.head models.opened models.probe options
-models.attach: distinct.decoder fused.shards models.forward models.head models.opened
+models.attach: distinct.decoder fused.shards losses models.forward models.head models.opened
     models.probe models.tryout options validate
 models.loaded: models.attach models.counts models.forward models.opened
 hook: models.loaded

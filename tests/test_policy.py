@@ -12,7 +12,7 @@ import pro_kernels as pk
 from pro_kernels.policy import PolicyOptions
 from test_no_sync import Gpu
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "loss.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "losses.md"
 B, T, NAN = 5, 7, float("nan")
 
 

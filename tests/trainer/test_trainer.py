@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import traceback
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trainer_runs import config, losses, records, trained, trainer_for, weights
 
 import pro_kernels as pk
 from pro_trainer.errors import TrainingError
+from pro_trainer.train.objective import list_losses
 from pro_trainer.train.trainer import PROTrainer
 
 BY_ORDER = [{key: r[key] for key in ("prompt", "completions")} for r in records()]
@@ -73,7 +75,8 @@ def test_the_same_steps_by_another_way(differ, tmp_path):
     one, other = trained(tmp_path, **options), trained(tmp_path, **{**options, **more})
     assert losses(other) == pytest.approx(losses(one), rel=1e-5)
     for name, weight in weights(one).items():
-        torch.testing.assert_close(weights(other)[name], weight, rtol=0, atol=2e-4, msg=name)
+        # Adam moves a weight whose gradient is nearly 0 by a whole step, whichever way it rounds.
+        assert (weights(other)[name] - weight).norm() < 1e-3 * weight.norm(), name
     if more is TOKENS:
         batches = [batch["preferences"].num_prompts for batch in other.get_train_dataloader()]
         assert sum(batches) == 8 and 1 < len(batches) < 8
@@ -81,15 +84,22 @@ def test_the_same_steps_by_another_way(differ, tmp_path):
         assert losses(one)[0] == pytest.approx(math.log(2), rel=1e-5)
 
 
+# Options under which they learn this in eight steps.
+OPTIONS = {"lire": {"length_normalize": True}}
+OPTIONS |= dict.fromkeys(("sppo_hard", "apo_down"), {"learning_rate": 1e-3})
+
+
 @pytest.mark.parametrize("loss_type", sorted(pk.losses.LOSSES))
 def test_every_loss_type_learns_to_rank_held_out_lists(loss_type, tmp_path):
     data, options = records(24), {"max_steps": 8, "learning_rate": 5e-3}
+    options |= OPTIONS.get(loss_type, {})
     trainer = trainer_for(tmp_path, None, data[:16], data[16:], loss_type=loss_type, **options)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
     assert after["eval_loss"] < before["eval_loss"]
-    assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
+    if loss_type != "apo_down":  # first of all it makes the best less likely
+        assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
     if loss_type != "slic":  # its scores are sums, and begin far off
         assert after["eval_pairwise_accuracy"] > 0.9 > 0.5 > before["eval_pairwise_accuracy"]
     assert (trainer.ref_model is not None) == trainer.args.needs_reference()
@@ -121,6 +131,27 @@ def test_lists_with_and_without_a_marked_candidate_go_together(tmp_path):
     logps, lengths = (x.gather(1, marked[:, None]) for x in (scores.logps, scores.lengths))
     sft = -0.05 * 4 * (logps / lengths).mean().item()
     assert evaluated["eval_sft_loss"] == pytest.approx(sft, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["pro", "kto"])
+def test_lists_count_by_their_weight_and_kto_takes_marks(loss_type, tmp_path):
+    share = torch.tensor([0.0, 3.0, 0.5, 1.0]).repeat(2).double()
+    data = [r | {"prompt_weight": w} for r, w in zip(records(), share.tolist(), strict=True)]
+    for record in data[:2] if loss_type == "kto" else []:
+        record["desirable"] = [True, True, False]
+    options = {"loss_type": loss_type, "per_device_train_batch_size": 1, "learning_rate": 1e-9}
+    trainer = trained(
+        tmp_path, data=data, gradient_accumulation_steps=8, max_steps=1, logging_steps=1, **options
+    )
+    scores = trainer.score(trainer.train_dataset)
+    assert scores.weights.equal(share)
+    each = list_losses(replace(scores, weights=None), trainer.args)
+    if loss_type == "kto":
+        assert scores.desirable[0].tolist() == [True, True, False]
+        assert scores.desirable[2].sum() == 1
+        assert trainer.metrics(scores)["loss"] == pytest.approx(0.5, abs=0.01)
+    wanted = (each * share).sum() / share.sum()
+    assert losses(trainer)[0] == pytest.approx(wanted.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("batching", ["auto", "padded"])

@@ -31,6 +31,8 @@ class Preferences:
         sft_index: (B,) int64, the candidate that carries the SFT term.
         by_order: whether the lists have no rewards, only their order.
         num_positions: tokens that the decoder runs on, padding not counted.
+        weights: (B,) float64, of each list in the mean over lists; None: all weigh 1.
+        desirable: (B, n) bool, False where a candidate is absent; None: no list marks any.
         idle: whether the batch only keeps a rank without lists in step, and counts for nothing.
         ref_logps: (B, n) float32, the reference model's log-probs where the lists hold them.
     """
@@ -42,6 +44,8 @@ class Preferences:
     num_positions: int
     idle: bool = False
     ref_logps: Tensor | None = None
+    weights: Tensor | None = None
+    desirable: Tensor | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -49,9 +53,11 @@ class Preferences:
         return self.rewards.shape[0]
 
     @property
-    def num_counted(self) -> int:
-        """Lists that the loss is a mean over."""
-        return 0 if self.idle else self.num_prompts
+    def total_weight(self) -> float:
+        """Of the lists that the loss is a mean over."""
+        if self.idle:
+            return 0
+        return self.num_prompts if self.weights is None else self.weights.sum().item()
 
     def to(self, *_: Any, **__: Any) -> Preferences:
         """Itself: the loss reads these numbers on the host."""
@@ -99,7 +105,8 @@ class PROCollator:
 
         A feature has ``prompts`` (token ids of one prompt, or of one for each completion),
         ``completions`` (token ids of n >= 1), ``rewards`` (n numbers, or None: best first),
-        ``sft_index`` (or None) and, where they were computed, ``ref_logps`` (n numbers).
+        ``sft_index`` (or None), and perhaps ``ref_logps`` (n numbers), ``weight`` (a number) and
+        ``desirable`` (n bools, or None: the best is).
 
         Returns:
             ``input_ids`` int64, (R, T) or (1, S); padded, ``attention_mask`` of the same shape; as
@@ -127,6 +134,8 @@ class PROCollator:
             size if self.form == "lists" else len(rows),
             idle,
             _ref_logps(features),
+            _weights(features),
+            _desirable(features, rewards),
         )
         return batch
 
@@ -258,6 +267,25 @@ def _rewards(
         rewards[row, :n] = torch.as_tensor(list(values), dtype=torch.float64)
         mask[row, :n] = True
     return rewards, mask, by_order
+
+
+def _weights(features: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """(B,) float64; None where all are 1."""
+    weights = [feature.get("weight", 1.0) for feature in features]
+    return None if set(weights) == {1.0} else torch.tensor(weights, dtype=torch.float64)
+
+
+def _desirable(features: Sequence[Mapping[str, Any]], rewards: Tensor) -> Tensor | None:
+    """(B, n) bool; None where no list says which candidates are."""
+    marks = [feature.get("desirable") for feature in features]
+    if all(given is None for given in marks):
+        return None
+    found = torch.zeros(rewards.shape, dtype=torch.bool)
+    for row, (feature, given) in enumerate(zip(features, marks, strict=True)):
+        n = len(feature["completions"])
+        own = rewards[row, :n]
+        found[row, :n] = own == own.max() if given is None else torch.tensor(given)
+    return found
 
 
 def _ref_logps(features: Sequence[Mapping[str, Any]]) -> Tensor | None:
