@@ -23,6 +23,7 @@ validate: option_types ranking
 options: option_types validate
 layout: options validate
 losses: losses option_types ranking validate
+policy: option_types options validate
 reference: layout options output
 backends: backends options
 backends.torch: options ranking
@@ -78,7 +79,7 @@ integrations.llamafactory: integrations.lists models.attach
 selfcheck: _version api backends fused.matmul fused.planner options reference selfcheck
 __main__: options selfcheck
 __init__: _version api backends distinct.decoder distinct.tree integrations layout losses
-    models.attach output reference
+    models.attach output policy reference
 """
 ALLOWED: dict[str, set[str]] = {name: set() for name in NOTHING.split()}
 for line in TABLE.replace("\n    ", " ").split("\n")[1:-1]:
