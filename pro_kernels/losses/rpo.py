@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pro_kernels.option_types import Beta, Limits
@@ -40,7 +41,10 @@ def rpo(
     p, q = eta * differences(ranked.rewards).to(margins.dtype), margins
     if divergence == "backward":
         p, q = q, p
-    losses = sum(
-        logsigmoid(x).exp() * (logsigmoid(x) - logsigmoid(y)) for x, y in ((p, q), (-p, -q))
-    )
+    losses = _share(p, q) + _share(-p, -q)
     return ranked.result(pair_mean(losses, later_pairs(ranked.valid)), implicit)
+
+
+def _share(x: Tensor, y: Tensor) -> Tensor:
+    """σ(x) (log σ(x) − log σ(y))."""
+    return logsigmoid(x).exp() * (logsigmoid(x) - logsigmoid(y))
