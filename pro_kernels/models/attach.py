@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pro_kernels.distinct.decoder import distinct_rows
 from pro_kernels.fused.shards import group_of
 from pro_kernels.models.forward import (
+    CLASS_OPTIONS,
     LOSS_OPTIONS,
     OPTIONS,
     STATE,
@@ -30,7 +31,7 @@ from pro_kernels.models.head import unfit
 from pro_kernels.models.opened import LossOf, Opened, base_of, causal_lm
 from pro_kernels.models.probe import agree
 from pro_kernels.models.tryout import try_out
-from pro_kernels.options import PROOptions
+from pro_kernels.options import CrossEntropyOptions, PROOptions
 from pro_kernels.validate import check_choice
 
 # What ``attach(loss=...)`` takes.
@@ -95,7 +96,9 @@ def attach(
             does until ``detach``; "padded" runs batches as they are.
         lazy_logits: False: a call without labels returns plain logits, one with labels None.
         options: of ``linear_pro_loss``: ``sft_weight``, ``temperature``, ``ties``, ...,
-            ``logits_dtype``, ``grad_filter``. The last two count for the cross-entropy too.
+            ``logits_dtype``, ``grad_filter``. The last two count for the cross-entropy too. Of
+            ``linear_cross_entropy``: ``class_weight``, ``label_smoothing``, ``z_loss``, which the
+            cross-entropy of labels then has, whether the model's own loss has them or not.
 
     Returns:
         The same model.
@@ -120,9 +123,11 @@ def attach(
     check_choice("lazy_logits", lazy_logits, (True, False))
     loss_options(options)
     group_of("process_group", process_group)
+    classes = {name: options.pop(name) for name in CLASS_OPTIONS if name in options}
+    CrossEntropyOptions(**{name: x for name, x in classes.items() if name != "class_weight"})
     options |= {"backend": backend, "budget": budget}
     own = {name: lm.__dict__[name] for name in _REPLACED if name in lm.__dict__}
-    opened = Opened(lm, loss, options, process_group, own)
+    opened = Opened(lm, loss, options, classes, process_group, own)
     setattr(lm, STATE, opened)
     try:
         try_out(opened, example)
