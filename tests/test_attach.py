@@ -491,6 +491,51 @@ def test_an_own_cross_entropy_is_replaced(inputs):
         assert_close(model(**inputs, **items).loss, want)
 
 
+CLASSES = {"class_weight": torch.linspace(0.1, 2.0, V), "label_smoothing": 0.1}
+
+
+def of_classes(logits, labels, vocab_size, num_items_in_batch=None, **_):
+    """A loss function as people give their models one."""
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), CLASSES["class_weight"],
+        label_smoothing=0.1, reduction=reduction,
+    )  # fmt: skip
+    return loss / (num_items_in_batch or 1)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the model's own", "of attach"])
+@pytest.mark.parametrize("items", [{}, {"num_items_in_batch": torch.tensor(7)}], ids=["", "items"])
+def test_classes_of_a_labels_cross_entropy(own, items, inputs):
+    model = make()
+    model.loss_function = of_classes
+    want = model(**inputs, **items).loss
+    expected = grads(model, want)
+    if own:
+        with pytest.raises(ValueError, match="the model's is not the mean cross-entropy"):
+            pk.attach(model)
+    else:
+        model = make()
+    pk.attach(model, **CLASSES, z_loss=0.0)
+    out = model(**inputs, **items)
+    assert_close(out.loss, want)
+    assert_same_grads(grads(model, out.loss), expected)
+    assert out.token_logps.shape == inputs["labels"].shape
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Llama", {"class_weight": torch.ones(V - 1)}, r"class_weight must have shape \(V,\)"),
+        ("Llama", {"z_loss": -1.0}, "z_loss must be >= 0"),
+        ("Gemma2", {"label_smoothing": 0.1}, "label_smoothing cannot be had with a softcap"),
+    ],
+)
+def test_classes_that_a_model_cannot_have(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        pk.attach(make(name), **options)
+
+
 # ---- what is noticed in a call
 
 

@@ -8,6 +8,7 @@ from counting import collectives
 from judged import (
     FROZEN,
     LOG_PROBS,
+    LSE,
     PRO,
     bounds,
     close,
@@ -64,8 +65,8 @@ def whole(grads: dict, group) -> dict:
 
 def check_values(group) -> None:
     """The longest case with every frozen set and budget, the others with some of each."""
-    every = [(LONG, freeze, budgets(group), (PRO, LOG_PROBS)) for freeze in FROZEN]
-    every += [(case, (), (None,), (PRO, LOG_PROBS)) for case in CASES]
+    every = [(LONG, freeze, budgets(group), (PRO, LOG_PROBS, LSE)) for freeze in FROZEN]
+    every += [(case, (), (None,), (PRO, LOG_PROBS, LSE)) for case in CASES]
     every += [(case, FROZEN[1 + i % 3], (1 << 14,), (PRO,)) for i, case in enumerate(CASES)]
     for case, freeze, limits, functions in every:
         for dtype in (torch.float32, torch.bfloat16):
@@ -175,6 +176,10 @@ def check_refusals(group) -> None:
         pk.linear_pro_loss(h, w, t, r, process_group=group, **options)
 
     wide = [torch.float64, torch.float32][rank % 2]
+
+    def cross_entropy(**options):
+        pk.linear_cross_entropy(h, w, targets, process_group=group, **options)
+
     some = slice(3 - rank % 2)
     nobody = dist.GroupMember.NON_GROUP_MEMBER
     empty = "in process_group, rank 0: ValueError: weight must not be empty"
@@ -193,6 +198,8 @@ def check_refusals(group) -> None:
         ("disagree on scored tokens", loss, {"t": fewer}),
         ("grad_filter cannot be had with a process_group", log_probs, {"grad_filter": 0.1}),
         ("return_entropy cannot be had with a process_group", log_probs, {"return_entropy": True}),
+        ("disagree on loss", cross_entropy, {"z_loss": 0.1 * (1 + rank)}),
+        ("label_smoothing cannot be had with a process_g", cross_entropy, {"label_smoothing": 0.1}),
         ("", log_probs, {"t": targets + 10**6}),  # out of range: in words of its own
         ("rank 1: ValueError: bias must", log_probs, {"bias": torch.zeros(20 + (rank == 1))}),
         (
