@@ -1,7 +1,8 @@
-"""Run every check of this folder on ranks forked from one process: worlds.py WORLD STORE."""
+"""Run every check of this folder on ranks forked from one process: worlds.py FOLDER WORLDS."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from datetime import timedelta
@@ -13,8 +14,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-CHECKS = sys.argv[3:] or ["tensor_parallel", "dtensors", "sequence_parallel", "data_parallel"]
+CHECKS = ["tensor_parallel", "dtensors", "sequence_parallel", "data_parallel"]
 modules = [__import__(name) for name in CHECKS]
+# What the ranks would each import by themselves.
+LATER = [
+    "transformers.models.llama.modeling_llama",
+    "torch._dynamo",
+    "torch._functorch.aot_autograd",
+]
+for name in [*LATER, "peft", "triton"]:
+    with contextlib.suppress(ImportError):
+        __import__(name)
 
 
 def on_rank(rank: int, world: int, store: str) -> None:
@@ -31,7 +41,8 @@ def on_rank(rank: int, world: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    world, store = int(sys.argv[1]), sys.argv[2]
     # What is imported is imported once; a fork is safe on Linux only.
     method = "fork" if sys.platform == "linux" else "spawn"
-    torch.multiprocessing.start_processes(on_rank, (world, store), world, start_method=method)
+    for world in map(int, sys.argv[2:]):
+        args = world, f"{sys.argv[1]}/store{world}"
+        torch.multiprocessing.start_processes(on_rank, args, world, start_method=method)
