@@ -19,7 +19,8 @@ def test_values_gradients_bytes_and_refusals(tmp_path):
     """A rank that fails a check fails the launch."""
     pytest.importorskip("transformers")
     script = Path(__file__).with_name("worlds.py")
-    command = [sys.executable, str(script), str(tmp_path), "2", "4"]
+    checks = "tensor_parallel", "dtensors", "sequence_parallel", "data_parallel"
+    command = [sys.executable, str(script), str(tmp_path), "2,4", *checks]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
