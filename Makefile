@@ -57,7 +57,7 @@ test: $(VENV)/.installed
 FAST := tests/losses tests/distinct/test_tree.py tests/distinct/test_tree_attention.py \
 	tests/distinct/test_states.py $(wildcard tests/backends/test_c*.py) tests/backends/test_native.py \
 	$(addprefix tests/test_,$(addsuffix .py,reference layout layers planner matmul grad_filter \
-	rank_order bad_input attach switches no_sync shared_maths extending)) \
+	rank_order bad_input attach switches no_sync extending)) \
 	$(addprefix tests/trainer/test_,$(addsuffix .py,collate text data records files choose config \
 	official ranking inspect model))
 

@@ -22,7 +22,7 @@ from bench.engine.record import COMMON, NO_TIME
 from bench.engine.rounds import Clock, Settings, interleaved, timed
 from bench.engine.run import DeviceLost, Run, run
 from bench.engine.step import TrainingCase
-from bench.engine.timing import Step, backward_step
+from bench.engine.timing import Step
 from bench.providers import base
 from bench.report.tables import marks
 from bench.suites import load, loss, step
@@ -394,8 +394,3 @@ def test_every_round_runs_each_contender_once_in_random_order():
     assert few == {"a": [1], "b": [1] * 5}
     with pytest.raises(ZeroDivisionError):
         interleaved("a", 1, lambda name: 1 / 0)
-
-
-def test_backward_step_of_a_score_makes_no_gradient():
-    x = torch.ones(2, requires_grad=True)
-    assert backward_step(lambda: x.sum(), (x,), grad=False).run() == 2 and x.grad is None

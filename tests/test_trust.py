@@ -137,14 +137,6 @@ def test_eps_that_counts_keeps_the_official_meaning_away():
     assert isinstance(found, str) and "eps" in found
 
 
-def test_threads_are_left_as_they_were():
-    before = torch.get_num_threads()
-    with pytest.raises(RuntimeError), measure.threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-        raise RuntimeError
-    assert torch.get_num_threads() == before
-
-
 def test_what_cannot_run_here_is_named(monkeypatch):
     monkeypatch.setattr(backends, "ORDER", ("cuda", "triton", "torch"))
     lines = "\n".join(report._not_run())
@@ -192,15 +184,3 @@ def test_each_entrance_takes_its_tier(monkeypatch):
         assert len(entrances) == max(1, len(tiers))
         taken = [p.tier for p in plans if kind != "score"] or [p.tier for p in plans[:1]]
         assert taken == [tier[:3].strip() for tier in tiers]
-
-
-def test_allowance_is_for_gradients_behind_native_16_bit_matmuls(monkeypatch):
-    problem = cases.make_problem(CASES[0], "train", torch.device("cpu"), torch.bfloat16)
-    monkeypatch.setattr(matmul, "_upcasts", lambda *_: False)
-    assert measure.allowance(problem, "gradient of weight") == 3**0.5
-    assert measure.allowance(problem, "loss") == measure.allowance(problem, "log-probs") == 1
-    monkeypatch.setattr(matmul, "leaves_sums", lambda *_: True)
-    assert measure.allowance(problem, "gradient of weight") == 1.5**0.5
-    assert measure.allowance(problem, "gradient of hidden") == 1
-    monkeypatch.setattr(matmul, "_upcasts", lambda *_: True)
-    assert measure.allowance(problem, "gradient of weight") == 1
