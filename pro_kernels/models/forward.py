@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pro_kernels.api import linear_pro_loss
+from pro_kernels.api import linear_pro_loss, linear_token_logps
 from pro_kernels.cross_entropy import token_losses
 from pro_kernels.fused.shards import is_dtensor
 from pro_kernels.layout import Layout
