@@ -1,10 +1,10 @@
 """Options of a call, each stated once: a field, whose type says what it takes and means.
 
 ``PROOptions`` is the loss as its caller describes it and ``RankingOptions`` what of it the kernels
-compute with, ``LogitOptions`` what the model does to its logits, ``CallOptions`` how a call runs.
-The public functions take them as keyword arguments (``Options``); kernels get the same fields as a
-struct (C, CUDA) or a tuple (Triton), and ops get them encoded (``fused/call.py``). So a new option
-is a field here, and code where it acts.
+compute with, ``CrossEntropyOptions`` that of tokens, ``LogitOptions`` what the model does to its
+logits, ``CallOptions`` how a call runs. The public functions take them as keyword arguments
+(``Options``); kernels get the same fields as a struct (C, CUDA) or a tuple (Triton), and ops get
+them encoded (``fused/call.py``). So a new option is a field here, and code where it acts.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def constant_while_compiling(function: Function) -> Function:
     return function
 
 
-class _Checked:
+class Checked:
     """Checks its fields by their types; a subclass may then derive others."""
 
     _types: ClassVar[dict[str, tuple[OptionType, Any]]] = {}  # and the default, checked below
@@ -80,7 +80,7 @@ class _Checked:
 
 
 @dataclass(frozen=True)
-class LogitOptions(_Checked):
+class LogitOptions(Checked):
     """What the model does to raw logits before the softmax.
 
     ``z = softcap * tanh(logit_scale * raw / softcap)``; without a softcap ``z = logit_scale * raw``
@@ -124,7 +124,7 @@ class LogitOptions(_Checked):
 
 
 @dataclass(frozen=True)
-class RankingOptions(_Checked):
+class RankingOptions(Checked):
     """Options of the ranking loss on scores (one prompt: n candidates, best first).
 
     Kernels take these fields: csrc/include/pk_abi.h, and a tuple in Triton.
@@ -205,7 +205,27 @@ _OF_RANKING = tuple(f.name for f in fields(RankingOptions))
 
 
 @dataclass(frozen=True)
-class CallOptions(_Checked):
+class CrossEntropyOptions(Checked):
+    """The cross-entropy of tokens beside its class weights, a tensor."""
+
+    label_smoothing: Annotated[
+        float,
+        Limits(at_least=0, at_most=1),
+        "Share of the target's probability that goes to all classes alike.",
+    ] = 0.0
+    z_loss: Annotated[
+        float,
+        Limits(at_least=0),
+        "lambda of ``lambda lse^2``, added for each token whatever its class weight (PaLM, arXiv "
+        "2204.02311, section 5; Liger's ``lse_square_scale``); its mean is over tokens.",
+    ] = 0.0
+    reduction: Annotated[
+        Literal["mean", "sum", "none"], "As in PyTorch; a mean is over the scored tokens."
+    ] = "mean"
+
+
+@dataclass(frozen=True)
+class CallOptions(Checked):
     """How a call runs; budget and grad_filter are checked where they are used."""
 
     ignore_index: Annotated[int, "Target value of positions that are not scored."] = IGNORE_INDEX
@@ -259,16 +279,27 @@ class CallOptions(_Checked):
     ] = None
 
 
-for _options in (LogitOptions, RankingOptions, PROOptions, CallOptions):
-    _hints = typing.get_type_hints(_options, include_extras=True)
-    _kinds = {f.name: (option_type(_hints[f.name]), f.default) for f in fields(_options)}
-    _options._types = {
+def declare(options: Any) -> None:
+    """Let a dataclass of options know what its fields take, and check its defaults."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    kinds = {f.name: (option_type(hints[f.name]), f.default) for f in fields(options)}
+    options._types = {
         name: (kind, default)
-        for name, (kind, default) in _kinds.items()
+        for name, (kind, default) in kinds.items()
         if (kind.kinds or kind.choices) and name not in ("budget", "grad_filter")
     }
-    for _name, (_kind, _default) in _options._types.items():
-        check_option(_name, _default, _kind)
+    for name, (kind, default) in options._types.items():
+        check_option(name, default, kind)
+
+
+for _options in (LogitOptions, RankingOptions, PROOptions, CrossEntropyOptions, CallOptions):
+    declare(_options)
+
+
+def row_scale(options: dict[str, Any]) -> Tensor | None:
+    """The ``logit_scale`` of each row, where it is no number for all of them."""
+    scale = options.get("logit_scale")
+    return scale if isinstance(scale, Tensor) else None
 
 
 class Options:
@@ -309,12 +340,14 @@ class Options:
         return function
 
     def split(self, options: dict[str, Any]) -> tuple[Any, ...]:
-        """One dataclass each, in the order of the classes.
+        """One dataclass each, in the order of the classes; a ``row_scale`` stands as 1.
 
         Raises:
             TypeError: an option that there is not, or of the wrong type.
             ValueError: a value out of range.
         """
+        if row_scale(options) is not None:
+            options = {**options, "logit_scale": 1.0}
         types = tuple(map(type, options.values()))
         if torch.compiler.is_compiling() or not _REMEMBERED.issuperset(types):
             return self._made(options)

@@ -38,26 +38,26 @@ def token_logps(
     shift: bool = False,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    return_lse: bool = False,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each target, ``(...)`` fp32 (fp64 for fp64), 0 where not scored.
 
-    Arguments as in ``pro_kernels.token_logps``.
+    Arguments as in ``pro_kernels.linear_token_logps``.
     """
     logits, targets = _tokens(logits, targets, ignore_index, shift)
     scored = targets != IGNORE_INDEX
-    if isinstance(logit_scale, Tensor):
-        by_row = torch.where(scored, logit_scale, 1.0).to(_wide(logits).dtype)
-        logits, logit_scale = _wide(logits) * by_row[..., None], 1.0
-    z = LogitOptions(softcap, logit_scale).transform(_wide(logits))
+    raw, scale = _scaled(logits, logit_scale, scored)
+    z = LogitOptions(softcap, scale).transform(raw)
     index = torch.where(scored, targets, 0).long().unsqueeze(-1)
     log_p = torch.log_softmax(z, dim=-1)
-    logps = torch.where(scored, log_p.gather(-1, index).squeeze(-1), 0.0)
-    if not return_entropy:
-        return logps
-    # Where p is 0 it adds nothing, and no gradient passes: 0 * -inf would be NaN.
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
-    return logps, torch.where(scored, entropy, 0.0)
+    found = [log_p.gather(-1, index).squeeze(-1)]
+    if return_lse:
+        found.append(torch.logsumexp(z, dim=-1))
+    if return_entropy:  # Where p is 0 it adds nothing, and no gradient passes: 0 * -inf is NaN.
+        found.append(-(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1))
+    values = tuple(torch.where(scored, x, 0.0) for x in found)
+    return values if len(values) > 1 else values[0]
 
 
 def linear_token_logps(
@@ -70,10 +70,47 @@ def linear_token_logps(
     shift: bool = False,
     head_dtype: str | None = None,
     **options,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """``token_logps`` of ``hidden weight^T + bias``; options as there."""
     hidden, targets = _tokens(hidden, targets, ignore_index, shift)
     return token_logps(_logits(hidden, weight, bias, head_dtype), targets, **options)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    head_dtype: str | None = None,
+) -> Tensor:
+    """PyTorch's cross-entropy of ``hidden weight^T + bias``, and ``z_loss * lse^2`` of each token.
+
+    Arguments as in ``pro_kernels.linear_cross_entropy``.
+    """
+    hidden, targets = _tokens(hidden, targets, ignore_index, shift)
+    scored = targets != IGNORE_INDEX
+    raw, scale = _scaled(_logits(hidden, weight, bias, head_dtype), logit_scale, scored)
+    z = LogitOptions(softcap, scale).transform(raw)
+    classes = z.new_ones(z.shape[-1]) if class_weight is None else class_weight.to(z.dtype)
+    losses = torch.nn.functional.cross_entropy(
+        z.flatten(0, -2), targets.flatten().long(), classes, ignore_index=IGNORE_INDEX,
+        reduction="none", label_smoothing=label_smoothing,
+    ).view(targets.shape)  # fmt: skip
+    z_losses = torch.where(scored, z_loss * torch.logsumexp(z, dim=-1).square(), 0.0)
+    if reduction == "none":
+        return losses + z_losses
+    if reduction == "sum" or not scored.any():
+        return (losses + z_losses).sum()
+    return losses.sum() / classes[targets[scored]].sum() + z_losses.sum() / scored.sum()
 
 
 def sequence_scores(
@@ -301,6 +338,14 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head_dtype: str
     with torch.autocast(hidden.device.type, enabled=False):
         wide = None if bias is None else _wide(bias)
         return torch.nn.functional.linear(_wide(hidden), _wide(weight), wide)
+
+
+def _scaled(logits: Tensor, scale: float | Tensor, scored: Tensor) -> tuple[Tensor, float]:
+    """Wide logits times a scale of each row, and what number is left of it."""
+    if not isinstance(scale, Tensor):
+        return _wide(logits), scale
+    by_row = torch.where(scored, scale, 1.0).to(_wide(logits).dtype)
+    return _wide(logits) * by_row[..., None], 1.0
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def results(function, dtypes, kind=None, **options) -> list[torch.Tensor]:
     ]
     args = (*leaves[:2], targets)
     with torch.autocast(here.type, autocast, enabled=autocast is not None and kind is None):
-        if "pro_loss" in function.__name__:
+        if "cross_entropy" in function.__name__:
+            values = [function(*args, bias=leaves[2], z_loss=0.1, **options)]
+        elif "pro_loss" in function.__name__:
             out = function(*args, rewards, bias=leaves[2], **options)
             values = [out.loss, out.logps]
         else:
@@ -56,15 +58,18 @@ def check(function: str, dtypes, **options) -> None:
     # What the gradient matmuls round to is the dtype that both operands have.
     same = dtypes[0] == dtypes[1]
     rounded = results(plain, (*dtypes[:2], None), **CASE.options, **({} if same else FP32))
-    for i, what in enumerate(("value 0", "value 1", "hidden", "weight", "bias")):
-        if i < 2:
+    values = len(ours) - 3
+    for i, what in enumerate((*["value"] * values, "hidden", "weight", "bias")):
+        if i < values:
             torch.testing.assert_close(ours[i].double(), exact[i], rtol=2e-6, atol=2e-6)
         else:
             dtype = dtypes[0] if same else ours[i].dtype
             assert_no_worse(ours[i], rounded[i], exact[i], dtype, f"{what} weight", norm=True)
 
 
-@pytest.mark.parametrize("function", ["linear_token_logps", "linear_pro_loss"])
+@pytest.mark.parametrize(
+    "function", ["linear_token_logps", "linear_pro_loss", "linear_cross_entropy"]
+)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @every_subject(every_way=False)
 def test_every_backend(subject, dtypes, function, poison):

@@ -21,7 +21,7 @@ CASES = [
     Case("odd vocabulary", V=1009, T=4),
 ]
 BUDGET = Case("budget", T=9, H=48, V=333, options={"softcap": 5.0})
-FUNCTIONS = ["linear_token_logps", "linear_pro_loss"]
+FUNCTIONS = ["linear_token_logps", "linear_pro_loss", "linear_cross_entropy"]
 
 
 def scales(case: Case) -> torch.Tensor:
@@ -37,6 +37,10 @@ def check(case: Case, dtype: torch.dtype, function: str, **options) -> None:
     shared = {"logit_scale": scales(case)}
     if function == "linear_token_logps":
         options["upstream"] = upstreams(case)
+    if function == "linear_cross_entropy":
+        smooth = {} if "softcap" in case.options else {"label_smoothing": 0.2}
+        shared |= {"z_loss": 0.1, "class_weight": torch.linspace(0.5, 2, case.V), **smooth}
+        options["upstream"] = [torch.tensor(1.7)]
     compare(case, dtype, function, shared=shared | options.pop("shared", {}), **options)
 
 
@@ -65,7 +69,8 @@ def test_every_tier(dtype, more, tier, freeze, force_tier, monkeypatch, poison):
             fp32_sums(monkeypatch)
         for function in FUNCTIONS:
             check(BUDGET, dtype, function, freeze=freeze, **more)
-        check(BUDGET, dtype, FUNCTIONS[0], freeze=freeze, shared={"return_entropy": True}, **more)
+        for output in ("return_entropy", "return_lse"):
+            check(BUDGET, dtype, FUNCTIONS[0], freeze=freeze, shared={output: True}, **more)
 
 
 def test_an_fp32_head_is_scaled_without_a_rounding(monkeypatch):

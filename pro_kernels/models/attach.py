@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from pro_kernels.distinct.decoder import distinct_rows
 from pro_kernels.fused.shards import group_of
+from pro_kernels.losses import LOSSES
 from pro_kernels.models.forward import (
+    CLASS_OPTIONS,
+    KERNEL_OPTIONS,
     LOSS_OPTIONS,
     OPTIONS,
     STATE,
@@ -30,11 +33,11 @@ from pro_kernels.models.head import unfit
 from pro_kernels.models.opened import LossOf, Opened, base_of, causal_lm
 from pro_kernels.models.probe import agree
 from pro_kernels.models.tryout import try_out
-from pro_kernels.options import PROOptions
+from pro_kernels.options import CrossEntropyOptions, PROOptions
 from pro_kernels.validate import check_choice
 
-# What ``attach(loss=...)`` takes.
-LOSSES = ("auto", "ranking", "cross_entropy")
+# What ``attach(loss=...)`` takes beside the names of ``losses.LOSSES``.
+_LOSSES = ("auto", "ranking", "cross_entropy")
 # Attributes of the instance that are set; accelerate may have set a forward before.
 _REPLACED = ("forward", "accepts_loss_kwargs", "_loss_function")
 
@@ -57,7 +60,8 @@ def attach(
 
     - with ``rewards`` (B, n), ``num_candidates=n`` or ``layout``: ``loss`` and the other fields of
       ``PROOutput``, candidates being the rows, n of each prompt after another
-      (``labels`` (B n, T));
+      (``labels`` (B n, T)). It is PRO's, or that which ``loss`` names, of which ``ref_logps``
+      (B, n) may be given, too;
     - else ``loss``, the cross-entropy as the model computes it (a mean over the tokens, or their
       sum over ``num_items_in_batch``), and ``token_logps`` (B, T), fp32, differentiable: position t
       holds the log-prob of ``labels[:, t + 1]``, or 0.
@@ -80,9 +84,10 @@ def attach(
 
     Args:
         model: a causal LM of transformers (or PEFT's wrapper of one) with a linear LM head.
-        loss: "ranking", "cross_entropy", or "auto": as each call asks for. Under ``Trainer`` name
-            it: "ranking" makes ``Trainer`` divide by the accumulation steps itself
-            (``accepts_loss_kwargs = False``), since that loss is a mean over prompts, and refuses
+        loss: "ranking" (PRO), "cross_entropy", the name of a loss of ``losses.LOSSES``, or "auto":
+            PRO or the cross-entropy, as each call asks for. Under ``Trainer`` name it: all but
+            these two make ``Trainer`` divide by the accumulation steps itself
+            (``accepts_loss_kwargs = False``), since such a loss is a mean over prompts, and refuse
             batches that do not say which rows belong together.
         example: keyword arguments for the forward that try the model out, ``input_ids`` among them;
             None: eight token ids. Give one where a model needs more than ``input_ids``.
@@ -94,9 +99,12 @@ def attach(
         rows: "distinct" runs only the distinct tokens of each padded batch, as ``distinct_rows``
             does until ``detach``; "padded" runs batches as they are.
         lazy_logits: False: a call without labels returns plain logits, one with labels None.
-        options: of ``linear_pro_loss``: ``sft_weight``, ``temperature``, ``ties``, ...,
-            ``head_dtype``, ``grad_filter``. The last two count for the cross-entropy too, and
-            ``head_dtype="float32"`` for ``logits``, which are fp32 then (but not of ``generate``).
+        options: of the loss (``linear_pro_loss``'s, or those of ``LOSSES[loss]``): ``sft_weight``,
+            ``temperature``, ``beta``, ...; and of any: ``grad_filter``, ``head_dtype``. With
+            ``head_dtype="float32"`` the ``logits`` are fp32, too, but not those of ``generate``.
+            With "auto" or "cross_entropy" also those of ``linear_cross_entropy``: ``class_weight``,
+            ``label_smoothing``, ``z_loss``, which the cross-entropy of labels then has, whether
+            the model's own loss has them or not.
 
     Returns:
         The same model.
@@ -114,23 +122,32 @@ def attach(
             raise ValueError(f"{type(lm).__name__} is attached already; detach(model) first")
         detach(lm)
     _check_whole(lm)
-    if unknown := sorted(set(options) - OPTIONS):
-        raise TypeError(f"attach got options {unknown}; there are {sorted(OPTIONS)}")
-    check_choice("loss", loss, LOSSES)
+    check_choice("loss", loss, (*_LOSSES, *LOSSES))
+    loss = "ranking" if loss == "pro" else loss
+    of_scores = None if loss in _LOSSES else LOSSES[loss]
+    there = OPTIONS if of_scores is None else {*KERNEL_OPTIONS, *of_scores.types}
+    if unknown := sorted(set(options) - there):
+        raise TypeError(f"attach got options {unknown}; there are {sorted(there)}")
     check_choice("rows", rows, ("padded", "distinct"))
     check_choice("lazy_logits", lazy_logits, (True, False))
-    loss_options(options)
+    classes: dict[str, Any] = {}
+    if of_scores is None:
+        classes = {name: options.pop(name) for name in CLASS_OPTIONS if name in options}
+        CrossEntropyOptions(**{name: x for name, x in classes.items() if name != "class_weight"})
+        loss_options(options)
+    else:
+        of_scores.check({name: x for name, x in options.items() if name in of_scores.types})
     group_of("process_group", process_group)
     options |= {"backend": backend, "budget": budget}
     own = {name: lm.__dict__[name] for name in _REPLACED if name in lm.__dict__}
-    opened = Opened(lm, loss, options, process_group, own)
+    opened = Opened(lm, loss, options, classes, process_group, own)
     setattr(lm, STATE, opened)
     try:
         try_out(opened, example)
         lm.forward = MethodType(fused_forward(type(lm).forward), lm)
         opened.hooks.append(lm.register_forward_pre_hook(before_call, with_kwargs=True))
         opened.hooks.append(lm.register_forward_hook(after_call))
-        if loss == "ranking":
+        if loss not in ("auto", "cross_entropy"):
             lm.accepts_loss_kwargs = False
         if rows == "distinct":
             opened.rows = distinct_rows(lm)
