@@ -21,7 +21,7 @@ from pro_kernels.fused.planner import Plan
 from pro_kernels.fused.rank_order import make_output, rank_candidates
 from pro_kernels.layout import Layout, mark_unscored, shift_targets
 from pro_kernels.options import CallOptions, LogitOptions, Options, PROOptions, row_scale
-from pro_kernels.output import GradFilter, PROOutput, TokenStats
+from pro_kernels.output import GradFilter, PROOutput, TokenStats, TopK
 
 _NOT_OF_LOGITS = ("head_dtype", "grad_filter", "budget", "process_group")
 _TOKENS = Options(LogitOptions, CallOptions, without=("inplace_backward", "sequence_group"))
@@ -45,8 +45,9 @@ def linear_token_logps(
     return_lse: bool = False,
     return_dropped: bool = False,
     return_entropy: bool = False,
+    return_topk: int | None = None,
     **options: Any,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Tensor | tuple[Any, ...]:
     """Log-probability of each target under ``softmax(head(hidden))``, without holding all logits.
 
     Rows whose target is ``ignore_index`` never reach the head. Any upstream gradient is served at
@@ -70,28 +71,37 @@ def linear_token_logps(
             where nothing is scored; differentiable. No matmul more where logits and a gradient as
             large fit the budget; rows that do not fit are computed again. The backward needs the
             weight. Not with ``grad_filter``.
+        return_topk: k: also return the log-probs and ids of the k most likely tokens of each row,
+            (..., k) each, as ``TopK``; without gradient. 0 and -1 where nothing is scored.
         **options: of the call.
 
     Returns:
         (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``. With
-        ``return_lse``, ``return_entropy`` or ``return_dropped`` a tuple, in that order.
+        ``return_lse``, ``return_entropy``, ``return_topk`` or ``return_dropped`` a tuple, in that
+        order.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, dtypes or values that do not fit, a target outside [0, V).
     """
     tau = options.get("grad_filter")
-    if return_entropy and options.get("process_group") is not None:
-        raise ValueError("return_entropy cannot be had with a process_group, got True")
+    alone = {"return_entropy": return_entropy, "return_topk": return_topk}
+    for name, on in alone.items():
+        if on and options.get("process_group") is not None:
+            raise ValueError(f"{name} cannot be had with a process_group, got {on}")
     if return_entropy and (tau is not None or return_dropped):
         raise ValueError(
             "return_entropy=True needs grad_filter=None and return_dropped=False (every column "
             f"counts in an entropy), got grad_filter={tau}, return_dropped={return_dropped}"
         )
     wanted = [name for name, on in (("lse", return_lse), ("entropy", return_entropy)) if on]
-    given = _TOKENS, options
-    stats, dropped = token_stats(hidden, weight, targets, bias, given, ("logps", *wanted))
-    found = list(stats.values())
+    if return_topk is not None:
+        wanted += ["top_logps", "top_ids"]
+    given, outputs = (_TOKENS, options), ("logps", *wanted)
+    stats, dropped = token_stats(hidden, weight, targets, bias, given, outputs, return_topk)
+    found: list[Any] = list(stats.values())
+    if return_topk is not None:
+        found[-2:] = [TopK(*found[-2:])]
     if return_dropped:
         none = torch.zeros(3, *targets.shape, dtype=torch.float32, device=targets.device)
         found.append(dropped if dropped.numel() else none)
@@ -116,15 +126,15 @@ def linear_token_stats(
 
     Args and errors as there.
     """
-    names = ("log_sum_sq_probs", "mean_logits", "predicted") if extra else ()
+    names = ("log_sum_sq_probs", "mean_logits", "top_ids") if extra else ()
     outputs = ("logps", "entropy", *names)
     stats, _ = token_stats(hidden, weight, targets, bias, (_STATS, options), outputs)
     if not extra:
         return TokenStats(**stats)
-    logps, entropy, square, mean, predicted = stats.values()
+    logps, entropy, square, mean, ids = stats.values()
     *_, how = _STATS.split(options)
     targets = scored_targets(targets, how)
-    top = (predicted == targets) & (targets != how.ignore_index)
+    top = (ids[..., 0] == targets) & (targets != how.ignore_index)
     return TokenStats(logps, entropy, square, mean, top)
 
 
@@ -135,10 +145,11 @@ def token_stats(
     bias: Tensor | None,
     given: tuple[Options, dict[str, Any]],  # what options there are, and those of the call
     outputs: tuple[str, ...],  # of ``Call``
+    top: int | None = None,  # k; None: 1
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The outputs by name, and what a filter dropped, in the shape of targets.
+    """The outputs by name, and what a filter dropped, in the shape of targets; (..., k) of the top.
 
-    Of those that are predicted, the ids, -1 where nothing is scored.
+    Ids are -1 where nothing is scored.
     """
     taken, options = given
     scale = row_scale(options)
@@ -149,11 +160,12 @@ def token_stats(
         *terms, logits, how = taken.split(options)
         dtypes = _check_head(hidden, weight, bias, how)
         validate.check_targets_of(targets, "hidden", hidden, "hidden.shape[:-1]")
+        validate.check_top(top, weight.shape[0])
         vocab = weight.shape[0] if group is None else None
         scored = scored_targets(targets, how).reshape(1, 1, -1)
         layout = Layout.of_targets(scored, how.ignore_index, vocab)
         _check_scale(scale, "hidden", hidden, bias, layout.rows, layout.targets)
-        call = _call(hidden, dtypes, logits, how, weight).but(outputs=outputs)
+        call = _call(hidden, dtypes, logits, how, weight).but(outputs=outputs, top=top or 1)
         return call, layout, how, terms
 
     call, layout, how, _ = ranks.agreed(check, (group, None), (hidden, weight, bias, scale))
@@ -162,12 +174,12 @@ def token_stats(
     logps, dropped, *more = autograd.Head.apply(
         rows, weight, bias, layout.rows, layout.targets, by_row, call
     )
-    stats = {
-        name: layout.by_position(x).view(targets.shape)
-        for name, x in zip(outputs, (logps, *more), strict=True)
-    }
-    if "predicted" in stats:
-        stats["predicted"] = stats["predicted"].long() - 1
+    stats = {}
+    for name, x in zip(outputs, (logps, *more), strict=True):
+        x = layout.by_position(x).view(*x.shape[:-1], *targets.shape)
+        stats[name] = x.movedim(0, -1).contiguous() if name.startswith("top_") else x
+    if "top_ids" in stats:
+        stats["top_ids"] = stats["top_ids"].long() - 1
     if dropped.numel():
         dropped = layout.by_position(dropped).view(3, *targets.shape)
     return stats, dropped

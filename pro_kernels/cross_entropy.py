@@ -69,14 +69,14 @@ def linear_cross_entropy(
     """
     found = token_losses(
         hidden, weight, targets, bias=bias, class_weight=class_weight,
-        outputs=("lse", "predicted") if return_stats else (), **options,
+        outputs=("lse", "top_ids") if return_stats else (), **options,
     )  # fmt: skip
     terms, *_ = _CROSS_ENTROPY.split(options)
     loss, z_loss = found.reduced(terms.reduction)
     if not return_stats:
         return loss
-    stats = found.stats
-    return CrossEntropyOutput(loss, z_loss.detach(), **stats)
+    logps, lse, ids = found.stats.values()
+    return CrossEntropyOutput(loss, z_loss.detach(), logps, lse, ids[..., 0])
 
 
 class TokenLosses(NamedTuple):
@@ -110,7 +110,7 @@ def token_losses(
     alone = {
         "label_smoothing": smoothing,
         "class_weight": class_weight is not None,
-        "return_stats": "predicted" in outputs,
+        "return_stats": "top_ids" in outputs,
     }
     if refused := [name for name, on in alone.items() if on and group is not None]:
         raise ValueError(f"{' and '.join(refused)} cannot be had with a process_group")

@@ -103,6 +103,22 @@ class CrossEntropyOutput(NamedTuple):
     predicted: Tensor
 
 
+class TopK(NamedTuple):
+    """The k most likely tokens of each row, the likeliest first; without gradient.
+
+    They have the largest logits, as the call holds these: rounded, where the head's dtype has 16
+    bits (``head_dtype``). Ties are in the order of ``torch.topk``, and for k = 1 the first wins.
+    Log-probs are of the same logits, but for that of the target, which is the one returned for it.
+
+    Attributes:
+        logps: (..., k) fp32 (fp64); 0 where nothing is scored.
+        ids: (..., k) int64; -1 where nothing is scored.
+    """
+
+    logps: Tensor
+    ids: Tensor
+
+
 class TokenStats(NamedTuple):
     """What ``linear_token_stats`` returns: (...) each, fp32 (fp64), 0 where nothing is scored.
 

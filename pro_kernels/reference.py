@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pro_kernels.layout import Layout, shift_targets
 from pro_kernels.options import IGNORE_INDEX, LogitOptions, PROOptions
-from pro_kernels.output import PROOutput
+from pro_kernels.output import PROOutput, TopK
 
 
 def token_logps(
@@ -40,7 +40,8 @@ def token_logps(
     logit_scale: float | Tensor = 1.0,
     return_lse: bool = False,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+    return_topk: int | None = None,
+) -> Tensor | tuple[Any, ...]:
     """Log-probability of each target, ``(...)`` fp32 (fp64 for fp64), 0 where not scored.
 
     Arguments as in ``pro_kernels.linear_token_logps``.
@@ -56,8 +57,11 @@ def token_logps(
         found.append(torch.logsumexp(z, dim=-1))
     if return_entropy:  # Where p is 0 it adds nothing, and no gradient passes: 0 * -inf is NaN.
         found.append(-(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1))
-    values = tuple(torch.where(scored, x, 0.0) for x in found)
-    return values if len(values) > 1 else values[0]
+    values: list[Any] = [torch.where(scored, x, 0.0) for x in found]
+    if return_topk is not None:
+        top, live = log_p.detach().topk(return_topk), scored[..., None]
+        values.append(TopK(top.values.where(live, 0.0), top.indices.where(live, -1)))
+    return tuple(values) if len(values) > 1 else values[0]
 
 
 def linear_token_logps(

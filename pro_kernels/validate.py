@@ -136,6 +136,16 @@ def check_mask(name: str, value: object) -> Tensor:
     return value
 
 
+def check_top(k: object, vocab: int) -> None:
+    """Raise unless ``k``, of ``return_topk``, is None or a number of tokens of the vocabulary."""
+    if k is None:
+        return
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"return_topk must be None or an integer, got {k!r}")
+    if not 1 <= k <= vocab:
+        raise ValueError(f"return_topk must lie in [1, {vocab}], got {k}")
+
+
 def check_targets(targets: object, name: str = "targets") -> None:
     """Raise TypeError unless ``targets`` is an integer tensor."""
     if not isinstance(targets, Tensor):

@@ -64,7 +64,7 @@ def test_opcheck_logits_ops(subject):
         check(ops.logits_grad_, args)
 
 
-OUTPUTS = "logps", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "predicted"
+OUTPUTS = "logps", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "top_logps", "top_ids"
 # Compact or dense rows; how many are kept; what else the call asks for.
 HEADS = {
     "compact, all kept": (True, 99, {}),

@@ -51,12 +51,12 @@ class Head(torch.autograd.Function):
         values, saved = _head_forward(ctx, hidden, weight, bias, rows, targets, scale, call)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        dropped, *others = saved[-1], *(values[i] for i in range(1, len(call.outputs)))
-        named = zip(call.outputs[1:], others, strict=True)
+        dropped, named = saved[-1], call.named(values)
         ctx.mark_non_differentiable(
-            dropped, *(x for name, x in named if name not in ("entropy", "lse"))
+            dropped, *(x for name, x in named.items() if name not in ("logps", "entropy", "lse"))
         )
-        return values[0], dropped, *others
+        logps, *others = named.values()
+        return logps, dropped, *others
 
     @staticmethod
     @first_order

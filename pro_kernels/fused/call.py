@@ -46,6 +46,7 @@ class Call:
         targets_checked: whether all targets are known to lie in the vocabulary.
         shared_rows: whether a row of the hidden states is read by several tokens.
         outputs: names of what is wanted of each row, in the order of ``head_forward``'s values.
+        top: k, of the outputs that are of the k most likely tokens.
         shard: this rank's part of a head that is split over ranks.
     """
 
@@ -64,6 +65,7 @@ class Call:
     targets_checked: bool = False
     shared_rows: bool = False
     outputs: tuple[str, ...] = ("logps",)
+    top: int = 1
     shard: Shard | None = None
 
     def but(self, **changes: Any) -> Call:
@@ -84,6 +86,16 @@ class Call:
         assert self.ranking is not None
         backend = backends.get(self.ranks_with or self.backend)
         return backend.ranking(logps, *candidates, options=self.ranking)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers of each row each output has."""
+        return [self.top if name.startswith("top_") else 1 for name in self.outputs]
+
+    def named(self, values: Tensor) -> dict[str, Tensor]:
+        """The outputs of ``values (sum of sizes, N)``: (N,) each, (k, N) of the top ones."""
+        parts = zip(self.outputs, values.split(self.sizes), strict=True)
+        return {name: x if name.startswith("top_") else x[0] for name, x in parts}
 
     @property
     def lse(self) -> bool:

@@ -79,7 +79,7 @@ def forward(
     saved: Saved,  # to fill
 ) -> None:
     """Log-probs of all rows, chunk by chunk, and what the backward will need."""
-    n, plan, out = len(rows), call.plan, dict(zip(call.outputs, values, strict=True))
+    n, plan, out = len(rows), call.plan, call.named(values)
     if plan.tier == "T0" and _score(call, hidden, weight, bias, rows, targets, out, saved):
         return
     retained = min(saved.kept.shape[0], n)
@@ -97,9 +97,7 @@ def forward(
                 scratch = empty_rows(saved.kept, *shape, call.logits_dtype)
             logits = scratch[: stop - start]
         matmul.logits_into(logits, x, weight, bias, here.late(call))
-        if "predicted" in out:  # plus 1, so that 0 is nobody's; all logits rounded alike
-            top = torch.argmax if call.logits.logit_scale > 0 else torch.argmin
-            out["predicted"][at] = top(logits, 1) + 1
+        top = _top(call, logits, t, exact) if "top_ids" in out else None
         if call.entropy:
             logp, lse, entropy = call.kernels.logp(
                 logits, t, target_logits=exact, options=call.logits, entropy=True
@@ -117,6 +115,10 @@ def forward(
         else:
             logp, lse, _ = call.kernels.logp(logits, t, target_logits=exact, options=call.logits)
         out["logps"][at], saved.stats[0, at] = logp, lse
+        if top is not None:  # plus 1, so that 0 is nobody's
+            out["top_ids"][:, at] = top[1] + 1
+            if "top_logps" in out:
+                out["top_logps"][:, at] = (call.logits.transform(top[0]) - lse).clamp_max(0)
         if call.lse:
             out["lse"][at], saved.logp(call)[at] = lse, logp
         if exact is not None:
@@ -204,6 +206,23 @@ def clear_targets(call: Call, dz: Tensor, targets: Tensor, first: int = 0) -> No
     """Zeros at the targets, of columns from ``first`` on (``target_columns.py``)."""
     columns, here = (x[:, None] for x in own_columns(call, targets, dz.shape[1], first))
     dz.scatter_(1, columns, torch.where(here, 0.0, dz.gather(1, columns)))
+
+
+def _top(
+    call: Call, logits: Tensor, targets: Tensor, exact: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Raw logits of the k most likely tokens of each row and their ids, (k, N).
+
+    They are chosen by the logits as these are held, all rounded alike, or a target would win what
+    rounds to a tie. The target's is exact then, as it is in the log-sum-exp.
+    """
+    largest = call.logits.logit_scale > 0
+    if call.top == 1:  # the first of the largest, as of argmax, which is slow in 16 bits on a CPU
+        raw, ids = (torch.max if largest else torch.min)(logits, 1, keepdim=True)
+    else:
+        raw, ids = logits.topk(call.top, 1, largest)
+    raw, ids = raw.t().to(call.acc_dtype), ids.t()
+    return raw if exact is None else torch.where(ids == targets, exact, raw), ids
 
 
 def _extra(

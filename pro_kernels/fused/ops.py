@@ -164,9 +164,10 @@ def head_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
 
-    Returns ``values`` (outputs, N), which ``call.outputs`` names: "logps", "entropy", "lse" and,
-    without gradient, "log_sum_sq_probs", "mean_logits" and "predicted", 1 + the most likely token.
-    Then ``head.Saved``, whose rows are in compact order.
+    Returns ``values`` (sum of sizes, N), which ``call.outputs`` names: "logps", "entropy", "lse"
+    and, without gradient, "log_sum_sq_probs", "mean_logits", and of the ``call.top`` most likely
+    tokens "top_logps" and 1 + their "top_ids". Then ``head.Saved``, whose rows are in compact
+    order.
     """
     with _autocast_off(hidden):
         if not call.targets_checked:
@@ -359,7 +360,7 @@ def _head_buffers(hidden: Tensor, targets: Tensor, call: Call) -> tuple[Tensor, 
     statistics = 1 + call.entropy + call.lse + call.rounds_logits
     kept_dtype = call.logits_dtype if call.entropy else call.compute_dtype
     side = n if plan.need_hidden and not call.entropy else 0
-    return hidden.new_empty((len(call.outputs), n), dtype=acc), head.Saved(
+    return hidden.new_empty((sum(call.sizes), n), dtype=acc), head.Saved(
         hidden.new_empty((statistics, n), dtype=acc),
         empty_rows(hidden, plan.retained, call.vocab, kept_dtype),
         hidden.new_empty((side, hidden.shape[1]), dtype=side_dtype(call, hidden)),

@@ -225,13 +225,14 @@ def _cross_entropy(_: None, x: Any, options: dict[str, Any]) -> Result:
     weight, bias = head_for(x._input, x.weight, x.bias)
     found = token_losses(
         x._input, weight, x.target, bias=bias, class_weight=x.ce_weight,
-        outputs=("predicted",) if x.return_token_accuracy or x.return_predicted_tokens else (),
+        outputs=("top_ids",) if x.return_token_accuracy or x.return_predicted_tokens else (),
         label_smoothing=x.label_smoothing, z_loss=x.lse_square_scale, softcap=x.softcap,
         ignore_index=x.ignore_index,
     )  # fmt: skip
     certainty = found.stats["logps"].detach().exp() if x.use_token_scaling else 1.0
     loss, z_loss = found.reduced(x.reduction, certainty)
-    predicted = found.stats.get("predicted")
+    ids = found.stats.get("top_ids")
+    predicted = None if ids is None else ids[..., 0]
     accuracy = None
     if x.return_token_accuracy:
         accuracy = (predicted == x.target).float() * found.scored
