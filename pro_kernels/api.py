@@ -23,7 +23,7 @@ from pro_kernels.layout import Layout, mark_unscored, shift_targets
 from pro_kernels.options import CallOptions, LogitOptions, Options, PROOptions, row_scale
 from pro_kernels.output import GradFilter, PROOutput, TokenStats, TopK
 
-_NOT_OF_LOGITS = ("head_dtype", "grad_filter", "budget", "process_group")
+_NOT_OF_LOGITS = ("head_dtype", "batch_invariant", "grad_filter", "budget", "process_group")
 _TOKENS = Options(LogitOptions, CallOptions, without=("inplace_backward", "sequence_group"))
 _STATS = Options(
     LogitOptions,
@@ -56,9 +56,8 @@ def linear_token_logps(
     Args:
         hidden: (..., H), float64/32/16 or bfloat16.
         weight: (V, H), the dtype of hidden (under autocast both are cast; an fp32 head takes any
-            two). A DTensor (FSDP2, HSDP),
-            sharded or replicated, is gathered in the forward and its gradient averaged over the
-            mesh, as that of every other parameter is.
+            two). A DTensor (FSDP2, HSDP), sharded or replicated, is gathered in the forward and its
+            gradient averaged over the mesh, as that of every other parameter is.
         targets: (...), integer.
         bias: (V,) or None, possibly a DTensor.
         return_lse: also return the log-sum-exp of each row's logits, (...) fp32, 0 where nothing is
@@ -407,6 +406,7 @@ def _call(
         weight_dtype=compute if weight is None else weight.dtype,
         vocab=x.shape[-1] if weight is None else weight.shape[0],
         **ranking,
+        batch_invariant=how.batch_invariant,
         grad_filter=how.grad_filter,
     )
 

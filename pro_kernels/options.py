@@ -237,6 +237,11 @@ class CallOptions(Checked):
         "16-bit dtype their products are exact in fp32, and no fp32 copy of the weight is made. "
         "None: logits are rounded to the dtype of the matmuls.",
     ] = None
+    batch_invariant: Annotated[
+        bool,
+        "Log-probs of a row are the same to the bit alone and in any batch, at any place: the "
+        "matmul of logits runs in tiles of always as many rows (docs/logprobs.md).",
+    ] = False
     grad_filter: Annotated[
         float | None,
         "None, or a probability mass tau in (0, 1): vocabulary columns that hold at most tau of "

@@ -1,4 +1,7 @@
-"""``head_dtype="float32"``: fp32 logits of operands of any dtypes, in every backend and tier."""
+"""What makes log-probs agree: ``head_dtype="float32"``, ``batch_invariant=True``.
+
+In every backend and tier, and of operands of any dtypes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import torch
 
 import pro_kernels as pk
 from cases import Case, assert_no_worse, upstreams
+from pro_kernels.fused import matmul
 from pro_kernels.models.lazy import LazyLogits, real
+from pro_kernels.selfcheck.trust.measure import threads
 from subjects import every_subject
 from tiny_models import V, make
 
@@ -139,3 +144,57 @@ def test_an_fp32_weight_behind_16_bits_of_hidden_states():
     out = pk.attach(model, **FP32)(input_ids=ids, labels=ids)
     exact = exact.gather(-1, ids[:, 1:, None])[..., 0].float()
     torch.testing.assert_close(out.token_logps[:, :-1], exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "head_dtype"),
+    [
+        ((torch.bfloat16, torch.bfloat16), "float32"),
+        ((torch.bfloat16, torch.float32), "float32"),
+        ((torch.float32, torch.float32), None),
+        ((torch.float16, torch.float16), None),
+    ],
+    ids=str,
+)
+@every_subject(every_way=False)
+def test_a_row_is_the_same_to_the_bit_in_any_batch(subject, dtypes, head_dtype, poison):
+    """Alone, among 7 and among 300, at other places, in chunks, with a gradient and without."""
+    n, vocab = (130, 67) if subject.interpreted else (300, 4099)
+    hidden = torch.randn(n, 96).to(dtypes[0])
+    weight = torch.randn(vocab, 96).to(dtypes[1]).requires_grad_()
+    targets, scale = torch.randint(0, vocab, (n,)), 0.5 + torch.rand(n)
+    options = {"head_dtype": head_dtype, "batch_invariant": True, "backend": subject.name}
+
+    def run(rows, **more):
+        more = {"return_lse": True, **options, **more}
+        found = pk.linear_token_logps(
+            hidden[rows], weight, targets[rows], logit_scale=scale[rows], **more
+        )
+        return torch.stack([x.detach() for x in found if isinstance(x, torch.Tensor)])
+
+    with threads(2):
+        want = run(slice(None))
+        parts = [torch.tensor([i]) for i in (0, 5, n - 1)]
+        parts += [torch.arange(i, i + 7) for i in (0, 3, n - 7)] + [torch.randperm(n)]
+        for rows in parts:
+            assert run(rows).equal(want[:, rows])
+            with torch.no_grad():
+                assert run(rows).equal(want[:, rows])
+        chunks = {} if subject.interpreted else {"budget": 1}
+        for more in (chunks, {"return_entropy": True}, {"return_topk": 2}):
+            assert run(slice(None), **more)[:2].equal(want)
+
+
+def test_all_matmuls_of_logits_have_one_shape(monkeypatch):
+    """Which libraries choose kernels by; without the option that is each batch's own."""
+    shapes, own = [], matmul.logits_into
+    monkeypatch.setattr(
+        matmul, "logits_into", lambda out, x, *a: shapes.append(x.shape[0]) or own(out, x, *a)
+    )
+    weight = torch.randn(37, 16)
+    for n, tiles in ((1, 1), (128, 1), (300, 3)):
+        hidden, targets = torch.randn(n, 16), torch.zeros(n, dtype=torch.int64)
+        pk.linear_token_logps(hidden, weight, targets)
+        pk.linear_token_logps(hidden, weight, targets, batch_invariant=True)
+        assert shapes == [n, *[128] * tiles]
+        shapes.clear()

@@ -33,7 +33,7 @@ backends.cuda: backends.native options
 backends.triton: backends.triton options
 fused.matmul: options
 fused.planner: fused.matmul options validate
-fused.call: backends fused.planner fused.shards layout options validate
+fused.call: backends fused.matmul fused.planner fused.shards layout options validate
 fused.rank_order: fused.call layout option_types options output ranking validate
 fused.registry: fused.call
 fused.gather_scatter: fused.call fused.matmul

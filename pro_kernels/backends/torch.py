@@ -254,13 +254,18 @@ def _stats_(block: _Block) -> tuple[Tensor, ...]:
     z.sub_(top[:, None])
     at_target = z.gather(1, block.index)[:, 0]
     p = z.exp_() if block.spare is None else torch.exp(z.clamp_min_(_FLOOR), out=block.spare)
-    total = p.sum(1)
+    total = _sums(p)
     log_total = total.log()
     logp, lse = (at_target - log_total).clamp_max(0), top + log_total
     if block.spare is None:
         return logp, lse, total
-    entropy = log_total - z.mul_(p).sum(1) / total
+    entropy = log_total - _sums(z.mul_(p)) / total
     return logp, lse, torch.where(lse.isfinite(), entropy, lse)  # as the kernels have it
+
+
+def _sums(x: Tensor) -> Tensor:
+    """Sums of rows, a single one in the same order as of many: threads would share its columns."""
+    return x.sum(1) if x.shape[0] != 1 else x.expand(2, -1).sum(1)[:1]
 
 
 def _store(block: _Block, factor: Tensor, target_grad: Tensor) -> None:

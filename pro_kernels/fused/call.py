@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pro_kernels import backends
 from pro_kernels.backends.protocol import Backend
+from pro_kernels.fused.matmul import INVARIANT_ROWS
 from pro_kernels.fused.planner import Plan, make_plan
 from pro_kernels.fused.shards import Shard
 from pro_kernels.layout import Layout
@@ -42,6 +43,7 @@ class Call:
         ranking: of the loss; None of a call for log-probs.
         final_dtype: to which the loss's terms are cast, or None.
         prompt_tokens: tier T2 only, tokens of each prompt.
+        batch_invariant: whether a row's log-prob is the same to the bit in any batch.
         grad_filter: probability mass that columns may lose, or None.
         targets_checked: whether all targets are known to lie in the vocabulary.
         shared_rows: whether a row of the hidden states is read by several tokens.
@@ -61,6 +63,7 @@ class Call:
     ranks_with: str = ""
     final_dtype: torch.dtype | None = None
     prompt_tokens: tuple[int, ...] = ()
+    batch_invariant: bool = False
     grad_filter: float | None = None
     targets_checked: bool = False
     shared_rows: bool = False
@@ -164,6 +167,8 @@ def planned(
     fixed = vocab * weight.shape[1] * compute.itemsize if weight.dtype != compute else 0
     if layout.shared_rows and hidden.requires_grad and hidden.itemsize < 4:
         fixed += 4 * hidden.numel()  # dHidden is summed in fp32
+    if call.batch_invariant:  # a chunk of fewer rows is filled up
+        fixed += INVARIANT_ROWS * vocab * call.logits_dtype.itemsize
     if call.lse and grads:  # the targets' rows, and an unrounded dHidden of them
         numbers = layout.num_tokens * weight.shape[1]
         fixed += numbers * 2 * (compute.itemsize + call.acc_dtype.itemsize)

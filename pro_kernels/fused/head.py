@@ -96,7 +96,8 @@ def forward(
                 shape = min(plan.chunk, n), call.vocab
                 scratch = empty_rows(saved.kept, *shape, call.logits_dtype)
             logits = scratch[: stop - start]
-        matmul.logits_into(logits, x, weight, bias, here.late(call))
+        into = matmul.logits_by_tiles if call.batch_invariant else matmul.logits_into
+        into(logits, x, weight, bias, here.late(call))
         top = _top(call, logits, t, exact) if "top_ids" in out else None
         if call.entropy:
             logp, lse, entropy = call.kernels.logp(
@@ -144,7 +145,7 @@ def _score(call, hidden, weight, bias, rows, targets, out, saved) -> bool:
     fused, n = call.kernels.scores_fused, len(rows)
     if not fused or call.shard or not {"logps", "lse"}.issuperset(out):
         return False
-    if rows.late(call) is not None:
+    if call.batch_invariant or rows.late(call) is not None:
         return False
     if not fused(n, hidden.shape[1], call.vocab, call.compute_dtype, hidden.device):
         return False

@@ -31,6 +31,8 @@ WORKSPACE = 16 << 20
 GPU_WORKSPACE = 256 << 20
 # Rows per tile: enough to keep fp32 matmuls at full rate, few enough for wide column blocks.
 TILE_ROWS = 4096
+# Rows of every matmul of a batch-invariant call.
+INVARIANT_ROWS = 128
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -164,6 +166,28 @@ def logits_into(
             if bias is not None:
                 part += bias[cols]
             out[rows, cols] = part
+    return out
+
+
+def logits_by_tiles(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    """``logits_into`` by matmuls of ``INVARIANT_ROWS`` rows each; fewer rows are filled with zeros.
+
+    Libraries choose their kernel, and so the order of a sum, by the shape: of one shape a row's
+    sums do not depend on how many others there are. The last tile repeats rows of that before.
+    """
+    n = x.shape[0]
+    if n < INVARIANT_ROWS:
+        more = INVARIANT_ROWS - n
+        x = torch.nn.functional.pad(x, (0, 0, 0, more))
+        scale = None if scale is None else torch.nn.functional.pad(scale, (0, more))
+        filled = out.new_empty(INVARIANT_ROWS, out.shape[1])
+        return out.copy_(logits_into(filled, x, weight, bias, scale)[:n])
+    for i in range(0, n, INVARIANT_ROWS):
+        first = min(i, n - INVARIANT_ROWS)
+        rows = slice(first, first + INVARIANT_ROWS)
+        logits_into(out[rows], x[rows], weight, bias, None if scale is None else scale[rows])
     return out
 
 

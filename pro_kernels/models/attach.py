@@ -100,11 +100,11 @@ def attach(
             does until ``detach``; "padded" runs batches as they are.
         lazy_logits: False: a call without labels returns plain logits, one with labels None.
         options: of the loss (``linear_pro_loss``'s, or those of ``LOSSES[loss]``): ``sft_weight``,
-            ``temperature``, ``beta``, ...; and of any: ``grad_filter``, ``head_dtype``. With
-            ``head_dtype="float32"`` the ``logits`` are fp32, too, but not those of ``generate``.
-            With "auto" or "cross_entropy" also those of ``linear_cross_entropy``: ``class_weight``,
-            ``label_smoothing``, ``z_loss``, which the cross-entropy of labels then has, whether
-            the model's own loss has them or not.
+            ``temperature``, ``beta``, ...; and of any: ``grad_filter``, ``head_dtype``,
+            ``batch_invariant``. With ``head_dtype="float32"`` the ``logits`` are fp32, too, but not
+            those of ``generate``. With "auto" or "cross_entropy" also those of
+            ``linear_cross_entropy``: ``class_weight``, ``label_smoothing``, ``z_loss``, which the
+            cross-entropy of labels then has, whether the model's own loss has them or not.
 
     Returns:
         The same model.

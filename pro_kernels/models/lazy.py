@@ -70,7 +70,7 @@ class Source:
     places: Tensor | None  # (N,), of each row in the hidden states; None: row i is the i-th
     dtype: torch.dtype  # in which the head would leave logits
     autocast: torch.dtype | None
-    options: dict[str, Any]  # backend, budget and head_dtype
+    options: dict[str, Any]  # of the calls that answer for them
     habits: dict[str, Any]  # what was asked of logits of this model before
     base: Tensor  # (count,) contiguous: the rows of its memory, of which views are made
     graph: bool  # whether its logits have a gradient
@@ -221,7 +221,7 @@ def lazy_logits(
 
     Args:
         head: of the call; hidden (..., H), of the logits or, with ``places``, (S, H).
-        options: ``backend``, ``budget`` and ``head_dtype`` of the calls that answer for them.
+        options: of the calls that answer for them: ``backend``, ``budget``, ``head_dtype``, ...
         habits: of the model, to be kept from call to call.
         made: the dtype in which the head would leave them.
         dtype: the one they would be returned in. Of an fp32 head both are fp32, without autocast.

@@ -296,7 +296,7 @@ class Opened:
         return out.to_tuple() if as_tuple else out
 
     def _not_made(self, inputs: HeadInputs, *more: Any) -> Tensor:
-        names = self.options.keys() & {"backend", "budget", "head_dtype"}
+        names = self.options.keys() & {"backend", "budget", "head_dtype", "batch_invariant"}
         options = {name: self.options[name] for name in names}
         return lazy_logits(inputs, options, self.habits, *more)
 
