@@ -13,6 +13,7 @@ from pro_kernels.distinct.tree import TokenTree
 from pro_kernels.layout import Layout
 from pro_kernels.models.attach import OpenModel, attach, detach
 from pro_kernels.output import PROOutput
+from pro_kernels.policy import group_advantages, policy_loss
 
 __all__ = [
     "__version__",
@@ -24,11 +25,13 @@ __all__ = [
     "attach",
     "detach",
     "distinct_rows",
+    "group_advantages",
     "integrations",
     "linear_cross_entropy",
     "linear_pro_loss",
     "linear_token_logps",
     "losses",
+    "policy_loss",
     "pro_loss",
     "reference",
     "token_logps",

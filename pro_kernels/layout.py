@@ -90,6 +90,15 @@ class Layout:
         changed: dict[str, Any] = {name: change(x) for name, x in tensors.items()}
         return replace(self, **changed)
 
+    def candidate_sums(self, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """S and m of each candidate, (B, n), of the log-probs (N,) of the tokens; 0 of absent ones.
+
+        In index order within a candidate, so that they are the same each time.
+        """
+        sums = torch.segment_reduce(logps, "sum", offsets=self.offsets, initial=0, unsafe=True)
+        at, exists = self.sequences.clamp_min(0), self.sequences >= 0
+        return torch.where(exists, sums[at], 0.0), torch.where(exists, self.lengths[at], 0)
+
     def present(self, candidate_mask: Tensor | None) -> Layout:
         """Less the tokens of candidates outside the mask (B, n).
 

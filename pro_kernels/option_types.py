@@ -8,6 +8,7 @@ no flag.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -62,18 +63,55 @@ def help_of(hint: Any) -> str:
 
 
 Beta = Annotated[float, Limits(above=0), "Inverse temperature."]
+Pairs = Annotated[Literal["all", "best"], "All pairs of a list, or the best with the rest."]
+LabelSmoothing = Annotated[
+    float, Limits(at_least=0, at_most=0.5), "Share of labels taken to be wrong."
+]
+RewardTemperature = Annotated[
+    float, Limits(at_least=0), "Temperature of the rewards; 0: they only order."
+]
+Gain = Annotated[Literal["exp2", "linear"], "Gain of a reward r: 2^r - 1, or r."]
 SftWeight = Annotated[float, Limits(at_least=0), "Weight of the SFT term."]
+SftOn = Annotated[
+    Literal["best", "all"], "The SFT term is of the best candidate, or the mean of all of them."
+]
 SftReduction = Annotated[
     Literal["sum", "mean"],
     "SFT term: log-probabilities of the best candidate's tokens summed, or their mean.",
 ]
 SftReductionOfBatch = Annotated[
     Literal["sum", "mean", "tokens"],
-    "SFT term: log-probabilities of the best candidate's tokens summed, their mean, or their mean "
-    "over all tokens of the best candidates of a batch (tokens).",
+    "SFT term: log-probabilities of a candidate's tokens summed, their mean, or their mean over "
+    "all such tokens of a batch (tokens).",
 ]
+ReferenceFree = Annotated[
+    bool, "Take the reference model's log-probabilities as 0, and do without that model."
+]
+# What every loss takes; one that has an option of that name itself takes its own.
+SHARED_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "sft_weight": (SftWeight, 0.0),
+    "sft_on": (SftOn, "best"),
+    "sft_reduction": (SftReductionOfBatch, "mean"),
+    "reference_free": (ReferenceFree, False),
+}
+
+
+def shared_options(own: Collection[str], compares: bool, **defaults: Any) -> dict[str, Any]:
+    """Name -> type and default of what a loss takes beside options of its ``own``.
+
+    ``compares``: with a reference model.
+    """
+    names = [
+        name for name in SHARED_OPTIONS if not name.startswith("sft") or "sft_weight" not in own
+    ]
+    return {
+        name: (SHARED_OPTIONS[name][0], defaults.get(name, SHARED_OPTIONS[name][1]))
+        for name in names
+        if compares or name != "reference_free"
+    }
+
+
 LengthNormalize = Annotated[bool, "Score is the mean log-probability of a token, or their sum."]
-Pairs = Annotated[Literal["all", "best"], "All pairs of a list, or the best with the rest."]
 TopK = Annotated[
     int | None, Limits(at_least=1), "Only the first so many rank terms, or None for all."
 ]

@@ -68,7 +68,7 @@ def constant_while_compiling(function: Function) -> Function:
     return function
 
 
-class _Checked:
+class Checked:
     """Checks its fields by their types; a subclass may then derive others."""
 
     _types: ClassVar[dict[str, tuple[OptionType, Any]]] = {}  # and the default, checked below
@@ -80,7 +80,7 @@ class _Checked:
 
 
 @dataclass(frozen=True)
-class LogitOptions(_Checked):
+class LogitOptions(Checked):
     """What the model does to raw logits before the softmax.
 
     ``z = softcap * tanh(logit_scale * raw / softcap)``; without a softcap ``z = logit_scale * raw``
@@ -118,7 +118,7 @@ class LogitOptions(_Checked):
 
 
 @dataclass(frozen=True)
-class RankingOptions(_Checked):
+class RankingOptions(Checked):
     """Options of the ranking loss on scores (one prompt: n candidates, best first).
 
     Kernels take these fields: csrc/include/pk_abi.h, and a tuple in Triton.
@@ -199,7 +199,7 @@ _OF_RANKING = tuple(f.name for f in fields(RankingOptions))
 
 
 @dataclass(frozen=True)
-class CrossEntropyOptions(_Checked):
+class CrossEntropyOptions(Checked):
     """The cross-entropy of tokens beside its class weights, a tensor."""
 
     label_smoothing: Annotated[
@@ -219,7 +219,7 @@ class CrossEntropyOptions(_Checked):
 
 
 @dataclass(frozen=True)
-class CallOptions(_Checked):
+class CallOptions(Checked):
     """How a call runs; budget and grad_filter are checked where they are used."""
 
     ignore_index: Annotated[int, "Target value of positions that are not scored."] = IGNORE_INDEX
@@ -269,16 +269,21 @@ class CallOptions(_Checked):
     ] = None
 
 
-for _options in (LogitOptions, RankingOptions, PROOptions, CrossEntropyOptions, CallOptions):
-    _hints = typing.get_type_hints(_options, include_extras=True)
-    _kinds = {f.name: (option_type(_hints[f.name]), f.default) for f in fields(_options)}
-    _options._types = {
+def declare(options: Any) -> None:
+    """Let a dataclass of options know what its fields take, and check its defaults."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    kinds = {f.name: (option_type(hints[f.name]), f.default) for f in fields(options)}
+    options._types = {
         name: (kind, default)
-        for name, (kind, default) in _kinds.items()
+        for name, (kind, default) in kinds.items()
         if (kind.kinds or kind.choices) and name not in ("budget", "grad_filter")
     }
-    for _name, (_kind, _default) in _options._types.items():
-        check_option(_name, _default, _kind)
+    for name, (kind, default) in options._types.items():
+        check_option(name, default, kind)
+
+
+for _options in (LogitOptions, RankingOptions, PROOptions, CrossEntropyOptions, CallOptions):
+    declare(_options)
 
 
 class Options:

@@ -166,7 +166,8 @@ def test_signature_is_the_models_with_the_ranking_arguments(llama):
     own = inspect.signature(llama.forward).parameters
     ours = inspect.signature(pk.attach(llama).forward).parameters
     assert [name for name in ours if name in own] == list(own)
-    more = "rewards num_candidates candidate_mask prompt_weights sft_index layout"
+    more = "rewards num_candidates candidate_mask prompt_weights sft_index layout "
+    more += "ref_logps desirable"
     assert set(ours) - set(own) == set(more.split())
     assert [p.kind for p in ours.values()][-1] is inspect.Parameter.VAR_KEYWORD
 
@@ -414,8 +415,8 @@ def test_arguments_that_are_refused(llama, inputs):
         pk.attach(llama, temprature=1.0)
     with pytest.raises(ValueError, match="ties"):
         pk.attach(llama, ties="no")
-    with pytest.raises(ValueError, match="loss must be one of .*, got 'pro'"):
-        pk.attach(llama, loss="pro")
+    with pytest.raises(ValueError, match="loss must be one of .*, got 'sft'"):
+        pk.attach(llama, loss="sft")
     with pytest.raises(ValueError, match="example must hold input_ids, got .'extra'."):
         pk.attach(llama, example={"extra": 1})
     pk.attach(llama, example={"input_ids": ids, "labels": ids})
@@ -533,6 +534,8 @@ def test_classes_of_a_labels_cross_entropy(own, items, inputs):
 def test_classes_that_a_model_cannot_have(name, options, message):
     with pytest.raises(ValueError, match=message):
         pk.attach(make(name), **options)
+    with pytest.raises(TypeError, match="attach got options"):
+        pk.attach(make(), loss="ranking", z_loss=0.1)
 
 
 # ---- what is noticed in a call

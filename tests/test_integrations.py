@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -19,7 +20,7 @@ from pro_kernels.models import trl as swap
 from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.lazy import LazyLogits
 from pro_trainer.train.official import official_batch, official_loss
-from tiny_models import V, grads, make
+from tiny_models import V, assert_same_grads, grads, make
 
 VOCABULARY = 259
 tiny = functools.partial(make, vocab_size=VOCABULARY)
@@ -160,36 +161,41 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def trl_run(trl, folder, kind: str):
-    """Losses, the model and logs of some steps of one of TRL's own trainers."""
+def trl_trainer(trl, folder, kind: str, **given):
+    """One of TRL's own trainers, of two steps."""
     from datasets import Dataset
 
     transformers.set_seed(1)  # GRPO and RLOO sample
     model, tokenizer = tiny(), transformers.ByT5Tokenizer(extra_ids=0)
-    options, more = {}, {"processing_class": tokenizer}
+    options, more = {"max_steps": 2}, {"processing_class": tokenizer}
     if kind in ("DPO", "KTO"):
         more["ref_model"] = tiny()
     if kind in ("GRPO", "RLOO"):
         model.save_pretrained(folder)  # from where they load their reference
         tokenizer.save_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        options = {"num_generations": 2, "max_completion_length": 8, "beta": 0.1}
+        options |= {"num_generations": 2, "max_completion_length": 8, "beta": 0.1}
         more["reward_funcs"] = lambda completions, **_: [float(len(set(c))) for c in completions]
     where = trl
     if kind in ("CPO", "ORPO"):
         where = importlib.import_module(f"trl.experimental.{kind.lower()}")
-        options = {"loss_type": "simpo", "cpo_alpha": 0.0} if kind == "CPO" else {}
+        options |= {"loss_type": "simpo", "cpo_alpha": 0.0} if kind == "CPO" else {}
     if kind == "Reward":
         transformers.set_seed(1)
         model.config.num_labels = 1
         model = transformers.LlamaForSequenceClassification(model.config)
     config = getattr(where, f"{kind}Config")(
-        **ARGUMENTS, output_dir=str(folder), max_steps=2, per_device_train_batch_size=4,
-        learning_rate=0.05, seed=1, **options,
+        **ARGUMENTS, output_dir=str(folder), per_device_train_batch_size=4, learning_rate=0.05,
+        seed=1, **options | given,
     )  # fmt: skip
-    trainer = getattr(where, f"{kind}Trainer")(
+    return getattr(where, f"{kind}Trainer")(
         model, args=config, train_dataset=Dataset.from_list(ROWS[kind]), **more
     )
+
+
+def trl_run(trl, folder, kind: str, **options):
+    """Losses, the model and logs of some steps of a trainer."""
+    trainer = trl_trainer(trl, folder, kind, **options)
     trainer.train()
     logs = [x for x in trainer.state.log_history if "loss" in x]
     return [x["loss"] for x in logs], trainer.model, logs
@@ -226,7 +232,128 @@ def test_trls_trainers_give_the_same_losses_and_parameters(
         assert_same_parameters(fused[1], list(model.parameters()), 1e-4)
         for theirs, ours in zip(logs, fused[2], strict=True):
             for name in theirs.keys() & {"entropy", "mean_token_accuracy", "rewards/margins"}:
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6)
+                # A margin is a difference of sums of up to 90 nats, times 0.1.
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=4e-6)
+
+
+# ---- TRL's GRPO
+
+GRPO = [
+    {"loss_type": "grpo", "beta": 0.0, "epsilon_high": 0.28, "delta": 1.4},
+    {"loss_type": "bnpo", "use_bias_correction_kl": False},
+    {"loss_type": "dr_grpo", "top_entropy_quantile": 0.4},
+    {"loss_type": "dapo", "top_entropy_quantile": 0.4, "entropy_coef": 0.3},
+    {"loss_type": "cispo", "beta": 0.0, "epsilon_high": 1.1},
+    {"loss_type": "sapo"},
+    {"loss_type": "luspo"},
+]
+every_level = pytest.mark.parametrize("importance_sampling_level", ["token", "sequence"])
+
+
+def grpo_batch(seed: int) -> dict:
+    """What ``_compute_loss`` takes: ragged completions, one empty, one with a tool's text."""
+    g = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(8) < torch.tensor([8, 3, 0, 6])[:, None]).long()
+    batch = {"prompt_ids": torch.randint(3, VOCABULARY, (4, 5), generator=g)}
+    batch |= {"completion_ids": torch.randint(3, VOCABULARY, (4, 8), generator=g) * mask}
+    batch |= {"prompt_mask": torch.ones(4, 5).long(), "completion_mask": mask}
+    batch |= {"tool_mask": torch.ones(4, 8).long(), "num_items_in_batch": torch.tensor(23)}
+    batch["tool_mask"][3, 2:4] = 0
+    logps = torch.randn(2, 4, 8, generator=g) - 5
+    old, ref = torch.where(mask == 0, 0.0, logps)
+    return batch | {
+        "advantages": torch.randn(4, generator=g),
+        "old_per_token_logps": old,
+        "ref_per_token_logps": ref,
+    }
+
+
+@every_level
+@pytest.mark.parametrize("options", GRPO, ids=str)
+def test_policy_loss_is_that_of_trls_trainer(trl, tmp_path, options, importance_sampling_level):
+    options = {**options, "importance_sampling_level": importance_sampling_level}
+    trainer, batch = trl_trainer(trl, tmp_path, "GRPO", **options), grpo_batch(7)
+    trainer.model.eval()
+    shared = ("beta", "max_completion_length", "use_bias_correction_kl")
+    options |= {name: getattr(trainer.args, name) for name in shared}
+    g = torch.Generator().manual_seed(8)
+    noise, entropies = torch.randn(2, 4, 8, generator=g)
+    leaves = [x.requires_grad_() for x in (batch["old_per_token_logps"] + noise, entropies.abs())]
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (*leaves, None)
+    found = []
+    for factor in (None, torch.rand(4, 1, generator=g)):
+        if factor is not None:
+            trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+            batch["importance_sampling_ratio"] = factor
+        theirs = trainer._compute_loss(trainer.model, batch)
+        ours, metrics = pk.policy_loss(
+            leaves[0],
+            batch["old_per_token_logps"],
+            batch["advantages"],
+            (batch["completion_mask"] * batch["tool_mask"]).bool(),
+            ref_logps=batch["ref_per_token_logps"] if options["beta"] else None,
+            entropies=leaves[1],
+            importance_sampling_ratio=factor,
+            num_items_in_batch=batch["num_items_in_batch"],
+            **options,
+        )
+        for loss in (theirs, ours):
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+            found.append((loss, *(torch.zeros(4, 8) if x is None else x for x in grads)))
+        logged = {name: values.pop() for name, values in trainer._metrics["eval"].items()}
+        assert logged.keys() - metrics.keys() <= {"clip_ratio/low_min", "clip_ratio/high_max"}
+        for name, value in metrics.items():
+            assert value.item() == pytest.approx(logged[name], rel=1e-5, abs=1e-7), name
+        torch.testing.assert_close(found[-1], found[-2], rtol=2e-5, atol=1e-7)
+    assert found[0][0] != found[2][0]
+
+
+@every_level
+@pytest.mark.parametrize("options", [*GRPO, {"loss_type": "vespo"}], ids=str)
+def test_grpos_loss_and_gradients_stay_what_they_are(
+    trl, tmp_path, options, importance_sampling_level
+):
+    options = {**options, "importance_sampling_level": importance_sampling_level}
+    trainer, batch, found = trl_trainer(trl, tmp_path, "GRPO", **options), grpo_batch(9), []
+    model = trainer.model.eval()
+    with torch.no_grad():
+        ids = [torch.cat([batch[f"{x}_{y}"] for x in ("prompt", "completion")], 1)
+               for y in ("ids", "mask")]  # fmt: skip
+        logps = trainer._get_per_token_logps_and_entropies(model, *ids, 8)[0]
+    for of in ("old", "ref"):
+        batch[f"{of}_per_token_logps"] = logps + 0.3 * batch[f"{of}_per_token_logps"].sin()
+    for accelerated in (False, True):
+        if accelerated:
+            swap.accelerate_trl()
+        with pk.distinct_rows(model) if accelerated else contextlib.nullcontext():
+            loss = trainer._compute_loss(model, batch)
+            found.append((loss, grads(model, loss), dict(trainer._metrics["eval"])))
+            trainer._metrics["eval"].clear()
+    (theirs, expected, logged), (ours, got, metrics) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert_same_grads(got, expected)
+    for name, (value,) in logged.items():
+        assert metrics[name] == pytest.approx([value], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.01},
+        {"loss_type": "dr_grpo", "beta": 0.0, "top_entropy_quantile": 0.5, "scale_rewards": "none"},
+        {"loss_type": "dapo", "entropy_coef": 0.1, "gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_steps_of_grpo_on_old_samples_are_the_same(trl, tmp_path, options):
+    """The second step of a generation, whose ratios are not 1."""
+    options = {**options, "num_iterations": 2, "max_steps": 3}
+    losses, model, logs = trl_run(trl, tmp_path, "GRPO", **options)
+    swap.accelerate_trl()
+    fused = trl_run(trl, tmp_path, "GRPO", **options)
+    assert len(losses) == 3 and any(x["clip_ratio/region_mean"] for x in logs)
+    assert fused[0] == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    assert_same_parameters(fused[1], list(model.parameters()), 1e-4)
 
 
 @pytest.mark.filterwarnings("error:a padded batch was run as it is")

@@ -23,6 +23,7 @@ validate: option_types ranking
 options: option_types validate
 layout: options validate
 losses: losses option_types ranking validate
+policy: option_types options validate
 reference: layout options output
 backends: backends options
 backends.torch: options ranking
@@ -62,9 +63,9 @@ models.probe: models.head option_types
 models.lazy: api fused.autograd fused.thin models.counts models.head options
 models.answers: cross_entropy models.lazy
 models.opened: distinct.row fused.shards models.answers models.head models.lazy models.probe
-models.forward: api cross_entropy fused.shards layout models.head models.opened options
+models.forward: api cross_entropy fused.shards layout losses models.head models.opened options
 models.tryout: models.forward models.head models.opened models.probe options
-models.attach: distinct.decoder fused.shards models.forward models.head models.opened
+models.attach: distinct.decoder fused.shards losses models.forward models.head models.opened
     models.probe models.tryout options validate
 models.loaded: models.attach models.counts models.forward models.opened
 hook: models.loaded
@@ -81,7 +82,7 @@ integrations.llamafactory: integrations.lists models.attach
 selfcheck: _version api backends fused.matmul fused.planner options reference selfcheck
 __main__: options selfcheck
 __init__: _version api backends cross_entropy distinct.decoder distinct.tree integrations layout
-    losses models.attach output reference
+    losses models.attach output policy reference
 """
 ALLOWED: dict[str, set[str]] = {name: set() for name in NOTHING.split()}
 for line in TABLE.replace("\n    ", " ").split("\n")[1:-1]:

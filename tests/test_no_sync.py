@@ -24,7 +24,9 @@ from pro_kernels.fused import call, registry, shards
 from pro_kernels.fused.planner import Plan
 
 ROOT = Path(pk.__file__).parent
-HOT = [ROOT / f"{name}.py" for name in ("api", "layout", "options", "ranking", "validate")]
+HOT = [
+    ROOT / f"{name}.py" for name in ("api", "layout", "options", "policy", "ranking", "validate")
+]
 HOT += [path for room in ("fused", "models") for path in (ROOT / room).glob("*.py")]
 HOT += sorted(set((ROOT / "backends").rglob("*.py")) - {ROOT / "backends/triton/aot.py"})
 

@@ -14,6 +14,15 @@ Arguments that all of them take:
     ref_logps  (B, n) or None, the reference model's S_i, a constant; losses without a reference
                model ignore it
     mask       (B, n) bool or None, candidates that exist
+    prompt_weights  (B,) or None: the loss is Σ w_b L_b / Σ w_b over the prompts with a candidate
+
+Options that all of them take:
+
+    sft_weight     adds so much of the negative log-likelihood of the best candidate. PRO, CPO,
+                   ORPO, RRHF and SLiC have such a term, the default of the others is 0
+    sft_on         "best", or "all": the mean over all candidates (PRO has sft_index instead)
+    sft_reduction  "mean" over the tokens of a candidate, "sum", or "tokens": over the batch
+    reference_free of those with a reference model: its log-probs are 0, and are not needed
 
 What holds for all of them:
 
@@ -36,7 +45,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .ranked import Ranked, differences, pair_mean, pair_sum
+from .ranked import Ranked, differences, logistic, pair_mean, pair_sum
 from .registry import LOSSES, Loss, get_loss, register
 
 for _module in pkgutil.iter_modules(__path__):
@@ -48,6 +57,7 @@ __all__ = [
     "Ranked",
     "differences",
     "get_loss",
+    "logistic",
     "pair_mean",
     "pair_sum",
     "register",

@@ -4,8 +4,10 @@
 arXiv 2305.18290; label smoothing ε as in conservative DPO. d_i = S_i − S_ref,i:
 
     L = mean over pairs (i better than j) of
-        −(1−ε) log σ(β (d_i − d_j)) − ε log σ(−β (d_i − d_j))
+        −(1−ε) log σ(Δ) − ε log σ(−Δ),   Δ = β (d_i − d_j) + α (m_i − m_j)
 
+α > 0 keeps candidates from winning by length alone: R-DPO, "Disentangling Length from Quality in
+Direct Preference Optimization", arXiv 2403.19159, equation 9. The paper's DPO has α = 0.
 Pairs of equal reward are left out.
 """
 
@@ -13,11 +15,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from torch.nn.functional import logsigmoid
+from pro_kernels.option_types import Beta, LabelSmoothing, Limits, Pairs
 
-from pro_kernels.option_types import Beta, Limits, Pairs
-
-from .ranked import Ranked, Result, differences, pair_mean
+from .ranked import Ranked, Result, differences, logistic, pair_mean
 from .registry import register
 
 
@@ -26,14 +26,15 @@ def dpo(
     ranked: Ranked,
     *,
     beta: Beta = 0.1,
-    label_smoothing: Annotated[
-        float, Limits(at_least=0, at_most=0.5), "Share of labels taken to be wrong."
-    ] = 0.0,
+    label_smoothing: LabelSmoothing = 0.0,
+    alpha: Annotated[float, Limits(), "Weight of the difference in length (R-DPO)."] = 0.0,
     pairs: Pairs = "all",
 ) -> Result:
     """DPO over all pairs, or best-versus-rest with pairs="best"."""
     implicit = beta * ranked.log_ratios()
     margins = differences(implicit)
-    losses = -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
+    if alpha:
+        margins = margins + alpha * differences(ranked.lengths)
     selected = ranked.better(pairs)
-    return ranked.result(pair_mean(losses, selected), implicit, selected)
+    losses = pair_mean(logistic(margins, label_smoothing), selected)
+    return ranked.result(losses, implicit, selected)

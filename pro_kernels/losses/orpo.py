@@ -18,27 +18,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pro_kernels.option_types import Beta, Pairs, SftReductionOfBatch
+from pro_kernels.option_types import Beta, Pairs
 
 from .ranked import Ranked, Result, differences, pair_mean
 from .registry import register
 
 
-@register()
-def orpo(
-    ranked: Ranked,
-    *,
-    beta: Beta = 0.1,
-    sft_reduction: SftReductionOfBatch = "mean",
-    pairs: Pairs = "all",
-) -> Result:
+@register(sft_weight=1.0)
+def orpo(ranked: Ranked, *, beta: Beta = 0.1, pairs: Pairs = "all") -> Result:
     """ORPO over all pairs, or best-versus-rest with pairs="best"."""
     scores = ranked.scores()
     clamped = scores.clamp(max=-torch.finfo(scores.dtype).eps)
     log_odds = clamped - log1mexp(clamped)
     selected = ranked.better(pairs)
     losses = pair_mean(-beta * logsigmoid(differences(log_odds)), selected)
-    return ranked.result(losses, beta * scores, selected, ranked.sft(sft_reduction))
+    return ranked.result(losses, beta * scores, selected)
 
 
 def log1mexp(x: Tensor) -> Tensor:

@@ -28,14 +28,12 @@ from pro_kernels.option_types import (
     Ties,
     TopK,
 )
-from pro_kernels.ranking import mean_weights, rank_terms, scaled_rewards, temperatures
+from pro_kernels.ranking import rank_terms, scaled_rewards, temperatures
 from pro_kernels.validate import (
     check_candidates,
     check_device,
     check_gaps,
     check_of_prompts,
-    check_real,
-    check_same_shape,
     readable,
 )
 
@@ -56,7 +54,6 @@ def pro(
     ties: Ties = "zero",
     eps: Eps = 0.0,
     sft_index: Tensor | None = None,  # (B,)
-    prompt_weights: Tensor | None = None,  # (B,)
     top_k: TopK = None,
     reward_scale: RewardScale = 1.0,
     equal_rewards: Literal["error", "keep"] = "error",
@@ -68,23 +65,17 @@ def pro(
 
     sft_index: original column of the SFT candidate; default the best-ranked valid one. A prompt
         whose SFT candidate is absent has no SFT term.
-    prompt_weights: the loss is Σ w_b L_b / Σ w_b over the prompts with a candidate.
     equal_rewards: "error" raises where a prompt's rewards are all equal (CPU tensors only, and
         not with a constant τ); "keep" leaves such a prompt with SFT only, as on a GPU.
 
     Metrics: "rank_losses" (n−1,) and "sft_loss" sum to the loss.
     """
     valid, dtype = ranked.valid, ranked.logps.dtype
-    present = valid.any(1)
     check_candidates(ranked.shape, None, None, sft_index)
-    if prompt_weights is not None:
-        weights = check_real("prompt_weights", prompt_weights)
-        check_same_shape("prompt_weights", weights, ranked.shape[:1], "(B,)")
-    for name, x in (("sft_index", sft_index), ("prompt_weights", prompt_weights)):
-        if x is not None:
-            check_device(name, x, "logps", ranked.logps)
+    if sft_index is not None:
+        check_device("sft_index", sft_index, "logps", ranked.logps)
     if readable(valid):
-        check_of_prompts(prompt_weights, sft_index, valid.shape[1], dtype, present)
+        check_of_prompts(None, sft_index, valid.shape[1], dtype, None)
     scores = ranked.scores(length_normalize)
     tau, tied = None, None
     if not isinstance(temperature, str):
@@ -108,8 +99,7 @@ def pro(
         nll = -torch.where(ranked.order == sft_index[:, None], of_sft, 0.0).sum(1)
     sft = sft_weight * (nll * (ranked.counts - 1).clamp(min=1).square())
 
-    shares = mean_weights(present, prompt_weights, dtype)
-    rank_losses, sft_loss = (shares[:, None] * terms[:, :-1]).sum(0), (shares * sft).sum()
+    rank_losses, sft_loss = (ranked.shares[:, None] * terms[:, :-1]).sum(0), ranked.mean(sft)
     metrics = {
         "rank_losses": rank_losses.detach().float(),
         "sft_loss": sft_loss.detach().float(),

@@ -9,10 +9,12 @@ never waited for.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from pro_kernels.ranking import later_pairs, mean_weights, rank_of
 from pro_kernels.validate import (
@@ -20,6 +22,7 @@ from pro_kernels.validate import (
     check_finite,
     check_float,
     check_mask,
+    check_of_prompts,
     check_real,
     check_same_shape,
     readable,
@@ -38,6 +41,7 @@ class Ranked:
     order: Tensor  # (B, n) original column of each place
     rewards: Tensor | None  # (B, n) as exact as given, fp32, fp64 or int64; 0 where absent
     ref_logps: Tensor | None  # (B, n) 0 where absent
+    shares: Tensor  # (B,) of each prompt in the mean, 0 where none of its candidates is valid
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,38 +71,61 @@ class Ranked:
             selected = selected & first[None, :, None]
         return selected
 
+    def best(self) -> Tensor:
+        """Which candidates none is better than: (B, n) bool."""
+        if self.rewards is not None:
+            return self.valid & (self.rewards == self.rewards[:, :1])
+        return self.valid & (torch.arange(self.shape[1], device=self.valid.device) == 0)
+
+    def gaps(self) -> Tensor:
+        """How far each reward lies below the best one, 0 where absent: (B, n)."""
+        assert self.rewards is not None
+        below = (self.rewards - self.rewards[:, :1]).to(self.logps.dtype)
+        return torch.where(self.valid, below, 0.0)
+
+    def log_softmax(self, values: Tensor) -> Tensor:
+        """Over the valid candidates, 0 where absent: (B, n)."""
+        # An empty prompt keeps its first place, so that no softmax is over nothing.
+        absent = ~self.valid & (torch.arange(values.shape[1], device=values.device) > 0)
+        return values.masked_fill(absent, -math.inf).log_softmax(1).masked_fill(absent, 0.0)
+
+    def softmax(self, values: Tensor) -> Tensor:
+        """Over the valid candidates, 0 where absent: (B, n)."""
+        return torch.where(self.valid, self.log_softmax(values).exp(), 0.0)
+
+    def reward_softmax(self, temperature: float) -> Tensor:
+        """softmax(r / temperature); with 0, equal shares for the best candidates: (B, n)."""
+        if temperature > 0:
+            return self.softmax(self.gaps() / temperature)
+        best = self.best().to(self.logps.dtype)
+        return best / best.sum(1, keepdim=True).clamp(min=1)
+
     def mean(self, per_prompt: Tensor) -> Tensor:
         """Mean of a (B,) term over the prompts with at least one valid candidate."""
-        return (per_prompt * mean_weights(self.valid.any(1), None, self.logps.dtype)).sum()
+        return (per_prompt * self.shares).sum()
 
-    def sft(self, reduction: str) -> Tensor:
-        """Negative log-likelihood of the best candidate, (B,).
+    def nll(self, reduction: str, on: str = "best") -> Tensor:
+        """Negative log-likelihood of the best candidate, or the mean of ``on="all"``: (B,).
 
-        "sum": -S; "mean": -S/m; "tokens": the prompts' mean is the mean over all scored tokens of
-        the batch's best candidates, as TRL computes it.
+        "sum": -S; "mean": -S/m; "tokens": the prompts' mean is the mean over all tokens of these
+        candidates in the batch, as TRL computes it.
         """
-        best, length = -self.logps[:, 0], self.lengths[:, 0]
-        if reduction == "sum":
-            return best
-        if reduction == "mean":
-            return best / length
-        present = self.valid[:, 0]
-        return best * present.sum() / torch.where(present, length, 0.0).sum().clamp(min=1)
+        first = torch.arange(self.shape[1], device=self.valid.device) == 0
+        chosen = self.valid if on == "all" else self.valid & first
+        of_each = -self.scores(reduction == "mean")
+        total = torch.where(chosen, of_each, 0.0).sum(1)
+        if reduction == "tokens":
+            return total / self.mean(torch.where(chosen, self.lengths, 0.0).sum(1)).clamp(min=1)
+        return total / chosen.sum(1).clamp(min=1)
 
     def result(
         self,
         losses: Tensor,  # (B,)
         implicit_rewards: Tensor,  # (B, n) what the loss compares
         pairs: Tensor | None = None,  # (B, n, n), as of ``better``; None: every untied pair
-        sft: Tensor | None = None,  # (B,)
     ) -> Result:
-        """What a loss returns: the mean over prompts of ``losses`` and ``sft``, and the metrics."""
-        metrics = preference_metrics(self, implicit_rewards, pairs)
-        loss = self.mean(losses)
-        if sft is not None:
-            sft = self.mean(sft)
-            loss, metrics = loss + sft, {"sft_loss": sft.detach().float(), **metrics}
-        return loss, metrics
+        """What a loss returns: the mean over prompts of ``losses``, and the metrics."""
+        return self.mean(losses), preference_metrics(self, implicit_rewards, pairs)
 
 
 def ranked_batch(
@@ -107,12 +134,17 @@ def ranked_batch(
     rewards: Tensor | None,  # (B, n)
     ref_logps: Tensor | None,  # (B, n)
     mask: Tensor | None,  # (B, n)
+    prompt_weights: Tensor | None = None,  # (B,)
 ) -> Ranked:
     """Check the inputs of a loss and order the candidates of each prompt best to worst.
 
     Equal rewards keep their column order.
     """
     _check_inputs(logps, lengths=lengths, rewards=rewards, ref_logps=ref_logps, mask=mask)
+    if prompt_weights is not None:
+        check_real("prompt_weights", prompt_weights)
+        check_same_shape("prompt_weights", prompt_weights, tuple(logps.shape[:1]), "(B,)")
+        check_device("prompt_weights", prompt_weights, "logps", logps)
     if readable(lengths):
         rows = (lengths < 0).any(1).nonzero()[:, 0].tolist()
         if rows:
@@ -121,6 +153,9 @@ def ranked_batch(
     valid = lengths > 0
     if mask is not None:
         valid = valid & mask
+    present = valid.any(1)
+    if readable(valid):
+        check_of_prompts(prompt_weights, None, valid.shape[1], dtype, present)
     if rewards is not None:
         held = torch.int64
         if rewards.is_floating_point():
@@ -141,6 +176,7 @@ def ranked_batch(
         order=order,
         rewards=None if rewards is None else ranked(rewards, 0),
         ref_logps=None if ref_logps is None else ranked(ref_logps.detach().to(dtype)),
+        shares=mean_weights(present, prompt_weights, dtype),
     )
 
 
@@ -157,6 +193,14 @@ def pair_mean(values: Tensor, pairs: Tensor) -> Tensor:
 def pair_sum(values: Tensor, pairs: Tensor) -> Tensor:
     """Sum of (B, n, n) values over each prompt's pairs: (B,)."""
     return torch.where(pairs, values, 0.0).sum((1, 2))
+
+
+def logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """−(1−ε) log σ(margin) − ε log σ(−margin)."""
+    losses = -logsigmoid(margins)
+    if label_smoothing == 0:
+        return losses
+    return (1 - label_smoothing) * losses - label_smoothing * logsigmoid(-margins)
 
 
 def preference_metrics(

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pro_kernels.option_types import OptionType, option_type
+from pro_kernels.option_types import OptionType, option_type, shared_options
 from pro_kernels.validate import check_choice, check_option, gap_fault
 
 from .ranked import Result, ranked_batch
@@ -40,14 +40,16 @@ class Loss:
     Attributes:
         name: what it is called in ``LOSSES``.
         body: the function of a ``Ranked`` batch.
-        needs: which of "rewards" and "ref_logps" it cannot do without.
+        needed: function of the options: which of "rewards" and "ref_logps" it cannot do without.
+        shared: those of its options that every loss has (``option_types.SHARED_OPTIONS``).
         defaults: its options and their defaults.
         types: what an option takes; other arguments of the body (tensors) are not in it.
     """
 
     name: str
     body: Body
-    needs: tuple[str, ...]
+    needed: Callable[..., Sequence[str]]
+    shared: tuple[str, ...]
     defaults: Mapping[str, Any]
     types: Mapping[str, OptionType]
     gaps: Callable[..., bool]
@@ -61,6 +63,7 @@ class Loss:
         rewards: Tensor | None = None,  # (B, n)
         ref_logps: Tensor | None = None,  # (B, n)
         mask: Tensor | None = None,  # (B, n)
+        prompt_weights: Tensor | None = None,  # (B,)
         **options: Any,
     ) -> Result:
         """The loss and its metrics; arguments as ``pro_kernels.losses`` says.
@@ -68,18 +71,39 @@ class Loss:
         Raises:
             TypeError, ValueError: an input or an option that cannot be.
         """
+        self.check(options)
+        needs = self.needs(**options)
+        for name, given in (("rewards", rewards), ("ref_logps", ref_logps)):
+            if name in needs and given is None:
+                raise ValueError(f"{self.name} needs {name}: expected a (B, n) tensor, got None")
+        shared = {name: options.pop(name, self.defaults[name]) for name in self.shared}
+        if shared.pop("reference_free", False):
+            ref_logps = None
+        ranked = ranked_batch(logps, lengths, rewards, ref_logps, mask, prompt_weights)
+        found = self.body(ranked, **options)
+        match found:
+            case (Tensor(ndim=0), dict()):
+                loss, metrics = found
+            case _:
+                raise ValueError(
+                    f"loss {self.name} must return a scalar tensor and a dict, got {found!r}"
+                )
+        if weight := shared.pop("sft_weight", 0.0):
+            sft = weight * ranked.mean(ranked.nll(shared["sft_reduction"], shared["sft_on"]))
+            loss, metrics = loss + sft, {"sft_loss": sft.detach().float(), **metrics}
+        return loss, metrics
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError for a value that an option cannot have."""
         for name, value in options.items():
             if name in self.types:
                 check_option(name, value, self.types[name])
-        for name, given in (("rewards", rewards), ("ref_logps", ref_logps)):
-            if name in self.needs and given is None:
-                raise ValueError(f"{self.name} needs {name}: expected a (B, n) tensor, got None")
-        return self.body(ranked_batch(logps, lengths, rewards, ref_logps, mask), **options)
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether it compares with a reference model."""
-        return "ref_logps" in self.needs
+    def needs(self, **options: Any) -> tuple[str, ...]:
+        """Which of "rewards" and "ref_logps" it cannot do without, with these options."""
+        options = {**self.defaults, **options}
+        free = options.get("reference_free", False)
+        return tuple(x for x in self.needed(**options) if not (free and x == "ref_logps"))
 
     def uses_gaps(self, **options: Any) -> bool:
         """Whether, with these options, reward gaps matter and not only their order."""
@@ -97,7 +121,9 @@ class Loss:
 
 def register(
     *,
-    needs: Sequence[str] = (),
+    needs: Sequence[str] | Callable[..., Sequence[str]] = (),
+    sft_weight: float = 0.0,
+    sft_reduction: str = "mean",
     uses_gaps: bool | Callable[..., bool] = False,
     reward_fault: Callable[..., str | None] | None = None,
 ) -> Callable[[Body], Loss]:
@@ -110,7 +136,11 @@ def register(
     name, or file and name, is replaced.
 
     Args:
-        needs: "rewards" or "ref_logps", where it cannot do without.
+        needs: "rewards" or "ref_logps", where it cannot do without. May be a function of the
+            options, by keyword.
+        sft_weight: default of the option of this name, which every loss has: it adds the negative
+            log-likelihood of the best candidate, or of all.
+        sft_reduction: likewise.
         uses_gaps: whether it takes more than the order from rewards: then lists with rewards and
             lists with an order only do not mix. May be a function of the options, by keyword.
         reward_fault: function of the rewards of one prompt and, by keyword, of the options, that
@@ -123,12 +153,12 @@ def register(
         ValueError: an unknown name in ``needs``; a name that another loss has; a default that its
             own type refuses.
     """
-    for name in needs:
-        check_choice("needs", name, ("rewards", "ref_logps"))
+    needed = needs if callable(needs) else lambda **_: needs
     gaps = uses_gaps if callable(uses_gaps) else lambda **_: bool(uses_gaps)
 
     def decorate(body: Body) -> Loss:
-        loss = _declared(body, needs=tuple(needs), gaps=gaps, fault=reward_fault)
+        sft = {"sft_weight": sft_weight, "sft_reduction": sft_reduction}
+        loss = _declared(body, sft, needed=needed, gaps=gaps, fault=reward_fault)
         LOSSES[loss.name] = loss
         return loss
 
@@ -142,7 +172,7 @@ def get_loss(name: str) -> Loss:
     return LOSSES[name]
 
 
-def _declared(body: Body, **known: Any) -> Loss:
+def _declared(body: Body, sft: Mapping[str, Any], **known: Any) -> Loss:
     if not inspect.isfunction(body):
         raise TypeError(f"a loss is registered from a function, got {body!r}")
     name = body.__name__
@@ -156,12 +186,21 @@ def _declared(body: Body, **known: Any) -> Loss:
             raise TypeError(
                 f"{p.name} of loss {name} must be by keyword and have a type hint and a default"
             )
-    kinds = {p.name: option_type(hints[p.name]) for p in rest}
+    own = {p.name: p.default for p in rest}
+    needs = known["needed"](**own)
+    for need in needs:
+        check_choice("needs", need, ("rewards", "ref_logps"))
+    shared = shared_options(own, "ref_logps" in needs, **sft)
+    rest += [
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for option, (kind, default) in shared.items()
+    ]
+    kinds = {p.name: option_type(hints.get(p.name, p.annotation)) for p in rest}
     types = {option: kind for option, kind in kinds.items() if kind.kinds or kind.choices}
     defaults = {p.name: p.default for p in rest}
     for option, kind in types.items():
         check_option(option, defaults[option], kind)
-    loss = Loss(name, body, defaults=defaults, types=types, **known)
+    loss = Loss(name, body, shared=tuple(shared), defaults=defaults, types=types, **known)
     inputs = [p for p in inspect.signature(loss).parameters.values() if p.kind is not p.VAR_KEYWORD]
     about = {"__signature__": inspect.Signature([*inputs, *rest]), "__doc__": body.__doc__}
     about |= {"__name__": name, "__module__": body.__module__}

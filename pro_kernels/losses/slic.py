@@ -4,27 +4,25 @@
 
     L = mean over pairs (i better than j) of max(0, δ − S_i + S_j) + λ · NLL(best)
 
-The best candidate stands for the paper's regularization target. Pairs of equal reward are left
-out.
+λ is sft_weight. The best candidate stands for the paper's regularization target. Pairs of equal
+reward are left out.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pro_kernels.option_types import LengthNormalize, Limits, Pairs, SftReductionOfBatch, SftWeight
+from pro_kernels.option_types import LengthNormalize, Limits, Pairs
 
 from .ranked import Ranked, Result, differences, pair_mean
 from .registry import register
 
 
-@register()
+@register(sft_weight=0.5, sft_reduction="sum")
 def slic(
     ranked: Ranked,
     *,
     delta: Annotated[float, Limits(at_least=0), "Margin."] = 1.0,
-    sft_weight: SftWeight = 0.5,
-    sft_reduction: SftReductionOfBatch = "sum",
     length_normalize: LengthNormalize = False,
     pairs: Pairs = "all",
 ) -> Result:
@@ -32,4 +30,4 @@ def slic(
     scores = ranked.scores(length_normalize)
     selected = ranked.better(pairs)
     losses = pair_mean((delta - differences(scores)).relu(), selected)
-    return ranked.result(losses, scores, selected, sft_weight * ranked.sft(sft_reduction))
+    return ranked.result(losses, scores, selected)

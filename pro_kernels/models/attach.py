@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from pro_kernels.distinct.decoder import distinct_rows
 from pro_kernels.fused.shards import group_of
+from pro_kernels.losses import LOSSES
 from pro_kernels.models.forward import (
     CLASS_OPTIONS,
+    KERNEL_OPTIONS,
     LOSS_OPTIONS,
     OPTIONS,
     STATE,
@@ -34,8 +36,8 @@ from pro_kernels.models.tryout import try_out
 from pro_kernels.options import CrossEntropyOptions, PROOptions
 from pro_kernels.validate import check_choice
 
-# What ``attach(loss=...)`` takes.
-LOSSES = ("auto", "ranking", "cross_entropy")
+# What ``attach(loss=...)`` takes beside the names of ``losses.LOSSES``.
+_LOSSES = ("auto", "ranking", "cross_entropy")
 # Attributes of the instance that are set; accelerate may have set a forward before.
 _REPLACED = ("forward", "accepts_loss_kwargs", "_loss_function")
 
@@ -58,7 +60,8 @@ def attach(
 
     - with ``rewards`` (B, n), ``num_candidates=n`` or ``layout``: ``loss`` and the other fields of
       ``PROOutput``, candidates being the rows, n of each prompt after another
-      (``labels`` (B n, T));
+      (``labels`` (B n, T)). It is PRO's, or that which ``loss`` names, of which ``ref_logps``
+      (B, n) may be given, too;
     - else ``loss``, the cross-entropy as the model computes it (a mean over the tokens, or their
       sum over ``num_items_in_batch``), and ``token_logps`` (B, T), fp32, differentiable: position t
       holds the log-prob of ``labels[:, t + 1]``, or 0.
@@ -81,9 +84,10 @@ def attach(
 
     Args:
         model: a causal LM of transformers (or PEFT's wrapper of one) with a linear LM head.
-        loss: "ranking", "cross_entropy", or "auto": as each call asks for. Under ``Trainer`` name
-            it: "ranking" makes ``Trainer`` divide by the accumulation steps itself
-            (``accepts_loss_kwargs = False``), since that loss is a mean over prompts, and refuses
+        loss: "ranking" (PRO), "cross_entropy", the name of a loss of ``losses.LOSSES``, or "auto":
+            PRO or the cross-entropy, as each call asks for. Under ``Trainer`` name it: all but
+            these two make ``Trainer`` divide by the accumulation steps itself
+            (``accepts_loss_kwargs = False``), since such a loss is a mean over prompts, and refuse
             batches that do not say which rows belong together.
         example: keyword arguments for the forward that try the model out, ``input_ids`` among them;
             None: eight token ids. Give one where a model needs more than ``input_ids``.
@@ -95,10 +99,11 @@ def attach(
         rows: "distinct" runs only the distinct tokens of each padded batch, as ``distinct_rows``
             does until ``detach``; "padded" runs batches as they are.
         lazy_logits: False: a call without labels returns plain logits, one with labels None.
-        options: of ``linear_pro_loss``: ``sft_weight``, ``temperature``, ``ties``, ...,
-            ``logits_dtype``, ``grad_filter``. The last two count for the cross-entropy too. Of
-            ``linear_cross_entropy``: ``class_weight``, ``label_smoothing``, ``z_loss``, which the
-            cross-entropy of labels then has, whether the model's own loss has them or not.
+        options: of the loss (``linear_pro_loss``'s, or those of ``LOSSES[loss]``): ``sft_weight``,
+            ``temperature``, ``beta``, ...; of ``linear_cross_entropy``, unless a ranking loss is
+            named: ``class_weight``, ``label_smoothing``, ``z_loss``, which the cross-entropy of
+            labels then has, whether the model's own loss has them or not; and of any:
+            ``logits_dtype``, ``grad_filter``.
 
     Returns:
         The same model.
@@ -116,14 +121,23 @@ def attach(
             raise ValueError(f"{type(lm).__name__} is attached already; detach(model) first")
         detach(lm)
     _check_whole(lm)
-    if unknown := sorted(set(options) - OPTIONS):
-        raise TypeError(f"attach got options {unknown}; there are {sorted(OPTIONS)}")
-    check_choice("loss", loss, LOSSES)
+    check_choice("loss", loss, (*_LOSSES, *LOSSES))
+    loss = "ranking" if loss == "pro" else loss
+    of_scores = None if loss in _LOSSES else LOSSES[loss]
+    there = OPTIONS.difference(CLASS_OPTIONS if loss == "ranking" else ())
+    if of_scores is not None:
+        there = {*KERNEL_OPTIONS, *of_scores.types}
+    if unknown := sorted(set(options) - there):
+        raise TypeError(f"attach got options {unknown}; there are {sorted(there)}")
     check_choice("rows", rows, ("padded", "distinct"))
     check_choice("lazy_logits", lazy_logits, (True, False))
-    loss_options(options)
+    if of_scores is None:
+        loss_options(options)
+    else:
+        of_scores.check({name: x for name, x in options.items() if name in of_scores.types})
     group_of("process_group", process_group)
-    classes = {name: options.pop(name) for name in CLASS_OPTIONS if name in options}
+    own_names = CLASS_OPTIONS if of_scores is None else ()
+    classes = {name: options.pop(name) for name in own_names if name in options}
     CrossEntropyOptions(**{name: x for name, x in classes.items() if name != "class_weight"})
     options |= {"backend": backend, "budget": budget}
     own = {name: lm.__dict__[name] for name in _REPLACED if name in lm.__dict__}
@@ -134,7 +148,7 @@ def attach(
         lm.forward = MethodType(fused_forward(type(lm).forward), lm)
         opened.hooks.append(lm.register_forward_pre_hook(before_call, with_kwargs=True))
         opened.hooks.append(lm.register_forward_hook(after_call))
-        if loss == "ranking":
+        if loss not in ("auto", "cross_entropy"):
             lm.accepts_loss_kwargs = False
         if rows == "distinct":
             opened.rows = distinct_rows(lm)

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pro_kernels.api import linear_pro_loss
+from pro_kernels.api import linear_pro_loss, linear_token_logps
 from pro_kernels.cross_entropy import token_losses
 from pro_kernels.fused.shards import is_dtensor
 from pro_kernels.layout import Layout
+from pro_kernels.losses import LOSSES, get_loss
 from pro_kernels.models.head import HeadInputs
 from pro_kernels.models.opened import FIELDS, Opened
 from pro_kernels.options import (
@@ -30,7 +31,8 @@ from pro_kernels.options import (
 STATE = "_pro_kernels"  # the attribute of an attached model that holds its ``Opened``
 # Keyword arguments that the forward of an attached model takes beside the model's own.
 _AS_GIVEN = ("candidate_mask", "prompt_weights", "sft_index")
-RANKING = ("rewards", "num_candidates", *_AS_GIVEN, "layout")
+_OF_SCORES = ("ref_logps", "desirable")  # of losses other than PRO
+RANKING = ("rewards", "num_candidates", *_AS_GIVEN, *_OF_SCORES, "layout")
 # Options of ``attach``: of ``linear_pro_loss``, of either function, of ``linear_cross_entropy``.
 _GIVEN_ELSEWHERE = ("ignore_index", "shift", "inplace_backward", "process_group", "sequence_group")
 LOSS_OPTIONS, KERNEL_OPTIONS = Options(PROOptions, CallOptions, without=_GIVEN_ELSEWHERE).names
@@ -121,7 +123,9 @@ def _forward(opened: Opened, kwargs: dict[str, Any]) -> Any:
     _check_loss(opened.loss, asked)
     if not torch.compiler.is_compiling():
         opened.check_unchanged()
-    loss = ranking_loss if ranking else cross_entropy
+    loss = cross_entropy
+    if ranking:
+        loss = ranking_loss if opened.loss in ("auto", "ranking") else loss_of_scores
     return opened.run(lambda head: loss(opened, head, asked), kwargs)
 
 
@@ -159,6 +163,10 @@ def _of_both(opened: Opened, head: HeadInputs, asked: Asked) -> dict[str, Any]:
     return {"ignore_index": asked.ignore_index, "process_group": group, **head.options()}
 
 
+def _of_kernels(opened: Opened) -> dict[str, Any]:
+    return {name: opened.options[name] for name in KERNEL_OPTIONS if name in opened.options}
+
+
 def cross_entropy(
     opened: Opened, head: HeadInputs, asked: Asked
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -175,7 +183,7 @@ def cross_entropy(
         shift=asked.shift,
         **classes,
         **_of_both(opened, head, asked),
-        **{name: opened.options[name] for name in KERNEL_OPTIONS if name in opened.options},
+        **_of_kernels(opened),
     )
     logps, items = {"token_logps": found.stats["logps"]}, asked.items
     if items is None or not opened.divides_by_items:
@@ -211,6 +219,43 @@ def ranking_loss(
     return out.loss, {name: getattr(out, name) for name in FIELDS if name != "token_logps"}
 
 
+def loss_of_scores(
+    opened: Opened, head: HeadInputs, asked: Asked
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Any loss of ``losses.LOSSES``, of candidates as in ``ranking_loss``."""
+    given, hidden = asked.ranking, head.hidden
+    layout, how = given.get("layout"), {**_of_both(opened, head, asked), **_of_kernels(opened)}
+    if layout is not None:
+        layout = layout.to(hidden.device, non_blocking=True)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        rows = rows if layout.rows is None else rows.index_select(0, layout.rows)
+        found: Any = linear_token_logps(rows, head.weight, layout.targets, **how)
+        logps, lengths = layout.candidate_sums(found)
+    else:
+        targets = asked.targets.to(hidden.device, non_blocking=True)
+        found = linear_token_logps(hidden, head.weight, targets, shift=asked.shift, **how)
+        scored = (targets[:, 1:] if asked.shift else targets) != asked.ignore_index
+        logps, lengths = (x.sum(1).view(-1, asked.candidates) for x in (found, scored))
+    loss = get_loss(opened.loss)
+    names = {"rewards": "rewards", "ref_logps": "ref_logps", "candidate_mask": "mask",
+             "prompt_weights": "prompt_weights", "desirable": "desirable"}  # fmt: skip
+    inputs = {
+        name: given[key].to(logps.device, non_blocking=True)
+        for key, name in names.items()
+        if key in given
+    }
+    own = {name: x for name, x in opened.options.items() if name in loss.defaults}
+    value, metrics = loss(logps, lengths, **inputs, **own)
+    logps = logps.detach()
+    sft = metrics.get("sft_loss")
+    return value, {
+        "scores": logps / lengths.clamp_min(1),
+        "logps": logps,
+        "lengths": lengths,
+        **({} if sft is None else {"sft_loss": sft}),
+    }
+
+
 # ---- what a call may ask for
 
 
@@ -218,12 +263,17 @@ def _check_loss(loss: str, asked: Asked) -> None:
     """Raise TypeError or ValueError unless the call says what the model's loss needs, and fits."""
     ranking = asked.ranking
     if not ranking:
-        if loss == "ranking":
+        if loss not in ("auto", "cross_entropy"):
             raise ValueError(
-                "the model is attached with loss='ranking', and the batch does not say which rows "
+                f"the model is attached with loss={loss!r}, and the batch does not say which rows "
                 "are candidates of one prompt: give rewards (B, n), num_candidates=n or a layout"
             )
         return
+    taken = {*RANKING} - {*_OF_SCORES}
+    if loss in LOSSES:
+        taken = {*RANKING} - {"sft_index"} - ({"desirable"} - LOSSES[loss].defaults.keys())
+    if strange := sorted(ranking.keys() - taken):
+        raise ValueError(f"the model is attached with loss={loss!r}, which does not use {strange}")
     if loss == "cross_entropy":
         raise ValueError(
             f"the model is attached with loss='cross_entropy', which has no {sorted(ranking)}"

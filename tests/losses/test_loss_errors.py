@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from loss_oracles import NEEDS_REF
 
 from pro_kernels.losses import LOSSES, get_loss
 
@@ -75,7 +74,7 @@ def test_bad_input(name):
     call(name)
     for what, value, error, message in BAD_INPUTS:
         check_raises(error, f"{what} must {message}", name, **{what: value})
-    for what in ["ref_logps"] * (name in NEEDS_REF) + ["rewards"] * (name == "listnet"):
+    for what in LOSSES[name].needs():
         check_raises(ValueError, f"{name} needs {what}: expected a ", name, **{what: None})
     check_raises(TypeError, "unexpected keyword argument 'betta'", name, betta=1.0)
 
@@ -88,15 +87,21 @@ OF_PROMPTS = "have shape (B,) = (2,), got"
 BAD_OPTIONS = [
     ("dpo dpo_pl s_dpo ipo simpo cpo orpo lipo_lambda", "beta", 0, ValueError, "be > 0"),
     ("dpo ipo simpo cpo orpo slic", "pairs", "any", ValueError, "be one of ['all', 'best']"),
-    ("cpo orpo rrhf slic", "sft_reduction", "none", ValueError, REDUCTION),
+    ("cpo orpo rrhf slic dpo", "sft_reduction", "none", ValueError, REDUCTION),
     ("plackett_luce ipo slic listnet pro", "length_normalize", "no", TypeError, "be a bool"),
     *(("dpo", "beta", x, TypeError, "be a number") for x in (True, "0.1", None)),
-    ("dpo", "label_smoothing", 0.6, ValueError, "be <= 0.5"),
+    ("dpo cpo simpo exo", "label_smoothing", 0.6, ValueError, "be <= 0.5"),
+    ("robust", "label_smoothing", 0.5, ValueError, "be <= 0.49"),
+    ("kto", "desirable", ONES, TypeError, "be a bool tensor, got torch.float32"),
+    ("kto", "kl", ONES, ValueError, "have shape () = (), got (2, 3)"),
+    ("infonca nca exo", "alpha", -1, ValueError, "be >= 0"),
+    ("dpo_ties f_dpo", "alpha", 0, ValueError, "be > 0"),
+    ("lire listnet neural_ndcg", "temperature", 0, ValueError, "be > 0"),
+    ("swepo", "reference_free", 1, TypeError, "be a bool"),
+    ("dpo", "sft_on", "worst", ValueError, "be one of ['best', 'all']"),
     ("simpo", "gamma", -1, ValueError, "be >= 0"),
-    ("cpo", "cpo_alpha", -1, ValueError, "be >= 0"),
-    ("rrhf slic pro", "sft_weight", -1, ValueError, "be >= 0"),
+    ("cpo rrhf slic pro dpo", "sft_weight", -1, ValueError, "be >= 0"),
     ("slic", "delta", -1, ValueError, "be >= 0"),
-    ("listnet", "reward_temperature", 0, ValueError, "be > 0"),
     ("lipo_lambda", "gain", "x", ValueError, "be one of ['exp2', 'linear']"),
     ("plackett_luce pro", "top_k", 0, ValueError, "be None or an integer >= 1"),
     ("pro", "top_k", 1.0, TypeError, "be None or an integer >= 1"),
@@ -115,8 +120,14 @@ BAD_OPTIONS = [
     ("pro", "sft_index", torch.zeros(3).long(), ValueError, f"{OF_PROMPTS} (3,)"),
     ("pro", "sft_index", torch.tensor([0, 3]), ValueError, f"{PLACE} [0, 3]"),
     ("pro", "sft_index", torch.tensor([0, -1]), ValueError, f"{PLACE} [0, -1]"),
-    ("pro", "prompt_weights", torch.tensor([1.0, -1.0]), ValueError, "be finite and >= 0, got [1."),
-    ("pro", "prompt_weights", torch.ones(2, 1), ValueError, f"{OF_PROMPTS} (2, 1)"),
+    (
+        "pro dpo",
+        "prompt_weights",
+        torch.tensor([1.0, -1.0]),
+        ValueError,
+        "be finite and >= 0, got [1.",
+    ),
+    ("pro kto", "prompt_weights", torch.ones(2, 1), ValueError, f"{OF_PROMPTS} (2, 1)"),
 ]
 
 
@@ -134,8 +145,13 @@ def test_numbers_that_are_too_large_or_small():
         torch.tensor([[300.0, 1.0, 0.0]] * 2),
         torch.tensor([[0.0, 1, 2], [3e38, -3e38, 0]]),
     )
-    check_raises(ValueError, "rewards up to 300 are too large for the gain 2", "lipo_lambda",
-                 rewards=large)  # fmt: skip
+    for name in ("lipo_lambda", "neural_ndcg"):
+        check_raises(
+            ValueError, "rewards 0 to 300 are too large for the gain 2", name, rewards=large
+        )
+    check_raises(ValueError, "rewards -1 to -1 are below 0", "approx_ndcg", rewards=-ONES)
+    check_raises(ValueError, "label_smoothing must be None with alpha > 0", "exo", alpha=1.0,
+                 label_smoothing=0.1)  # fmt: skip
     assert torch.isfinite(call("lipo_lambda", rewards=large, gain="linear")[0])
     check_raises(ValueError, "rewards of prompt 1 are too far apart", "pro", rewards=far)
     for weight in (1e39, 1e-39):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from loss_oracles import NEEDS_REF, ORACLES, average, expected, pairs_of, random_batch
+from loss_oracles import (
+    OF_GAINS,
+    ORACLES,
+    PAIRWISE,
+    Batch,
+    average,
+    expected,
+    pairs_of,
+    random_batch,
+)
 from mpmath import exp, log, mpf
 
 from pro_kernels.losses import LOSSES, get_loss
@@ -28,24 +35,52 @@ CASES = [
     ("ipo", {"beta": 0.3, "length_normalize": False}),
     ("ipo", {"beta": 0.05, "pairs": "best"}),
     ("simpo", {"beta": 1.3, "gamma": 1.7, "pairs": "best"}),
-    ("cpo", {"beta": 0.02, "cpo_alpha": 0.3, "sft_reduction": "sum", "pairs": "best"}),
+    ("cpo", {"beta": 0.02, "label_smoothing": 0.3, "sft_weight": 0.3, "pairs": "best"}),
+    ("simpo", {"label_smoothing": 0.1, "sft_weight": 0.1, "sft_on": "all"}),
+    ("dpo", {"alpha": 0.03, "label_smoothing": 0.1}),
+    ("kto", {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.4}),
+    ("infonca", {"beta": 0.2, "alpha": 0.7}),
+    ("infonca", {"alpha": 0.0}),
+    ("nca", {"beta": 0.2, "alpha": 0.7}),
+    ("nca", {"alpha": 0.0}),
+    ("exo", {"beta": 0.2, "alpha": 0.7}),
+    ("exo", {"label_smoothing": 0.2}),
+    ("rpo", {"eta": 0.4, "beta": 0.3}),
+    ("rpo", {"divergence": "backward"}),
+    ("dpo_ties", {"alpha": 0.2, "pairs": "best"}),
+    ("apo_zero", {"beta": 0.5, "pairs": "best"}),
+    ("apo_down", {"beta": 0.5, "pairs": "best"}),
+    ("bco", {"delta": 0.3, "pairs": "best"}),
+    ("sppo_hard", {"beta": 0.3, "pairs": "best"}),
+    ("robust", {"label_smoothing": 0.3, "pairs": "best"}),
+    ("discopop", {"tau": 0.7, "pairs": "best"}),
+    ("sigmoid_norm", {"beta": 0.7, "pairs": "best"}),
+    ("f_dpo", {"divergence": "forward_kl"}),
+    ("f_dpo", {"divergence": "js_divergence", "pairs": "best"}),
+    ("f_dpo", {"divergence": "alpha_divergence", "alpha": 0.3}),
+    ("approx_ndcg", {"temperature": 0.9, "gain": "linear"}),
+    ("approx_ndcg", {"temperature": 5.0, "length_normalize": False}),
+    ("neural_ndcg", {"temperature": 0.6, "gain": "linear"}),
+    ("lire", {"temperature": 7.0}),
+    ("lire", {"length_normalize": True}),
+    ("swepo", {"beta": 0.3, "alpha": 0.0}),
     ("orpo", {"beta": 0.7, "sft_reduction": "sum", "pairs": "best"}),
     ("rrhf", {"sft_weight": 0.2, "sft_reduction": "mean"}),
     ("slic", {"delta": 20.0, "pairs": "best"}),
     ("slic", {"length_normalize": True, "sft_weight": 0.0, "sft_reduction": "mean"}),
-    ("listnet", {"length_normalize": False, "reward_temperature": 0.4}),
+    ("listnet", {"length_normalize": False, "temperature": 0.4}),
     ("lipo_lambda", {"beta": 0.3, "gain": "linear"}),
 ]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}" for name, options in CASES]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - OF_GAINS - {"lire"}))
 def test_rewards_are_compared_before_they_are_rounded(name, dtype):
     logps = torch.tensor([[-1.0, -2.5, -0.5], [-3.0, -1.0, -2.0]])
     gaps = torch.tensor([[1, 2, 0], [1, 0, 0]])
     options = {"gain": "linear"} if name == "lipo_lambda" else {}
-    options["ref_logps"] = logps / 2 if name in NEEDS_REF else None
+    options["ref_logps"] = logps / 2
 
     def value(rewards):
         return LOSSES[name](logps, torch.ones(2, 3), rewards=rewards, **options)[0].item()
@@ -57,15 +92,19 @@ def test_rewards_are_compared_before_they_are_rounded(name, dtype):
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 def test_values_and_gradients(name, options, rewards):
     """By the oracle and numerically; absent places are poisoned and get no gradient."""
-    if name == "listnet" and rewards is None:
-        pytest.skip("listnet needs rewards")
+    needs = LOSSES[name].needs(**options)
+    if rewards is None and "rewards" in needs:
+        with pytest.raises(ValueError, match=f"{name} needs rewards"):
+            zeros = torch.zeros(1, 2)
+            LOSSES[name](zeros, zeros + 1, ref_logps=zeros, **options)
+        return
     changes = {**options, **({"equal_rewards": "keep"} if name == "pro" else {})}
 
     def loss_of(logps, batch, **inputs):
         return LOSSES[name](logps, batch.lengths, **batch.inputs(**inputs), **changes)
 
     for seed in range(3):
-        batch = random_batch(seed, rewards=rewards)
+        batch = random_batch(seed, rewards=rewards, name=name)
         logps = batch.logps.clone().requires_grad_()
         loss, metrics = loss_of(logps, batch)
         value, sft = expected(name, batch, **options)
@@ -78,19 +117,46 @@ def test_values_and_gradients(name, options, rewards):
         assert torch.isfinite(logps.grad).all() and (logps.grad[absent] == 0).all()
         if not options:  # something must flow
             assert (logps.grad[0] != 0).any()
-    if name not in NEEDS_REF:
-        loss, _ = loss_of(logps, batch, ref_logps=None)
-        value, _ = expected(name, batch, use_ref=False, **options)
-        assert loss.item() == pytest.approx(value, rel=1e-11, abs=1e-12)
+    free = {"reference_free": True} if "ref_logps" in needs else {}
+    loss, _ = LOSSES[name](logps, batch.lengths, **batch.inputs(ref_logps=None), **changes, **free)
+    value, _ = expected(name, batch, use_ref=False, **options)
+    assert loss.item() == pytest.approx(value, rel=1e-11, abs=1e-12)
 
-    small = random_batch(11, prompts=4, n=4, rewards=rewards)
+    small = random_batch(11, prompts=4, n=4, rewards=rewards, name=name)
     logps = small.logps.masked_fill(~small.mask | (small.lengths == 0), -1.0).requires_grad_()
+    if name in ("kto", "bco"):  # what they take from the batch is a constant of the gradient
+        changes |= {"kl": torch.tensor(1.3)} if name == "kto" else {"delta": 0.2}
     scaled = lambda x: -2.7 * loss_of(x, small)[0]  # noqa: E731
     assert torch.autograd.gradcheck(scaled, (logps,), atol=1e-7, rtol=1e-5)
 
 
+SFT = [
+    {"sft_weight": 0.3, "sft_on": on, "sft_reduction": reduction}
+    for on in ("best", "all")
+    for reduction in ("mean", "sum", "tokens")
+]
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"pro"}))
+def test_every_loss_has_an_sft_term_and_prompt_weights(name):
+    batch = random_batch(8, name=name)
+    weights = torch.tensor([0.5, 2.0, 7.0, 0.0, 1.5, 3.0])  # prompt 2 has no candidate
+    for options in (*SFT, {"sft_weight": 0.0}):
+        loss, metrics = LOSSES[name](
+            batch.logps, batch.lengths, **batch.inputs(), prompt_weights=weights, **options
+        )
+        value, sft = expected(name, batch, weights=weights, **options)
+        assert loss.item() == pytest.approx(value, rel=1e-11)
+        if options["sft_weight"]:
+            assert metrics["sft_loss"].item() == pytest.approx(sft, rel=1e-6)
+    none, _ = LOSSES[name](
+        batch.logps, batch.lengths, **batch.inputs(), prompt_weights=0 * weights, sft_weight=1.0
+    )
+    assert none.item() == 0
+
+
 def test_every_loss_has_an_oracle_and_a_name():
-    assert set(LOSSES) == set(ORACLES)
+    assert set(LOSSES) == ORACLES.keys() | PAIRWISE.keys()
     assert all(get_loss(name) is loss for name, loss in LOSSES.items())
 
 
@@ -105,7 +171,7 @@ def test_extreme_scores_stay_finite_and_right(name, dtype):
     batch.logps, batch.lengths = logps.detach(), lengths
     batch.mask = torch.ones(4, 3, dtype=torch.bool)
     batch.ref_logps = torch.full((4, 3), -2.0, dtype=dtype)
-    batch.rewards = torch.tensor([[2.0, 1.0, -1.0]] * 4)
+    batch.rewards = torch.tensor([[3.0, 2.0, 0.0]] * 4)
     loss, metrics = LOSSES[name](logps, lengths, **batch.inputs())
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logps.grad).all()
@@ -122,7 +188,7 @@ def test_scores_of_both_signs_1e4(name, sign):
     loss, _ = LOSSES[name](
         logps,
         torch.ones(2, 3),
-        rewards=torch.tensor([[1e3, 0.0, -1e3]] * 2) / (1 if name != "lipo_lambda" else 1e3),
+        rewards=torch.tensor([[2.0, 1.0, 0.0]] * 2) * (1 if "gain" in LOSSES[name].types else 1e3),
         ref_logps=torch.zeros(2, 3),
     )
     loss.backward()
@@ -132,7 +198,7 @@ def test_scores_of_both_signs_1e4(name, sign):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_computed_in_fp32(name, dtype):
-    batch = random_batch(5)
+    batch = random_batch(5, name=name)
     low = batch.logps.to(dtype).requires_grad_()
     full = low.detach().float().requires_grad_()
     inputs = batch.inputs(ref_logps=batch.ref_logps.float(), rewards=batch.rewards.float())
@@ -150,8 +216,8 @@ def test_one_candidate_none_and_empty_batch(name):
     kwargs = {"ref_logps": torch.zeros(1, 1), "rewards": torch.ones(1, 1)}
     logps = torch.tensor([[-6.0]], requires_grad=True)
     loss, _ = LOSSES[name](logps, torch.tensor([[3]]), **kwargs)
-    sft = {"pro": 0.05 * 2, "cpo": 2, "orpo": 2, "rrhf": 6, "slic": 3}.get(name, 0.0)
-    assert loss.item() == pytest.approx(sft)
+    one = Batch(logps, torch.tensor([[3]]), **kwargs, mask=torch.ones(1, 1))
+    assert loss.item() == pytest.approx(expected(name, one)[0], abs=1e-6)
     loss.backward()
     assert torch.isfinite(logps.grad).all()
 
@@ -165,61 +231,6 @@ def test_one_candidate_none_and_empty_batch(name):
     loss.backward()
     assert loss.item() == 0
     assert all(torch.isfinite(value).all() for value in metrics.values())
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "tokens"])
-@pytest.mark.parametrize("name", ["cpo", "orpo", "rrhf", "slic"])
-def test_sft_reductions(name, reduction):
-    batch = random_batch(8)
-    best = [prompt[0] for prompt in batch.prompts() if prompt]
-    total = {
-        "mean": average(-c.s for c in best),
-        "sum": average(-c.S for c in best),
-        "tokens": -sum(c.S for c in best) / sum(c.m for c in best),
-    }[reduction]
-    weight = 0.5 if name == "slic" else 1.0
-    _, metrics = LOSSES[name](batch.logps, batch.lengths, **batch.inputs(), sft_reduction=reduction)
-    assert metrics["sft_loss"].item() == pytest.approx(weight * float(total), rel=1e-6)
-
-
-def published_two_candidate(name, pc, pr, rc, rr, mc, mr):
-    """Chosen/rejected losses as TRL writes them, a pair at a time, default hyperparameters."""
-    sigmoid_loss = lambda x: math.log1p(math.exp(-x))  # noqa: E731
-    if name in ("dpo", "dpo_pl"):
-        return sigmoid_loss(0.1 * ((pc - pr) - (rc - rr)))
-    if name == "s_dpo":
-        return sigmoid_loss(1.0 * ((pc - pr) - (rc - rr)))
-    if name == "ipo":
-        return ((pc - rc) / mc - (pr - rr) / mr - 1 / (2 * 0.1)) ** 2
-    if name == "simpo":
-        return sigmoid_loss(2.0 * (pc / mc - pr / mr - 0.5 / 2.0))
-    if name == "cpo":
-        return sigmoid_loss(0.1 * (pc - pr)) - pc / mc
-    if name == "orpo":
-        c, r = pc / mc, pr / mr
-        odds = (c - r) - (math.log1p(-math.exp(c)) - math.log1p(-math.exp(r)))
-        return -pc / mc + 0.1 * sigmoid_loss(odds)
-    if name == "slic":
-        return max(0.0, 1.0 - (pc - pr)) - 0.5 * pc
-    raise AssertionError(name)
-
-
-@pytest.mark.parametrize("name", ["dpo", "dpo_pl", "s_dpo", "ipo", "simpo", "cpo", "orpo", "slic"])
-def test_two_candidates_equal_the_published_formula(name):
-    gen = torch.Generator().manual_seed(3)
-    m = torch.randint(2, 9, (5, 2), generator=gen)
-    logps = -m * torch.rand(5, 2, generator=gen, dtype=torch.float64) - 0.1
-    ref = logps + torch.randn(5, 2, generator=gen, dtype=torch.float64)
-    loss, metrics = LOSSES[name](logps, m, ref_logps=ref)
-    rows = zip(logps.tolist(), ref.tolist(), m.tolist(), strict=True)
-    each = [published_two_candidate(name, *p, *r, *length) for p, r, length in rows]
-    assert loss.item() == pytest.approx(sum(each) / 5, rel=1e-12)
-    if name == "dpo":
-        chosen, rejected = (0.1 * (logps - ref)).unbind(1)
-        assert metrics["rewards/chosen"].item() == pytest.approx(chosen.mean().item(), rel=1e-6)
-        assert metrics["rewards/rejected"].item() == pytest.approx(rejected.mean().item(), rel=1e-6)
-        accuracy = (chosen > rejected).double().mean().item()
-        assert metrics["rewards/accuracies"].item() == pytest.approx(accuracy)
 
 
 @pytest.mark.parametrize("rewards", ["distinct", "tied"])
@@ -260,7 +271,7 @@ def test_reads_no_values_off_the_cpu(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_fp32_is_close_to_the_oracle_also_compiled_in_one_graph(name):
-    batch = random_batch(6)
+    batch = random_batch(6, name=name)
     for field in ("logps", "rewards", "ref_logps"):
         setattr(batch, field, getattr(batch, field).float())
     torch._dynamo.reset()  # it gives all callable objects one frame, compiled for 8 of them
@@ -268,6 +279,22 @@ def test_fp32_is_close_to_the_oracle_also_compiled_in_one_graph(name):
     for function in (LOSSES[name], compiled):
         loss, _ = function(batch.logps, batch.lengths, **batch.inputs())
         assert loss.item() == pytest.approx(expected(name, batch)[0], rel=2e-6)
+
+
+def test_bco_keeps_a_running_mean():
+    one, two = (random_batch(seed, poison=False) for seed in (1, 2))
+    running, seen = torch.zeros(2, dtype=torch.float64), []
+    for batch in (one, two):
+        inputs = batch.logps, batch.lengths
+        loss, _ = LOSSES["bco"](*inputs, **batch.inputs(), running=running)
+        there = batch.mask & (batch.lengths > 0)
+        seen.append((0.1 * (batch.logps - batch.ref_logps))[there])
+        mean = torch.cat(seen).mean().item()
+        assert (running[0] / running[1]).item() == pytest.approx(mean, rel=1e-12)
+        assert loss.item() == pytest.approx(expected("bco", batch, delta=mean)[0], rel=1e-11)
+    with torch.no_grad():  # an evaluation takes the mean as it is
+        again, _ = LOSSES["bco"](*inputs, **batch.inputs(), running=running)
+    assert again == loss
 
 
 def test_log1mexp_is_accurate_at_both_ends():

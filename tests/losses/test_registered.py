@@ -16,6 +16,7 @@ from pro_kernels.losses.ranked import Ranked
 from pro_kernels.option_types import Beta, LengthNormalize, Limits
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
+TABLE = PAGE.with_name("losses.md")
 TOY = re.search(r"## A loss.*?```python\n(.*?)```", PAGE.read_text(), re.S)[1]
 
 
@@ -40,7 +41,7 @@ def config(tmp_path, **options):
 def test_it_is_a_loss_as_the_others_are(toy):
     exec(compile(TOY, str(toy), "exec"), {"__name__": "gap_hinge"})
     loss = get_loss("gap_hinge")
-    assert list(LOSSES)[-1] == "gap_hinge" and loss.uses_gaps() and not loss.needs_reference
+    assert list(LOSSES)[-1] == "gap_hinge" and loss.uses_gaps() and not loss.needs()
     logps = torch.tensor([[-4.0, -1.0, -9.0]], requires_grad=True)
     rewards, mask = torch.tensor([[0.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])
     value, metrics = loss(logps, torch.tensor([[2, 1, 3]]), rewards=rewards, mask=mask, slope=2.0)
@@ -94,12 +95,13 @@ def test_the_command_trains_and_evaluates_with_it(toy, tmp_path, capsys):
 
 
 def test_what_is_needed_is_asked_for(toy):
-    @register(needs=["ref_logps"], uses_gaps=lambda beta, **_: beta > 1)
+    @register(needs=lambda beta, **_: ["ref_logps"], uses_gaps=lambda beta, **_: beta > 1)
     def toy_ratio(ranked: Ranked, *, beta: Beta = 0.1):
         implicit = beta * ranked.log_ratios()
         return ranked.result(pair_sum(-differences(implicit), ranked.better()), implicit)
 
-    assert toy_ratio.needs_reference and toy_ratio.__doc__ is None
+    assert toy_ratio.needs() == ("ref_logps",) and toy_ratio.__doc__ is None
+    assert toy_ratio.needs(reference_free=True) == ()
     assert (toy_ratio.uses_gaps(), toy_ratio.uses_gaps(beta=2.0)) == (False, True)
     assert toy_ratio.reward_fault([3e38, -3e38]) is None
     ones = torch.ones(1, 2)
@@ -122,6 +124,22 @@ def test_an_integer_option_has_limits_of_its_own(toy):
             toy_ratio(ones, ones, k=k)
 
 
+def test_the_table_of_the_docs_has_every_loss_and_what_it_needs():
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| ([^|]*) \| [^|]* \| ([^|]*) \|$", TABLE.read_text(), re.M
+    )
+    names = {"ref": "ref_logps", "r": "rewards"}
+    for name, needs, source in rows:
+        said = re.sub(r"\(.*\)", "", needs).strip(" –")
+        assert {names[x.strip()] for x in said.split(",") if x} == set(LOSSES[name].needs()), name
+        module = sys.modules[LOSSES[name].body.__module__].__doc__
+        assert re.search(r"\d{4}\.\d{5}|20\d\d", source)[0] in module, name
+    ours = {
+        name for name, loss in LOSSES.items() if loss.body.__module__.startswith("pro_kernels.")
+    }
+    assert {name for name, *_ in rows} == ours
+
+
 def result(ranked):
     return ranked.result(ranked.logps.sum(1), ranked.logps)
 
@@ -142,6 +160,10 @@ def dpo(ranked, *, normalize: LengthNormalize = True, t: Annotated[float, Limits
     return result(ranked)
 
 
+def masked(ranked, *, beta: Beta = 0.1):
+    return result(ranked)
+
+
 KNOWN = "there is a loss 'dpo' already, of pro_kernels.losses.dpo"
 NEEDS = "must be one of ['rewards', 'ref_logps'], got 'mask'"
 
@@ -153,7 +175,7 @@ NEEDS = "must be one of ['rewards', 'ref_logps'], got 'mask'"
         (without_default, {}, TypeError, "beta of loss without_default must be by"),
         (bad_default, {}, ValueError, "beta must be > 0, got -1.0"),
         (dpo, {}, ValueError, KNOWN),
-        (dpo, {"needs": ["mask"]}, ValueError, NEEDS),
+        (masked, {"needs": ["mask"]}, ValueError, NEEDS),
         (print, {}, TypeError, "a loss is registered from a function"),
     ],
 )

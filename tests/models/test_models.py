@@ -238,3 +238,49 @@ def test_twenty_steps_of_trl_are_the_same_on_distinct_rows(smollm, shared, tmp_p
     assert len(found[None]) == 20 and found[None][0] == pytest.approx(0.693, abs=1e-3)
     for rows in ("padded", "distinct"):
         assert found[rows] == pytest.approx(found[None], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+        {"loss_type": "dr_grpo", "top_entropy_quantile": 0.3, "beta": 0.1},
+    ],
+    ids=str,
+)
+def test_steps_of_trls_grpo_are_the_same_on_distinct_rows(smollm, tmp_path, options):
+    """As it is, then on the fused head and distinct rows; prints what they log (``-s``)."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from pro_kernels.models import trl as swap
+
+    prompts = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    found = []
+    for accelerated in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
+        config = trl.GRPOConfig(
+            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4,
+            num_generations=2, num_iterations=2, max_completion_length=16, learning_rate=1e-5,
+            lr_scheduler_type="constant", logging_steps=1, report_to="none", disable_tqdm=True,
+            use_cpu=True, save_strategy="no", bf16=False, gradient_checkpointing=False, **options,
+        )  # fmt: skip
+        if accelerated:
+            swap.accelerate_trl()
+        try:
+            trainer = trl.GRPOTrainer(
+                model,
+                lambda completions, **_: [float(len(set(x[0]["content"]))) for x in completions],
+                config, Dataset.from_list(prompts),
+                processing_class=AutoTokenizer.from_pretrained(smollm),
+            )  # fmt: skip
+            trainer.train()
+        finally:
+            swap.restore_trl()
+        logs = [x for x in trainer.state.log_history if "loss" in x]
+        found.append({x: [log[x] for log in logs] for x in ("loss", "grad_norm", "entropy")})
+        print(found[-1], [x["clip_ratio/region_mean"] for x in logs])
+    plain, fused = found
+    assert plain["grad_norm"][3] > 0.1  # of a step on old samples
+    for name, values in fused.items():
+        assert values == pytest.approx(plain[name], rel=1e-3, abs=2e-5), name

@@ -179,6 +179,17 @@ def test_preferences_of_lists_without_rewards_and_with_an_sft_index():
     assert preferences.sft_index.tolist() == [1, 2]  # the best where a list names none
 
 
+def test_preferences_of_lists_with_weights_and_desirable_candidates():
+    plain = PROCollator(PAD)([FIRST, SECOND])["preferences"]
+    assert plain.weights is None and plain.desirable is None and plain.total_weight == 2
+    n = len(SECOND["completions"])
+    marked = {**SECOND, "desirable": [True] * n, "weight": 0.5}
+    found = PROCollator(PAD)([FIRST, marked])["preferences"]
+    assert found.weights.tolist() == [1, 0.5] and found.total_weight == 1.5
+    assert found.desirable[1].tolist() == [True] * n
+    assert found.desirable[0].nonzero().tolist() == [[1]]  # the best where a list marks none
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_of_none_runs_the_list_it_is_given_and_counts_nothing(form):
     collator = PROCollator(PAD, form=form, idle=SECOND)
@@ -186,8 +197,8 @@ def test_a_batch_of_none_runs_the_list_it_is_given_and_counts_nothing(form):
     assert batch["input_ids"].equal(same["input_ids"])
     assert batch["layout"].targets.equal(same["layout"].targets)
     idle, counted = batch["preferences"], same["preferences"]
-    assert (idle.idle, idle.num_prompts, idle.num_counted) == (True, 1, 0)
-    assert (counted.idle, counted.num_counted) == (False, 1)
+    assert (idle.idle, idle.num_prompts, idle.total_weight) == (True, 1, 0)
+    assert (counted.idle, counted.total_weight) == (False, 1)
 
 
 def test_batches_come_from_data_sets_and_workers_and_go_to_a_device():

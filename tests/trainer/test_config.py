@@ -80,7 +80,7 @@ def test_every_option_of_every_loss_is_a_flag_and_no_other():
         for name, options in declared().items()
     }
     assert read == declared_there
-    assert without_a_flag == {"sft_index", "prompt_weights", "equal_rewards"}
+    assert without_a_flag == {"sft_index", "equal_rewards", "desirable", "kl", "running"}
     assert {option for options in read.values() for option in options} == set(LOSS_SETTINGS)
 
 

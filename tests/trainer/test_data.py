@@ -122,6 +122,11 @@ FAR = listed(*"abc", rewards=[1e9, 1e9 + 1, 1e9 + 1])  # equal in fp32, and thei
             )
             for mark, index in {0: None, 1: 1, 2: 0, 3: 1, 4: 2}.items()
         ),
+        row(
+            [listed(*"abc", ranks=[2, 1, 0], desirable=[True, False, False], prompt_weight=2)],
+            [ranked(*"cba", desirable=(False, False, True), weight=2.0)],
+            {},
+        ),
         row([listed(*"abc", ranks=[2, 1, 0], sft_index=0)], [ranked(*"cba", sft_index=2)], {}),
     ],
 )

@@ -58,8 +58,14 @@ def test_stored_scores_are_read_again_and_only_for_the_same_lists(tmp_path, monk
     assert len(other.train_dataset[COLUMN]) == 5
 
 
-def test_the_reference_moves_and_is_resumed_where_it_was(tmp_path):
-    options = {**DPO, "sync_ref_model": True, "ref_model_sync_steps": 1, "save_strategy": "steps"}
+def test_the_reference_moves_and_is_resumed_where_it_was_as_is_the_mean_of_bco(tmp_path):
+    options = {
+        **DPO,
+        "loss_type": "bco",
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 1,
+        "save_strategy": "steps",
+    }
     options |= {"save_steps": 1, "ref_model_mixup_alpha": 0.5, "lr_scheduler_type": "constant"}
     whole = trainer_for(tmp_path / "whole", **options)
     start = whole.ref_model.lm_head.weight.clone()
@@ -72,6 +78,7 @@ def test_the_reference_moves_and_is_resumed_where_it_was(tmp_path):
         cut.ref_model.lm_head.weight, 0.5 * cut.model.lm_head.weight + 0.5 * start
     )
     resumed = trained(tmp_path / "cut", **options, resume=True)
+    assert resumed._running.equal(whole._running) and whole._running[1] > cut._running[1] > 0
     assert torch.equal(resumed.ref_model.lm_head.weight, moved)
     assert torch.equal(resumed.model.lm_head.weight, last)
 
@@ -86,9 +93,14 @@ def test_the_reference_moves_and_is_resumed_where_it_was(tmp_path):
             {"loss_type": "dpo", "sync_ref_model": True, "peft_config": lora()},
             "model with adapters has none",
         ),
+        ({"loss_type": "kto", "precompute_ref_log_probs": True}, "set kto_kl='batch'"),
+        (
+            {"loss_type": "dpo", "kto_kl": "batch"},
+            "kto_kl is an option of loss_type='kto', got 'dp",
+        ),
     ],
 )
-def test_what_has_no_reference_is_refused(options, wrong, tmp_path):
+def test_what_does_not_go_with_a_reference_is_refused(options, wrong, tmp_path):
     with pytest.raises(ValueError, match=wrong):
         trainer_for(tmp_path, **options)
 

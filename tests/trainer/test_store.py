@@ -97,11 +97,14 @@ def test_rows_are_the_tokenised_lists_with_int32_ids(tokenizer):
         "completions": [tokenizer(text).input_ids for text in ("a1", "bb", "c")],
         "rewards": None,
         "sft_index": 1,
+        "desirable": None,
+        "weight": 1.0,
         "cut": None,
         "length": 10,  # 2 of the prompt, 3 + 3 + 2 of the completions, EOS included
     }
     ids, rewards = pa.large_list(pa.large_list(pa.int32())), pa.large_list(pa.float64())
-    types = [ids, ids, rewards, pa.int32(), pa.string(), pa.int32()]
+    marks = [pa.large_list(pa.bool_()), pa.float64()]
+    types = [ids, ids, rewards, pa.int32(), *marks, pa.string(), pa.int32()]
     assert [field.type for field in loaded.data.schema] == types
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import traceback
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from trainer_runs import config, losses, records, trained, trainer_for, weights
 
 import pro_kernels as pk
 from pro_trainer.errors import TrainingError
+from pro_trainer.models import tiny_llama
+from pro_trainer.train.objective import list_losses
 from pro_trainer.train.trainer import PROTrainer
 
 BY_ORDER = [{key: r[key] for key in ("prompt", "completions")} for r in records()]
@@ -73,7 +77,8 @@ def test_the_same_steps_by_another_way(differ, tmp_path):
     one, other = trained(tmp_path, **options), trained(tmp_path, **{**options, **more})
     assert losses(other) == pytest.approx(losses(one), rel=1e-5)
     for name, weight in weights(one).items():
-        torch.testing.assert_close(weights(other)[name], weight, rtol=0, atol=2e-4, msg=name)
+        # Adam moves a weight whose gradient is nearly 0 by a whole step, whichever way it rounds.
+        assert (weights(other)[name] - weight).norm() < 1e-3 * weight.norm(), name
     if more is TOKENS:
         batches = [batch["preferences"].num_prompts for batch in other.get_train_dataloader()]
         assert sum(batches) == 8 and 1 < len(batches) < 8
@@ -81,15 +86,22 @@ def test_the_same_steps_by_another_way(differ, tmp_path):
         assert losses(one)[0] == pytest.approx(math.log(2), rel=1e-5)
 
 
+# Options under which they learn this in eight steps.
+OPTIONS = {"lire": {"length_normalize": True}}
+OPTIONS |= dict.fromkeys(("sppo_hard", "apo_down"), {"learning_rate": 1e-3})
+
+
 @pytest.mark.parametrize("loss_type", sorted(pk.losses.LOSSES))
 def test_every_loss_type_learns_to_rank_held_out_lists(loss_type, tmp_path):
     data, options = records(24), {"max_steps": 8, "learning_rate": 5e-3}
+    options |= OPTIONS.get(loss_type, {})
     trainer = trainer_for(tmp_path, None, data[:16], data[16:], loss_type=loss_type, **options)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
     assert after["eval_loss"] < before["eval_loss"]
-    assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
+    if loss_type != "apo_down":  # first of all it makes the best less likely
+        assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
     if loss_type != "slic":  # its scores are sums, and begin far off
         assert after["eval_pairwise_accuracy"] > 0.9 > 0.5 > before["eval_pairwise_accuracy"]
     assert (trainer.ref_model is not None) == trainer.args.needs_reference()
@@ -121,6 +133,58 @@ def test_lists_with_and_without_a_marked_candidate_go_together(tmp_path):
     logps, lengths = (x.gather(1, marked[:, None]) for x in (scores.logps, scores.lengths))
     sft = -0.05 * 4 * (logps / lengths).mean().item()
     assert evaluated["eval_sft_loss"] == pytest.approx(sft, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["pro", "kto"])
+def test_lists_count_by_their_weight_and_kto_takes_marks(loss_type, tmp_path):
+    share = torch.tensor([0.0, 3.0, 0.5, 1.0]).repeat(2).double()
+    data = [r | {"prompt_weight": w} for r, w in zip(records(), share.tolist(), strict=True)]
+    for record in data[:2] if loss_type == "kto" else []:
+        record["desirable"] = [True, True, False]
+    options = {"loss_type": loss_type, "per_device_train_batch_size": 1, "learning_rate": 1e-9}
+    trainer = trained(
+        tmp_path, data=data, gradient_accumulation_steps=8, max_steps=1, logging_steps=1, **options
+    )
+    scores = trainer.score(trainer.train_dataset)
+    assert scores.weights.equal(share)
+    each = list_losses(replace(scores, weights=None), trainer.args)
+    if loss_type == "kto":
+        assert scores.desirable[0, :3].tolist() == [True, True, False]
+        assert scores.desirable[2].sum() == 1
+        assert trainer.metrics(scores)["loss"] == pytest.approx(0.5, abs=0.01)
+    wanted = (each * share).sum() / share.sum()
+    assert losses(trainer)[0] == pytest.approx(wanted.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("batching", ["auto", "padded"])
+def test_kto_takes_kl_from_completions_of_other_prompts(batching, tmp_path):
+    """As TRL cycles them: each prompt with the best completion of the list before it."""
+    (ref_model, _), (model, _) = tiny_llama(0), tiny_llama(1)  # in this order KL is not below 0
+    options = {"loss_type": "kto", "batching": batching, "per_device_eval_batch_size": 4}
+    trainer = trainer_for(tmp_path, model, ref_model=ref_model, **options)
+    models, dataset = (trainer.model, trainer.ref_model), trainer.train_dataset
+
+    def kl(first: int, last: int) -> torch.Tensor:
+        ratios = []
+        for row in range(first, last):
+            other = dataset[last - 1 if row == first else row - 1]["completions"][0]
+            start = len(prompt := dataset[row]["prompts"][0])
+            ids = torch.tensor([prompt + other])
+            scores = [log_softmax(m(ids).logits[0, start - 1 : -1], -1) for m in models]
+            ours, its = (x.gather(1, ids[0, start:, None]).sum() for x in scores)
+            ratios.append(ours - its)
+        return torch.stack(ratios).detach()
+
+    loss, scores = pk.losses.LOSSES["kto"], trainer.score(dataset)
+    assert scores.logps.shape == (8, 4) and not scores.mask[:, 3].any()
+    inputs = {"rewards": scores.rewards, "ref_logps": scores.ref_logps, "mask": scores.mask}
+    over = functools.partial(loss, scores.logps, scores.lengths, **inputs)
+    wanted = over(kl=torch.cat([kl(0, 4), kl(4, 8)]).mean())[0].item()
+    assert trainer.metrics(scores)["loss"] == pytest.approx(wanted, rel=1e-4)
+    batch = trainer.data_collator([dataset[row] for row in range(8)])
+    trained_on = trainer.compute_loss(trainer.model, batch).item()
+    assert trained_on == pytest.approx(over(kl=kl(0, 8).mean())[0].item(), rel=1e-4)
+    assert abs(trained_on - over()[0].item()) > 1e-4  # of the batch itself
 
 
 @pytest.mark.parametrize("batching", ["auto", "padded"])

@@ -31,6 +31,10 @@ class Preferences:
         sft_index: (B,) int64, the candidate that carries the SFT term.
         by_order: whether the lists have no rewards, only their order.
         num_positions: tokens that the decoder runs on, padding not counted.
+        weights: (B,) float64, of each list in the mean over lists; None: all weigh 1.
+        kl_index: (B,) int64, the candidate that is another prompt's completion, scored for KTO's KL
+            and outside the mask; None: there is none.
+        desirable: (B, n) bool, False where a candidate is absent; None: no list marks any.
         idle: whether the batch only keeps a rank without lists in step, and counts for nothing.
         ref_logps: (B, n) float32, the reference model's log-probs where the lists hold them.
     """
@@ -42,6 +46,9 @@ class Preferences:
     num_positions: int
     idle: bool = False
     ref_logps: Tensor | None = None
+    weights: Tensor | None = None
+    desirable: Tensor | None = None
+    kl_index: Tensor | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -49,9 +56,11 @@ class Preferences:
         return self.rewards.shape[0]
 
     @property
-    def num_counted(self) -> int:
-        """Lists that the loss is a mean over."""
-        return 0 if self.idle else self.num_prompts
+    def total_weight(self) -> float:
+        """Of the lists that the loss is a mean over."""
+        if self.idle:
+            return 0
+        return self.num_prompts if self.weights is None else self.weights.sum().item()
 
     def to(self, *_: Any, **__: Any) -> Preferences:
         """Itself: the loss reads these numbers on the host."""
@@ -69,6 +78,8 @@ class PROCollator:
         official: score as the official code does: the position of a last token too, with the
             padding id as its label, where that sequence is shorter than T.
         ranks_only: the loss takes only the order from rewards, so lists with and without them mix.
+        kl_length: None, or the most tokens of a sequence: then each prompt of a batch is run with
+            the best completion of the list before it, too, for the KL estimate of KTO.
         idle: the list that is run for a batch of none, which a rank gets that no list is left for.
 
     Raises:
@@ -82,6 +93,7 @@ class PROCollator:
         form: Literal["padded", "lists"] = "padded",
         official: bool = False,
         ranks_only: bool = False,
+        kl_length: int | None = None,
         idle: Mapping[str, Any] | None = None,
     ) -> None:
         if form not in ("padded", "lists"):
@@ -92,6 +104,7 @@ class PROCollator:
         self.form = form
         self.official = official
         self.ranks_only = ranks_only
+        self.kl_length = kl_length
         self.idle = idle
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -99,7 +112,8 @@ class PROCollator:
 
         A feature has ``prompts`` (token ids of one prompt, or of one for each completion),
         ``completions`` (token ids of n >= 1), ``rewards`` (n numbers, or None: best first),
-        ``sft_index`` (or None) and, where they were computed, ``ref_logps`` (n numbers).
+        ``sft_index`` (or None), and perhaps ``ref_logps`` (n numbers), ``weight`` (a number) and
+        ``desirable`` (n bools, or None: the best is).
 
         Returns:
             ``input_ids`` int64, (R, T) or (1, S); padded, ``attention_mask`` of the same shape; as
@@ -115,7 +129,14 @@ class PROCollator:
         if idle:
             features = [self.idle]
         rewards, candidate_mask, by_order = _rewards(features, self.ranks_only)
-        sequences = read_sequences(features)
+        desirable, kl_index, run = _desirable(features, rewards), None, features
+        if self.kl_length is not None and len(features) > 1:
+            kl_index = candidate_mask.sum(1)
+            run = _with_others(features, rewards, self.kl_length)
+            wider = [None if x is None else torch.nn.functional.pad(x, (0, 1))
+                     for x in (rewards, candidate_mask, desirable)]  # fmt: skip
+            rewards, candidate_mask, desirable = wider
+        sequences = read_sequences(run)
         batch, rows = self._inputs(sequences)
         size = batch["input_ids"].numel()
         batch["layout"] = self._layout(sequences, rows, size)
@@ -127,6 +148,9 @@ class PROCollator:
             size if self.form == "lists" else len(rows),
             idle,
             _ref_logps(features),
+            _weights(features),
+            desirable,
+            kl_index,
         )
         return batch
 
@@ -258,6 +282,43 @@ def _rewards(
         rewards[row, :n] = torch.as_tensor(list(values), dtype=torch.float64)
         mask[row, :n] = True
     return rewards, mask, by_order
+
+
+def _with_others(
+    features: Sequence[Mapping[str, Any]], rewards: Tensor, length: int
+) -> list[dict[str, Any]]:
+    """Each list with one candidate more: the best of the list before, as far as it fits.
+
+    TRL's ``KTOTrainer`` cycles the completions of a batch likewise.
+    """
+    found = []
+    for row, feature in enumerate(features):
+        prompts = list(feature["prompts"])
+        others = features[row - 1]["completions"]
+        other = others[int(rewards[row - 1, : len(others)].argmax())]
+        prompts += prompts[:1] if len(prompts) > 1 else []
+        completions = [*feature["completions"], other[: max(1, length - len(prompts[0]))]]
+        found.append({**feature, "prompts": prompts, "completions": completions})
+    return found
+
+
+def _weights(features: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """(B,) float64; None where all are 1."""
+    weights = [feature.get("weight", 1.0) for feature in features]
+    return None if set(weights) == {1.0} else torch.tensor(weights, dtype=torch.float64)
+
+
+def _desirable(features: Sequence[Mapping[str, Any]], rewards: Tensor) -> Tensor | None:
+    """(B, n) bool; None where no list says which candidates are."""
+    marks = [feature.get("desirable") for feature in features]
+    if all(given is None for given in marks):
+        return None
+    found = torch.zeros(rewards.shape, dtype=torch.bool)
+    for row, (feature, given) in enumerate(zip(features, marks, strict=True)):
+        n = len(feature["completions"])
+        own = rewards[row, :n]
+        found[row, :n] = own == own.max() if given is None else torch.tensor(given)
+    return found
 
 
 def _ref_logps(features: Sequence[Mapping[str, Any]]) -> Tensor | None:

@@ -15,6 +15,9 @@ uses are named in the report.
                             transcripts as strings
     prefix, suffix, reward, sft_index  the official PRO training files
 
+Beside any of these: ``desirable`` (a bool for each completion, for KTO) and ``prompt_weight`` (of
+the list in the mean over lists).
+
 A text is a string or a conversation (``fields``). Where a record has both, its strings become one
 message (the prompt of the user, a completion of the assistant). A completion holds no message of
 the user or system. ``system``, ``tools`` and ``chat_template_kwargs`` go with any prompt.
@@ -127,7 +130,9 @@ def parse_record(record: Any) -> ParsedRecord:
         template = as_template_options(given or {}, "chat_template_kwargs")
         if tools := columns.optional("tools"):
             template["tools"] = as_tools(tools, "tools")
-        parsed = replace(parsed, content=replace(parsed.content, template=template))
+        n = len(parsed.content.completions)
+        about = {"desirable": _desirable(columns, n), "weight": _weight(columns)}
+        parsed = replace(parsed, content=replace(parsed.content, template=template, **about))
     return replace(parsed, unused=tuple(columns.unused), notes=tuple(columns.notes))
 
 
@@ -390,3 +395,23 @@ def _sft_index(columns: Columns, n: int) -> int | None:
     if isinstance(index, bool) or not isinstance(index, Integral) or not 0 <= index < n:
         raise DataError(f"'sft_index' must be an index of the {n} completions, got {index!r}")
     return int(index)
+
+
+def _desirable(columns: Columns, n: int) -> tuple[bool, ...] | None:
+    given = columns.optional("desirable")
+    if given is None:
+        return None
+    marks = as_list(given, "'desirable'")
+    if len(marks) != n or not all(mark in (0, 1) for mark in marks):
+        raise DataError(
+            f"'desirable' must hold true or false for each of {n} completions, got {given!r}"
+        )
+    return tuple(map(bool, marks))
+
+
+def _weight(columns: Columns) -> float:
+    given = columns.optional("prompt_weight")
+    weight = 1.0 if given is None else as_number(given, "'prompt_weight'")
+    if weight < 0:
+        raise DataError(f"'prompt_weight' must be >= 0, got {weight:g}")
+    return weight

@@ -18,6 +18,8 @@ class RankedList:
         completions: n texts.
         rewards: n finite numbers, higher is better; None: the completions stand best first.
         sft_index: the completion that carries the SFT term; None: the best.
+        desirable: n bools, for losses that take candidates one by one; None: the best is.
+        weight: of the list in the mean over lists.
         template: what the chat template is given beside the messages: ``tools`` and keywords.
         where: file and line it came from, for messages; no part of its value.
     """
@@ -26,6 +28,8 @@ class RankedList:
     completions: tuple[Text, ...]
     rewards: tuple[float, ...] | None = None
     sft_index: int | None = None
+    desirable: tuple[bool, ...] | None = None
+    weight: float = 1.0
     template: Mapping[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 

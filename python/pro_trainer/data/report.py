@@ -45,6 +45,7 @@ class DataReport:
     candidates: Counter[int] = field(default_factory=Counter)
     with_rewards: int = 0
     tied: int = 0
+    marked: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_completions: Counter[str] = field(default_factory=Counter)
     sft_marks_dropped: int = 0
@@ -99,6 +100,8 @@ class DataReport:
             f"with rewards: {self.with_rewards}, of these with ties: {self.tied}; "
             f"in order only: {by_order}",
         ]
+        if self.marked:
+            lines.append(f"with desirable candidates marked: {self.marked}")
         for name, lengths in self._lengths().items():
             if lengths is not None:
                 shown = ", ".join(f"{key} {value}" for key, value in lengths.items())
@@ -146,6 +149,7 @@ class DataReport:
         self.candidates[n] += sign
         if not self.candidates[n]:
             del self.candidates[n]
+        self.marked += sign * (ranked.desirable is not None)
         if ranked.rewards is not None:
             self.with_rewards += sign
             self.tied += sign * (len(set(ranked.rewards)) < n)

@@ -51,6 +51,8 @@ class TokenizedList:
         completions: n lists of at least one id.
         rewards: n numbers; None: the completions stand best first.
         sft_index: the completion that carries the SFT term; None: the best.
+        desirable: n bools; None: the best is.
+        weight: of the list in the mean over lists.
         cut: what was cut off, as a sentence; None: nothing.
     """
 
@@ -58,6 +60,8 @@ class TokenizedList:
     completions: list[list[int]]
     rewards: list[float] | None
     sft_index: int | None
+    desirable: list[bool] | None = None
+    weight: float = 1.0
     cut: str | None = None
 
     @property
@@ -377,7 +381,10 @@ class Encoder:
             said.append(f"{cut} of {len(ends)} completions lost their end")
         rewards = None if ranked.rewards is None else list(ranked.rewards)
         sentence = "; ".join(said) or None
-        return TokenizedList(kept, kept_ends, rewards, ranked.sft_index, sentence)
+        marks = None if ranked.desirable is None else list(ranked.desirable)
+        return TokenizedList(
+            kept, kept_ends, rewards, ranked.sft_index, marks, ranked.weight, sentence
+        )
 
     def _drop(self, ranked: RankedList, why: str) -> None:
         self.report.uncount(ranked, why)

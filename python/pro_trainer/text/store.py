@@ -7,8 +7,9 @@ goes with the data set, or at exit. Nothing is written to the Hugging Face cache
 the like cache for this data set lies beside its file and goes with it.
 
 Columns: ``prompts`` and ``completions`` lists of lists of int32 with 64-bit offsets (no limit on
-the ids in a column), ``rewards`` a list of float64 or null, ``sft_index`` int32 or null, ``cut``
-(what was cut off) a string or null, ``length`` int32, all ids of the list (what ``Trainer`` groups
+the ids in a column), ``rewards`` a list of float64 or null, ``sft_index`` int32 or null,
+``desirable`` a list of bool or null, ``weight`` float64, ``cut`` (what was cut off) a string or
+null, ``length`` int32, all ids of the list (what ``Trainer`` groups
 by under ``group_by_length``).
 """
 
@@ -153,6 +154,8 @@ def _schema() -> pyarrow.Schema:
             ("completions", ids),
             ("rewards", pa.large_list(pa.float64())),
             ("sft_index", pa.int32()),
+            ("desirable", pa.large_list(pa.bool_())),
+            ("weight", pa.float64()),
             ("cut", pa.string()),
             ("length", pa.int32()),
         ]

@@ -109,18 +109,12 @@ class TermHint(TrainerCallback):
         for name, value in {"sft_loss": logs.get("sft_loss", 0), **ranks}.items():
             if value > _MOST * loss:
                 what = "the SFT term" if name == "sft_loss" else f"rank term {name[10:]}"
-                print(f"{what} is {value:.4g} of a loss of {loss:.4g}: {_advice(name, args)}")
+                print(f"{what} is {value:.4g} of a loss of {loss:.4g}: {_advice(name)}")
 
 
-def _advice(name: str, args: Any) -> str:
+def _advice(name: str) -> str:
     if name == "sft_loss":
-        change = {
-            "sft_weight": "a lower --sft_weight or --sft_reduction mean",
-            "cpo_alpha": "a lower --cpo_alpha",
-            "beta": "a higher --beta",
-        }
-        own = args.loss().types
-        how = next((change[name] for name in change if name in own), "another loss_type")
+        how = "a lower --sft_weight or --sft_reduction mean"
         return f"the ranking hardly counts; {how} changes that"
     return "the other ranks hardly count; --temperature 1 weighs them alike"
 

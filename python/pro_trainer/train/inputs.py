@@ -56,13 +56,23 @@ def is_tokenized(data: Any) -> bool:
 def check_lists(report: DataReport, args: LossOptions) -> None:
     """Raise ValueError for lists of different kinds that the loss cannot take together.
 
-    Lists with rewards beside lists with an order only, where the loss needs reward gaps; lists of
+    Lists without rewards, or lists with rewards beside such, where the loss needs them; lists of
     different lengths for ``compat="official"``.
     """
+    if report.marked and "desirable" not in args.loss().defaults:
+        raise ValueError(
+            f"{report.marked} lists have a column 'desirable', which loss_type={args.loss_type!r} "
+            "does not use: take loss_type='kto', or leave the column out"
+        )
     if args.compat == "official" and len(report.candidates) > 1:
         raise ValueError(
             f"compat='official' needs lists of one length, got {sorted(report.candidates)} "
             "candidates"
+        )
+    if report.with_rewards < report.lists and "rewards" in args.loss().needs(**args.given()):
+        raise ValueError(
+            f"loss_type={args.loss_type!r} needs rewards, and {report.lists - report.with_rewards} "
+            f"of {report.lists} lists have an order only"
         )
     if 0 < report.with_rewards < report.lists and not args.ranks_only():
         raise ValueError(
@@ -146,6 +156,7 @@ def make_collator(
         form=form,
         official=args.compat == "official",
         ranks_only=args.ranks_only(),
+        kl_length=args.max_length if args.loss_type == "kto" and args.kto_kl != "batch" else None,
         idle=example,
     )
 

@@ -27,19 +27,34 @@ def declared() -> dict[str, dict[str, tuple[Any, Any]]]:
     paths = (folder / "losses").glob("*.py")
     for path in sorted(paths, key=lambda path: (path.stem != "pro", path)):  # help begins with PRO
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and any(map(_registers, node.decorator_list)):
-                losses[node.name] = {
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            for decorator in filter(_registers, node.decorator_list):
+                own = {
                     argument.arg: (kind, ast.literal_eval(default))
                     for argument, default in zip(
                         node.args.kwonlyargs, node.args.kw_defaults, strict=True
                     )
                     if (kind := _option_type(argument.annotation, names)) and kind.text
                 }
+                losses[node.name] = own | _shared(own, decorator, names)
     return losses
 
 
 def _registers(decorator: ast.expr) -> bool:
     return isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "register"
+
+
+def _shared(own: Any, decorator: Any, names: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Options that every loss has, with the defaults that its decorator gives."""
+    given = {
+        keyword.arg: keyword.value.value
+        for keyword in decorator.keywords
+        if isinstance(keyword.value, ast.Constant)
+    }
+    compares = "'ref_logps'" in ast.unparse(decorator)
+    found = names["shared_options"](own, compares, **given)
+    return {name: (names["option_type"](hint), default) for name, (hint, default) in found.items()}
 
 
 def _option_type(annotation: ast.expr | None, names: dict[str, Any]) -> Any:
@@ -50,6 +65,9 @@ def _option_type(annotation: ast.expr | None, names: dict[str, Any]) -> Any:
     if not used <= names.keys() | vars(builtins).keys():
         return None
     return names["option_type"](eval(ast.unparse(annotation), dict(names)))
+
+
+_MANY = 6  # losses, which are no longer named one by one
 
 
 def _field(name: str, losses: dict[str, dict[str, tuple[Any, Any]]]) -> tuple[str, Any, Any]:
@@ -68,8 +86,15 @@ def _field(name: str, losses: dict[str, dict[str, tuple[Any, Any]]]) -> tuple[st
         hint = str
     parts = []
     for text, defaults in users.items():
-        given = (f"{default} ({', '.join(names)})" for default, names in defaults.items())
-        parts.append(f"{text} Default: {', '.join(given)}.")
+        # Of many losses: which differ from most.
+        *others, (most, names) = sorted(defaults.items(), key=lambda item: len(item[1]))
+        given = [f"{default} ({', '.join(few)})" for default, few in others]
+        last = (
+            f"{most} ({', '.join(names)})"
+            if len(names) < _MANY
+            else f"{'else ' * bool(others)}{most}"
+        )
+        parts.append(f"{text} Default: {', '.join([*given, last])}.")
     return name, hint | None, option(None, " ".join(parts))
 
 

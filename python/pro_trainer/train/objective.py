@@ -11,7 +11,7 @@ Legend: ``B`` prompts of a batch, ``L`` lists, ``n`` candidates, ``N`` scored to
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,10 @@ class Scores:
         by_order: whether the lists have an order only.
         sft_index: (L,) int64, the candidate that carries the SFT term.
         ref_logps: (L, n) fp32, the reference model's S, or None.
+        weights: (L,) float64, of each list in the mean over lists; None: all weigh 1.
+        kl: (L,) fp32, S less the reference model's of another prompt's completion, NaN where that
+            was not scored.
+        desirable: (L, n) bool, for losses that take candidates one by one; None: the best are.
     """
 
     logps: Tensor
@@ -55,6 +59,9 @@ class Scores:
     sft_index: Tensor
     by_order: bool = False
     ref_logps: Tensor | None = None
+    weights: Tensor | None = None
+    desirable: Tensor | None = None
+    kl: Tensor | None = None
 
     def ranked_by(self, length_normalize: bool) -> Tensor:
         """(L, n), S / m or S."""
@@ -73,6 +80,8 @@ class Scores:
             preferences.sft_index,
             preferences.by_order,
             None if ref_logps is None else ref_logps.cpu(),
+            *_marks(preferences),
+            _kl(logps, ref_logps, preferences.kl_index).cpu(),
         )
 
     @classmethod
@@ -89,8 +98,31 @@ class Scores:
             pad = torch.nn.functional.pad
             return torch.cat([pad(x, (0, n - x.shape[1])) for x in tensors])
 
-        names = ("logps", "lengths", "rewards", "mask", "sft_index", "ref_logps")
-        return cls(**{name: joined(name) for name in names}, by_order=parts[0].by_order)
+        return cls(**{name: joined(name) for name in _TENSORS}, by_order=parts[0].by_order)
+
+
+_TENSORS = tuple(field.name for field in fields(Scores) if field.name != "by_order")
+
+
+def _marks(preferences: Preferences) -> tuple[Tensor, Tensor]:
+    """Weights (B,) and desirable candidates (B, n), what is not given filled in."""
+    rewards, mask = preferences.rewards, preferences.candidate_mask
+    weights, desirable = preferences.weights, preferences.desirable
+    if weights is None:
+        weights = torch.ones(len(rewards), dtype=torch.float64)
+    if desirable is None:
+        ranked = rewards.masked_fill(~mask, -torch.inf)
+        desirable = mask & (ranked == ranked.amax(1, keepdim=True))
+    return weights, desirable
+
+
+def _kl(logps: Tensor, ref_logps: Tensor | None, index: Tensor | None) -> Tensor:
+    """Log-ratios (B,) of the candidates at ``index`` (B,); NaN where it is None or negative."""
+    if ref_logps is None or index is None:
+        return logps.new_full(logps.shape[:1], torch.nan)
+    at = index.to(logps.device, non_blocking=True)[:, None]
+    ratios = (logps.detach() - ref_logps).gather(1, at.clamp_min(0))
+    return torch.where(at < 0, torch.nan, ratios)[:, 0]
 
 
 def batch_loss(
@@ -98,13 +130,18 @@ def batch_loss(
     batch: Mapping[str, Any],
     config: LossOptions,
     ref_logps: Tensor | None = None,  # (B, n)
+    running: Tensor | None = None,  # (2,)
 ) -> BatchLoss:
     """The model's forward up to its head, then the fused loss on the scored rows.
 
-    Under ``no_grad`` nothing is kept.
+    ``running`` is that of a loss which keeps one (bco) from batch to batch, and is changed. Under
+    ``no_grad`` nothing is kept.
     """
-    loss_of = _pro_loss if config.loss_type == "pro" else _loss_on_scores
-    return _run(model, batch, lambda head: loss_of(head, batch, config, ref_logps))
+    if config.loss_type == "pro":
+        return _run(model, batch, lambda head: _pro_loss(head, batch, config))
+    own = {"desirable": batch["preferences"].desirable, "running": running}
+    own = {name: x for name, x in own.items() if name in config.loss().defaults}
+    return _run(model, batch, lambda head: _loss_on_scores(head, batch, config, ref_logps, own))
 
 
 def sequence_logps(
@@ -150,9 +187,7 @@ def run_rows(
     return model.run(of_rows, **inputs, use_cache=False)
 
 
-def _pro_loss(
-    head: Head, batch: Mapping[str, Any], config: LossOptions, ref_logps: None
-) -> BatchLoss:
+def _pro_loss(head: Head, batch: Mapping[str, Any], config: LossOptions) -> BatchLoss:
     preferences = batch["preferences"]
     function, where = pk.linear_pro_loss, _backend(config)
     if config.loss_impl == "reference":
@@ -164,6 +199,7 @@ def _pro_loss(
         None,
         preferences.rewards,
         layout=batch["layout"],
+        prompt_weights=preferences.weights,
         candidate_mask=preferences.candidate_mask,
         sft_index=preferences.sft_index,
         compat="official" if official else None,
@@ -176,19 +212,31 @@ def _pro_loss(
 
 
 def _loss_on_scores(
-    head: Head, batch: Mapping[str, Any], config: LossOptions, ref_logps: Tensor | None
+    head: Head,
+    batch: Mapping[str, Any],
+    config: LossOptions,
+    ref_logps: Tensor | None,
+    own: Mapping[str, Tensor | None],
 ) -> BatchLoss:
     preferences = batch["preferences"]
     logps, lengths = _sequence_logps(head, batch, config)
+    if preferences.kl_index is not None:
+        own = {**own, "kl": _kl(logps, ref_logps, preferences.kl_index).mean()}
     loss, _ = config.loss()(
         logps,
         lengths,
         rewards=None if preferences.by_order else preferences.rewards.to(logps.device),
         ref_logps=ref_logps,
         mask=preferences.candidate_mask.to(logps.device),
+        prompt_weights=_on(preferences.weights, logps),
+        **{name: _on(x, logps) for name, x in own.items()},
         **config.given(),
     )
     return BatchLoss(loss, logps.detach(), lengths)
+
+
+def _on(x: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if x is None else x.to(like.device, non_blocking=True)
 
 
 def score_metrics(scores: Scores, config: LossOptions) -> dict[str, float]:
@@ -210,17 +258,22 @@ def score_metrics(scores: Scores, config: LossOptions) -> dict[str, float]:
 
 def list_losses(scores: Scores, config: LossOptions) -> Tensor:
     """(L,) the loss of each list by itself; NaN where it has no loss."""
-    names = ("logps", "lengths", "rewards", "mask", "sft_index", "ref_logps")
     losses = []
     for i in range(len(scores.logps)):
-        own = {name: x[i : i + 1] for name in names if (x := getattr(scores, name)) is not None}
+        own = {name: x[i : i + 1] for name in _TENSORS if (x := getattr(scores, name)) is not None}
         losses.append(_loss_of(replace(scores, **own), config)[0].item())
     return torch.tensor(losses, dtype=torch.float64)
 
 
 def _loss_of(scores: Scores, config: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
     loss, options = config.loss(), config.given()
-    inputs = {"sft_index": scores.sft_index, "equal_rewards": "keep"}
+    inputs = {
+        "sft_index": scores.sft_index,
+        "equal_rewards": "keep",
+        "desirable": scores.desirable,
+    }
+    if scores.kl is not None and not scores.kl.isnan().all():
+        inputs["kl"] = scores.kl.nanmean()
     options |= {name: value for name, value in inputs.items() if name in loss.defaults}
     if config.compat == "official":
         options |= {"eps": OFFICIAL_EPS, "sft_reduction": options.get("sft_reduction", "sum")}
@@ -230,6 +283,7 @@ def _loss_of(scores: Scores, config: LossOptions) -> tuple[Tensor, dict[str, Ten
         rewards=None if scores.by_order else scores.rewards,
         ref_logps=scores.ref_logps,
         mask=scores.mask,
+        prompt_weights=scores.weights,
         **options,
     )
 
@@ -237,11 +291,17 @@ def _loss_of(scores: Scores, config: LossOptions) -> tuple[Tensor, dict[str, Ten
 def label_columns(preferences: Preferences) -> tuple[Tensor, ...]:
     """What ``Trainer``'s evaluation loop gathers as labels, each (B, n) or (B, 1)."""
     prompts = preferences.num_prompts
+    weights, desirable = _marks(preferences)
     return (
         preferences.rewards,
         preferences.candidate_mask.to(torch.int64),
         torch.full((prompts, 1), int(preferences.by_order)),
         preferences.sft_index[:, None],
+        weights[:, None],
+        desirable.to(torch.int64),
+        torch.full((prompts, 1), -1)
+        if preferences.kl_index is None
+        else preferences.kl_index[:, None],
     )
 
 
@@ -252,7 +312,9 @@ def predicted_scores(predictions: Sequence[Any], labels: Sequence[Any]) -> Score
         ValueError: no list at all, or lists with rewards beside lists without.
     """
     logps, lengths, *ref_logps = (torch.as_tensor(x) for x in predictions)
-    rewards, present, by_order, sft_index = (torch.as_tensor(x) for x in labels)
+    rewards, present, by_order, sft_index, weights, desirable, kl_index = map(
+        torch.as_tensor, labels
+    )
     mask = present == 1  # the loop pads to the largest n with -100
     if by_order.unique().numel() != 1:
         raise ValueError("the lists of a data set must all have rewards or all have none")
@@ -268,6 +330,9 @@ def predicted_scores(predictions: Sequence[Any], labels: Sequence[Any]) -> Score
         sft_index[:, 0],
         bool(by_order[0, 0]),
         where_present(ref_logps[0]) if ref_logps else None,
+        weights[:, 0],
+        mask & (desirable == 1),
+        _kl(logps, ref_logps[0] if ref_logps else None, kl_index[:, 0]),
     )
 
 
@@ -296,10 +361,7 @@ def _sequence_logps(
     if config.loss_impl == "reference":
         function, where = pk.reference.linear_token_logps, {}
     logps = function(rows, head.weight, layout.targets, **head.options(), **where)
-    sums = torch.segment_reduce(logps, "sum", lengths=layout.lengths, unsafe=True)
-    at = layout.sequences.clamp_min(0)
-    exists = layout.sequences >= 0
-    return torch.where(exists, sums[at], 0.0), torch.where(exists, layout.lengths[at], 0)
+    return layout.candidate_sums(logps)
 
 
 def _backend(config: LossOptions) -> dict[str, Any]:

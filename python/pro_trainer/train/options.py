@@ -38,6 +38,12 @@ class LossOptions(LossSettings):
     loss_options: str | None = option(
         None, 'Options of such a loss that are no flags here, as JSON: {"margin": 2.0}.'
     )
+    kto_kl: Literal["other_prompts", "batch"] = option(
+        "other_prompts",
+        "KTO's KL: from each prompt with the best completion of the list before it in the batch, "
+        "as TRL has it, where a batch has two lists; or from the candidates themselves, which "
+        "costs no further tokens.",
+    )
     compat: Literal["none", "official"] = option(
         "none", "official: the meaning of the authors' code, quirks included (pro only)."
     )
@@ -58,6 +64,8 @@ class LossOptions(LossSettings):
                 f"compat='official' is a meaning of loss_type='pro', got {self.loss_type!r}"
             )
         check_positive(self, "budget_mb")
+        if self.loss_type != "kto" and self.kto_kl != "other_prompts":
+            raise ValueError(f"kto_kl is an option of loss_type='kto', got {self.loss_type!r}")
         for name in MIXED:
             if getattr(self, name) is not None:
                 setattr(self, name, str(getattr(self, name)))
@@ -77,23 +85,17 @@ class LossOptions(LossSettings):
         self._try_out()
 
     def _try_out(self) -> None:
-        """Let the loss check its options, on one list of two, and look at what it returns."""
+        """Let the loss check its options and what it returns, on one list of two."""
         import torch
 
         logps = torch.tensor([[-1.0, -2.0]])
         rewards = torch.tensor([[1.0, 0.0]])
         try:
-            found = self.loss()(
+            self.loss()(
                 logps, torch.ones_like(logps), rewards=rewards, ref_logps=logps, **self.given()
             )
         except TypeError as error:
             raise ValueError(f"loss_type={self.loss_type!r}: {error}") from error
-        match found:
-            case (torch.Tensor(ndim=0), dict()):
-                return
-        raise ValueError(
-            f"loss_type={self.loss_type!r} must return a scalar tensor and a dict, got {found!r}"
-        )
 
     def loss(self) -> Loss:
         """The loss that is meant.
@@ -136,7 +138,7 @@ class LossOptions(LossSettings):
 
     def needs_reference(self) -> bool:
         """Whether the loss compares with a reference model."""
-        return self.loss().needs_reference
+        return "ref_logps" in self.loss().needs(**self.given())
 
     def reward_fault(self, rewards: Sequence[float]) -> str | None:
         """Why the loss cannot take these rewards of a list, or None."""

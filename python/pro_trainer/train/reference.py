@@ -39,6 +39,11 @@ def check(args: PROConfig, ref_model: Any, adapted: bool) -> None:
                 f"{(given or ['ref_model'])[0]} is about a reference model, and loss_type="
                 f"{args.loss_type!r} has none"
             )
+    if args.precompute_ref_log_probs and args.loss_type == "kto" and args.kto_kl != "batch":
+        raise ValueError(
+            "precompute_ref_log_probs scores the candidates of each list once, and "
+            "kto_kl='other_prompts' scores other completions at each step: set kto_kl='batch'"
+        )
     if args.sync_ref_model and adapted:
         raise ValueError(
             "sync_ref_model moves a reference model, and a model with adapters has none of its own"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import multiprocessing.util
 import shutil
@@ -74,6 +75,7 @@ from pro_trainer.train.objective import (
 from pro_trainer.train.reference import SyncReference
 from pro_trainer.train.usage import Activations, Usage
 
+_RUNNING = "running.json"  # of a checkpoint, where the loss keeps a mean
 _TRIED_TOKENS = 64  # of the first list, on which the model is tried out
 
 
@@ -194,6 +196,8 @@ class PROTrainer(Trainer):
         # One entry a batch since the last log line; None: a batch that counts for nothing.
         self._waiting: list[tuple[Tensor, Tensor, Preferences, Tensor | None] | None] = []
         self._not_finite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+        # Of a loss that keeps a mean from batch to batch (bco), each process its own.
+        self._running = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         self._own_metrics = compute_metrics
         self.data_names = names  # for the model card
         for shown_by_transformers in (PrinterCallback, ProgressCallback):
@@ -242,6 +246,9 @@ class PROTrainer(Trainer):
             self.ref_model.load_state_dict(moved.state_dict())
         self._waiting.clear()
         self._not_finite.zero_()
+        self._running.zero_()
+        if resumed and (kept := Path(resumed) / _RUNNING).is_file():
+            self._running += torch.tensor(json.loads(kept.read_text())).to(self._running)
         self._usage.restart()
         if self.model_wrapped is self.model:
             # An evaluation before training marks the model as prepared, and accelerate would then
@@ -267,11 +274,12 @@ class PROTrainer(Trainer):
         ref_logps = self._reference_logps(model, inputs)
         with self._activations.measured(self._module(), inputs):
             result = self._run(
-                model, lambda: batch_loss(self._opened, inputs, self.args, ref_logps)
+                model,
+                lambda: batch_loss(self._opened, inputs, self.args, ref_logps, self._running),
             )
         loss = result.loss
         if num_items_in_batch is not None:
-            lists = preferences.num_counted / num_items_in_batch
+            lists = preferences.total_weight / num_items_in_batch
             loss = loss * (lists * self.accelerator.num_processes)
         if self.model.training and self.args.logging_strategy != "no":
             self._not_finite |= ~loss.detach().isfinite()
@@ -283,11 +291,11 @@ class PROTrainer(Trainer):
         return (loss, result) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Lists of one optimizer step, over its micro-batches and processes."""
-        lists = sum(batch["preferences"].num_counted for batch in batch_samples)
+        """Weight of the lists of one optimizer step, over its micro-batches and processes."""
+        lists = sum(batch["preferences"].total_weight for batch in batch_samples)
         if self.args.world_size == 1:
             return lists or None
-        return self.accelerator.gather(torch.tensor([lists], device=device)).sum()
+        return self.accelerator.gather(torch.tensor([float(lists)], device=device)).sum()
 
     def prediction_step(
         self,
@@ -436,6 +444,8 @@ class PROTrainer(Trainer):
             card.write(writing, self)
             if self.args.sync_ref_model and "checkpoint-" in folder.name:
                 self.ref_model.save_pretrained(writing / reference.FOLDER)
+            if "running" in self.args.loss().defaults and "checkpoint-" in folder.name:
+                (writing / _RUNNING).write_text(json.dumps(self._running.tolist()))
             if hasattr(self, "_run_identity"):
                 checkpoints.write_identity(writing, self._run_identity)
             checkpoints.remove_model(folder)
