@@ -131,14 +131,6 @@ def test_the_hot_path_has_no_call_that_waits():
     assert used >= set(ALLOWED), f"no longer needed: {set(ALLOWED) - used}"
 
 
-def test_choosing_columns_waits_in_one_place():
-    found = waits((ROOT / "fused/columns.py").read_text(), "columns")
-    assert [(scope, what) for scope, _, what in found] == [
-        ("columns.Kept.count", "int() of a tensor"),  # on the CPU
-        ("columns.select", "int() of a tensor"),
-    ]
-
-
 @pytest.mark.parametrize(
     "line",
     [

@@ -84,6 +84,11 @@ def bounds(vocab: int, world: int) -> list[int]:
     return [step * i for i in range(world)] + [vocab]
 
 
+def few_ranks() -> bool:
+    """Whether to check what does not depend on their number, too."""
+    return dist.get_world_size() == 2
+
+
 def gathered(x, group) -> list:
     parts = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, x, group=group)
