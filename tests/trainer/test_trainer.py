@@ -187,6 +187,21 @@ def test_kto_takes_kl_from_completions_of_other_prompts(batching, tmp_path):
     assert abs(trained_on - over()[0].item()) > 1e-4  # of the batch itself
 
 
+def test_kto_without_a_reference_model(tmp_path):
+    trainer = trainer_for(tmp_path, loss_type="kto", reference_free=True)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+    scores = trainer.score(trainer.train_dataset.select(range(4)))
+    assert (scores.kl < 0).all()  # log-probs
+    wanted, _ = pk.losses.LOSSES["kto"](
+        scores.logps, scores.lengths, rewards=scores.rewards, mask=scores.mask,
+        kl=torch.zeros(()), reference_free=True,
+    )  # fmt: skip
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(
+        wanted.item(), rel=1e-4
+    )
+    assert trainer.metrics(scores)["loss"] == pytest.approx(wanted.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("batching", ["auto", "padded"])
 def test_the_reference_without_adapters_draws_no_dropout(batching, tmp_path):
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.5)

@@ -94,8 +94,11 @@ def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
         if arguments.generate and trainer.is_world_process_zero():
             answers[name] = _answers(trainer.model, tokenizer, arguments, config, reward_model)
     if config.needs_reference():
-        reference = scores["base"].logps
-        scores = {name: replace(found, ref_logps=reference) for name, found in scores.items()}
+        reference = scores["base"]
+        scores = {
+            name: replace(found, ref_logps=reference.logps, kl=found.kl - reference.kl)
+            for name, found in scores.items()
+        }
     result = {
         "model": arguments.model,
         "base": base,
