@@ -198,6 +198,18 @@ def test_kto_is_evaluated_with_the_kl_it_is_trained_with(evaluate, tmp_path):
     assert abs(found["batch"] - found["other_prompts"]) > 1e-4
 
 
+@pytest.mark.parametrize("loss_type", ["bco", "kto", "pro"])
+def test_the_interval_is_of_the_loss_that_is_shown(loss_type, evaluate, tmp_path):
+    """Lists count by their weight, and what the loss takes from all lists is that of all."""
+    base, tuned = (save(tmp_path / f"model{seed}", *tiny_llama(seed)) for seed in (0, 1))
+    lists = [x | {"prompt_weight": i % 3} for i, x in enumerate(make_records())]
+    config = {"loss_type": loss_type, "beta": None if loss_type == "pro" else 1.0}
+    found = evaluate(lists, config=config, model=tuned, base=base)
+    row = found["comparison"]["loss"]
+    assert row["base"] == pytest.approx(found["base_metrics"]["loss"], rel=1e-5)
+    assert row["tuned"] == pytest.approx(found["metrics"]["loss"], rel=1e-5)
+
+
 def test_a_model_beside_its_base(tiny, checkpoint, evaluate, tmp_path, capsys):
     other = copy.deepcopy(tiny[0])
     with torch.no_grad():

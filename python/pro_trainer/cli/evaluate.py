@@ -130,7 +130,8 @@ def comparison(base: Scores, tuned: Scores, config: LossOptions) -> dict[str, Di
     """The measures of ``compare`` and the loss, of two models on the same lists."""
     by_mean = config.scores_are_means()
     found = [list_statistics(x.ranked_by(by_mean), x.rewards, x.mask) for x in (base, tuned)]
-    return compare(found[0], found[1], (list_losses(base, config), list_losses(tuned, config)))
+    losses = list_losses(base, config), list_losses(tuned, config)
+    return compare(found[0], found[1], losses, tuned.weights)
 
 
 def _base(arguments: EvalArguments, config: PROConfig) -> str | None:

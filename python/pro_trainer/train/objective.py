@@ -260,20 +260,31 @@ def score_metrics(scores: Scores, config: LossOptions) -> dict[str, float]:
 
 
 def list_losses(scores: Scores, config: LossOptions) -> Tensor:
-    """(L,) the loss of each list by itself; NaN where it has no loss."""
-    losses = []
+    """(L,) the loss of each list, whatever it weighs; NaN where it has no loss.
+
+    What a loss takes from all lists, BCO's shift and KTO's KL of other prompts, is that of all.
+    """
+    running = torch.zeros(2, dtype=torch.float64)
+    with torch.enable_grad():
+        _loss_of(scores, config, running)
+    kl = None if scores.kl is None else scores.kl.nanmean().expand(len(scores.kl))
+    scores, losses = replace(scores, kl=kl, weights=None), []
     for i in range(len(scores.logps)):
         own = {name: x[i : i + 1] for name in _TENSORS if (x := getattr(scores, name)) is not None}
-        losses.append(_loss_of(replace(scores, **own), config)[0].item())
+        with torch.no_grad():
+            losses.append(_loss_of(replace(scores, **own), config, running)[0].item())
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def _loss_of(scores: Scores, config: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss_of(
+    scores: Scores, config: LossOptions, running: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     loss, options = config.loss(), config.given()
     inputs = {
         "sft_index": scores.sft_index,
         "equal_rewards": "keep",
         "desirable": scores.desirable,
+        "running": running,
     }
     if scores.kl is not None and not scores.kl.isnan().all():
         inputs["kl"] = scores.kl.nanmean()
