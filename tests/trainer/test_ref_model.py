@@ -81,6 +81,8 @@ def test_the_reference_moves_and_is_resumed_where_it_was_as_is_the_mean_of_bco(t
     assert resumed._running.equal(whole._running) and whole._running[1] > cut._running[1] > 0
     assert torch.equal(resumed.ref_model.lm_head.weight, moved)
     assert torch.equal(resumed.model.lm_head.weight, last)
+    later = trained(tmp_path / "cut", **options, resume=str(tmp_path / "cut" / "checkpoint-3"))
+    assert later._running.equal(whole._running)  # which was 0 after the first step
 
 
 @pytest.mark.parametrize(

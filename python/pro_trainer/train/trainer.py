@@ -249,7 +249,7 @@ class PROTrainer(Trainer):
         self._not_finite.zero_()
         self._running.zero_()
         if resumed and (kept := Path(resumed) / _RUNNING).is_file():
-            means = torch.tensor(json.loads(kept.read_text())).to(self._running)
+            means = self._running.new_tensor(json.loads(kept.read_text()))
             same = len(means) == self.args.world_size
             self._running += means[self.args.process_index] if same else means.mean(0)
         self._usage.restart()
