@@ -3,8 +3,8 @@
 #   make test        all tests (slow ones: make test PYTEST_ARGS="-m slow")
 #   make test-fast   those that answer in two minutes: formulas, kernels, batches, attached models
 #   make test-models build two small pretrained models (three minutes, once) and test on them
-#   make zero        the loss under DeepSpeed, which it installs (and needs a C++ compiler);
-#                    make zero-launch: its training recipes
+#   make zero        the loss under DeepSpeed, which it installs; make zero-launch: its training
+#                    recipes (these need a C++ compiler)
 #   make study       SFT, DPO and PRO on a real model: MODEL=folder or hub name, DATA=ranked lists;
 #                    writes docs/study.md (an hour for SmolLM2-135M on two cores)
 #   make bench       benchmarks; PRESET=cpu-small|cpu|MODEL, PEERS=1 installs and times the peers
@@ -19,11 +19,14 @@ PYTHON ?= python3
 VENV ?= .venv
 MODELS ?= $(HOME)/.cache/pro_kernels/models
 PRESET ?= cpu-small
+EXTRAS ?= lint peers zero models docs
+comma := ,
+space := $(subst ,, )
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks gpu-round docs lint env clean
+.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks gpu-round docs lint env clean extras
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,38 +36,27 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt $(SOURCES)
 	$(PIP) --editable '.[test]'
 	touch $@
 
-$(VENV)/.lint: $(VENV)/.installed
-	$(PIP) --editable '.[lint]'
+$(addprefix $(VENV)/.,$(EXTRAS)): $(VENV)/.%: $(VENV)/.installed
+	$(PIP) --editable '.[$*]'
 	touch $@
 
-$(VENV)/.peers: $(VENV)/.installed
-	$(PIP) --editable '.[peers]'
-	touch $@
-
-$(VENV)/.zero: $(VENV)/.installed
-	$(PIP) --editable '.[zero]'
-	touch $@
-
-$(VENV)/.models: $(VENV)/.installed
-	$(PIP) --editable '.[models]'
-	touch $@
-
-$(VENV)/.docs: $(VENV)/.installed
-	$(PIP) --editable '.[docs]'
-	touch $@
+# Several by one call of pip: make extras EXTRAS="zero lint docs".
+extras: $(VENV)/.installed
+	$(PIP) --editable '.[$(subst $(space),$(comma),$(EXTRAS))]'
+	touch $(addprefix $(VENV)/.,$(EXTRAS))
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m pro_trainer.demo
 
 test: $(VENV)/.installed
-	@echo "All tests: 8 to 12 minutes on two cores. make test-fast takes two."
+	@echo "All tests: 5 to 8 minutes on two cores. make test-fast takes two."
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 # What takes longest is left out: processes, ranks, compilers, interpreted kernels, the trainer.
 FAST := tests/losses tests/distinct/test_tree.py tests/distinct/test_tree_attention.py \
 	tests/distinct/test_states.py $(wildcard tests/backends/test_c*.py) tests/backends/test_native.py \
 	$(addprefix tests/test_,$(addsuffix .py,reference layout layers planner matmul grad_filter \
-	rank_order bad_input attach switches no_sync shared_maths extending)) \
+	rank_order bad_input attach switches no_sync extending)) \
 	$(addprefix tests/trainer/test_,$(addsuffix .py,collate text data records files choose config \
 	official ranking inspect model))
 

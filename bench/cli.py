@@ -155,40 +155,18 @@ def _parser() -> argparse.ArgumentParser:
         ("step", "Whole training steps against the official procedure and TRL."),
     ):
         option = add(name, text, _providers)
-        option(
-            "--preset",
-            default="gpu-quick" if _CUDA else "cpu-small",
-            metavar="NAME",
-            help=f"case table: {', '.join(load(name).presets)} (default: %(default)s)",
-        )
-        option(
-            "--case",
-            action="append",
-            default=[],
-            metavar="TEXT",
-            help="only cases whose name holds TEXT, or of the group TEXT (repeatable)",
-        )
-        option(
-            "--provider",
-            action="append",
-            default=[],
-            metavar="NAME",
-            help="only this one (repeatable)",
-        )
-        option(
-            "--without",
-            action="append",
-            default=[],
-            metavar="NAME",
-            help="not this one (repeatable)",
-        )
+        presets, device = ", ".join(load(name).presets), "cuda" if _CUDA else "cpu"
+        option("--preset", default="gpu-quick" if _CUDA else "cpu-small", metavar="NAME",
+               help=f"case table: {presets} (default: %(default)s)")  # fmt: skip
+        for flag, what in (
+            ("--case", "only cases whose name holds this, or of the group of this name"),
+            ("--provider", "only this one"),
+            ("--without", "not this one"),
+        ):
+            several = {"action": "append", "default": [], "metavar": "NAME"}
+            option(flag, **several, help=f"{what} (repeatable)")
         option("--no-memory", action="store_true", help="do not weigh")
-        option(
-            "--device",
-            type=torch.device,
-            default="cuda" if _CUDA else "cpu",
-            help="cpu or cuda (default: %(default)s)",
-        )
+        option("--device", type=torch.device, default=device, help="default: %(default)s")
         option("--seconds", type=float, metavar="S", help="start nothing more after S seconds")
         option("--resume", action="store_true", help="go on with an interrupted results file")
         option("--list", action="store_true", help="print the cases and stop")
@@ -199,9 +177,8 @@ def _parser() -> argparse.ArgumentParser:
         ("ranks", "The head over ranks on this machine, over gloo.", ranks),
     ):
         _measuring(add(name, text, _ours(module)))
-    option = add(
-        "frameworks", "DPO in other frameworks, without and with pro-kernels run.", _frameworks
-    )
+    what = "DPO in other frameworks, without and with pro-kernels run."
+    option = add("frameworks", what, _frameworks)
     option("--folder", type=Path, default=Path(".frameworks"), help="of the environments")
     option("--model", type=Path, required=True, help="folder made by tests/models/build.py")
     option("--only", nargs="+", default=[""], metavar="TEXT", help="those whose name holds TEXT")
@@ -212,22 +189,15 @@ def _parser() -> argparse.ArgumentParser:
     option("--dry", action="store_true", help="rehearse it on the CPU, with tiny sizes")
     option("--out", type=Path, metavar="DIR", help="folder of the results (default: in bench/)")
     _update(option)
-    option = add(
-        "report",
-        "Write reports, plots and pages from results; of all committed ones where none is named.",
-        _report,
-    )
+    what = "Write reports, plots and pages from results; of all committed ones where none is named."
+    option = add("report", what, _report)
     option("results", type=Path, nargs="*", metavar="JSON")
     _update(option)
-    option = add(
-        "compare",
-        "Ratios of two results files, or pytest-benchmark's; exit code 1 if "
-        "one of ours is worse by more than the threshold.",
-        _compare,
-    )
+    what = "Ratios of two results files, or pytest-benchmark's; exit code 1 if one of ours is worse"
+    option = add("compare", f"{what} by more than the threshold.", _compare)
     option("files", type=Path, nargs=2, metavar="JSON")
     option("--threshold", type=float, default=THRESHOLD, help="default: %(default)s")
-    return parser  # fmt: skip
+    return parser
 
 
 def _measuring(option: Callable) -> None:

@@ -7,6 +7,7 @@ states and LM-head weight to the listwise ranking loss and its gradients, logits
 from pro_kernels import backends, integrations, losses, reference
 from pro_kernels._version import __version__
 from pro_kernels.api import linear_pro_loss, linear_token_logps, pro_loss, token_logps
+from pro_kernels.cross_entropy import linear_cross_entropy
 from pro_kernels.distinct.decoder import distinct_rows
 from pro_kernels.distinct.tree import TokenTree
 from pro_kernels.layout import Layout
@@ -26,6 +27,7 @@ __all__ = [
     "distinct_rows",
     "group_advantages",
     "integrations",
+    "linear_cross_entropy",
     "linear_pro_loss",
     "linear_token_logps",
     "losses",

@@ -42,10 +42,11 @@ def linear_token_logps(
     targets: Tensor,  # (...)
     *,
     bias: Tensor | None = None,
+    return_lse: bool = False,
     return_dropped: bool = False,
     return_entropy: bool = False,
     **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each target under ``softmax(head(hidden))``, without holding all logits.
 
     Rows whose target is ``ignore_index`` never reach the head. Any upstream gradient is served at
@@ -58,6 +59,9 @@ def linear_token_logps(
             mesh, as that of every other parameter is.
         targets: (...), integer.
         bias: (V,) or None, possibly a DTensor.
+        return_lse: also return the log-sum-exp of each row's logits, (...) fp32, 0 where nothing is
+            scored; differentiable, with no matmul more. Its backward needs the weight. For a
+            z-loss (PaLM, arXiv 2204.02311, section 5) add ``1e-4 * lse.square().sum() / n``.
         return_dropped: also return what each row's gradient lost to ``grad_filter``, as (3, ...)
             fp32: the probability, the norm of its dropped ``dZ0``, and a bound of the norm of its
             share of dHidden, for an upstream gradient of 1.
@@ -69,7 +73,7 @@ def linear_token_logps(
 
     Returns:
         (...) fp32 (fp64 for fp64 inputs); 0 where the target is ``ignore_index``. With
-        ``return_dropped`` or ``return_entropy`` a pair.
+        ``return_lse``, ``return_entropy`` or ``return_dropped`` a tuple, in that order.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -83,15 +87,14 @@ def linear_token_logps(
             "return_entropy=True needs grad_filter=None and return_dropped=False (every column "
             f"counts in an entropy), got grad_filter={tau}, return_dropped={return_dropped}"
         )
+    wanted = [name for name, on in (("lse", return_lse), ("entropy", return_entropy)) if on]
     given = _TOKENS, options
-    stats, dropped = _token_stats(hidden, weight, targets, bias, given, return_entropy)
-    if return_entropy:
-        return stats[0], stats[1]
-    if not return_dropped:
-        return stats[0]
-    if not dropped.numel():
-        dropped = stats[0].new_zeros((3, *targets.shape), dtype=torch.float32)
-    return stats[0], dropped
+    stats, dropped = token_stats(hidden, weight, targets, bias, given, ("logps", *wanted))
+    found = list(stats.values())
+    if return_dropped:
+        none = torch.zeros(3, *targets.shape, dtype=torch.float32, device=targets.device)
+        found.append(dropped if dropped.numel() else none)
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 @_STATS
@@ -112,44 +115,55 @@ def linear_token_stats(
 
     Args and errors as there.
     """
-    stats, _ = _token_stats(hidden, weight, targets, bias, (_STATS, options), True, extra)
+    names = ("log_sum_sq_probs", "mean_logits", "predicted") if extra else ()
+    outputs = ("logps", "entropy", *names)
+    stats, _ = token_stats(hidden, weight, targets, bias, (_STATS, options), outputs)
     if not extra:
-        return TokenStats(stats[0], stats[1])
-    logps, entropy, square, mean, top = stats
-    return TokenStats(logps, entropy, square, mean, top > 0)
+        return TokenStats(**stats)
+    logps, entropy, square, mean, predicted = stats.values()
+    *_, how = _STATS.split(options)
+    targets = scored_targets(targets, how)
+    top = (predicted == targets) & (targets != how.ignore_index)
+    return TokenStats(logps, entropy, square, mean, top)
 
 
-def _token_stats(
+def token_stats(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    given: tuple[Options, dict[str, Any]],
-    entropy: bool,
-    extra: bool = False,
-) -> tuple[list[Tensor], Tensor]:
-    """Log-probs and what else is asked for, and what a filter dropped, in the shape of targets."""
+    given: tuple[Options, dict[str, Any]],  # what options there are, and those of the call
+    outputs: tuple[str, ...],  # of ``Call``
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The outputs by name, and what a filter dropped, in the shape of targets.
+
+    Of those that are predicted, the ids, -1 where nothing is scored.
+    """
     taken, options = given
     weight, bias, group = shards.head_here(weight, bias, options.get("process_group"))
 
     def check() -> ranks.Door:
         """This rank's arguments."""
-        logits, how = taken.split(options)
+        *terms, logits, how = taken.split(options)
         compute = _check_head(hidden, weight, bias, how)
         validate.check_targets_of(targets, "hidden", hidden, "hidden.shape[:-1]")
         vocab = weight.shape[0] if group is None else None
-        scored = _scored(targets, how).reshape(1, 1, -1)
+        scored = scored_targets(targets, how).reshape(1, 1, -1)
         layout = Layout.of_targets(scored, how.ignore_index, vocab)
-        call = _call(hidden, compute, logits, how, weight, entropy=entropy, extra=extra)
-        return call, layout, how, None
+        call = _call(hidden, compute, logits, how, weight).but(outputs=outputs)
+        return call, layout, how, terms
 
     call, layout, how, _ = ranks.agreed(check, (group, None), (hidden, weight, bias))
     call = planned(call, hidden, weight, bias, layout, how.budget)
     logps, dropped, *more = autograd.Head.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout.rows, layout.targets, call
     )
-    found = [logps, *more[:1], *(more[1] if extra else [])]
-    stats = [layout.by_position(x).view(targets.shape) for x in found]
+    stats = {
+        name: layout.by_position(x).view(targets.shape)
+        for name, x in zip(outputs, (logps, *more), strict=True)
+    }
+    if "predicted" in stats:
+        stats["predicted"] = stats["predicted"].long() - 1
     if dropped.numel():
         dropped = layout.by_position(dropped).view(3, *targets.shape)
     return stats, dropped
@@ -182,8 +196,9 @@ def token_logps(
     """
     transform, how = _LOGITS.split(options)
     _check_logits(logits, targets)
-    flat = mark_unscored(_scored(targets, how), how.ignore_index).reshape(-1)
-    call = _call(logits, logits.dtype, transform, how, entropy=return_entropy)
+    flat = mark_unscored(scored_targets(targets, how), how.ignore_index).reshape(-1)
+    outputs = ("logps", "entropy") if return_entropy else ("logps",)
+    call = _call(logits, logits.dtype, transform, how).but(outputs=outputs)
     logps, entropy = autograd.Logps.apply(_rows(logits), flat, how.inplace_backward, call)
     logps = logps.view(targets.shape)
     return (logps, entropy.view(targets.shape)) if return_entropy else logps
@@ -299,7 +314,7 @@ def pro_loss(
         """This rank's arguments."""
         loss, transform, how = _PRO_OF_LOGITS.split(options)
         _check_logits(logits, targets, lists=True)
-        found = Layout.dense(_scored(targets, how, candidate_mask), how.ignore_index)
+        found = Layout.dense(scored_targets(targets, how, candidate_mask), how.ignore_index)
         return _call(logits, logits.dtype, transform, how, None, loss, found), found, how, loss
 
     def source(call: Call, layout: Layout, how: CallOptions, _: bool) -> tuple:
@@ -328,7 +343,6 @@ def _pro(
     group, options = given
     tokens_of = shards.group_of("sequence_group", options.get("sequence_group"))
     call, layout, how, loss = ranks.agreed(check, (group, tokens_of), tensors, by_candidate)
-    assert loss is not None
     call, logps, pro = source(call, layout, how, tokens_of is None)
     lists = layout
     if tokens_of is not None:
@@ -352,8 +366,6 @@ def _call(
     weight: Tensor | None = None,
     loss: PROOptions | None = None,
     layout: Layout | None = None,
-    entropy: bool = False,
-    extra: bool = False,
 ) -> Call:
     """The description of a call but for its plan."""
     dtype = compute if how.logits_dtype is None else how.logits_dtype
@@ -372,8 +384,6 @@ def _call(
         vocab=x.shape[-1] if weight is None else weight.shape[0],
         **ranking,
         grad_filter=how.grad_filter,
-        entropy=entropy,
-        extra=extra,
     )
 
 
@@ -434,10 +444,13 @@ def _lists(
             f"hidden must have shape (B, n, T, H) without a layout, got {tuple(hidden.shape)}"
         )
     validate.check_targets_of(targets, "hidden", hidden, "(B, n, T)")
-    return Layout.of_targets(_scored(targets, how, candidate_mask), how.ignore_index, vocab)
+    targets = scored_targets(targets, how, candidate_mask)
+    return Layout.of_targets(targets, how.ignore_index, vocab)
 
 
-def _scored(targets: Tensor, how: CallOptions, candidate_mask: Tensor | None = None) -> Tensor:
+def scored_targets(
+    targets: Tensor, how: CallOptions, candidate_mask: Tensor | None = None
+) -> Tensor:
     """Targets, shifted if asked for, nothing scored of candidates outside the mask (B, n)."""
     if how.shift:
         targets = shift_targets(targets, how.ignore_index)

@@ -1,10 +1,10 @@
 """Options of a call, each stated once: a field, whose type says what it takes and means.
 
 ``PROOptions`` is the loss as its caller describes it and ``RankingOptions`` what of it the kernels
-compute with, ``LogitOptions`` what the model does to its logits, ``CallOptions`` how a call runs.
-The public functions take them as keyword arguments (``Options``); kernels get the same fields as a
-struct (C, CUDA) or a tuple (Triton), and ops get them encoded (``fused/call.py``). So a new option
-is a field here, and code where it acts.
+compute with, ``CrossEntropyOptions`` that of tokens, ``LogitOptions`` what the model does to its
+logits, ``CallOptions`` how a call runs. The public functions take them as keyword arguments
+(``Options``); kernels get the same fields as a struct (C, CUDA) or a tuple (Triton), and ops get
+them encoded (``fused/call.py``). So a new option is a field here, and code where it acts.
 """
 
 from __future__ import annotations
@@ -199,6 +199,26 @@ _OF_RANKING = tuple(f.name for f in fields(RankingOptions))
 
 
 @dataclass(frozen=True)
+class CrossEntropyOptions(Checked):
+    """The cross-entropy of tokens beside its class weights, a tensor."""
+
+    label_smoothing: Annotated[
+        float,
+        Limits(at_least=0, at_most=1),
+        "Share of the target's probability that goes to all classes alike.",
+    ] = 0.0
+    z_loss: Annotated[
+        float,
+        Limits(at_least=0),
+        "lambda of ``lambda lse^2``, added for each token whatever its class weight (PaLM, arXiv "
+        "2204.02311, section 5; Liger's ``lse_square_scale``); its mean is over tokens.",
+    ] = 0.0
+    reduction: Annotated[
+        Literal["mean", "sum", "none"], "As in PyTorch; a mean is over the scored tokens."
+    ] = "mean"
+
+
+@dataclass(frozen=True)
 class CallOptions(Checked):
     """How a call runs; budget and grad_filter are checked where they are used."""
 
@@ -262,7 +282,7 @@ def declare(options: Any) -> None:
         check_option(name, default, kind)
 
 
-for _options in (LogitOptions, RankingOptions, PROOptions, CallOptions):
+for _options in (LogitOptions, RankingOptions, PROOptions, CrossEntropyOptions, CallOptions):
     declare(_options)
 
 

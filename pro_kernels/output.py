@@ -85,6 +85,24 @@ class PROOutput(NamedTuple):
     grad_filter: GradFilter | None = None
 
 
+class CrossEntropyOutput(NamedTuple):
+    """What ``linear_cross_entropy(..., return_stats=True)`` returns; (...): 0 where not scored.
+
+    Attributes:
+        loss: with its z-loss.
+        z_loss: what of the loss that is, reduced likewise, detached.
+        logps: (...) log-prob of each target, differentiable.
+        lse: (...) log-sum-exp of each row's logits, differentiable.
+        predicted: (...) int64, the most likely token, -1 where nothing is scored.
+    """
+
+    loss: Tensor
+    z_loss: Tensor
+    logps: Tensor
+    lse: Tensor
+    predicted: Tensor
+
+
 class TokenStats(NamedTuple):
     """What ``linear_token_stats`` returns: (...) each, fp32 (fp64), 0 where nothing is scored.
 

@@ -38,23 +38,25 @@ def token_logps(
     shift: bool = False,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    return_lse: bool = False,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each target, ``(...)`` fp32 (fp64 for fp64), 0 where not scored.
 
-    Arguments as in ``pro_kernels.token_logps``.
+    Arguments as in ``pro_kernels.linear_token_logps``.
     """
     logits, targets = _tokens(logits, targets, ignore_index, shift)
     scored = targets != IGNORE_INDEX
     z = LogitOptions(softcap, logit_scale).transform(_wide(logits))
     index = torch.where(scored, targets, 0).long().unsqueeze(-1)
     log_p = torch.log_softmax(z, dim=-1)
-    logps = torch.where(scored, log_p.gather(-1, index).squeeze(-1), 0.0)
-    if not return_entropy:
-        return logps
-    # Where p is 0 it adds nothing, and no gradient passes: 0 * -inf would be NaN.
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
-    return logps, torch.where(scored, entropy, 0.0)
+    found = [log_p.gather(-1, index).squeeze(-1)]
+    if return_lse:
+        found.append(torch.logsumexp(z, dim=-1))
+    if return_entropy:  # Where p is 0 it adds nothing, and no gradient passes: 0 * -inf is NaN.
+        found.append(-(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1))
+    values = tuple(torch.where(scored, x, 0.0) for x in found)
+    return values if len(values) > 1 else values[0]
 
 
 def linear_token_logps(
@@ -66,10 +68,46 @@ def linear_token_logps(
     ignore_index: int = IGNORE_INDEX,
     shift: bool = False,
     **options,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """``token_logps`` of ``hidden weight^T + bias``; options as there."""
     hidden, targets = _tokens(hidden, targets, ignore_index, shift)
     return token_logps(torch.nn.functional.linear(hidden, weight, bias), targets, **options)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """PyTorch's cross-entropy of ``hidden weight^T + bias``, and ``z_loss * lse^2`` of each token.
+
+    Arguments as in ``pro_kernels.linear_cross_entropy``.
+    """
+    hidden, targets = _tokens(hidden, targets, ignore_index, shift)
+    raw = _wide(torch.nn.functional.linear(hidden, weight, bias))
+    z = LogitOptions(softcap, logit_scale).transform(raw)
+    classes = z.new_ones(z.shape[-1]) if class_weight is None else class_weight.to(z.dtype)
+    losses = torch.nn.functional.cross_entropy(
+        z.flatten(0, -2), targets.flatten().long(), classes, ignore_index=IGNORE_INDEX,
+        reduction="none", label_smoothing=label_smoothing,
+    ).view(targets.shape)  # fmt: skip
+    scored = targets != IGNORE_INDEX
+    z_losses = torch.where(scored, z_loss * torch.logsumexp(z, dim=-1).square(), 0.0)
+    if reduction == "none":
+        return losses + z_losses
+    if reduction == "sum" or not scored.any():
+        return (losses + z_losses).sum()
+    return losses.sum() / classes[targets[scored]].sum() + z_losses.sum() / scored.sum()
 
 
 def sequence_scores(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
         text = reason if len(reason) <= 110 else f"{reason[:107]}..."
         terminalreporter.write_line(f"{files.total():5}  {text}  ({where}{more})")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_no_garbage() -> Iterator[None]:
+    """Accelerate and the benchmarks collect garbage often: not among all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from torch import nn
 import pro_kernels as pk
 from pro_kernels.fused import call
 from pro_kernels.models.lazy import LazyLogits
-from pro_kernels.models.probe import FACTOR, allowed, last_bits_off, rms
 from tiny_models import CONFIGS, SIZES, SPECIAL, V, assert_close, assert_same_grads, grads, make
 
 REWARDS = torch.tensor([[0.5, -1.0], [2.0, 1.0]])
@@ -441,19 +440,6 @@ def test_a_model_that_cannot_be_tried_out_is_refused(llama):
 # ---- what counts as rounding
 
 
-def test_the_rule_is_a_multiple_of_the_noise_and_at_least_the_dtypes():
-    bf16, fp32 = torch.finfo(torch.bfloat16).eps, torch.finfo(torch.float32).eps
-    assert allowed(0.5, 1.0, torch.float32) == FACTOR * 0.5
-    assert allowed(0.0, 3.0, torch.float32) == FACTOR * 3 * fp32
-    assert allowed(0.0, 3.0, torch.float32, torch.bfloat16) == FACTOR * 3 * bf16
-    embedding, ids = nn.Embedding(67, 16), torch.arange(67)
-    plain = embedding(ids)
-    with last_bits_off(embedding, torch.float32):
-        off = (embedding(ids).double() / plain.double() - 1).abs()
-    assert (off >= fp32 / 2).all() and (off <= 2 * fp32).all() and embedding(ids).equal(plain)
-    assert rms(torch.tensor([3.0, 4.0])) == pytest.approx(12.5**0.5) and rms(torch.zeros(0)) == 0
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_noisy_arithmetic_is_not_refused(dtype, llama, inputs):
     """Large activations that the head's bias takes away again: the logits are mostly rounding."""
@@ -489,6 +475,53 @@ def test_an_own_cross_entropy_is_replaced(inputs):
     pk.attach(model)
     for items in ({}, {"num_items_in_batch": torch.tensor(3)}):
         assert_close(model(**inputs, **items).loss, want)
+
+
+CLASSES = {"class_weight": torch.linspace(0.1, 2.0, V), "label_smoothing": 0.1}
+
+
+def of_classes(logits, labels, vocab_size, num_items_in_batch=None, **_):
+    """A loss function as people give their models one."""
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), CLASSES["class_weight"],
+        label_smoothing=0.1, reduction=reduction,
+    )  # fmt: skip
+    return loss / (num_items_in_batch or 1)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the model's own", "of attach"])
+@pytest.mark.parametrize("items", [{}, {"num_items_in_batch": torch.tensor(7)}], ids=["", "items"])
+def test_classes_of_a_labels_cross_entropy(own, items, inputs):
+    model = make()
+    model.loss_function = of_classes
+    want = model(**inputs, **items).loss
+    expected = grads(model, want)
+    if own:
+        with pytest.raises(ValueError, match="the model's is not the mean cross-entropy"):
+            pk.attach(model)
+    else:
+        model = make()
+    pk.attach(model, **CLASSES, z_loss=0.0)
+    out = model(**inputs, **items)
+    assert_close(out.loss, want)
+    assert_same_grads(grads(model, out.loss), expected)
+    assert out.token_logps.shape == inputs["labels"].shape
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Llama", {"class_weight": torch.ones(V - 1)}, r"class_weight must have shape \(V,\)"),
+        ("Llama", {"z_loss": -1.0}, "z_loss must be >= 0"),
+        ("Gemma2", {"label_smoothing": 0.1}, "label_smoothing cannot be had with a softcap"),
+    ],
+)
+def test_classes_that_a_model_cannot_have(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        pk.attach(make(name), **options)
+    with pytest.raises(TypeError, match="attach got options"):
+        pk.attach(make(), loss="ranking", z_loss=0.1)
 
 
 # ---- what is noticed in a call

@@ -22,7 +22,7 @@ from bench.engine.record import COMMON, NO_TIME
 from bench.engine.rounds import Clock, Settings, interleaved, timed
 from bench.engine.run import DeviceLost, Run, run
 from bench.engine.step import TrainingCase
-from bench.engine.timing import Step, backward_step
+from bench.engine.timing import Step
 from bench.providers import base
 from bench.report.tables import marks
 from bench.suites import load, loss, step
@@ -298,10 +298,11 @@ def test_peak_memory_is_that_of_the_step_and_freed_memory_is_not_hidden():
 
 CRASHES = """
 import os, sys
-from bench import cli
+from bench import cli, roofline
 from bench.providers import official
 official.official_logps = lambda *_: os.kill(os.getpid(), 9)
 official.official_loss = official.official_logps
+roofline.SIZES["cpu"] = roofline.Sizes(1 << 20, (64, 64, 512))
 sys.exit(cli.main())
 """
 
@@ -370,15 +371,11 @@ def test_every_preset_lists_cases_of_known_providers(suite, capsys):
 def test_pytest_benchmark_runs_saves_and_compares(tmp_path):
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-q", "-k",
                "fp32 and (ours or floor)", f"--benchmark-storage={tmp_path}", "-p",
-               "no:cacheprovider", "-p", "no:xdist"]  # fmt: skip
+               "no:cacheprovider", "-p", "no:xdist", "--benchmark-save=first"]  # fmt: skip
     # Under xdist pytest-benchmark would switch itself off.
     alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    for more in (["--benchmark-save=first"], ["--benchmark-compare=0001"]):
-        done = subprocess.run(
-            [*command, *more], cwd=ROOT, env=alone, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "0001_first" in done.stdout, "a table with the saved run"
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     (saved,) = tmp_path.rglob("0001_first.json")
     assert main(["compare", str(saved), str(saved)]) == 0
 
@@ -397,8 +394,3 @@ def test_every_round_runs_each_contender_once_in_random_order():
     assert few == {"a": [1], "b": [1] * 5}
     with pytest.raises(ZeroDivisionError):
         interleaved("a", 1, lambda name: 1 / 0)
-
-
-def test_backward_step_of_a_score_makes_no_gradient():
-    x = torch.ones(2, requires_grad=True)
-    assert backward_step(lambda: x.sum(), (x,), grad=False).run() == 2 and x.grad is None

@@ -9,7 +9,6 @@ import torch
 
 import pro_kernels as pk
 from cases import CASE_IDS, CASES, Case, assert_no_worse, compare, run, truth, upstreams
-from pro_kernels.fused import matmul
 from subjects import every_case, every_subject, every_subject_and_dtype
 
 TIERS = ["T1", "T2", "T3"]
@@ -71,14 +70,6 @@ def test_fp64_equals_the_reference(case, tier, force_tier):
     for name, grad in exact.grads.items():
         error = (ours.grads[name] - grad).norm()
         assert error <= 1e-11 * grad.norm() + 1e-13
-
-
-@pytest.mark.parametrize("route", ["native", "fp32"])
-@pytest.mark.parametrize("tier", TIERS)
-def test_both_matmul_routes(route, tier, force_tier, monkeypatch):
-    monkeypatch.setattr(matmul, "_upcasts", lambda dtype, _: route == "fp32" and dtype.itemsize < 4)
-    force_tier(tier)
-    compare(BUDGET, torch.bfloat16)
 
 
 @every_backend_and_dtype

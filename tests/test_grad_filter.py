@@ -355,9 +355,3 @@ def test_norms_of_wide_bf16_rows_are_not_rounded_down():
     one = torch.ones(1)
     filtered = pk.output.GradFilter(0.1, one, one, one, None, one)
     assert filtered.error_bounds(hidden)[1] >= 4099**0.5 * (1 - 1e-6)
-
-
-def test_a_call_without_a_filter_returns_nothing_on_another_device():
-    from pro_kernels.fused.head import Kept
-
-    assert Kept.empty(None, 3, 5, 7, torch.empty(0, device="meta")).counts.device.type == "meta"

@@ -38,15 +38,18 @@ fused.rank_order: fused.call layout option_types options output ranking validate
 fused.registry: fused.call
 fused.gather_scatter: fused.call fused.matmul
 fused.head: fused.call fused.columns fused.gather_scatter fused.matmul
-fused.backward: fused.call fused.gather_scatter fused.head fused.matmul
+fused.target_columns: fused.call fused.gather_scatter fused.head
+fused.backward: fused.call fused.gather_scatter fused.head fused.matmul fused.target_columns
 fused.prompts: fused.backward fused.call fused.columns fused.gather_scatter fused.head
 fused.ops: fused.backward fused.call fused.columns fused.gather_scatter fused.head fused.prompts
-    fused.registry layout options
+    fused.registry fused.target_columns layout options
 fused.autograd: fused.call fused.ops fused.registry fused.shards layout
 fused.ranks: fused.autograd fused.call fused.ops fused.planner fused.rank_order fused.shards
     layout options output validate
 api: backends fused.autograd fused.call fused.columns fused.planner fused.rank_order fused.ranks
     fused.shards layout options output validate
+fused.thin: fused.autograd fused.gather_scatter options
+cross_entropy: api fused.shards fused.thin options output validate
 distinct.attention: backends.cpu
 distinct.gpu: distinct.attention distinct.tree
 distinct.interface: distinct.attention distinct.gpu
@@ -57,10 +60,10 @@ distinct.decoder: distinct.interface distinct.row distinct.states distinct.tryou
     models.opened
 models.head: options
 models.probe: models.head option_types
-models.lazy: api fused.autograd models.counts models.head
-models.answers: models.lazy
+models.lazy: api fused.autograd fused.thin models.counts models.head options
+models.answers: cross_entropy models.lazy
 models.opened: distinct.row fused.shards models.answers models.head models.lazy models.probe
-models.forward: api fused.shards layout losses models.head models.opened options
+models.forward: api cross_entropy fused.shards layout losses models.head models.opened options
 models.tryout: models.forward models.head models.opened models.probe options
 models.attach: distinct.decoder fused.shards losses models.forward models.head models.opened
     models.probe models.tryout options validate
@@ -68,7 +71,7 @@ models.loaded: models.attach models.counts models.forward models.opened
 hook: models.loaded
 models.official: models.attach options reference
 models.trl: api distinct.decoder models.attach models.head models.opened validate
-integrations.liger: api integrations.names models.head
+integrations.liger: api cross_entropy integrations.names models.head
 integrations.verl: api integrations.names models.head
 integrations.verl_workers: integrations.verl
 integrations.axolotl: models.loaded
@@ -78,8 +81,8 @@ integrations.trl: integrations.lists models.attach
 integrations.llamafactory: integrations.lists models.attach
 selfcheck: _version api backends fused.matmul fused.planner options reference selfcheck
 __main__: options selfcheck
-__init__: _version api backends distinct.decoder distinct.tree integrations layout losses
-    models.attach output policy reference
+__init__: _version api backends cross_entropy distinct.decoder distinct.tree integrations layout
+    losses models.attach output policy reference
 """
 ALLOWED: dict[str, set[str]] = {name: set() for name in NOTHING.split()}
 for line in TABLE.replace("\n    ", " ").split("\n")[1:-1]:

@@ -181,6 +181,10 @@ LINEAR_ROWS = ("temperature of rows", "temperature of a part in place")
 LINEAR = {
     "means": lambda z: z.mean() + z[:, :2].mean(-1).square().sum() + z[:, :-1][MASK].mean(),
     "label smoothing": lambda z: loss(z, label_smoothing=0.1),
+    "weights of classes, smoothed": lambda z: loss(
+        z, weight=torch.linspace(0.1, 1, V, dtype=z.dtype), label_smoothing=0.1
+    ),
+    "z-loss": lambda z: loss(z) + 1e-2 * z[:, :-1][MASK].logsumexp(-1).square().mean(),
 }
 
 

@@ -30,7 +30,7 @@ def batch(T, H, V, frozen):
     b = torch.zeros(V).bfloat16()
     b[4 * V // 5 :] = -30
     return h, w, t, torch.randn(1, 8), b
-def measure(rows, H, V, budget, frozen=False, entropy=False, **options):
+def measure(rows, H, V, budget, frozen=False, also=None, **options):
     h, w, t, r, b = batch(2, H, 100, frozen)
     pk.linear_pro_loss(h, w, t, r, bias=b, **options).loss.backward()
     h, w, t, r, b = batch(rows // 8, H, V, frozen)
@@ -39,8 +39,8 @@ def measure(rows, H, V, budget, frozen=False, entropy=False, **options):
     open("/proc/self/clear_refs", "w").write("5")
     dropped = None
     options["budget"] = budget
-    if entropy:
-        a, e = pk.linear_token_logps(h, w, t, bias=b, return_entropy=True, **options)
+    if also:
+        a, e = pk.linear_token_logps(h, w, t, bias=b, **{also: True}, **options)
         (a.mean() + e.mean()).backward()
     else:
         out = pk.linear_pro_loss(h, w, None, r, bias=b, layout=layout, **options)
@@ -55,7 +55,8 @@ for call in json.loads(sys.argv[1]):
     os.wait()
 """
 FILTERED = {"H": 128, "V": 256000, "grad_filter": 0.01}
-ENTROPY = {"H": 128, "V": 256000, "entropy": True}
+ENTROPY = {"H": 128, "V": 256000, "also": "return_entropy"}
+LSE = {"rows": 8192, "H": 1536, "V": 8192, "also": "return_lse"}
 PLAIN = {"rows": 800, "H": 64, "V": 151936, "backend": "torch"}
 CALLS = {
     # 1024 x 64000 logits are 131 MB in bf16.
@@ -71,7 +72,10 @@ CALLS = {
     # Its fp32 copies are few and small, whatever else they have to hold.
     "plain backend": {"budget": 100, **PLAIN},
     "plain backend, softcap": {"budget": 100, "softcap": 30.0, **PLAIN},
-    "plain backend, entropy": {"budget": 100, "entropy": True, **PLAIN},
+    "plain backend, entropy": {"budget": 100, "also": "return_entropy", **PLAIN},
+    # 8192 rows of 1536 are 50 MB in fp32.
+    "log-sum-exp, T1": {"budget": 400, **LSE},
+    "log-sum-exp, T3": {"budget": 250, **LSE},
 }
 
 

@@ -52,8 +52,8 @@ def test_a_call_survives_encoding():
 @every_subject(every_way=False)
 def test_opcheck_logits_ops(subject):
     logits, targets = torch.randn(5, 17), torch.tensor([0, 16, -100, 3, 4])
-    for entropy in (False, True):
-        call = encoded(subject.name, entropy=entropy)
+    for outputs in (("logps",), ("logps", "entropy")):
+        call = encoded(subject.name, outputs=outputs)
         check(ops.logps, (logits, targets, *call))
     _, lse, value = ops.logps(logits, targets, *call)
     for extra in ((None, None), (value, torch.randn(5))):
@@ -62,18 +62,20 @@ def test_opcheck_logits_ops(subject):
         check(ops.logits_grad_, args)
 
 
+OUTPUTS = "logps", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "predicted"
 # Compact or dense rows; how many are kept; what else the call asks for.
 HEADS = {
     "compact, all kept": (True, 99, {}),
     "dense, some kept": (False, 4, {}),
     "dense, all kept, filtered": (False, 99, {"grad_filter": 0.3}),
     "compact, some kept, filtered": (True, 4, {"grad_filter": 0.3}),
-    "entropy, none kept": (True, 0, {"entropy": True}),
-    "entropy, some kept": (True, 4, {"entropy": True, "extra": True}),
-    "entropy, all kept": (True, 99, {"entropy": True, "extra": True}),
+    "entropy, none kept": (True, 0, {"outputs": ("logps", "entropy")}),
+    "all, some kept": (True, 4, {"outputs": OUTPUTS}),
+    "all, all kept": (True, 99, {"outputs": OUTPUTS}),
+    "log-sum-exp, all kept": (False, 99, {"outputs": ("logps", "lse")}),
 }
 # The kernels differ by backend, not the ops: all heads on one of them, a few on the others.
-OF_EACH = ["dense, some kept", "compact, some kept, filtered", "entropy, some kept"]
+OF_EACH = ["dense, some kept", "compact, some kept, filtered", "all, some kept"]
 
 
 @pytest.mark.parametrize(
@@ -96,8 +98,10 @@ def test_opcheck_head_ops(subject, head):
     # Dense buffers have tails that nobody writes or reads: not to be compared value by value.
     check(ops.head_forward, (*inputs, *call), FULL if rows else FULL[:2])
     values, *saved = ops.head_forward(*inputs, *call)
-    for by in (None, torch.randn_like(values[0])) if "entropy" in facts else (None,):
-        args = (torch.randn_like(values[0]), by, *inputs, saved, [True, True, True], *call)
+    up, wanted = torch.randn_like(values), facts.get("outputs", ())
+    given = [up[i] if name in wanted else None for i, name in ((1, "entropy"), (-1, "lse"))]
+    for more in {(None, None), tuple(given)}:
+        args = (up[0], *more, *inputs, saved, [True, True, True], *call)
         check(ops.head_backward, args)
 
 

@@ -185,13 +185,17 @@ def test_grpo_is_ligers(liger, options, reference):
     assert_ligers(run, hidden, weight)
 
 
+CLASSES = {"ce_weight": torch.linspace(0.1, 2.0, V)}
 CROSS_ENTROPIES = {
     "plain": {},
-    "softcap": {"softcap": 3.0},
-    "classes": {"ce_weight": torch.linspace(0.1, 2.0, V)},
-    "scaled": {"use_token_scaling": True},
+    "softcap": {"softcap": 3.0, "lse_square_scale": 1e-2},
+    "classes": CLASSES,
+    "smoothed": {"label_smoothing": 0.2, "lse_square_scale": 1e-2, "return_z_loss": True},
+    "classes, smoothed": {**CLASSES, "label_smoothing": 0.2, "lse_square_scale": 1e-2},
+    "scaled": {**CLASSES, "use_token_scaling": True, "lse_square_scale": 1e-2},
     "accuracy": {"return_token_accuracy": True},
-    "empty": {},
+    "all": {"return_token_accuracy": True, "return_predicted_tokens": True, "return_z_loss": True},
+    "empty": {"lse_square_scale": 1e-2},
 }
 
 
@@ -208,15 +212,23 @@ def test_cross_entropy_is_that_of_plain_torch(liger, reduction, case):
     upstream = upstream.detach() if reduction == "none" else torch.tensor(0.7)
     kept, classes = target != -100, options.get("ce_weight", torch.ones(V))
     logits = hidden @ weight.t() + bias
-    if case == "softcap":
-        logits = 3 * torch.tanh(logits / 3)
-    want = torch.nn.functional.cross_entropy(logits, target, classes, reduction="none")
+    if cap := options.get("softcap"):
+        logits = cap * torch.tanh(logits / cap)
+    entropy = torch.nn.functional.cross_entropy
+    smoothing = options.get("label_smoothing", 0.0)
+    want = entropy(logits, target, classes, reduction="none", label_smoothing=smoothing)
+    z_loss = options.get("lse_square_scale", 0.0) * logits.logsumexp(-1).square() * kept
     if case == "scaled":
-        want = want * (-want.detach()).exp()
-    right = ((logits.argmax(-1) == target) & kept).float()
+        certainty = torch.where(kept, (-entropy(logits, target, reduction="none")).exp(), 0)
+        want, z_loss = want * certainty.detach(), z_loss * certainty.detach()
+    predicted = torch.where(kept, logits.argmax(-1), -1)
+    right = ((predicted == target) & kept).float()
     if reduction != "none":
         right = right.sum() / kept.sum()
-        want = want.sum() / (classes[target[kept]].sum().clamp(min=1) if reduction == "mean" else 1)
+        mean = reduction == "mean"
+        want = want.sum() / (classes[target[kept]].sum().clamp(min=1) if mean else 1)
+        z_loss = z_loss.sum() / (kept.sum().clamp(min=1) if mean else 1)
+    want = want + z_loss
 
     def gradients(loss):
         return torch.autograd.grad((loss * upstream).sum(), tensors[:3])
@@ -227,11 +239,15 @@ def test_cross_entropy_is_that_of_plain_torch(liger, reduction, case):
     function = functools.partial(
         functional.liger_fused_linear_cross_entropy, reduction=reduction, **options
     )
+    more = {"z_loss": z_loss, "token_accuracy": right, "predicted_tokens": predicted}
+    asked = {name for name in more if options.get(f"return_{name}")}
     for got in (loss_of(weight, hidden, target, bias), function(hidden, weight, target, bias)):
-        if case == "accuracy":
-            assert got.z_loss is None and got.predicted_tokens is None
-            assert torch.equal(got.token_accuracy, right)
-            got = got.loss
+        for name in more if asked else ():
+            found = getattr(got, name)
+            assert (found is not None) is (name in asked)
+            if found is not None:
+                torch.testing.assert_close(found, more[name].detach(), rtol=1e-5, atol=1e-6)
+        got = got.loss if asked else got
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(gradients(got), expected, rtol=1e-4, atol=1e-6)
 
@@ -260,18 +276,12 @@ def test_what_the_kernels_cannot_do_stays_ligers_and_it_is_said(liger, monkeypat
     monkeypatch.setattr(function, "apply", lambda *args: asked.append(args) or (0,) * 4)
     liger_switch.apply()
     hidden, weight = leaves(7, (T, H), (V, H))
-    for name, value in (
-        ("label_smoothing", 0.1),
-        ("lse_square_scale", 1e-4),
-        ("return_predicted_tokens", True),
-        ("return_z_loss", True),
-    ):
-        with pytest.warns(UserWarning, match=f"with {name}=.* is computed by Liger itself"):
-            Loss(**{name: value})(weight, hidden, targets(1)[0])
+    with pytest.warns(UserWarning, match="with label_smoothing=0.1 and softcap=3.0 is computed by"):
+        Loss(label_smoothing=0.1, softcap=3.0)(weight, hidden, targets(1)[0])
     weight.ds_id = 3
     with pytest.warns(UserWarning, match="a weight that ZeRO-3 has split"):
         Loss()(weight, hidden, targets(1)[0])
-    assert len(asked) == 5
+    assert len(asked) == 2
     hidden, weight = leaves(7, (2, T, H), (V, H))
     kto = liger.LigerFusedLinearKTOLoss(compiled=False)
     with pytest.warns(UserWarning, match="LigerFusedLinearKTOFunction with kl for each row"):

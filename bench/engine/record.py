@@ -21,19 +21,8 @@ from pro_kernels.selfcheck import env
 SCHEMA = 2
 # Why a row has no numbers where the time was over.
 NO_TIME = "no time was left"
-PACKAGES = (
-    *(
-        "torch",
-        "triton",
-        "transformers",
-        "trl",
-        "liger-kernel",
-        "cut-cross-entropy",
-        "quack-kernels",
-        "verl",
-    ),
-    "pro-kernels",
-)
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy",
+            "quack-kernels", "verl", "pro-kernels")  # fmt: skip
 
 
 class Record:

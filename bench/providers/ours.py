@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,18 +39,18 @@ def providers(device: torch.device) -> list[Provider]:
     ):
         build = partial(ours, backend=auto, **more)
         found.append(Provider(f"ours-{name}", f"pro_kernels ({auto}), {what}", build))
-    for form in ("padded", "lists"):
-        found.append(_step(f"ours-{form}", f"pro_trainer, {form}", step, form=form))
-    name, label = "ours-lists-checkpointed", "pro_trainer, lists, gradient checkpointing"
-    found.append(_step(name, label, step, form="lists", checkpointed=True))
-    for form in ("padded", "lists"):
-        found.append(_step(f"ours-dpo-{form}", f"DPO: pro_trainer, {form}", dpo_step, form=form))
+    for name, label, more in (
+        ("padded", "pro_trainer, padded", {}),
+        ("lists", "pro_trainer, lists", {}),
+        ("lists-checkpointed", "pro_trainer, lists, gradient checkpointing",
+         {"checkpointed": True}),
+        ("dpo-padded", "DPO: pro_trainer, padded", {"loss_type": "dpo"}),
+        ("dpo-lists", "DPO: pro_trainer, lists", {"loss_type": "dpo"}),
+    ):  # fmt: skip
+        build = partial(step, form="lists" if "lists" in name else "padded", **more)
+        loss_type = more.get("loss_type", "pro")
+        found.append(Provider(f"ours-{name}", label, build, suite="step", loss_type=loss_type))
     return found
-
-
-def _step(name: str, label: str, build: Callable, **options: Any) -> Provider:
-    loss_type = "dpo" if build is dpo_step else "pro"
-    return Provider(name, label, partial(build, **options), suite="step", loss_type=loss_type)
 
 
 def _times_well(name: str, device: torch.device) -> bool:
@@ -144,41 +143,28 @@ def _ranking_kernel(inputs: Inputs, backend: str) -> Step:
     return Step(run, (logps,))
 
 
-def step(work: Workload, form: str, checkpointed: bool = False) -> TrainingStep:
+def step(
+    work: Workload, form: str, loss_type: str = "pro", checkpointed: bool = False
+) -> TrainingStep:
+    """pro_trainer's step: the official loss, or DPO's given the reference log-probs."""
     from pro_trainer.batch.collate import PROCollator
     from pro_trainer.train.objective import batch_loss
     from pro_trainer.train.options import LossOptions
 
+    options, reference, detail = LossOptions(compat="official"), None, ""
+    if loss_type == "dpo":
+        check_pairs(work)
+        options, reference = LossOptions(loss_type="dpo", beta=BETA), work.reference_scores
+        detail = DPO_NOTE
     opened = pk.OpenModel(work.model)
-    collator = PROCollator(work.pad, form=form, official=True)
-    options = LossOptions(compat="official")
+    collator = PROCollator(work.pad, form=form, official=loss_type == "pro")
     batch = work.on_device(collator(work.features))
-    return TrainingStep(
-        lambda model: batch_loss(opened.rebind(model), batch, options).loss,
-        work,
-        checkpointed,
-        lambda: collator(work.features),
-        around=distinct(work) if form == "lists" else contextlib.nullcontext,
-    )
-
-
-def dpo_step(work: Workload, form: str) -> TrainingStep:
-    """pro_trainer's step with ``loss_type="dpo"``, given the reference log-probs."""
-    from pro_trainer.batch.collate import PROCollator
-    from pro_trainer.train.objective import batch_loss
-    from pro_trainer.train.options import LossOptions
-
-    check_pairs(work)
-    opened = pk.OpenModel(work.model)
-    collator = PROCollator(work.pad, form=form)
-    batch = work.on_device(collator(work.features))
-    options = LossOptions(loss_type="dpo", beta=BETA)
-    reference = work.reference_scores
     return TrainingStep(
         lambda model: batch_loss(opened.rebind(model), batch, options, reference).loss,
         work,
-        collate=lambda: collator(work.features),
-        detail=DPO_NOTE,
+        checkpointed,
+        lambda: collator(work.features),
+        detail,
         around=distinct(work) if form == "lists" else contextlib.nullcontext,
     )
 

@@ -106,9 +106,7 @@ def _drifts(row: dict, loss: float) -> bool:
 
 def _truth(work: Workload, loss_type: str) -> Truth:
     if work.case.is_large:
-        padded = all_providers(work.device, "step")[
-            {"pro": "ours-padded", "dpo": "ours-dpo-padded"}[loss_type]
-        ]
+        padded = all_providers(work.device, "step")[_PADDED[loss_type]]
         step = replace(padded.build(work), checkpointed=True)
         loss = step.run(keep_gradients=True).loss
         gradients = {name: p.grad for name, p in work.model.named_parameters()}

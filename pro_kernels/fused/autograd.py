@@ -42,8 +42,8 @@ def first_order(backward: Callable) -> Callable:
 class Head(torch.autograd.Function):
     """From hidden states and head weight: log-probs (N,) of the scored rows, differentiable.
 
-    Then ``dropped`` (3, N) of ``columns.Kept``, or nothing of it. Entropies (N,) follow where they
-    are asked for, differentiable too, and (3, N) or (0, N) of ``head_forward``.
+    Then ``dropped`` (3, N) of ``columns.Kept``, or nothing of it, and the further outputs (N,) that
+    the call names, of which entropies and log-sum-exps are differentiable too.
     """
 
     @staticmethod
@@ -51,23 +51,24 @@ class Head(torch.autograd.Function):
         values, saved = _head_forward(ctx, hidden, weight, bias, rows, targets, call)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        dropped = saved[-1]
-        if not call.entropy:
-            ctx.mark_non_differentiable(dropped)
-            return values[0], dropped
-        extra = values[2:]
-        ctx.mark_non_differentiable(dropped, extra)
-        return values[0], dropped, values[1], extra
+        dropped, *others = saved[-1], *(values[i] for i in range(1, len(call.outputs)))
+        named = zip(call.outputs[1:], others, strict=True)
+        ctx.mark_non_differentiable(
+            dropped, *(x for name, x in named if name not in ("entropy", "lse"))
+        )
+        return values[0], dropped, *others
 
     @staticmethod
     @first_order
-    def backward(ctx, grad, _dropped, entropy_grad=None, _extra=None):  # noqa: D102
-        if grad is None and entropy_grad is None:
+    def backward(ctx, grad, _dropped, *others):  # noqa: D102
+        named = dict(zip(ctx.call.outputs[1:], others, strict=True))
+        more = [named.get(name) for name in ("entropy", "lse")]
+        if all(x is None for x in (grad, *more)):
             return (None,) * 6
         saved = ctx.saved_tensors
         if grad is None:
             grad = saved[5].new_zeros(saved[4].shape)
-        grads = _head_backward(ctx, grad.contiguous(), entropy_grad, saved)
+        grads = _head_backward(ctx, (grad, *more), saved)
         return *_needed(grads, ctx.needs_input_grad), None, None, None
 
 
@@ -190,7 +191,8 @@ class LinearPRO(torch.autograd.Function):
             grads[2] = grads[2].to(call.weight_dtype)  # dbias, in fp32 so far
         else:
             *saved, row_weights = ctx.saved_tensors
-            grads = _head_backward(ctx, grad.to(row_weights.dtype) * row_weights, None, saved)
+            grad = grad.to(row_weights.dtype) * row_weights
+            grads = _head_backward(ctx, (grad, None, None), saved)
         return *_needed(grads, ctx.needs_input_grad), *[None] * 9
 
 
@@ -199,20 +201,20 @@ def _head_forward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """``values`` of ``head_forward``, and what ``_head_backward`` is to find saved."""
     values, *made = run(ops.head_forward, hidden, weight, bias, rows, targets, call)
-    ctx.call, plan = call, call.plan
+    ctx.call = call
     # All of dZ0 at hand: the backward does without the weight, which may be re-sharded by then.
-    whole = not call.entropy and (plan.retained >= targets.shape[0] or not plan.need_weight)
-    head = (None, None) if whole else (weight, bias)
+    again = call.needs_head_again(targets.shape[0]) or call.lse
+    head = (weight, bias) if again else (None, None)
     return values, [hidden, *head, rows, targets, *made]
 
 
 def _head_backward(
-    ctx, grad: Tensor, entropy_grad: Tensor | None, saved: Sequence[Tensor]
+    ctx, grads: Sequence[Tensor | None], saved: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias from those of each log-prob and entropy."""
-    by = None if entropy_grad is None else entropy_grad.contiguous()
+    """Gradients of hidden, weight and bias from those of log-probs, entropies, log-sum-exps."""
+    upstream = (None if x is None else x.contiguous() for x in grads)
     needs = list(ctx.needs_input_grad[:3])
-    return run(ops.head_backward, grad, by, *saved[:5], list(saved[5:]), needs, ctx.call)
+    return run(ops.head_backward, *upstream, *saved[:5], list(saved[5:]), needs, ctx.call)
 
 
 def _loss(ctx, weights: Tensor, terms: Tensor, call: Call, *others: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,8 @@ from pro_kernels.fused.gather_scatter import (
     scatter_rows,
     weighted_rows,
 )
-from pro_kernels.fused.head import Saved, chunks_of
+from pro_kernels.fused.head import Saved, chunks_of, clear_targets
+from pro_kernels.fused.target_columns import TargetColumns
 
 # dHidden (R, H), dW (V, H) and dbias (V,); None of what is not wanted.
 Gradients = Sequence[Tensor | None]
@@ -35,18 +36,20 @@ def backward(
     targets: Tensor,
     saved: Saved,
     upstream: Sequence[Tensor | None],  # (N,) gradient of each log-prob; of each entropy
+    columns: TargetColumns | None,  # that dZ0 leaves out
     out: Gradients,  # to fill
 ) -> None:
-    """The gradients. Rows that were not retained are computed again, a block of columns a time.
+    """The gradients, but for what ``columns`` add to dW and dbias.
 
-    By columns, because then each dW block is one matmul over all rows: the fp32 sum over rows stays
-    inside the matmul and no fp32 copy of dW is needed.
+    Rows that were not retained are computed again, a block of columns a time. By columns, because
+    then each dW block is one matmul over all rows: the fp32 sum over rows stays inside the matmul
+    and no fp32 copy of dW is needed.
     """
     w, n = upstream[0], rows.shape[0]
     assert w is not None
     d_hidden, d_weight, d_bias = out
     if d_hidden is not None:
-        scatter_rows(call, saved.side[:n], w, rows, d_hidden.zero_())
+        _hidden_grad(call, saved.side[:n], w, rows, columns, d_hidden)
         if call.shard is not None:
             call.shard.sum_(d_hidden)
     if d_weight is None and d_bias is None:
@@ -80,6 +83,7 @@ def backward_of_both(
     targets: Tensor,
     saved: Saved,
     upstream: Sequence[Tensor | None],
+    columns: TargetColumns | None,
     out: Gradients,
 ) -> None:
     """The same where the entropy has a gradient too.
@@ -112,7 +116,21 @@ def backward_of_both(
         if d_bias is not None:
             d_bias[cols] = bias_grad(dz, scale)
     if d_hidden is not None and side is not None:
-        scatter_rows(call, side, scale, rows, d_hidden.zero_())
+        _hidden_grad(call, side, scale, rows, columns, d_hidden)
+
+
+def _hidden_grad(
+    call: Call,
+    side: Tensor,
+    weights: Tensor,
+    rows: Tensor,
+    columns: TargetColumns | None,
+    out: Tensor,
+) -> None:
+    """``weights * side``, and what ``columns`` add, as (R, H)."""
+    if columns is not None:
+        side, weights = columns.hidden_side(side, weights), torch.ones_like(weights)
+    scatter_rows(call, side, weights, rows, out.zero_())
 
 
 def _blocks(
@@ -144,6 +162,8 @@ def _blocks(
             out=out,
             entropy=None if by is None else (saved.stats[1, at], by[at]),
         )
+        if call.lse:
+            clear_targets(call, out, targets[at], first)
 
     for first in range(0, vocab, block):
         cols = slice(first, min(first + block, vocab))
@@ -196,6 +216,8 @@ def _kept_backward(
             call.kernels.logits_grad(
                 dz, lse, t, None, target_logits=exact, options=call.logits, out=dz
             )
+            if call.lse:
+                clear_targets(call, dz, t)
             dz = dz.to(call.compute_dtype)
         add_columns(columns, dz, xw[at], w[at], sums)
     for grad, total in zip(wanted, sums, strict=True):

@@ -45,8 +45,7 @@ class Call:
         grad_filter: probability mass that columns may lose, or None.
         targets_checked: whether all targets are known to lie in the vocabulary.
         shared_rows: whether a row of the hidden states is read by several tokens.
-        entropy: whether that of each row is wanted too.
-        extra: the further statistics of ``output.TokenStats``.
+        outputs: names of what is wanted of each row, in the order of ``head_forward``'s values.
         shard: this rank's part of a head that is split over ranks.
     """
 
@@ -64,8 +63,7 @@ class Call:
     grad_filter: float | None = None
     targets_checked: bool = False
     shared_rows: bool = False
-    entropy: bool = False
-    extra: bool = False
+    outputs: tuple[str, ...] = ("logps",)
     shard: Shard | None = None
 
     def but(self, **changes: Any) -> Call:
@@ -86,6 +84,20 @@ class Call:
         assert self.ranking is not None
         backend = backends.get(self.ranks_with or self.backend)
         return backend.ranking(logps, *candidates, options=self.ranking)
+
+    @property
+    def lse(self) -> bool:
+        """Whether log-sum-exps have a gradient, so that dZ0 is 0 at targets."""
+        return "lse" in self.outputs
+
+    @property
+    def entropy(self) -> bool:
+        """Whether that of each row is wanted too."""
+        return "entropy" in self.outputs
+
+    def needs_head_again(self, tokens: int) -> bool:
+        """Whether the backward of this many tokens multiplies by the weight."""
+        return self.entropy or (self.plan.need_weight and self.plan.retained < tokens)
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -136,6 +148,9 @@ def planned(
     fixed = vocab * weight.shape[1] * compute.itemsize if weight.dtype != compute else 0
     if layout.shared_rows and hidden.requires_grad and hidden.itemsize < 4:
         fixed += 4 * hidden.numel()  # dHidden is summed in fp32
+    if call.lse and grads:  # the targets' rows, and an unrounded dHidden of them
+        numbers = layout.num_tokens * weight.shape[1]
+        fixed += numbers * 2 * (compute.itemsize + call.acc_dtype.itemsize)
     plan = make_plan(
         layout.num_tokens,
         (vocab, weight.shape[1], compute),

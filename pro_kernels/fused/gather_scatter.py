@@ -73,14 +73,47 @@ def scatter_rows(
     for i in range(0, rows.shape[0], 4096):
         at = slice(i, i + 4096)
         part = (side[at].to(weights.dtype) * weights[at, None]).to(acc.dtype)
-        if shared and acc.is_cuda:  # sorted, so in a fixed order; index_add_ would be atomic there
-            acc.index_put_((rows[at],), part, accumulate=True)
-        elif shared:  # row after row; index_put_ is atomic here
-            acc.index_add_(0, rows[at], part)
+        if shared:
+            _sum_rows(acc, rows[at], part)
         else:
             acc.index_copy_(0, rows[at], part)
     if acc is not out:
         out.copy_(acc)
+
+
+def add_rows(
+    out: Tensor,  # (R, D)
+    rows: Tensor,  # (N,)
+    weights: Tensor,  # (N,) fp32, or fp64
+    x: Tensor,  # (N, D)
+) -> None:
+    """``out[rows] += weights * x``: what rows share is summed in fp32, and rounded once.
+
+    A row's terms are added in a fixed order.
+    """
+    n, width = x.shape
+    if not n:
+        return
+    ordered, order = rows.sort(stable=True)
+    group = torch.nn.functional.pad((ordered.diff() != 0).cumsum(0), (1, 0))
+    x, weights = x[order], weights[order, None]
+    step = max(1, matmul.workspace(x.device.type) // (2 * weights.itemsize * n))
+    for i in range(0, width, step):
+        at = slice(i, i + step)
+        part = weights * x[:, at]
+        sums = torch.zeros_like(part)
+        _sum_rows(sums, group, part)
+        # All rows of a group write the same.
+        total = torch.index_select(sums, 0, group, out=part).add_(out[ordered, at])
+        out[:, at].index_copy_(0, ordered, total.to(out.dtype))
+
+
+def _sum_rows(out: Tensor, rows: Tensor, x: Tensor) -> None:
+    """``out[rows] += x``, in a fixed order."""
+    if out.is_cuda:  # sorted; index_add_ would be atomic there
+        out.index_put_((rows,), x, accumulate=True)
+    else:  # row after row; index_put_ is atomic here
+        out.index_add_(0, rows, x)
 
 
 def empty_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,9 @@ is no multiple of dZ0. Then the forward keeps logits, and the backward makes one
 gradients: still three head matmuls for rows whose logits were kept, and a fourth, which computes
 them again, for the others. ``dZ W`` is made there, so it needs the weight.
 
+Where the log-sum-exp of each row is wanted too, dZ0 and dZ are 0 at targets, whose entries go
+another way (``target_columns.py``).
+
 Legend: ``N`` scored rows, ``R`` rows of the hidden states, ``H`` hidden, ``V`` vocabulary.
 """
 
@@ -37,7 +40,9 @@ from pro_kernels.fused.gather_scatter import clear_behind, empty_rows, rows_of, 
 class Saved(NamedTuple):
     """What the forward leaves for the backward."""
 
-    stats: Tensor  # (1 to 3, N): log-sum-exp, entropy if wanted, raw target logit if rounded
+    # (1 to 4, N): log-sum-exp, entropy if wanted, log-prob if log-sum-exps are, and the raw target
+    # logit if logits are rounded.
+    stats: Tensor
     kept: Tensor  # (retained, V): dZ0, or logits where the entropy is wanted
     side: Tensor  # (N or 0, H): dZ0 W
     filter: Kept
@@ -54,6 +59,10 @@ class Saved(NamedTuple):
         f = self.filter
         return self.stats, self.kept, self.side, f.columns, f.counts, f.dropped
 
+    def logp(self, call: Call) -> Tensor:
+        """Log-probs, where log-sum-exps are wanted."""
+        return self.stats[1 + call.entropy]
+
     def exact(self, call: Call, at: slice) -> Tensor | None:
         """Raw target logits of these rows, where the logits themselves are rounded."""
         return self.stats[-1, at] if call.rounds_logits else None
@@ -66,12 +75,12 @@ def forward(
     bias: Tensor | None,  # (V,) in compute_dtype
     rows: Tensor,  # (N,)
     targets: Tensor,  # (N,)
-    values: Tensor,  # (1, 2 or 5, N) fp32 to fill: log-prob, entropy, ``_extra``
+    values: Tensor,  # (outputs, N) fp32 to fill
     saved: Saved,  # to fill
 ) -> None:
     """Log-probs of all rows, chunk by chunk, and what the backward will need."""
-    n, plan = rows.shape[0], call.plan
-    if plan.tier == "T0" and _score(call, hidden, weight, bias, rows, targets, values, saved):
+    n, plan, out = rows.shape[0], call.plan, dict(zip(call.outputs, values, strict=True))
+    if plan.tier == "T0" and _score(call, hidden, weight, bias, rows, targets, out, saved):
         return
     retained = min(saved.kept.shape[0], n)
     scratch = None
@@ -87,14 +96,18 @@ def forward(
                 scratch = empty_rows(saved.kept, *shape, call.logits_dtype)
             logits = scratch[: stop - start]
         matmul.logits_into(logits, x, weight, bias)
+        if "predicted" in out:  # plus 1, so that 0 is nobody's; all logits rounded alike
+            top = torch.max if call.logits.logit_scale > 0 else torch.min
+            out["predicted"][at] = top(logits, 1).indices + 1
         if call.entropy:
             logp, lse, entropy = call.kernels.logp(
                 logits, t, target_logits=exact, options=call.logits, entropy=True
             )
             assert entropy is not None
-            values[1, at] = saved.stats[1, at] = entropy
-            if call.extra:
-                values[2:, at] = _extra(call, logits, t, exact, lse)
+            out["entropy"][at] = saved.stats[1, at] = entropy
+            if "mean_logits" in out:
+                extra = _extra(call, logits, t, exact, lse)
+                out["log_sum_sq_probs"][at], out["mean_logits"][at] = extra
         elif call.shard:
             write = plan.need_hidden or keep
             logp, lse, exact = _across_ranks(call, x, weight, bias, t, logits, write)
@@ -102,11 +115,15 @@ def forward(
             logp, lse = call.kernels.residual_(logits, t, target_logits=exact, options=call.logits)
         else:
             logp, lse, _ = call.kernels.logp(logits, t, target_logits=exact, options=call.logits)
-        values[0, at], saved.stats[0, at] = logp, lse
+        out["logps"][at], saved.stats[0, at] = logp, lse
+        if call.lse:
+            out["lse"][at], saved.logp(call)[at] = lse, logp
         if exact is not None:
             saved.stats[-1, at] = exact
         if call.entropy:
             continue
+        if call.lse:
+            clear_targets(call, logits, t)
         dz, w = logits, weight
         if call.grad_filter is not None:
             dz, w = saved.filter.choose(i, logits, t, weight, call.logits.logit_scale, at)
@@ -117,16 +134,16 @@ def forward(
             matmul.hidden_grad(dz.to(call.compute_dtype), w, _part(saved.side, at))
 
 
-def _score(call, hidden, weight, bias, rows, targets, values, saved) -> bool:
+def _score(call, hidden, weight, bias, rows, targets, out, saved) -> bool:
     """``forward`` without a backward by the backend's fused kernel; False where that is slower."""
     fused, n = call.kernels.scores_fused, rows.shape[0]
-    if not fused or call.shard or call.entropy:
+    if not fused or call.shard or not {"logps", "lse"}.issuperset(out):
         return False
     if not fused(n, hidden.shape[1], call.vocab, call.compute_dtype, hidden.device):
         return False
     for i in range(0, n, call.plan.chunk):
         at = slice(i, i + call.plan.chunk)
-        values[0, at], saved.stats[0, at] = call.kernels.score(
+        out["logps"][at], out.get("lse", saved.stats[0])[at] = call.kernels.score(
             rows_of(call, hidden, rows[at]), weight, bias, targets[at], options=call.logits
         )
     return True
@@ -147,9 +164,7 @@ def _across_ranks(
     """
     shard = call.shard
     assert shard is not None
-    local = targets - shard.first
-    mine = (local >= 0) & (local < logits.shape[1])
-    local = torch.where(mine, local, 0)
+    local, mine = own_columns(call, targets, logits.shape[1])
     raw = logits.gather(1, local[:, None])[:, 0].to(acc_dtype(logits.dtype))
     exact = target_logits(call, x, weight, bias, local)
     if exact is not None:  # the first column stands for a target of another rank: as it is
@@ -170,24 +185,37 @@ def _across_ranks(
     return logp, lse, exact
 
 
+def own_columns(call: Call, targets: Tensor, count: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Targets among the ``count`` columns from ``first`` on of this rank's, 0 for those elsewhere.
+
+    And whether they are among them.
+    """
+    local = targets - first - (call.shard.first if call.shard else 0)
+    here = (local >= 0) & (local < count)
+    return torch.where(here, local, 0), here
+
+
+def clear_targets(call: Call, dz: Tensor, targets: Tensor, first: int = 0) -> None:
+    """Zeros at the targets, of columns from ``first`` on (``target_columns.py``)."""
+    columns, here = own_columns(call, targets, dz.shape[1], first)
+    at = torch.arange(dz.shape[0], device=dz.device), columns
+    dz[at] = torch.where(here, 0.0, dz[at])  # scatter_ copies all of a 16-bit dz on a CPU
+
+
 def _extra(
     call: Call, logits: Tensor, targets: Tensor, exact: Tensor | None, lse: Tensor
 ) -> Tensor:
-    """``log sum_v p_v^2``, mean z, and 1 where the target is the first of the largest; (3, N)."""
-    out = lse.new_empty((3, logits.shape[0]))
+    """``log sum_v p_v^2`` and mean z, (2, N)."""
+    out = lse.new_empty((2, logits.shape[0]))
     step = max(1, matmul.workspace(logits.device.type) // (4 * logits.shape[1]))
     for i in range(0, logits.shape[0], step):
         at = slice(i, i + step)
         z = logits[at].to(lse.dtype)
-        index = targets[at, None]
-        # All of them rounded alike, or the target would win what rounds to a tie.
-        top = (z if call.logits.logit_scale > 0 else -z).argmax(1, keepdim=True)
         if exact is not None:
-            z.scatter_(1, index, exact[at, None].to(z.dtype))
+            z.scatter_(1, targets[at, None], exact[at, None].to(z.dtype))
         z = call.logits.transform(z)
         out[0, at] = torch.logsumexp(2 * z, 1) - 2 * lse[at]
         out[1, at] = z.mean(1)
-        out[2, at] = (top == index)[:, 0].to(out.dtype)
     return out
 
 

@@ -21,6 +21,7 @@ from pro_kernels.fused.call import Call, Candidates, acc_dtype
 from pro_kernels.fused.columns import Kept
 from pro_kernels.fused.gather_scatter import empty_rows, side_dtype
 from pro_kernels.fused.registry import fake, op
+from pro_kernels.fused.target_columns import TargetColumns
 from pro_kernels.layout import raise_bad_target
 from pro_kernels.options import IGNORE_INDEX
 
@@ -135,9 +136,9 @@ def head_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
 
-    Returns ``values`` (1, 2 or 5, N): log-prob and, with ``call.entropy``, the entropy and, with
-    ``call.extra``, ``log sum p^2``, the mean logit and whether the target is the largest. Then
-    ``head.Saved``, whose rows are in compact order.
+    Returns ``values`` (outputs, N), which ``call.outputs`` names: "logps", "entropy", "lse" and,
+    without gradient, "log_sum_sq_probs", "mean_logits" and "predicted", 1 + the most likely token.
+    Then ``head.Saved``, whose rows are in compact order.
     """
     with _autocast_off(hidden):
         if not call.targets_checked:
@@ -171,6 +172,7 @@ def _(hidden, weight, bias, rows, targets, call):
 def head_backward(
     grad: Tensor,  # (N,) upstream gradient of each log-prob
     entropy_grad: Tensor | None,  # (N,) of each entropy
+    lse_grad: Tensor | None,  # (N,) of each log-sum-exp
     hidden: Tensor,  # (R, H)
     weight: Tensor | None,  # (V, H); None where all of dZ0 was retained
     bias: Tensor | None,  # (V,)
@@ -185,18 +187,33 @@ def head_backward(
         grads = _grad_buffers(hidden, call, needs)
         live, rows, targets = _compact(rows, targets)
         upstream = [
-            None if x is None else _live(x.to(call.acc_dtype), live) for x in (grad, entropy_grad)
+            None if x is None else _live(x.to(call.acc_dtype), live)
+            for x in (grad, entropy_grad, lse_grad)
         ]
         kept = head.Saved.of(saved, call)
         kept = kept._replace(stats=kept.stats[:, : rows.shape[0]])
+        w, by, of_lse = upstream
+        columns = None
+        if call.lse:
+            assert weight is not None and w is not None
+            columns = TargetColumns.of(call, hidden, weight, rows, targets, kept, upstream)
+            w = w if of_lse is None else w - of_lse
         wanted = [x if need else None for x, need in zip(grads, needs, strict=True)]
         gradients = backward.backward_of_both if call.entropy else backward.backward
-        gradients(call, hidden, *_cast(weight, bias, call), rows, targets, kept, upstream, wanted)
+        again = call.needs_head_again(rows.shape[0])
+        matrix: tuple[Any, Any] = _cast(weight, bias, call) if again else (None, None)
+        if columns is not None and wanted[2] is not None:  # its terms are rounded once
+            wanted[2] = wanted[2].to(call.acc_dtype)
+        gradients(call, hidden, *matrix, rows, targets, kept, (w, by), columns, wanted)
+        if columns is not None:
+            columns.add_to(*wanted[1:])
+        if wanted[2] is not None and wanted[2] is not grads[2]:
+            grads[2].copy_(wanted[2])
         return grads
 
 
 @fake(head_backward)
-def _(grad, entropy_grad, hidden, weight, bias, rows, targets, saved, needs, call):
+def _(grad, entropy_grad, lse_grad, hidden, weight, bias, rows, targets, saved, needs, call):
     return _grad_buffers(hidden, call, needs)
 
 
@@ -308,10 +325,10 @@ def _cast(weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Any, 
 def _head_buffers(hidden: Tensor, targets: Tensor, call: Call) -> tuple[Tensor, head.Saved]:
     n, plan, acc = targets.shape[0], call.plan, call.acc_dtype
     chunks = -(-plan.retained // plan.chunk) - (-n // plan.chunk) + 1
-    statistics = 1 + call.entropy + call.rounds_logits
+    statistics = 1 + call.entropy + call.lse + call.rounds_logits
     kept_dtype = call.logits_dtype if call.entropy else call.compute_dtype
     side = n if plan.need_hidden and not call.entropy else 0
-    return hidden.new_empty((1 + call.entropy + 3 * call.extra, n), dtype=acc), head.Saved(
+    return hidden.new_empty((len(call.outputs), n), dtype=acc), head.Saved(
         hidden.new_empty((statistics, n), dtype=acc),
         empty_rows(hidden, plan.retained, call.vocab, kept_dtype),
         hidden.new_empty((side, hidden.shape[1]), dtype=side_dtype(call, hidden)),

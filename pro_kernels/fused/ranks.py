@@ -18,11 +18,11 @@ from pro_kernels.fused.call import Call, Candidates
 from pro_kernels.fused.planner import default_budget
 from pro_kernels.fused.rank_order import check_arguments
 from pro_kernels.layout import Layout, by_token
-from pro_kernels.options import CallOptions, PROOptions
+from pro_kernels.options import CallOptions
 
 # What checking a call's arguments finds: the call but for its plan, its layout, how it runs, and
-# the options of a loss.
-Door = tuple[Call, Layout, CallOptions, PROOptions | None]
+# the options of a loss: ``PROOptions`` of one of candidates.
+Door = tuple[Call, Layout, CallOptions, Any]
 Tensors = tuple[Tensor, Tensor | None, Tensor | None]  # hidden (or logits), weight, bias
 # Of ``CallOptions``, what may differ between ranks.
 _OWN = ("backend", "budget", "process_group", "sequence_group", "inplace_backward")
@@ -98,12 +98,12 @@ def _shared_facts(
     }
     facts["dtypes"] = f"{hidden.dtype}, {getattr(weight, 'dtype', None)}, {call.compute_dtype}"
     facts["the kind of device"] = hidden.device.type
-    facts["bias"] = bias is not None
-    if by_candidate is None or loss is None:
+    facts |= {"bias": bias is not None, "loss": repr(loss)}
+    if by_candidate is None:
         return facts
     check_arguments(layout.shape, **by_score(by_candidate), options=loss)
     facts |= {name: shards.described(x) for name, x in by_candidate.items()}
-    return {**facts, "loss": repr(loss), "(B, n)": layout.shape}
+    return {**facts, "(B, n)": layout.shape}
 
 
 def _whole_facts(layout: Layout, tensors: Tensors) -> dict[str, Any]:

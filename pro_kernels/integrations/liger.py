@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pro_kernels.api import linear_token_logps, linear_token_stats
+from pro_kernels.api import linear_token_logps
+from pro_kernels.cross_entropy import token_losses
 from pro_kernels.integrations.names import Pair, exchange, exchange_back
 from pro_kernels.models.head import head_for
 
@@ -45,9 +46,9 @@ def apply() -> None:
     bfloat16, as Liger takes them; losses are fp32. ``compiled``, ``chunk_size`` and ``accum_dtype``
     do not matter here.
 
-    What the kernels cannot do stays Liger's own, and a warning says why: label smoothing, z-loss
-    and predicted tokens of the cross-entropy, a chosen implementation of it, ``kl`` of KTO for each
-    row, and a weight that DeepSpeed ZeRO-3 has split.
+    What the kernels cannot do stays Liger's own, and a warning says why: label smoothing under a
+    softcap, a chosen implementation of the cross-entropy, ``kl`` of KTO for each row, and a weight
+    that DeepSpeed ZeRO-3 has split.
 
     Raises:
         ImportError: liger-kernel is missing.
@@ -124,9 +125,8 @@ def _left_to_liger(given: dict[str, Any]) -> str | None:
     """What of a call is not computed here."""
     if any(hasattr(given.get(x), "ds_id") for x in ("weight", "ref_weight")):
         return "a weight that ZeRO-3 has split"  # it is whole in the forward only
-    for name in ("label_smoothing", "lse_square_scale", "return_z_loss", "return_predicted_tokens"):
-        if "ce_weight" in given and given.get(name):
-            return f"{name}={given[name]}"
+    if (smoothing := given.get("label_smoothing")) and (softcap := given.get("softcap")):
+        return f"label_smoothing={smoothing} and softcap={softcap}"
     if implementation := given.get("ce_impl") or given.get("ce_mode"):
         return f"the implementation {implementation}"
     kl = given.get("kl")
@@ -221,28 +221,28 @@ def _policy(formula: Callable[..., Any], x: Any, options: dict[str, Any]) -> Res
 
 
 def _cross_entropy(_: None, x: Any, options: dict[str, Any]) -> Result:
-    """Of rows (N, H) and targets (N,): loss, z-loss (None), accuracy, predicted tokens (None)."""
+    """Of rows (N, H) and targets (N,): loss, z-loss, accuracy and predicted tokens, or Nones."""
     weight, bias = head_for(x._input, x.weight, x.bias)
-    call: dict[str, Any] = {"bias": bias, "ignore_index": x.ignore_index, "softcap": x.softcap}
-    logps: Any
-    scored, accuracy = x.target != x.ignore_index, None
+    found = token_losses(
+        x._input, weight, x.target, bias=bias, class_weight=x.ce_weight,
+        outputs=("predicted",) if x.return_token_accuracy or x.return_predicted_tokens else (),
+        label_smoothing=x.label_smoothing, z_loss=x.lse_square_scale, softcap=x.softcap,
+        ignore_index=x.ignore_index,
+    )  # fmt: skip
+    certainty = found.stats["logps"].detach().exp() if x.use_token_scaling else 1.0
+    loss, z_loss = found.reduced(x.reduction, certainty)
+    predicted = found.stats.get("predicted")
+    accuracy = None
     if x.return_token_accuracy:
-        stats = linear_token_stats(x._input, weight, x.target, extra=True, **call)
-        logps, accuracy = stats.logps, (stats.is_top1 & scored).float()
-    else:
-        logps = linear_token_logps(x._input, weight, x.target, **call)
-    losses, counts = -logps, scored.to(logps.dtype)
-    if x.use_token_scaling:
-        losses = losses * logps.detach().exp()
-    if x.ce_weight is not None:
-        counts = counts * x.ce_weight[torch.where(scored, x.target, 0)]
-        losses = losses * counts
-    if x.reduction == "none":
-        return losses, None, accuracy, None
-    loss, total = losses.sum(), counts.sum()
-    if x.reduction == "mean":
-        loss = loss / torch.where(total == 0, 1.0, total)
-    return loss, None, None if accuracy is None else accuracy.sum() / scored.sum(), None
+        accuracy = (predicted == x.target).float() * found.scored
+        if x.reduction != "none":
+            accuracy = accuracy.sum() / found.scored.sum()
+    return (
+        loss,
+        z_loss.detach() if x.return_z_loss else None,
+        accuracy,
+        predicted if x.return_predicted_tokens else None,
+    )
 
 
 _HEADS = "_input weight bias ref_input ref_weight ref_bias use_ref_model compiled chunk_size "

@@ -17,12 +17,12 @@ import torch
 
 from pro_kernels.option_types import Gain, LengthNormalize, Limits
 
-from .gains import gains, ideal_dcg, not_a_gain
+from .gains import by_gaps, gains, ideal_dcg, not_a_gain
 from .ranked import Ranked, Result, differences
 from .registry import register
 
 
-@register(uses_gaps=True, reward_fault=not_a_gain)
+@register(uses_gaps=by_gaps, reward_fault=not_a_gain)
 def approx_ndcg(
     ranked: Ranked,
     *,

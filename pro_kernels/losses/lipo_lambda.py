@@ -20,12 +20,12 @@ from torch.nn.functional import softplus
 
 from pro_kernels.option_types import Beta, Gain
 
-from .gains import gains, too_large
+from .gains import by_gaps, gains, too_large
 from .ranked import Ranked, Result, differences, pair_sum
 from .registry import register
 
 
-@register(uses_gaps=True, reward_fault=too_large)
+@register(uses_gaps=by_gaps, reward_fault=too_large)
 def lipo_lambda(
     ranked: Ranked,
     *,

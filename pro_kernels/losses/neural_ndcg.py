@@ -19,14 +19,14 @@ import torch
 
 from pro_kernels.option_types import Gain, LengthNormalize, Limits
 
-from .gains import discounts, gains, ideal_dcg, not_a_gain
+from .gains import by_gaps, discounts, gains, ideal_dcg, not_a_gain
 from .ranked import Ranked, Result, differences
 from .registry import register
 
 SINKHORN_STEPS = 30
 
 
-@register(uses_gaps=True, reward_fault=not_a_gain)
+@register(uses_gaps=by_gaps, reward_fault=not_a_gain)
 def neural_ndcg(
     ranked: Ranked,
     *,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pro_kernels.cross_entropy import class_losses
 from pro_kernels.models.lazy import (
     ANSWERS,
     NO_TARGET,
@@ -361,7 +362,7 @@ def _gather(x: LazyLogits, dim: Any, index: Tensor, *, sparse_grad: bool = False
     if index.shape[:-1] != x.rows.shape:
         return NotImplemented
     if index.shape[-1] == 1 and x.what == "log_probs":
-        return _number(x, log_probs(x, index[..., 0]), keepdim=True)
+        return _number(x, log_probs(x, index[..., 0])[0], keepdim=True)
     if index.shape[-1] == 1:
         return _number(x, target_logits_of(x, index[..., 0]), keepdim=True)
     chosen = logits_of(x, index)
@@ -389,26 +390,19 @@ def _cross_entropy(
         return NotImplemented
     if x.rows.dim() > 1 or target.dtype != torch.int64 or target.shape != x.rows.shape:
         return NotImplemented
-    average = mean(x) if eps else None
-    if eps and (weight is not None or average is None or not 0 < eps <= 1):
-        return NotImplemented
     if weight is not None and (
         weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.requires_grad
     ):
         return NotImplemented
+    average = mean(x, weight) if eps else None
+    if eps and (average is None or not 0 < eps <= 1):
+        return NotImplemented
     if torch.is_autocast_enabled(x.device.type):
         x = _cast(x, torch.promote_types(x.dtype, torch.float32))
     counted = target != ignore_index
-    # Rows that do not count are left out, unless their log-sum-exp is wanted too.
-    ids = torch.where(counted, target, 0 if eps else NO_TARGET)
-    losses = -log_probs(x, ids, keep=bool(eps))
-    if average is not None:
-        losses = (1 - eps) * losses + eps * (logsumexp(x) - average)
-        losses = torch.where(counted, losses, 0.0)
-    weights = counted.to(losses.dtype)
-    if weight is not None:
-        weights = weights * weight[torch.where(counted, target, 0)]
-        losses = losses * weights
+    # Rows that do not count are left out.
+    logps, lse = log_probs(x, torch.where(counted, target, NO_TARGET), keep=False)
+    losses, weights = class_losses(logps, target, counted, weight, eps, lse, average)
     if reduction == "none":
         return losses.to(x.dtype)
     total = losses.sum()

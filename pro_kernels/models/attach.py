@@ -20,6 +20,7 @@ from pro_kernels.distinct.decoder import distinct_rows
 from pro_kernels.fused.shards import group_of
 from pro_kernels.losses import LOSSES
 from pro_kernels.models.forward import (
+    CLASS_OPTIONS,
     KERNEL_OPTIONS,
     LOSS_OPTIONS,
     OPTIONS,
@@ -32,7 +33,7 @@ from pro_kernels.models.head import unfit
 from pro_kernels.models.opened import LossOf, Opened, base_of, causal_lm
 from pro_kernels.models.probe import agree
 from pro_kernels.models.tryout import try_out
-from pro_kernels.options import PROOptions
+from pro_kernels.options import CrossEntropyOptions, PROOptions
 from pro_kernels.validate import check_choice
 
 # What ``attach(loss=...)`` takes beside the names of ``losses.LOSSES``.
@@ -99,7 +100,10 @@ def attach(
             does until ``detach``; "padded" runs batches as they are.
         lazy_logits: False: a call without labels returns plain logits, one with labels None.
         options: of the loss (``linear_pro_loss``'s, or those of ``LOSSES[loss]``): ``sft_weight``,
-            ``temperature``, ``beta``, ...; and of any: ``logits_dtype``, ``grad_filter``.
+            ``temperature``, ``beta``, ...; of ``linear_cross_entropy``, unless a ranking loss is
+            named: ``class_weight``, ``label_smoothing``, ``z_loss``, which the cross-entropy of
+            labels then has, whether the model's own loss has them or not; and of any:
+            ``logits_dtype``, ``grad_filter``.
 
     Returns:
         The same model.
@@ -120,7 +124,9 @@ def attach(
     check_choice("loss", loss, (*_LOSSES, *LOSSES))
     loss = "ranking" if loss == "pro" else loss
     of_scores = None if loss in _LOSSES else LOSSES[loss]
-    there = OPTIONS if of_scores is None else {*KERNEL_OPTIONS, *of_scores.types}
+    there = OPTIONS.difference(CLASS_OPTIONS if loss == "ranking" else ())
+    if of_scores is not None:
+        there = {*KERNEL_OPTIONS, *of_scores.types}
     if unknown := sorted(set(options) - there):
         raise TypeError(f"attach got options {unknown}; there are {sorted(there)}")
     check_choice("rows", rows, ("padded", "distinct"))
@@ -130,9 +136,12 @@ def attach(
     else:
         of_scores.check({name: x for name, x in options.items() if name in of_scores.types})
     group_of("process_group", process_group)
+    own_names = CLASS_OPTIONS if of_scores is None else ()
+    classes = {name: options.pop(name) for name in own_names if name in options}
+    CrossEntropyOptions(**{name: x for name, x in classes.items() if name != "class_weight"})
     options |= {"backend": backend, "budget": budget}
     own = {name: lm.__dict__[name] for name in _REPLACED if name in lm.__dict__}
-    opened = Opened(lm, loss, options, process_group, own)
+    opened = Opened(lm, loss, options, classes, process_group, own)
     setattr(lm, STATE, opened)
     try:
         try_out(opened, example)

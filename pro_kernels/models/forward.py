@@ -14,22 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from pro_kernels.api import linear_pro_loss, linear_token_logps
+from pro_kernels.cross_entropy import token_losses
 from pro_kernels.fused.shards import is_dtensor
 from pro_kernels.layout import Layout
 from pro_kernels.losses import LOSSES, get_loss
 from pro_kernels.models.head import HeadInputs
 from pro_kernels.models.opened import FIELDS, Opened
-from pro_kernels.options import IGNORE_INDEX, CallOptions, Options, PROOptions
+from pro_kernels.options import (
+    IGNORE_INDEX,
+    CallOptions,
+    CrossEntropyOptions,
+    Options,
+    PROOptions,
+)
 
 STATE = "_pro_kernels"  # the attribute of an attached model that holds its ``Opened``
 # Keyword arguments that the forward of an attached model takes beside the model's own.
 _AS_GIVEN = ("candidate_mask", "prompt_weights", "sft_index")
 _OF_SCORES = ("ref_logps", "desirable")  # of losses other than PRO
 RANKING = ("rewards", "num_candidates", *_AS_GIVEN, *_OF_SCORES, "layout")
-# Options of ``attach``: those of ``linear_pro_loss`` and of ``linear_token_logps``.
+# Options of ``attach``: of ``linear_pro_loss``, of either function, of ``linear_cross_entropy``.
 _GIVEN_ELSEWHERE = ("ignore_index", "shift", "inplace_backward", "process_group", "sequence_group")
 LOSS_OPTIONS, KERNEL_OPTIONS = Options(PROOptions, CallOptions, without=_GIVEN_ELSEWHERE).names
-OPTIONS = {*LOSS_OPTIONS, *KERNEL_OPTIONS}
+(_CLASSES,) = Options(CrossEntropyOptions, without=("reduction",)).names
+CLASS_OPTIONS = ("class_weight", *_CLASSES)
+OPTIONS = {*LOSS_OPTIONS, *KERNEL_OPTIONS, *CLASS_OPTIONS}
 # No keywords of a call: models take any, and would leave these unread.
 _NOT_OF_A_CALL = OPTIONS | inspect.signature(linear_pro_loss).parameters.keys()
 _NOT_OF_A_CALL -= {*RANKING, "ignore_index"}
@@ -161,23 +170,27 @@ def _of_kernels(opened: Opened) -> dict[str, Any]:
 def cross_entropy(
     opened: Opened, head: HeadInputs, asked: Asked
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The model's own loss of these targets, and the log-probs it is made of."""
-    targets = asked.targets.to(head.hidden.device, non_blocking=True)
-    logps: Any = linear_token_logps(
+    """The loss of these targets, the model's own but for ``opened.classes``, and log-probs."""
+    device = head.hidden.device
+    classes: dict[str, Any] = {
+        name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+        for name, x in opened.classes.items()
+    }
+    found = token_losses(
         head.hidden,
         head.weight,
-        targets,
+        asked.targets.to(device, non_blocking=True),
         shift=asked.shift,
+        **classes,
         **_of_both(opened, head, asked),
         **_of_kernels(opened),
     )
-    items = asked.items
+    logps, items = {"token_logps": found.stats["logps"]}, asked.items
     if items is None or not opened.divides_by_items:
-        items = ((targets[..., 1:] if asked.shift else targets) != asked.ignore_index).sum()
-    elif isinstance(items, Tensor):
-        items = items.to(logps.device, non_blocking=True)
-    # Of no tokens the loss is 0 (and not -0), where a mean over none would be NaN.
-    return (0.0 - logps.sum()) / (items + (items == 0)), {"token_logps": logps}
+        return found.reduced("mean")[0], logps
+    if isinstance(items, Tensor):
+        items = items.to(device, non_blocking=True)
+    return found.reduced("sum")[0] / (items + (items == 0)), logps
 
 
 def ranking_loss(

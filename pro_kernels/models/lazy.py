@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pro_kernels.api import linear_token_logps, linear_token_stats
+from pro_kernels.api import linear_token_logps
 from pro_kernels.fused.autograd import first_order
+from pro_kernels.fused.thin import ChosenLogits, mean_column, mean_logits
 from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.head import HeadInputs
+from pro_kernels.options import LogitOptions
 
 # Without gradients logits smaller than this are made: generation, a look at some rows.
 _FEW = 64 << 20
@@ -117,11 +119,8 @@ class Source:
         """(N,) fp32 (fp64 of such), of raw logits."""
         key = torch.is_grad_enabled()
         if key not in self.shared:
-            wide = torch.promote_types(self.head.hidden.dtype, torch.float32)
             with self.computing():
-                mean = self.head.hidden.to(wide) @ self.head.weight.mean(0, dtype=wide)
-                if self.head.bias is not None:
-                    mean = mean + self.head.bias.mean(dtype=wide)
+                mean = mean_logits(self.head.hidden, mean_column(*self.head[1:3]))
             self.shared[key] = self.at(mean, self.numbers)
         return self.shared[key]
 
@@ -145,21 +144,11 @@ class Source:
 class Pass:
     """One run of the head over some rows; 0 at the others."""
 
-    source: Source
     key: tuple[float, int]
     ids: Tensor  # (N,)
-    pairs: Tensor  # (P, 2), a hidden state and an id, of those that differ
-    pair_of: Tensor | None  # (N,); None: row i has the i-th pair
     logps: Tensor  # (N,)
+    lse: Tensor  # (N,)
     entropy: Tensor | None  # (N,)
-
-    @functools.cached_property
-    def chosen(self) -> Tensor:
-        """(N,), the target's logit: one tensor, at which gradients of opposite sign cancel."""
-        with torch.set_grad_enabled(self.logps.requires_grad):
-            places, ids = self.pairs.unbind(1)
-            found = target_logits(self.source, places, ids[:, None])[:, 0] / self.key[0]
-            return found if self.pair_of is None else found[self.pair_of]
 
 
 class LazyLogits(Tensor):
@@ -490,49 +479,6 @@ def _say(name: str, x: LazyLogits) -> None:
 # ---- numbers of whole rows, in fp32
 
 
-class _TargetLogits(torch.autograd.Function):
-    """Logits (n, k) of ids ``(n, k)`` at ``places (n,)``: products of rows, no head matmul."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, places, ids, dtype, head):  # noqa: D102
-        ctx.given = (places, ids, dtype, head)
-        return _products(hidden, weight, bias, *ctx.given)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad):  # noqa: D102
-        found: list[Tensor | None] = [None] * 3
-        # All 0 as a rule: of a target's logit less its log-sum-exp, which the pass has.
-        if len(at := grad.any(1).nonzero()[:, 0]):
-            places, ids, *others = ctx.given
-            given = (places[at], ids[at], *others)
-            found = _again(ctx, others[-1], lambda *inputs: _products(*inputs, *given), grad[at])
-        return *found, None, None, None, None
-
-
-def _products(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    places: Tensor,
-    ids: Tensor,
-    dtype: torch.dtype,
-    head: HeadInputs,
-) -> Tensor:
-    wide = torch.promote_types(dtype, torch.float32)
-    x, w = (y.to(dtype).to(wide) for y in (hidden[places], weight[ids]))
-    z = torch.einsum("nh,nkh->nk", x, w)
-    return head.after(z if bias is None else z + bias[ids].to(dtype))
-
-
-def target_logits(source: Source, places: Tensor, ids: Tensor) -> Tensor:
-    """(n, k) of ids (n, k) of hidden states (n,), not divided."""
-    head = source.head
-    dtype = source.autocast or head.hidden.dtype
-    with source.computing():
-        return _TargetLogits.apply(*head[:3], places, ids, dtype, head)
-
-
 def _of_rows(x: LazyLogits, full: Tensor) -> Tensor:
     """What stands in (N,) for the rows, in their shape."""
     out = full.view(x.rows.shape) if is_whole(x) else full[x.rows]
@@ -543,14 +489,16 @@ def _of_rows(x: LazyLogits, full: Tensor) -> Tensor:
     return out
 
 
-def log_probs(x: LazyLogits, ids: Tensor, keep: bool = True) -> Tensor:
-    """Of one id a row."""
-    return _of_rows(x, run_head(x, ids, keep=keep).logps)
+def log_probs(x: LazyLogits, ids: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
+    """Of one id a row, and the log-sum-exps."""
+    made = run_head(x, ids, keep=keep)
+    return _of_rows(x, made.logps), _of_rows(x, made.lse)
 
 
 def target_logits_of(x: LazyLogits, ids: Tensor) -> Tensor:
     """Of one id a row, in one pass with the log-sum-exp of the row."""
-    return _of_rows(x, run_head(x, ids).chosen)
+    made = run_head(x, ids)
+    return _of_rows(x, made.logps + made.lse)
 
 
 def logits_of(x: LazyLogits, ids: Tensor) -> Tensor:
@@ -559,15 +507,17 @@ def logits_of(x: LazyLogits, ids: Tensor) -> Tensor:
     places = rows if x.source.places is None else x.source.places[rows]
     if ids.numel() and not 0 <= ids.min() <= ids.max() < x.shape[-1]:
         raise IndexError(f"index must lie in [0, {x.shape[-1]}), got {ids.min()} to {ids.max()}")
-    with computing_grad(x):
-        found = target_logits(x.source, places, ids.reshape(-1, ids.shape[-1]))
-    return found.view(ids.shape) / x.key[0]
+    head = x.source.head
+    given = x.source.autocast or head.hidden.dtype, LogitOptions(head.softcap, head.logit_scale)
+    with computing_grad(x), x.source.computing():
+        ids = ids.reshape(-1, ids.shape[-1])
+        found = ChosenLogits.apply(*head[:3], places, ids, *given)
+    return found.view(*x.rows.shape, -1) / x.key[0]
 
 
 def logsumexp(x: LazyLogits) -> Tensor:
     """Of each row."""
-    made = run_head(x)
-    return _of_rows(x, made.chosen - made.logps)
+    return _of_rows(x, run_head(x).lse)
 
 
 def entropy(x: LazyLogits) -> Tensor:
@@ -577,14 +527,17 @@ def entropy(x: LazyLogits) -> Tensor:
     return _of_rows(x, found)
 
 
-def mean(x: LazyLogits) -> Tensor | None:
-    """The mean logit of each row; None where a softcap keeps it from being the weight's mean."""
+def mean(x: LazyLogits, by: Tensor | None = None) -> Tensor | None:
+    """The mean of each row's logits, times ``by`` (V,); None where a softcap makes it another."""
     head = x.source.head
     if head.softcap is not None:
         return None
     with computing_grad(x):
-        found = x.source.mean_logit()
-    return _of_rows(x, found) * (head.logit_scale / x.key[0])
+        if by is None:
+            found = _of_rows(x, x.source.mean_logit())
+        else:
+            found = mean_logits(hidden_of(x), mean_column(*head[1:3], by))
+    return found * (head.logit_scale / x.key[0])
 
 
 def run_head(
@@ -637,29 +590,23 @@ def run_head(
 def _run(
     source: Source, targets: Tensor, key: tuple, options: dict[str, Any], entropy: bool, late: bool
 ) -> Pass:
-    hidden, pair_of, at = source.head.hidden, None, None
-    if source.places is None:
-        pairs = torch.stack([source.numbers, targets.clamp_min(0)], 1)
-    else:  # each hidden state with each of its ids once
+    hidden, ids, at = source.head.hidden, targets, None
+    if source.places is not None:  # each hidden state with each of its ids once
         at = (targets != NO_TARGET).nonzero()[:, 0]
         vocab = source.head.weight.shape[0]
         ids = targets[at]
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocab:
             raise IndexError(f"index must lie in [0, {vocab}), got {ids.min()} to {ids.max()}")
         codes, inverse = (source.places[at] * vocab + ids).unique(return_inverse=True)
-        pairs = torch.stack([codes // vocab, codes % vocab], 1)
-        hidden = hidden[pairs[:, 0]]
-        pair_of = torch.zeros_like(targets)
-        pair_of[at] = inverse
-    ids = targets if at is None else pairs[:, 1]
+        hidden, ids = hidden[codes // vocab], codes % vocab
 
     def run(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, entropy: bool = entropy
     ) -> tuple[Tensor, ...]:
-        function: Any = linear_token_stats if entropy else linear_token_logps
+        more: dict[str, Any] = {"return_lse": True, "return_entropy": entropy, **options}
         with source.computing():
-            found = function(hidden, weight, ids, bias=bias, **options)
-        return found[:2] if entropy else (found,)
+            found: Any = linear_token_logps(hidden, weight, ids, bias=bias, **more)
+        return found
 
     _, weight, bias = source.head[:3]
     if late:
@@ -669,7 +616,7 @@ def _run(
     if at is not None:
         zeros = numbers[0].new_zeros(targets.shape)
         numbers = tuple(zeros.index_copy(0, at, y[inverse]) for y in numbers)
-    return Pass(source, key, targets, pairs, pair_of, *numbers, *[None] * (not entropy))
+    return Pass(key, targets, *numbers, *[None] * (not entropy))
 
 
 class _Late(torch.autograd.Function):
@@ -698,7 +645,7 @@ class _Late(torch.autograd.Function):
         hidden, *others = ctx.saved_tensors
 
         def total(*inputs: Any) -> Tensor:
-            found = run(*inputs, ids, entropy=len(grads) > 1 and grads[1] is not None)
+            found = run(*inputs, ids, entropy=len(grads) > 2 and grads[2] is not None)
             parts = [(x * g).sum() for x, g in zip(found, grads, strict=False) if g is not None]
             return sum(parts[1:], parts[0])
 

@@ -84,6 +84,7 @@ class Opened:
     loss: str = "auto"  # one of LOSSES
     # Of linear_pro_loss.
     options: dict[str, Any] = field(default_factory=lambda: {"backend": "auto", "budget": None})
+    classes: dict[str, Any] = field(default_factory=dict)  # of linear_cross_entropy
     process_group: Any = None  # as given; of a head that is a DTensor
     own: dict[str, Any] = field(default_factory=dict)  # what attributes that attach sets were
     hooks: list[Any] = field(default_factory=list)  # handles of attach's

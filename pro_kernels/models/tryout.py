@@ -34,11 +34,32 @@ def try_out(opened: Opened, example: Mapping[str, Any] | None) -> None:
         if "labels" in inspect.signature(type(lm).forward).parameters:
             case = {**inputs, "labels": inputs["input_ids"]}
             with torch.no_grad():
-                _check_loss(opened, "labels", case)
-                _check_loss(opened, "padded and partly ignored labels", _padded(lm, case))
+                _check_losses(opened, case)
         else:
             opened.calls_loss_function = False
     opened.watch()
+
+
+def _check_losses(opened: Opened, case: dict[str, Any]) -> None:
+    """Compare the model's own loss with the cross-entropy without and, failing that, with classes.
+
+    Raises:
+        ValueError: it is neither, or these classes cannot be had of this head.
+    """
+    cases = {"labels": case, "padded and partly ignored labels": _padded(opened.lm, case)}
+    given, opened.classes = opened.classes, {}
+    try:
+        for what, labelled in cases.items():
+            _check_loss(opened, what, labelled)
+    except ValueError:
+        if not given:
+            raise
+        opened.classes = given
+        for what, labelled in cases.items():
+            _check_loss(opened, what, labelled)
+    if given:
+        opened.classes = given
+        _fused(opened, **case)
 
 
 def _check_loss(opened: Opened, what: str, case: dict[str, Any]) -> None:
@@ -69,7 +90,8 @@ def _check_loss(opened: Opened, what: str, case: dict[str, Any]) -> None:
     size = max(rms(exact), abs(mean))
     # In fp32 PyTorch's own log_softmax of 262144 logits is 2e-5 off.
     softmax_noise = rms(exact - _log_probs(out["logits"].to(dtype), labels))
-    if out.get("aux_loss") is None:  # from its own logits: the head's rounding is no excuse
+    if out.get("aux_loss") is None and not opened.classes:
+        # From its own logits: the head's rounding is no excuse.
         compare(what, mean, -float(exact.mean()), softmax_noise)
     try:
         ours, noise = _fused(opened, **case)

@@ -139,33 +139,3 @@ def test_ptx_is_there_for_later_cards(tool, library):
     if "compute_100" not in cuda.build_info()["targets"]:
         pytest.skip("built without compute_100")
     assert "sm_100.ptx" in _run([tool, "-lptx", library])
-
-
-USAGE = """\
-arch = sm_80
- Function _Z1a:
-  REG:10 STACK:0 SHARED:512 LOCAL:0 CONSTANT[0]:360 TEXTURE:0 SURFACE:0 SAMPLER:0
-arch = sm_90a
- Function _Z1a:
-  REG:12 STACK:8 SHARED:1536 LOCAL:0 CONSTANT[0]:536 TEXTURE:0 SURFACE:0 SAMPLER:0
- Function _Z1b:
-  REG:8 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:536 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
-ELF = """\
-arch = sm_90a
-.nv.info._Z1b
-.nv.info._Z1a
-\tAttribute:\tEIATTR_MAX_THREADS
-\tFormat:\tEIFMT_SVAL
-\tValue:\t0x200 0x1 0x1 
-"""  # noqa: W291
-
-
-def test_cuda_rows_from_what_cuobjdump_prints():
-    names = {"_Z1a": "void pk::a<float, 4>(float*)", "_Z1b": "b(float*)"}
-    rows = cuda_rows(USAGE, ELF, lambda found: [names[n] for n in found])
-    assert [tuple(row[k] for k in KEYS) for row in rows] == [
-        ("a", "float, 4", "sm_80", None, 10, 512, 0),
-        ("a", "float, 4", "sm_90a", 512, 12, 512, 8),
-        ("b", "", "sm_90a", None, 8, 0, 0),
-    ]

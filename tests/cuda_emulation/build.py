@@ -1,7 +1,7 @@
 """Build the CUDA backend for the host: the kernels of csrc/cuda, compiled by the C++ compiler.
 
 The library has the C ABI of csrc/cuda/pro_kernels_cuda.h with host pointers (streams are ignored),
-and the test functions of exports.cpp.
+and what exports.cpp sets.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from judged import FROZEN, LOG_PROBS, PRO, close, held, judge, references, refused
+from judged import CROSS_ENTROPY, FROZEN, LOG_PROBS, PRO, close, held, judge, references, refused
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +21,7 @@ CALLS = [
     (PRO, {}, FROZEN[:3]),
     (LOG_PROBS, {}, FROZEN[:1]),
     (LOG_PROBS, {"return_entropy": True}, FROZEN[:1]),
+    (CROSS_ENTROPY, {"softcap": None, "label_smoothing": 0.2, "z_loss": 0.1}, FROZEN[:1]),
 ]
 
 
@@ -70,7 +71,7 @@ def compare(what, place, data, mine, peers=1, groups=(None, None), **options) ->
         options: of the fused function.
     """
     for dtype in (torch.float32, torch.bfloat16):
-        for (fused, reference), more, frozen in CALLS[: 2 if groups[0] else 3]:
+        for (fused, reference), more, frozen in CALLS[: 2 if groups[0] else None]:
             for freeze in frozen:
                 sides = [references(reference, x, dtype, freeze=freeze, **more) for x in data]
                 plain, exact = zip(*sides, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import sys
 from collections.abc import Callable
@@ -53,6 +54,9 @@ def log_probs(function: Callable) -> Callable:
 
 PRO = pk.linear_pro_loss, pk.reference.linear_pro_loss
 LOG_PROBS = log_probs(pk.linear_token_logps), log_probs(pk.reference.linear_token_logps)
+LSE = tuple(log_probs(functools.partial(x, return_lse=True)) for x in
+            (pk.linear_token_logps, pk.reference.linear_token_logps))  # fmt: skip
+CROSS_ENTROPY = log_probs(pk.linear_cross_entropy), log_probs(pk.reference.linear_cross_entropy)
 
 
 def values(result: Result) -> list[Tensor]:
@@ -78,6 +82,11 @@ def bounds(vocab: int, world: int) -> list[int]:
     """Uneven parts: the last rank has most."""
     step = vocab // (world + 1)
     return [step * i for i in range(world)] + [vocab]
+
+
+def few_ranks() -> bool:
+    """Whether to check what does not depend on their number, too."""
+    return dist.get_world_size() == 2
 
 
 def gathered(x, group) -> list:

@@ -1,7 +1,9 @@
-"""Run every check of this folder on ranks forked from one process: worlds.py WORLD STORE."""
+"""Run checks on ranks forked from one process: worlds.py FOLDER 2,4 MODULES."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
 from datetime import timedelta
@@ -13,11 +15,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-CHECKS = sys.argv[3:] or ["tensor_parallel", "dtensors", "sequence_parallel", "data_parallel"]
-modules = [__import__(name) for name in CHECKS]
+# What the ranks would each import by themselves.
+for name in ("transformers.models.llama.modeling_llama", "torch._dynamo", "peft", "triton"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+FOLDER, WORLDS, *CHECKS = sys.argv[1:]
+modules = [importlib.import_module(name) for name in CHECKS]
 
 
 def on_rank(rank: int, world: int, store: str) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}  # DeepSpeed asks for it
+    os.environ |= {name: str(value) for name, value in place.items()}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world,
                             timeout=timedelta(seconds=120))  # fmt: skip
     torch.set_num_threads(1)
@@ -31,7 +39,8 @@ def on_rank(rank: int, world: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    world, store = int(sys.argv[1]), sys.argv[2]
     # What is imported is imported once; a fork is safe on Linux only.
     method = "fork" if sys.platform == "linux" else "spawn"
-    torch.multiprocessing.start_processes(on_rank, (world, store), world, start_method=method)
+    for world in map(int, WORLDS.split(",")):
+        args = world, f"{FOLDER}/store{world}"
+        torch.multiprocessing.start_processes(on_rank, args, world, start_method=method)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -25,12 +23,14 @@ from data_parallel import (
     make,
 )
 from deepspeed.utils import safe_get_full_grad
-from judged import refused
+from judged import few_ranks, refused
 from transformers.integrations import HfDeepSpeedConfig
 
 import pro_kernels as pk
 
 RATE = 0.1
+# An op of inference, which would be compiled when DeepSpeed first runs on a CPU.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def config(stage: int) -> dict:
@@ -70,9 +70,9 @@ def check_attached() -> None:
         alone = make(tied)
         expected = in_one_process(alone)
         for stage in (2, 3):
-            for budget in BUDGETS:
-                model = pk.attach(copy.deepcopy(alone), budget=budget, **OPTIONS)
-                compare(f"stage {stage}, tied={tied}, budget={budget}", model, stage, expected)
+            budget = BUDGETS[(stage + tied) % 2]
+            model = pk.attach(copy.deepcopy(alone), budget=budget, **OPTIONS)
+            compare(f"stage {stage}, tied={tied}, budget={budget}", model, stage, expected)
     alone = make(False)
     expected = in_one_process(alone, (COMMON,))
     for stage in (2, 3):
@@ -159,15 +159,10 @@ def check_loaded(folder: Path) -> None:
     compare("loaded", model, 3, in_one_process(alone))
 
 
-if __name__ == "__main__":
+def check(_) -> None:
     logging.disable(logging.WARNING)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     check_attached()
-    check_functional()
-    check_loaded(folder)
     check_steps()
-    (folder / f"{dist.get_rank()}.done").touch()
-    dist.barrier()
-    os._exit(0)  # as worlds.py does
+    if few_ranks():
+        check_functional()
+        check_loaded(Path(sys.argv[1]))

@@ -102,7 +102,7 @@ BAD_OPTIONS = [
     ("simpo", "gamma", -1, ValueError, "be >= 0"),
     ("cpo rrhf slic pro dpo", "sft_weight", -1, ValueError, "be >= 0"),
     ("slic", "delta", -1, ValueError, "be >= 0"),
-    ("lipo_lambda", "gain", "x", ValueError, "be one of ['exp2', 'linear']"),
+    ("lipo_lambda", "gain", "x", ValueError, "be one of ['exp2', 'linear', 'rank']"),
     ("plackett_luce pro", "top_k", 0, ValueError, "be None or an integer >= 1"),
     ("pro", "top_k", 1.0, TypeError, "be None or an integer >= 1"),
     ("pro", "sft_reduction", "tokens", ValueError, "be one of ['sum', 'mean']"),
@@ -149,7 +149,12 @@ def test_numbers_that_are_too_large_or_small():
         check_raises(
             ValueError, "rewards 0 to 300 are too large for the gain 2", name, rewards=large
         )
-    check_raises(ValueError, "rewards -1 to -1 are below 0", "approx_ndcg", rewards=-ONES)
+    check_raises(
+        ValueError,
+        "rewards -1 to -1 are below 0, and so is their gain: add a",
+        "approx_ndcg",
+        rewards=-ONES,
+    )
     check_raises(ValueError, "label_smoothing must be None with alpha > 0", "exo", alpha=1.0,
                  label_smoothing=0.1)  # fmt: skip
     assert torch.isfinite(call("lipo_lambda", rewards=large, gain="linear")[0])

@@ -61,6 +61,8 @@ CASES = [
     ("approx_ndcg", {"temperature": 0.9, "gain": "linear"}),
     ("approx_ndcg", {"temperature": 5.0, "length_normalize": False}),
     ("neural_ndcg", {"temperature": 0.6, "gain": "linear"}),
+    ("neural_ndcg", {"gain": "rank"}),
+    ("lipo_lambda", {"gain": "rank"}),
     ("lire", {"temperature": 7.0}),
     ("lire", {"length_normalize": True}),
     ("swepo", {"beta": 0.3, "alpha": 0.0}),

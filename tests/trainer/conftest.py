@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -20,16 +19,11 @@ RECORDS = [
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_runs() -> Iterator[None]:
-    """Without what takes most of a short run: its curves, and accelerate's garbage collection.
-
-    The collection looks through all that was imported, unless that is frozen.
-    """
-    gc.freeze()
+    """Without what takes most of a short run: its curves."""
     with pytest.MonkeyPatch.context() as patch:
         if callbacks := sys.modules.get("pro_trainer.train.callbacks"):
             patch.setattr(callbacks, "draw_curves", lambda *_: None)
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def _run(
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
-    gc.freeze()  # see conftest
+    gc.freeze()  # see tests/conftest.py
     callbacks.draw_curves = lambda *_: None
     if world > 1:
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from texts import assistant, classifier, save
-from transformers import HfArgumentParser
 
 from pro_trainer.cli.evaluate import EvalArguments, evaluate_files
 from pro_trainer.data.records import RankedList
@@ -266,14 +265,6 @@ def test_unusable_models_data_and_folders(
             evaluate(make_records(2), output, **arguments)
     assert not out.exists() or not list(out.iterdir())
     assert (tmp_path / "file").read_text() == "kept"
-
-
-def test_flags_of_the_command():
-    parser = HfArgumentParser((EvalArguments, PROConfig))
-    arguments, options = parser.parse_args_into_dataclasses(
-        ["--model", "m", "--data", "a", "b", "--output_dir", "o", "--use_cpu", "--generate", "3"]
-    )
-    assert (arguments.data, arguments.generate, options.output_dir) == (["a", "b"], 3, "o")
 
 
 def test_tables():
