@@ -100,13 +100,13 @@ def _gpu(args: argparse.Namespace) -> int:
             f"gpu needs a GPU, and torch {torch.__version__} finds none (built for CUDA: "
             f"{torch.version.cuda or 'no'}); nothing was measured. --dry rehearses it on the CPU"
         )
-    start = time.monotonic()
+    end = time.monotonic() + 0.97 * args.seconds  # the pages take the rest
     jobs.turns(device, args.parts)  # names are right, before anything is built
-    jobs.prepare(device)
+    jobs.prepare(device, end)
     folder = isolate.ROOT / "build" / "gpu-round" if args.dry else _RESULTS / "gpu" / "round"
     path = (args.out or folder) / "results.json"
-    left = 0.97 * args.seconds - (time.monotonic() - start)  # the pages take the rest
-    data = jobs.run(jobs.turns(device, args.parts), path, left, device, again=bool(args.parts))
+    todo, left = jobs.turns(device, args.parts), end - time.monotonic()
+    data = jobs.run(todo, path, left, device, again=bool(args.parts))
     if not data["complete"]:
         print("not all of it was measured: the same call goes on where this one stopped")
     ended = {part["status"] for part in data["parts"]}

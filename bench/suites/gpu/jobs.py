@@ -90,8 +90,8 @@ def _digest(*folders: str) -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()
 
 
-def prepare(device: torch.device, log: Callable[[str], None] = print) -> None:
-    """Install wheels that were brought along, and build the native kernels."""
+def prepare(device: torch.device, end: float, log: Callable[[str], None] = print) -> None:
+    """Install wheels that were brought along, and build the native kernels, before ``end``."""
     wheels = sorted(Path(os.environ.get(WHEELS) or os.devnull).glob("*.whl"))
     pip = ("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target")
     build = ("build_native", "--inplace") if device.type == "cuda" else ("--version",)
@@ -102,7 +102,7 @@ def prepare(device: torch.device, log: Callable[[str], None] = print) -> None:
         log(f"no wheels: {WHEELS} names no folder with any; peers that are not installed stay out")
     for name, command in commands.items():
         with _Process((sys.executable, *command)) as process:
-            for _ in process.lines(time.monotonic() + _PREPARED):
+            for _ in process.lines(min(end, time.monotonic() + _PREPARED)):
                 pass
             log(f"{name}: {': '.join(process.verdict())[-300:]}")
     sys.path.insert(0, str(SITE))  # whose versions are those of the results
