@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pro_kernels.option_types import Beta, Limits
-from pro_kernels.validate import check_float, check_mask, check_same_shape
+from pro_kernels.validate import check_device, check_float, check_mask, check_same_shape
 
 from .ranked import Ranked, Result
 from .registry import register
@@ -42,6 +42,7 @@ def kto(
     good = ranked.best()
     if desirable is not None:
         check_same_shape("desirable", check_mask("desirable", desirable), ranked.shape, "(B, n)")
+        check_device("desirable", desirable, "logps", ranked.logps)
         good = ranked.valid & desirable.gather(1, ranked.order)
     bad = ranked.valid & ~good
     ratios = ranked.log_ratios()

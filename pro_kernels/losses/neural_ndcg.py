@@ -41,7 +41,8 @@ def neural_ndcg(
     apart = torch.where(both, differences(scores).abs(), 0.0).sum(2)
     places = torch.arange(1, scores.shape[1] + 1, device=scores.device)
     slopes = (ranked.counts[:, None] + 1 - 2 * places).to(scores.dtype)
-    log_p = (slopes[:, :, None] * scores[:, None, :] - apart[:, None, :]) / temperature
+    near = scores - scores[:, :1].detach()  # P does not change, and the product rounds less
+    log_p = (slopes[:, :, None] * near[:, None, :] - apart[:, None, :]) / temperature
     # An absent candidate is at its own place, so that every row and column has an entry.
     itself = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device) & ~valid[:, None]
     log_p = log_p.masked_fill(~both, -math.inf).masked_fill(itself, 0.0).log_softmax(2)

@@ -31,6 +31,7 @@ def check_raises(error, message, name, **changes):
 
 NO_FLOAT = "be float64, float32, bfloat16 or float16, got torch.int"
 NO_RANK = "have shape (B, n) with n >= 1, got"
+DEVICE = "be on the device of logps (cpu)"
 SHAPE = "have shape (B, n) = (2, 3), got"
 # What is wrong with which input: "NAME must ...".
 BAD_INPUTS = [
@@ -65,7 +66,7 @@ BAD_INPUTS = [
     ("ref_logps", ONES.int(), TypeError, f"{NO_FLOAT}32"),
     ("mask", ONES, TypeError, "be a bool tensor, got torch.float32"),
     ("mask", ONES.bool()[:1], ValueError, f"{SHAPE} (1, 3)"),
-    ("mask", ONES.bool().to("meta"), ValueError, "be on the device of logps (cpu), got meta"),
+    ("mask", ONES.bool().to("meta"), ValueError, f"{DEVICE}, got meta"),
 ]
 
 
@@ -93,6 +94,11 @@ BAD_OPTIONS = [
     ("dpo cpo simpo exo", "label_smoothing", 0.6, ValueError, "be <= 0.5"),
     ("robust", "label_smoothing", 0.5, ValueError, "be <= 0.49"),
     ("kto", "desirable", ONES, TypeError, "be a bool tensor, got torch.float32"),
+    ("kto", "desirable", ONES.bool().to("meta"), ValueError, f"{DEVICE}, got meta"),
+    ("bco", "running", [0.0, 0.0], TypeError, "be a tensor, got list"),
+    ("bco", "running", ONES.double(), ValueError, "have shape (2,) = (2,), got (2, 3)"),
+    ("bco", "running", torch.zeros(2).double().to("meta"), ValueError, f"{DEVICE}, got meta"),
+    ("bco", "running", torch.zeros(2), TypeError, "be float64, got torch.float32"),
     ("kto", "kl", ONES, ValueError, "have shape () = (), got (2, 3)"),
     ("infonca nca exo", "alpha", -1, ValueError, "be >= 0"),
     ("dpo_ties f_dpo", "alpha", 0, ValueError, "be > 0"),
