@@ -59,9 +59,11 @@ def gains(ranked: Ranked, gain: str, fault: Any = too_large) -> Tensor:
     return torch.exp2(labels.double().clamp(max=MAX_EXPONENT)) - 1
 
 
-def ideal_dcg(gain: Tensor) -> Tensor:
-    """Σ g_i / log2(1 + i) of gains in rank order: (B, n) -> (B, 1)."""
-    return (gain * discounts(gain)).sum(1, keepdim=True)
+def ndcg_shares(ranked: Ranked, gain: str) -> Tensor:
+    """What each candidate adds to the NDCG at the first place, (B, n); 0 where all gains are 0."""
+    found = gains(ranked, gain, not_a_gain).to(ranked.logps.dtype)
+    ideal = (found * discounts(found)).sum(1, keepdim=True)  # they stand in rank order
+    return found / torch.where(ideal > 0, ideal, 1.0)
 
 
 def discounts(like: Tensor) -> Tensor:
