@@ -11,15 +11,14 @@
 #   make frameworks  DPO in TRL, LLaMA-Factory, ms-swift and axolotl, without and with `pro-kernels run`, each
 #                    in an environment of its own in .frameworks (6 GB; an hour);
 #                    FRAMEWORKS_ARGS='--only trl' runs some
-#   make bench-gpu   everything that needs a GPU, offline, in eight minutes, with the Python that is
-#                    there; into $PRO_KERNELS_BENCH_OUT (default: bench/results/gpu)
+#   make gpu-round   what a card must tell us, offline, with the Python that is there, in nine minutes;
+#                    the same call goes on where the last stopped. ROUND_ARGS=--dry rehearses it on a CPU
 #   make docs        the documentation site, into site/
 #   make lint        ruff, mypy, clang-format
 PYTHON ?= python3
 VENV ?= .venv
 MODELS ?= $(HOME)/.cache/pro_kernels/models
 PRESET ?= cpu-small
-PRO_KERNELS_BENCH_OUT ?= bench/results/gpu
 EXTRAS ?= lint peers zero models docs
 comma := ,
 space := $(subst ,, )
@@ -27,7 +26,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks bench-gpu docs lint env clean extras
+.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks gpu-round docs lint env clean extras
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -84,8 +83,8 @@ frameworks: $(VENV)/.models
 	$(BIN)/python tests/models/build.py '$(MODELS)' smollm2
 	$(BIN)/python -m bench frameworks --update docs/integrations/frameworks.md --model '$(MODELS)/smollm2-135m-instruct' $(FRAMEWORKS_ARGS)
 
-bench-gpu:
-	$(PYTHON) -m bench gpu --out '$(PRO_KERNELS_BENCH_OUT)'
+gpu-round:
+	$(PYTHON) -m bench gpu $(ROUND_ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from bench.engine import isolate
 from bench.engine.rounds import Settings
 from bench.engine.run import DeviceLost, run
 from bench.report.compare import THRESHOLD, compare
-from bench.report.pages import write_committed, write_report
+from bench.report.pages import DOCS, write_committed, write_report
 from bench.suites import attach, filter, load, ranks
 from bench.suites.frameworks import measure as frameworks
 
@@ -93,15 +94,24 @@ def _frameworks(args: argparse.Namespace) -> int:
 def _gpu(args: argparse.Namespace) -> int:
     from bench.suites.gpu import jobs
 
-    chosen = jobs.make_jobs(args.out, tuple(args.parts), tuple(args.backends))
-    if not _CUDA:
+    device = torch.device("cpu" if args.dry else "cuda")
+    if not args.dry and not _CUDA:
         raise ValueError(
-            f"gpu needs a GPU, and torch {torch.__version__} finds none "
-            f"(built for CUDA: {torch.version.cuda or 'no'}); nothing was measured"
+            f"gpu needs a GPU, and torch {torch.__version__} finds none (built for CUDA: "
+            f"{torch.version.cuda or 'no'}); nothing was measured. --dry rehearses it on the CPU"
         )
-    data = jobs.run(chosen, args.out / "gpu.json", args.seconds)
-    well = all(part["status"] in ("ok", "refused") for part in data["parts"])
-    return _write(args.out / "gpu.json", []) or int(not well)
+    end = time.monotonic() + 0.97 * args.seconds  # the pages take the rest
+    jobs.turns(device, args.parts)  # names are right, before anything is built
+    jobs.prepare(device, end)
+    folder = isolate.ROOT / "build" / "gpu-round" if args.dry else _RESULTS / "gpu" / "round"
+    path = (args.out or folder) / "results.json"
+    todo, left = jobs.turns(device, args.parts), end - time.monotonic()
+    data = jobs.run(todo, path, left, device, again=bool(args.parts))
+    if not data["complete"]:
+        print("not all of it was measured: the same call goes on where this one stopped")
+    ended = {part["status"] for part in data["parts"]}
+    pages = args.update or ([] if args.dry or args.out else [DOCS / "benchmarks.md"])
+    return _write(path, pages) or int(bool(ended & {"failed", "timeout"}))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -173,11 +183,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--model", type=Path, required=True, help="folder made by tests/models/build.py")
     option("--only", nargs="+", default=[""], metavar="TEXT", help="those whose name holds TEXT")
     _measuring(option)
-    option = add("gpu", "Everything that needs a GPU, at once.", _gpu)
-    option("--out", type=Path, required=True, metavar="DIR", help="folder of all results")
-    option("--seconds", type=float, default=480.0, metavar="S", help="default: %(default)s")
-    option("--parts", nargs="+", default=[], metavar="NAME", help="only these parts")
-    option("--backends", nargs="+", default=[], metavar="NAME", help="only these backends")
+    option = add("gpu", "What a card must tell us, part by part; goes on where it stopped.", _gpu)
+    option("--seconds", type=float, default=540.0, metavar="S", help="default: %(default)s")
+    option("--parts", nargs="+", default=[], metavar="NAME", help="only these, even if measured")
+    option("--dry", action="store_true", help="rehearse it on the CPU, with tiny sizes")
+    option("--out", type=Path, metavar="DIR", help="folder of the results (default: in bench/)")
+    _update(option)
     what = "Write reports, plots and pages from results; of all committed ones where none is named."
     option = add("report", what, _report)
     option("results", type=Path, nargs="*", metavar="JSON")

@@ -70,7 +70,10 @@ LabelSmoothing = Annotated[
 RewardTemperature = Annotated[
     float, Limits(at_least=0), "Temperature of the rewards; 0: they only order."
 ]
-Gain = Annotated[Literal["exp2", "linear"], "Gain of a reward r: 2^r - 1, or r."]
+Gain = Annotated[
+    Literal["exp2", "linear", "rank"],
+    "Gain of a reward r: 2^r - 1, or r; rank: 2^r - 1 of an r that falls evenly from 1 to 0.",
+]
 SftWeight = Annotated[float, Limits(at_least=0), "Weight of the SFT term."]
 SftOn = Annotated[
     Literal["best", "all"], "The SFT term is of the best candidate, or the mean of all of them."

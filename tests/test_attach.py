@@ -520,6 +520,8 @@ def test_classes_of_a_labels_cross_entropy(own, items, inputs):
 def test_classes_that_a_model_cannot_have(name, options, message):
     with pytest.raises(ValueError, match=message):
         pk.attach(make(name), **options)
+    with pytest.raises(TypeError, match="attach got options"):
+        pk.attach(make(), loss="ranking", z_loss=0.1)
 
 
 # ---- what is noticed in a call

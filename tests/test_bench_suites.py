@@ -7,6 +7,7 @@ import shlex
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,16 @@ from bench.cli import main
 from bench.engine import record
 from bench.engine.isolate import DEVICE_LOST
 from bench.engine.timing import Step
-from bench.report import gpu as gpu_report
 from bench.report import ranks as ranks_report
+from bench.report import round as round_report
 from bench.report.pages import write_report
 from bench.report.tables import marks
 from bench.suites import attach, filter
 from bench.suites.frameworks import measure as frameworks
 from bench.suites.frameworks import prepare
 from bench.suites.frameworks.table import FRAMEWORKS, SHARED
-from bench.suites.gpu import jobs, kernels
-from bench.suites.gpu.jobs import Job
+from bench.suites.gpu import jobs, kernels, parts
+from bench.suites.gpu.jobs import Turn
 from bench.suites.peaked import trained, zipf
 from bench.suites.ranks import measure, wire
 from bench.suites.ranks.measure import Clock
@@ -204,86 +205,115 @@ def test_a_run_is_watched_and_its_losses_are_read(tmp_path):
     assert frameworks._losses(tmp_path / "out") == [0.5, 1.5, 2.5, 3.5]
 
 
-# ---- the GPU run
-
-TINY = kernels.Sizes(
-    rows=(8, 211), ranking=((4, 5, 1), (4, 64, 3)), score=((8, 16, 64),), copy_bytes=1 << 12,
-    rounds=2, inner=2,
-)  # fmt: skip
+# ---- a round on a GPU
 
 
-def setting(backend: str = "torch") -> kernels.Setting:
-    return kernels.Setting(CPU, backend, TINY, lambda step: step.run() is None or 1e-3)
+QUACK = """
+import torch
+_pick_tile_n1 = lambda V: 32
+def scaled_exp_linear_cross_entropy_fwd(x, w, y, rows): return (x @ w.t()).logsumexp(1)
+_scaled_exp_lce_loss_only = scaled_exp_linear_cross_entropy_fwd
+class scaled_exp_target_epi:
+    gemm = staticmethod(lambda x, w, out, **_: torch.mm(x, w.t(), out=out))
+"""
 
 
-def said_by(one: kernels.Setting, *names: str) -> list[dict]:
-    said: list[dict] = []
-    kernels.run(one, list(names), said.append)
-    return said
+def quack_wheel(folder: Path) -> None:
+    """What pip reads of a wheel: zipped sources and their description."""
+    info, folder = "quack_kernels-0.6.5.dist-info", folder / "quack_kernels-0.6.5-py3-none-any.whl"
+    files = {
+        "quack/linear_cross_entropy.py": QUACK,
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: quack-kernels\nVersion: 0.6.5\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(folder, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
 
 
-def test_every_part_runs_and_is_reported(tmp_path):
-    said = said_by(setting(), *kernels.PARTS)
-    ends = {x["part"]: x["status"] for x in said if "status" in x}
-    assert ends == {"rows": "ok", "ranking": "ok", "score": "ok", "tuning": "refused"}, said
-    rows = [{"job": "torch", **x["row"]} for x in said if "row" in x]
-    named = {r["name"]: r for r in rows if r["part"] == "rows"}
-    assert set(named) == {"copy", "logp", "residual", "logits_grad"}
-    assert named["logp"]["predicted"] > 0 and "predicted" not in named["copy"]
-    assert named["residual"]["bytes"] == 2 * named["logp"]["bytes"] == 2 * 8 * 211 * 2
-    parts = [{"job": "torch", "part": "rows", "status": "ok", "seconds": 1.0, "note": "a|b"}]
-    gpu = {"name": "a card", "capability": "9.0", "sms": 132, "memory": 1, "cuda": "13.0"}
-    data = {"schema": record.SCHEMA, "benchmark": "gpu", **record.facts(CPU), "complete": True,
-            "gpu": gpu, "parts": parts, "results": rows}  # fmt: skip
-    path, page = tmp_path / "gpu.json", page_of(tmp_path, "gpu-measured")
-    path.write_text(json.dumps(data))
-    assert main(["report", str(path), "--update", str(page)]) == 0
-    text = (tmp_path / "gpu.md").read_text()
-    assert text == gpu_report.report(data) and "| a/b |" in text and "predicted, ms" in text
-    assert "| logp, N=8 V=211 |" in page.read_text() and "stale" not in page.read_text()
+def test_a_dry_run_goes_through_every_part_and_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """With what is brought along: wheels, and a file of hidden states."""
+    states, out = tmp_path / "states.pt", tmp_path / "out"
+    torch.save(vars(zipf(1, 2, 16, 16, 101)) | {"name": "SmolLM2"}, states)
+    quack_wheel(tmp_path)
+    monkeypatch.setattr(jobs, "SITE", tmp_path / "site")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv(jobs.WHEELS, str(tmp_path))
+    page, call = page_of(tmp_path, "gpu-round"), ["gpu", "--dry", "--out", str(out)]
+    units = [f"{p.name}: {unit}" for p in parts.PARTS for unit in p.units("cpu")]
+    assert main([*call, "--update", str(page)]) == 0
+    assert "refused" in capsys.readouterr().out
+    monkeypatch.setenv(parts.STATES, str(states))
+    assert main([*call, "--update", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(units) - 1} of {len(units)} units are measured" in said and "0.6.5" not in said
+    data = record.load(out / "results.json")
+    assert {p["part"]: p["status"] for p in data["parts"]} == dict.fromkeys(units, "ok")
+    assert data["complete"] and data["versions"]["quack-kernels"] == "0.6.5"
+    assert {row["part"] for row in data["results"]} == {p.name for p in parts.PARTS}
+    named = {(r["part"], r.get("name") or r.get("provider")): r for r in data["results"]}
+    assert named["gemm", "QuACK, three"]["seconds"] > 0
+    assert named["scoring", "QuACK's epilogue"]["seconds"] > 0
+    assert "need a GPU" in named["peers", "quack-mean"]["note"]
+    logp, residual = named["rows", "logp"], named["rows", "residual"]
+    assert logp["predicted"] > 0 and "predicted" not in named["rows", "copy"]
+    assert residual["bytes"] == 2 * logp["bytes"] == 2 * 8 * 211 * 2
+    assert "0 failed, 0 did not run" in named["tests", None]["found"]
+    text = (out / "report.md").read_text()
+    assert text == round_report.report(data) and "its numbers mean nothing" in page.read_text()
+    assert main([*call, "--parts", "dtensor", "--seconds", "0.001"]) == 0
+    assert record.load(out / "results.json")["results"] == data["results"]
 
 
-def test_tuning_tries_every_configuration_and_puts_the_chosen_ones_back(monkeypatch):
-    from pro_kernels.backends.triton import configs
+def test_targets_of_a_round_are_met_missed_or_not_measured():
+    rows = [
+        {"part": "budgets", "case": "a", "provider": "ours-T3", "vs_ours": 1.7},
+        {"part": "scoring", "case": "N=6528 H=4096 V=128256, device", "name": "ours",
+         "over": {"floor": 1.04}},
+        {"part": "logits", "case": "a", "name": "ours", "predicted": 0.95, "seconds": 1.0},
+        {"part": "peers", "case": "ce H=4096 V=128256 bf16 n=4 R=4096 masked 0%",
+         "provider": "quack-mean", "seconds": 0.017, "vs_ours": 0.99},
+        {"part": "peers", "case": "b", "provider": "trl", "vs_ours": 0.5, "wrong": True},
+    ]  # fmt: skip
+    data = {"device": "cuda", "results": rows}
+    found = {t.what: t.outcome(data).met for t in round_report.TARGETS}
+    assert {what: met for what, met in found.items() if met is not None} == {
+        "the least memory (T3)": False, "scoring 6528 rows, device": True, "logits in": True,
+        "QuACK or Liger for sm_90, 4096 rows, 16.7 ms as published": True,
+        "the best peer measured, in any case": False,
+    }  # fmt: skip
+    assert {t.part for t in round_report.TARGETS} <= {part.name for part in parts.PARTS}
+    dry = [t.outcome({**data, "device": "cpu"}) for t in round_report.TARGETS]
+    assert {(o.measured, o.met) for o in dry} == {("not measured", None)}
 
-    chosen, used = (configs.row_config, configs.ranking_config), []
 
-    def rows(s, part, config):  # noqa: ANN001
-        used.append((configs.row_config(1, 2), config))
-        if len(used) == 2:
-            raise RuntimeError("too many registers")
-        yield {"part": part, "case": config}
-
-    monkeypatch.setattr(kernels, "rows", rows)
-    monkeypatch.setattr(kernels, "ranking", lambda s, part, config: iter([{"case": config}]))
-    monkeypatch.setattr(kernels.Setting, "module", lambda self: None)
-    found = list(kernels.tuning(setting("triton")))
-    assert (configs.row_config, configs.ranking_config) == chosen
-    assert len({row for row, _ in used}) == 12 and "too many registers" in found[1]["note"]
-    assert [row["case"] for row in found[12:]] == [*kernels.RANKING_CONFIGS]
+def test_a_step_that_raises_leaves_the_others():
+    one = kernels.Setting(CPU, lambda step: step.run() or 1e-3, None, Path(), Path(), rounds=2)
+    broken, row = one.rows("x", {"b": Step(lambda: 1 / 0), "a": Step(lambda: None)}, inner=2)
+    assert "ZeroDivisionError" in broken["note"]
+    assert (row["seconds"], row["over"], row["rounds"]) == (0.5e-3, {}, 2)
 
 
-def test_a_part_that_raises_leaves_the_others(monkeypatch):
-    def broken(_):
-        yield {"case": "kept"}
-        raise RuntimeError("no such kernel")
-
-    monkeypatch.setitem(kernels.PARTS, "rows", broken)
-    said = said_by(setting(), "rows", "score")
-    assert said[0] == {"part": "rows", "row": {"case": "kept"}}
-    assert said[1]["status"] == "failed" and "no such kernel" in said[1]["note"]
-    assert said[-1] == {"part": "score", "status": "ok", "note": ""}
-    (row,) = setting().rows("x", "y", {"a": Step(lambda: None)}, inner=2)
-    assert (row["seconds"], row["over"], row["rounds"]) == (0.5, {}, 2)
+def test_who_was_running_when_the_process_died_is_left_out(tmp_path):
+    one = kernels.Setting(CPU, None, None, Path(), tmp_path, rounds=1)
+    lost = record.Record(tmp_path / "tiny-ce.json", record.facts(CPU, preset="round"))
+    lost.put(running=["tiny ce", "floor"])
+    ((case,),) = next(part.dry for part in parts.PARTS if part.name == "peers")
+    rows = {row["provider"]: row for row in parts.providers(one, case)}
+    assert "process died" in rows["floor"]["note"] and rows["quack"]["seconds"] is None
+    assert any(row["seconds"] for name, row in rows.items() if name.startswith("ours-"))
 
 
 CHILD = textwrap.dedent(
     f"""
-    import json, sys, time
+    import json, os, sys, time
     def say(**x): print("@bench " + json.dumps(x), flush=True)
-    for name in sys.argv[1:]:
+    scratch, *names = sys.argv[3:]
+    for name in names:
         say(part=name, row={{"case": name}})
-        if name == "dies":
+        if name == "dies" or name == "once" and not os.path.exists(scratch + "/once"):
+            open(scratch + "/once", "w").close()
             print("last words", flush=True)
             sys.exit(3)
         if name == "hangs":
@@ -295,50 +325,55 @@ CHILD = textwrap.dedent(
 )
 
 
-def run_jobs(path: Path, todo: list[Job], seconds: float = 60.0) -> dict:
-    data = jobs.run(todo, path, seconds, CPU, log=lambda line: None)
-    assert json.loads(path.read_text()) == data and data["complete"]
-    return data
-
-
-def test_parts_that_die_or_hang_cost_only_themselves(tmp_path):
-    names = ("a", "dies", "breaks", "b", "hangs", "c")
+def turn_by_turn(path: Path, todo: list[Turn], seconds: float = 60.0) -> dict[str, str]:
     child = (sys.executable, "-c", CHILD)
-    todo = [Job("torch", child, names, limit=6.0), Job("ends", (sys.executable, "-c", "1/0"))]
-    data = run_jobs(tmp_path / "gpu.json", todo)
-    found = data["parts"]
-    status = [(p["part"], p["status"]) for p in found]
-    assert status == [("a", "ok"), ("dies", "failed"), ("breaks", "failed"), ("b", "ok"),
-                      ("hangs", "timeout"), ("c", "ok"), ("ends", "failed")]  # fmt: skip
-    assert found[1]["note"] == "last words" and "ZeroDivisionError" in found[-1]["note"]
-    assert data["results"] == [{"job": "torch", "case": name} for name in names]
+    data = jobs.run(todo, path, seconds, CPU, lambda line: None, command=child)
+    assert json.loads(path.read_text()) == data
+    assert all(row == {"case": row["unit"], "part": row["unit"], "unit": row["unit"]}
+               for row in data["results"])  # fmt: skip
+    return {p["part"]: p["status"] + p["note"] for p in data["parts"]}
 
 
-def test_the_clock_ends_the_run(tmp_path):
-    child = (sys.executable, "-c", CHILD)
-    todo = [Job("torch", child, ("hangs", "a")), Job("late", child)]
+def test_units_that_die_or_hang_cost_only_themselves_and_are_not_tried_again(tmp_path):
+    names = ("a", "dies", "breaks", "once", "hangs", "b")
+    todo = [Turn(name, 6.0, tries=1 + (name == "once"), key="k") for name in names]
+    found = turn_by_turn(tmp_path / "results.json", todo)
+    assert found == {"a": "ok", "dies": "failedlast words", "breaks": "failed", "once": "ok",
+                     "hangs": "timeoutit took longer than 6 s", "b": "ok"}  # fmt: skip
     start = time.monotonic()
-    found = run_jobs(tmp_path / "gpu.json", todo, seconds=0.5)["parts"]
+    todo = [*todo[:-1], Turn("b", 6.0, key="other"), Turn("c", 6.0, key="k")]
+    assert turn_by_turn(tmp_path / "results.json", todo) == found | {"c": "ok"}
+    assert time.monotonic() - start < 5
+
+
+def test_the_clock_ends_a_round_and_keeps_what_was_measured(tmp_path):
+    path, start = tmp_path / "results.json", time.monotonic()
+    turn_by_turn(path, [Turn("late", key="old")])
+    found = turn_by_turn(path, [Turn("hangs", key="k"), Turn("late", key="new")], seconds=0.5)
     assert time.monotonic() - start < 10
-    assert [(p["part"], p["status"]) for p in found] == [
-        ("hangs", "timeout"), ("a", "skipped"), ("late", "skipped"),
-    ]  # fmt: skip
+    assert found == {"late": "ok", "hangs": "skippedno time was left"}
+    assert not json.loads(path.read_text())["complete"]
 
 
-def test_jobs_are_narrowed_by_part_and_backend(tmp_path, capsys):
-    names = [job.name for job in jobs.make_jobs(tmp_path, (), ())]
-    assert names[:5] == ["build", "check", "loss", "step", "tests"] and names[-1] == "tuning"
-    (job,) = jobs.make_jobs(tmp_path, ("rows", "score"), ("torch",))
-    assert job.parts == ("rows", "score") and job.command[-1] == "torch"
-    out = ["gpu", "--out", str(tmp_path / "out")]
-    wrong = {
-        "--seconds must be > 0": ["--seconds", "0"],
-        "parts must be of": ["--parts", "nothing"],
-        "backends must be of": ["--backends", "cpu"],
-    }
+def test_a_result_is_of_code_packages_and_machine(tmp_path, monkeypatch, capsys):
+    def keys() -> dict[str, str]:
+        return {turn.name.split(":")[0]: turn.key for turn in jobs.turns(CPU)}
+
+    before, about = keys(), record.facts(CPU)
+    peers = {"peers", "gemm", "scoring", "budgets", "frozen", "step", "growth", "heads"}
+    versions = about["versions"]
+    for changed, names in (
+        ({"versions": versions | {"verl": "0.9.9"}}, peers),
+        ({"machine": "another"}, {*before}),
+        ({"commit": "another"}, set()),
+    ):
+        monkeypatch.setattr(jobs, "facts", lambda *_, c=changed: about | c)
+        assert {name for name, key in keys().items() if key != before[name]} == names
+    wrong = {"--seconds must be > 0": ["--seconds", "0"], "--parts must be of": ["--parts", "x"]}
     if not torch.cuda.is_available():
         wrong["needs a GPU"] = []
     for said, arguments in wrong.items():
-        assert main([*out, *arguments]) == 2
+        dry = ["--dry"] if arguments else []
+        assert main(["gpu", *dry, "--out", str(tmp_path / "out"), *arguments]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

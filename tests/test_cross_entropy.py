@@ -18,6 +18,7 @@ from pro_kernels.fused.thin import ChosenLogits
 from pro_kernels.options import LogitOptions
 from subjects import every_case
 
+FREEZE = [(), ("weight", "bias"), ("hidden",), ("hidden", "weight")]
 every_tier = pytest.mark.parametrize("tier", ["T1", "T3"])
 F = torch.nn.functional
 LSE = {"return_lse": True}
@@ -45,7 +46,7 @@ def test_log_sum_exps_of_every_backend(case, subject, dtype, poison):
     check(case, dtype, backend=subject.name)
 
 
-@pytest.mark.parametrize("freeze", [(), ("weight", "bias"), ("hidden",)], ids=str)
+@pytest.mark.parametrize("freeze", FREEZE, ids=str)
 @every_tier
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_log_sum_exps_of_every_tier(case, tier, freeze, force_tier, poison, monkeypatch):
@@ -88,7 +89,7 @@ def test_cross_entropy(tier, name, reduction, force_tier, poison):
             )
 
 
-def test_the_reference_is_pytorchs_and_ces_z_loss():
+def test_the_reference_is_pytorchs_and_cces_z_loss():
     """``cross_entropy`` on logits, and CCE's ``compute_z_loss``: a mean over scored tokens."""
     hidden, weight, bias, targets, _ = Case("same", T=9, bias=True).tensors()
     z = F.linear(hidden, weight, bias)[..., :-1, :].flatten(0, -2)

@@ -64,6 +64,7 @@ models.lazy: api fused.autograd fused.thin models.counts models.head options
 models.answers: cross_entropy models.lazy
 models.opened: distinct.row fused.shards models.answers models.head models.lazy models.probe
 models.forward: api cross_entropy fused.shards layout losses models.head models.opened options
+    validate
 models.tryout: models.forward models.head models.opened models.probe options
 models.attach: distinct.decoder fused.shards losses models.forward models.head models.opened
     models.probe models.tryout options validate

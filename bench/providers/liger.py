@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from bench.engine.losses import SFT_WEIGHT
 from bench.engine.timing import Refused, Step, backward_step
 from bench.engine.truth import Inputs
-from bench.providers.base import Provider, refuse, require, scored
+from bench.providers.base import (
+    Provider,
+    logps_step,
+    on_scored_rows,
+    refuse,
+    require,
+    scored,
+)
 
 
 def providers(_: torch.device) -> list[Provider]:
@@ -17,7 +26,10 @@ def providers(_: torch.device) -> list[Provider]:
     return [
         Provider("liger", preference, liger_preference, compiles=True),
         Provider("liger-ce", "Liger 0.8 fused linear CE (mean)", liger_ce),
-    ]
+        Provider("liger-sm90", "Liger 0.8 scaled CE, SM90", liger_sm90, compiles=True),
+        Provider("liger-sm90-mean", "Liger 0.8 linear CE, SM90 (mean)",
+                 partial(liger_sm90, mean=True), compiles=True),
+    ]  # fmt: skip
 
 
 def liger_preference(inputs: Inputs) -> Step:
@@ -64,3 +76,25 @@ def liger_ce(inputs: Inputs) -> Step:
         return module(inputs.weight, x, y)
 
     return backward_step(loss, inputs.leaves)
+
+
+def liger_sm90(inputs: Inputs, mean: bool = False) -> Step:
+    """Liger's CuTe kernels for sm_90, per token or a mean; they need NVIDIA's CUTLASS DSL."""
+    require("liger-kernel")
+    refuse(inputs, "ranking", "logits", "score", softcap=True, scalar=mean, gpu=True)
+    if torch.cuda.get_device_capability(inputs.device) != (9, 0):
+        raise Refused("its kernels need sm_90")
+    from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90 as linear
+    from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90 as scaled
+
+    def of_rows(x: Tensor, labels: Tensor) -> Tensor:
+        per_token = scaled.LigerFusedScaledCrossEntropySM90Function
+        return -per_token.apply(x, inputs.weight, labels).float()
+
+    def loss() -> Tensor:
+        x, y = scored(inputs)
+        return linear.liger_fused_linear_cross_entropy_sm90(x, inputs.weight, y)
+
+    if mean:
+        return backward_step(loss, inputs.leaves)
+    return logps_step(inputs, lambda: on_scored_rows(inputs, of_rows))

@@ -14,7 +14,7 @@ from bench.engine.case import is_main
 from bench.engine.lists import MODELS
 from bench.engine.record import load
 from bench.engine.step import GROWTH
-from bench.report import frameworks, gpu, ranks
+from bench.report import frameworks, ranks, round
 from bench.report.tables import (
     block_of,
     by_case,
@@ -176,7 +176,7 @@ def write_committed(folder: Path) -> list[Path]:
 
 def committed(folder: Path) -> list[Path]:
     """Every results file under ``folder``."""
-    return sorted([*folder.rglob("results.json"), *folder.rglob("gpu.json")])
+    return sorted(folder.rglob("results.json"))
 
 
 def blocks(results: Path, page: Path) -> dict[str, str]:
@@ -475,6 +475,6 @@ REPORTS = {
     "filter": Report("report.md", _filter_report, _filter_blocks),
     "attach": Report("", None, _attach_blocks),
     "ranks": Report("", None, ranks.blocks),
-    "gpu": Report("gpu.md", gpu.report, gpu.blocks),
+    "gpu-round": Report("report.md", round.report, round.blocks),
     "frameworks": Report("", None, frameworks.blocks),
 }

@@ -157,8 +157,8 @@ def outcome_table(found: list[Outcome]) -> str:
     said = {True: "yes", False: "**no**"}
     lines = [[o.what, o.target, o.measured, said[o.met]] for o in found if o.met is not None]
     missing = [o.what for o in found if o.met is None]
-    text = table(["", "target", "measured", "met"], lines)
-    return f"{text}\n\nNot measured: {'; '.join(missing)}." if missing else text
+    text = [table(["", "target", "measured", "met"], lines)] if lines else []
+    return "\n\n".join([*text, f"Not measured: {'; '.join(missing)}."] if missing else text)
 
 
 def header(data: dict) -> str:

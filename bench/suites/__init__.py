@@ -1,7 +1,8 @@
 """What is measured. ``loss`` and ``step`` are tables of cases for every provider (``engine.run``).
 
-``filter``, ``attach``, ``ranks`` and ``gpu`` measure ours alone, each a table of cases and a
-function that gives their rows; ``frameworks`` runs other people's programs.
+``filter``, ``attach`` and ``ranks`` measure ours alone, each a table of cases and a function that
+gives their rows; ``gpu`` is a table of parts of all kinds, for a card; ``frameworks`` runs other
+people's programs.
 """
 
 from __future__ import annotations

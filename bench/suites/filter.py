@@ -40,7 +40,7 @@ def run(path: Path, rounds: int = ROUNDS, log: Callable[[str], None] = print) ->
 
 def measure(batch: Peaked, taus: tuple[float, ...], rounds: int) -> list[dict]:
     """One row a tau, the first without a filter."""
-    floor, timer = Step(_floor(batch)), Timer(torch.device("cpu"))
+    floor, timer = Step(_floor(batch)), Timer(batch.hidden.device)
     exact = [g.double() for g in _loss(batch, None)[1]]
     norms = [e.norm().item() for e in exact]
     rows = []

@@ -221,12 +221,13 @@ _ONE_FLOOR = ("floor", *_PLAIN[2:])
 _TIERS = ("ours-T2", "ours-T3")
 _BOTH = ("floor", "ours")
 # Peers that take hidden states, and what PyTorch itself offers.
-_HEAD_PEERS = ("trl", "cce", "verl", "quack", "torch-lce")
+_HEAD_PEERS = ("trl", "cce", "verl", "quack", "liger-sm90", "torch-lce")
 _EVERY = (
     *(*_PLAIN, "ours-torch", "ours-cpu", "ours-cuda", "ours-triton", *_TIERS, "official-compiled"),
     *(*_HEAD_PEERS, "torch-lce-chunked", "liger"),
 )
-_CE = (*_BOTH, "official", *_HEAD_PEERS, "torch-lce-mean", "liger-ce", "quack-mean")
+_CE = (*_BOTH, "official", *_HEAD_PEERS, "torch-lce-mean", "liger-ce",
+       "liger-sm90-mean", "quack-mean")  # fmt: skip
 _LOGITS = (*_BOTH, "ours-torch", "ours-cuda", "ours-triton", "plain-fp32", "official",
            "official-compiled", "trl", "quack")  # fmt: skip
 _RANKING = (*_BOTH, "ours-torch", "ours-cuda", "ours-triton", "plain-fp32", "plain-compiled")

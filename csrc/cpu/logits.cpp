@@ -90,7 +90,9 @@ Finished finish(const RowStats& s, const Logits& x, int64_t i) {
   }
   const double log_sum = std::log(s.sum.sum);
   const double logp = (s.target - s.sum.max) - log_sum;
-  return {logp > 0 ? 0 : logp, s.sum.max + log_sum, log_sum - s.sum.dot / s.sum.sum};
+  // Neither passes 0, which fp32 sums may do by a rounding.
+  const double entropy = log_sum - s.sum.dot / s.sum.sum;
+  return {logp > 0 ? 0 : logp, s.sum.max + log_sum, entropy < 0 ? 0 : entropy};
 }
 
 // What is known of a row, with its log-probability and lse written.

@@ -205,8 +205,9 @@ def own_columns(call: Call, targets: Tensor, count: int, first: int = 0) -> tupl
 
 def clear_targets(call: Call, dz: Tensor, targets: Tensor, first: int = 0) -> None:
     """Zeros at the targets, of columns from ``first`` on (``target_columns.py``)."""
-    columns, here = (x[:, None] for x in own_columns(call, targets, dz.shape[1], first))
-    dz.scatter_(1, columns, torch.where(here, 0.0, dz.gather(1, columns)))
+    columns, here = own_columns(call, targets, dz.shape[1], first)
+    at = torch.arange(dz.shape[0], device=dz.device), columns
+    dz[at] = torch.where(here, 0.0, dz[at])  # scatter_ copies all of a 16-bit dz on a CPU
 
 
 def _top(

@@ -17,12 +17,12 @@ import torch
 
 from pro_kernels.option_types import Gain, LengthNormalize, Limits
 
-from .gains import gains, ideal_dcg, not_a_gain
+from .gains import by_gaps, ndcg_shares, not_a_gain
 from .ranked import Ranked, Result, differences
 from .registry import register
 
 
-@register(uses_gaps=True, reward_fault=not_a_gain)
+@register(uses_gaps=by_gaps, reward_fault=not_a_gain)
 def approx_ndcg(
     ranked: Ranked,
     *,
@@ -32,12 +32,10 @@ def approx_ndcg(
 ) -> Result:
     """1 − ApproxNDCG on s = S/m (S where length_normalize is False)."""
     scores = ranked.scores(length_normalize)
-    gain_of = gains(ranked, gain, not_a_gain).to(scores.dtype)
+    shares = ndcg_shares(ranked, gain)
     others = ranked.valid[:, None, :] & ~torch.eye(
         scores.shape[1], dtype=torch.bool, device=scores.device
     )
     ahead = torch.where(others, torch.sigmoid(-differences(scores) / temperature), 0.0).sum(2)
-    ideal = ideal_dcg(gain_of)
-    share = gain_of / torch.where(ideal > 0, ideal, 1.0)
-    losses = 1 - (share / torch.log2(2 + ahead)).sum(1)
-    return ranked.result(torch.where(ideal[:, 0] > 0, losses, 0.0), scores)
+    losses = 1 - (shares / torch.log2(2 + ahead)).sum(1)
+    return ranked.result(torch.where(shares.any(1), losses, 0.0), scores)

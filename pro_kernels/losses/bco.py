@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pro_kernels.option_types import Beta, Limits, Pairs
+from pro_kernels.validate import check_device, check_same_shape, check_tensor
 
 from .ranked import Ranked, Result, pair_mean
 from .registry import register
@@ -37,7 +38,10 @@ def bco(
     implicit = beta * ranked.log_ratios()
     so_far = torch.stack([implicit.detach().sum(), ranked.valid.sum()]).double()
     if running is not None:
-        so_far = so_far.to(running.device)
+        check_same_shape("running", check_tensor("running", running), (2,), "(2,)")
+        if running.dtype != torch.float64:
+            raise TypeError(f"running must be float64, got {running.dtype}")
+        check_device("running", running, "logps", implicit)
         if torch.is_grad_enabled():
             running += so_far
         so_far = running

@@ -40,7 +40,8 @@ def dpo_ties(
     wins = ranked.better(pairs)
     taken = later_pairs(ranked.valid)
     if pairs == "best":
-        taken = taken & (torch.arange(ranked.shape[1], device=taken.device) == 0)[:, None]
-    tie = softplus(alpha + margins) + softplus(alpha - margins) - math.log(math.expm1(2 * alpha))
+        taken = taken & ranked.first[:, None]
+    # Both factors times e^(-2 alpha), which is infinite for no alpha.
+    tie = softplus(-alpha - margins) + softplus(margins - alpha) - math.log(-math.expm1(-2 * alpha))
     losses = pair_mean(torch.where(wins, softplus(alpha - margins), tie), taken)
     return ranked.result(losses, implicit, wins)

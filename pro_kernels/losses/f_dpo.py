@@ -27,8 +27,6 @@ from pro_kernels.option_types import Beta, Limits, Pairs
 from .ranked import Ranked, Result, differences, logistic, pair_mean
 from .registry import register
 
-MAX_EXPONENT = 80
-
 
 @register(needs=["ref_logps"])
 def f_dpo(
@@ -40,12 +38,14 @@ def f_dpo(
         "Divergence from the reference model.",
     ] = "reverse_kl",
     alpha: Annotated[
-        float, Limits(above=0, at_most=1), "Of the alpha divergence (1: forward KL)."
-    ] = 0.5,
+        float | None, Limits(above=0, at_most=1), "Of the alpha divergence; None: 0.5."
+    ] = None,
     pairs: Pairs = "all",
 ) -> Result:
     """f-DPO over all pairs, or the best with the rest with pairs="best"."""
-    implicit = beta * _slope(ranked.log_ratios(), divergence, alpha)
+    if alpha is not None and divergence != "alpha_divergence":
+        raise ValueError(f"alpha must be None with divergence={divergence!r}, got {alpha}")
+    implicit = beta * _slope(ranked.log_ratios(), divergence, 0.5 if alpha is None else alpha)
     selected = ranked.better(pairs)
     return ranked.result(pair_mean(logistic(differences(implicit)), selected), implicit, selected)
 
@@ -57,4 +57,4 @@ def _slope(log_u: Tensor, divergence: str, alpha: float) -> Tensor:
     if divergence == "js_divergence":
         return logsigmoid(log_u)
     alpha = 1.0 if divergence == "forward_kl" else alpha
-    return -torch.exp((-alpha * log_u).clamp(max=MAX_EXPONENT)) / alpha
+    return -torch.exp((-alpha * log_u).clamp(max=80)) / alpha

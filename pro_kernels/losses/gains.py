@@ -17,28 +17,33 @@ MAX_EXPONENT = 64  # 2^r and its products stay finite in fp32
 
 def too_large(rewards: Sequence[float], *, gain: str, **_: Any) -> str | None:
     """Why the gain of these rewards cannot be, or None."""
-    if gain == "linear" or max(rewards) <= MAX_EXPONENT:
+    if gain != "exp2" or max(rewards) <= MAX_EXPONENT:
         return None
     return (
         f"too large for the gain 2^reward, which takes {MAX_EXPONENT} at most: scale them to "
-        "[0, 1], or give gain='linear'"
+        "[0, 1], or give gain='linear' or 'rank'"
     )
 
 
 def not_a_gain(rewards: Sequence[float], *, gain: str, **_: Any) -> str | None:
     """The same where gains are summed, and so must not be negative."""
-    if min(rewards) < 0:
-        return "below 0, and so is their gain: add a number, so that the lowest is 0 or more"
+    if min(rewards) < 0 and gain != "rank":
+        return "below 0, and so is their gain: add a number to all, or give gain='rank'"
     return too_large(rewards, gain=gain)
 
 
+def by_gaps(*, gain: str, **_: Any) -> bool:
+    """Whether such gains take more than an order from rewards."""
+    return gain != "rank"
+
+
 def gains(ranked: Ranked, gain: str, fault: Any = too_large) -> Tensor:
-    """2^r − 1, or r: (B, n). Without rewards r falls evenly from 1 (best) to 0 (worst).
+    """Of each candidate, (B, n); without rewards as with gain="rank".
 
     Raises:
         ValueError: rewards that ``fault`` refuses; for CPU tensors.
     """
-    if ranked.rewards is None:
+    if ranked.rewards is None or gain == "rank":
         scores = ranked.logps
         places = torch.arange(scores.shape[1], device=scores.device, dtype=scores.dtype)
         labels = 1 - places / (ranked.counts - 1).clamp(min=1)[:, None]
@@ -54,9 +59,11 @@ def gains(ranked: Ranked, gain: str, fault: Any = too_large) -> Tensor:
     return torch.exp2(labels.double().clamp(max=MAX_EXPONENT)) - 1
 
 
-def ideal_dcg(gain: Tensor) -> Tensor:
-    """Σ g_i / log2(1 + i) of gains in rank order: (B, n) -> (B, 1)."""
-    return (gain * discounts(gain)).sum(1, keepdim=True)
+def ndcg_shares(ranked: Ranked, gain: str) -> Tensor:
+    """What each candidate adds to the NDCG at the first place, (B, n); 0 where all gains are 0."""
+    found = gains(ranked, gain, not_a_gain).to(ranked.logps.dtype)
+    ideal = (found * discounts(found)).sum(1, keepdim=True)  # they stand in rank order
+    return found / torch.where(ideal > 0, ideal, 1.0)
 
 
 def discounts(like: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ h_i = β (S_i − S_ref,i):
                                  λ_U (1 − σ(z0 − h_i))  undesirable
 
 z0 = β max(0, KL) is a constant of the gradient. TRL's KTOTrainer estimates KL from completions of
-other prompts: give the mean of their S − S_ref as ``kl``. Without it KL is estimated from the batch
-itself, as the authors' code and TRL's "kto_pair" do it for pairs: for desirable candidates by the
-mean of S − S_ref over the undesirable ones, and the other way round.
+other prompts: give the mean of their S − S_ref as ``kl``. Without it KL of desirable candidates is
+the mean of S − S_ref over the undesirable ones of the batch, and the other way round.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pro_kernels.option_types import Beta, Limits
-from pro_kernels.validate import check_float, check_mask, check_same_shape
+from pro_kernels.validate import check_device, check_float, check_mask, check_same_shape
 
 from .ranked import Ranked, Result
 from .registry import register
@@ -42,6 +41,7 @@ def kto(
     good = ranked.best()
     if desirable is not None:
         check_same_shape("desirable", check_mask("desirable", desirable), ranked.shape, "(B, n)")
+        check_device("desirable", desirable, "logps", ranked.logps)
         good = ranked.valid & desirable.gather(1, ranked.order)
     bad = ranked.valid & ~good
     ratios = ranked.log_ratios()
@@ -56,5 +56,5 @@ def kto(
     implicit = beta * ratios
     of_good = desirable_weight * torch.sigmoid(beta * z_good.clamp(min=0) - implicit)
     of_bad = undesirable_weight * torch.sigmoid(implicit - beta * z_bad.clamp(min=0))
-    losses = torch.where(good, of_good, torch.where(bad, of_bad, 0.0)).sum(1)
-    return ranked.result(losses / ranked.counts.clamp(min=1), implicit)
+    losses = torch.where(good, of_good, torch.where(bad, of_bad, 0.0))
+    return ranked.result(losses.sum(1) / ranked.counts.clamp(min=1), implicit)

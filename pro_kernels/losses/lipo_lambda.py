@@ -7,7 +7,7 @@ s_i = β (S_i − S_ref,i), ψ_i the rewards, rank_i the place of candidate i wh
     G_i = 2^ψ_i − 1,   D_i = log(1 + rank_i)
 
 The weights are constants of the gradient. The paper's ψ lie in [0, 1]. Without rewards ψ falls
-evenly from 1 (best) to 0 (worst); without reference log-probs S_ref is 0.
+evenly from 1 (best) to 0 (worst).
 """
 
 from __future__ import annotations
@@ -20,18 +20,13 @@ from torch.nn.functional import softplus
 
 from pro_kernels.option_types import Beta, Gain
 
-from .gains import gains, too_large
+from .gains import by_gaps, gains, too_large
 from .ranked import Ranked, Result, differences, pair_sum
 from .registry import register
 
 
-@register(uses_gaps=True, reward_fault=too_large)
-def lipo_lambda(
-    ranked: Ranked,
-    *,
-    beta: Beta = 0.05,
-    gain: Gain = "exp2",
-) -> Result:
+@register(needs=["ref_logps"], uses_gaps=by_gaps, reward_fault=too_large)
+def lipo_lambda(ranked: Ranked, *, beta: Beta = 0.05, gain: Gain = "exp2") -> Result:
     """LiPO-λ; gain="linear" takes G = ψ, for rewards too large for 2^ψ."""
     implicit = beta * ranked.log_ratios()
     gaps = differences(gains(ranked, gain)).abs().to(implicit.dtype)

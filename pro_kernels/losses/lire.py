@@ -28,4 +28,6 @@ def lire(
     assert ranked.rewards is not None
     scores = ranked.scores(length_normalize)
     shares = ranked.softmax(scores / temperature)
-    return ranked.result(-(shares * ranked.rewards.to(scores.dtype)).sum(1), scores)
+    # What all rewards share has no gradient, and would round that of their gaps.
+    best = ranked.rewards[:, 0].to(scores.dtype)
+    return ranked.result(-(shares * ranked.gaps()).sum(1) - best, scores)

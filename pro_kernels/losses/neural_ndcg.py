@@ -19,14 +19,14 @@ import torch
 
 from pro_kernels.option_types import Gain, LengthNormalize, Limits
 
-from .gains import discounts, gains, ideal_dcg, not_a_gain
+from .gains import by_gaps, discounts, ndcg_shares, not_a_gain
 from .ranked import Ranked, Result, differences
 from .registry import register
 
 SINKHORN_STEPS = 30
 
 
-@register(uses_gaps=True, reward_fault=not_a_gain)
+@register(uses_gaps=by_gaps, reward_fault=not_a_gain)
 def neural_ndcg(
     ranked: Ranked,
     *,
@@ -36,19 +36,18 @@ def neural_ndcg(
 ) -> Result:
     """1 − NeuralNDCG on s = S/m (S where length_normalize is False)."""
     scores, valid = ranked.scores(length_normalize), ranked.valid
-    gain_of = gains(ranked, gain, not_a_gain).to(scores.dtype)
+    shares = ndcg_shares(ranked, gain)
     both = valid[:, :, None] & valid[:, None, :]
     apart = torch.where(both, differences(scores).abs(), 0.0).sum(2)
     places = torch.arange(1, scores.shape[1] + 1, device=scores.device)
     slopes = (ranked.counts[:, None] + 1 - 2 * places).to(scores.dtype)
-    log_p = (slopes[:, :, None] * scores[:, None, :] - apart[:, None, :]) / temperature
+    near = scores - scores[:, :1].detach()  # P does not change, and the product rounds less
+    log_p = (slopes[:, :, None] * near[:, None, :] - apart[:, None, :]) / temperature
     # An absent candidate is at its own place, so that every row and column has an entry.
     itself = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device) & ~valid[:, None]
     log_p = log_p.masked_fill(~both, -math.inf).masked_fill(itself, 0.0).log_softmax(2)
     for _ in range(SINKHORN_STEPS):
         log_p = log_p.log_softmax(1).log_softmax(2)
-    ideal = ideal_dcg(gain_of)
-    share = gain_of / torch.where(ideal > 0, ideal, 1.0)
-    sorted_share = (log_p.exp() * share[:, None, :]).sum(2)
-    losses = 1 - (sorted_share * discounts(share)).sum(1)
-    return ranked.result(torch.where(ideal[:, 0] > 0, losses, 0.0), scores)
+    sorted_share = (log_p.exp() * shares[:, None, :]).sum(2)
+    losses = 1 - (sorted_share * discounts(shares)).sum(1)
+    return ranked.result(torch.where(shares.any(1), losses, 0.0), scores)

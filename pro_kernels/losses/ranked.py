@@ -49,6 +49,11 @@ class Ranked:
         return self.logps.shape[0], self.logps.shape[1]
 
     @property
+    def first(self) -> Tensor:
+        """Which place is that of the best, (n,) bool."""
+        return torch.arange(self.shape[1], device=self.valid.device) == 0
+
+    @property
     def counts(self) -> Tensor:
         """Valid candidates of each prompt, (B,)."""
         return self.valid.sum(1)
@@ -67,15 +72,14 @@ class Ranked:
         if self.rewards is not None:
             selected = selected & (differences(self.rewards) > 0)
         if pairs == "best":
-            first = torch.arange(selected.shape[1], device=selected.device) == 0
-            selected = selected & first[None, :, None]
+            selected = selected & self.first[:, None]
         return selected
 
     def best(self) -> Tensor:
         """Which candidates none is better than: (B, n) bool."""
         if self.rewards is not None:
             return self.valid & (self.rewards == self.rewards[:, :1])
-        return self.valid & (torch.arange(self.shape[1], device=self.valid.device) == 0)
+        return self.valid & self.first
 
     def gaps(self) -> Tensor:
         """How far each reward lies below the best one, 0 where absent: (B, n)."""
@@ -86,7 +90,7 @@ class Ranked:
     def log_softmax(self, values: Tensor) -> Tensor:
         """Over the valid candidates, 0 where absent: (B, n)."""
         # An empty prompt keeps its first place, so that no softmax is over nothing.
-        absent = ~self.valid & (torch.arange(values.shape[1], device=values.device) > 0)
+        absent = ~(self.valid | self.first)
         return values.masked_fill(absent, -math.inf).log_softmax(1).masked_fill(absent, 0.0)
 
     def softmax(self, values: Tensor) -> Tensor:
@@ -110,8 +114,7 @@ class Ranked:
         "sum": -S; "mean": -S/m; "tokens": the prompts' mean is the mean over all tokens of these
         candidates in the batch, as TRL computes it.
         """
-        first = torch.arange(self.shape[1], device=self.valid.device) == 0
-        chosen = self.valid if on == "all" else self.valid & first
+        chosen = self.valid if on == "all" else self.valid & self.first
         of_each = -self.scores(reduction == "mean")
         total = torch.where(chosen, of_each, 0.0).sum(1)
         if reduction == "tokens":

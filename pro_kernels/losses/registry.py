@@ -72,10 +72,7 @@ class Loss:
             TypeError, ValueError: an input or an option that cannot be.
         """
         self.check(options)
-        needs = self.needs(**options)
-        for name, given in (("rewards", rewards), ("ref_logps", ref_logps)):
-            if name in needs and given is None:
-                raise ValueError(f"{self.name} needs {name}: expected a (B, n) tensor, got None")
+        self.check_needs({"rewards": rewards, "ref_logps": ref_logps}, options)
         shared = {name: options.pop(name, self.defaults[name]) for name in self.shared}
         if shared.pop("reference_free", False):
             ref_logps = None
@@ -98,6 +95,12 @@ class Loss:
         for name, value in options.items():
             if name in self.types:
                 check_option(name, value, self.types[name])
+
+    def check_needs(self, given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        """Raise ValueError for an input that these options need, and that is not given."""
+        for name in self.needs(**options):
+            if given.get(name) is None:
+                raise ValueError(f"{self.name} needs {name}: expected a (B, n) tensor, got None")
 
     def needs(self, **options: Any) -> tuple[str, ...]:
         """Which of "rewards" and "ref_logps" it cannot do without, with these options."""

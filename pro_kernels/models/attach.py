@@ -100,11 +100,11 @@ def attach(
             does until ``detach``; "padded" runs batches as they are.
         lazy_logits: False: a call without labels returns plain logits, one with labels None.
         options: of the loss (``linear_pro_loss``'s, or those of ``LOSSES[loss]``): ``sft_weight``,
-            ``temperature``, ``beta``, ...; and of any: ``grad_filter``, ``head_dtype``,
-            ``batch_invariant``. With ``head_dtype="float32"`` the ``logits`` are fp32, too, but not
-            those of ``generate``. With "auto" or "cross_entropy" also those of
-            ``linear_cross_entropy``: ``class_weight``, ``label_smoothing``, ``z_loss``, which the
-            cross-entropy of labels then has, whether the model's own loss has them or not.
+            ``temperature``, ``beta``, ...; of ``linear_cross_entropy``, unless a ranking loss is
+            named: ``class_weight``, ``label_smoothing``, ``z_loss``, which the cross-entropy of
+            labels then has, whether the model's own loss has them or not; and of any:
+            ``grad_filter``, ``batch_invariant``, and ``head_dtype``, with which the ``logits`` are
+            fp32, too (but not those of ``generate``).
 
     Returns:
         The same model.
@@ -125,19 +125,21 @@ def attach(
     check_choice("loss", loss, (*_LOSSES, *LOSSES))
     loss = "ranking" if loss == "pro" else loss
     of_scores = None if loss in _LOSSES else LOSSES[loss]
-    there = OPTIONS if of_scores is None else {*KERNEL_OPTIONS, *of_scores.types}
+    there = OPTIONS.difference(CLASS_OPTIONS if loss == "ranking" else ())
+    if of_scores is not None:
+        there = {*KERNEL_OPTIONS, *of_scores.types}
     if unknown := sorted(set(options) - there):
         raise TypeError(f"attach got options {unknown}; there are {sorted(there)}")
     check_choice("rows", rows, ("padded", "distinct"))
     check_choice("lazy_logits", lazy_logits, (True, False))
-    classes: dict[str, Any] = {}
     if of_scores is None:
-        classes = {name: options.pop(name) for name in CLASS_OPTIONS if name in options}
-        CrossEntropyOptions(**{name: x for name, x in classes.items() if name != "class_weight"})
         loss_options(options)
     else:
         of_scores.check({name: x for name, x in options.items() if name in of_scores.types})
     group_of("process_group", process_group)
+    own_names = CLASS_OPTIONS if of_scores is None else ()
+    classes = {name: options.pop(name) for name in own_names if name in options}
+    CrossEntropyOptions(**{name: x for name, x in classes.items() if name != "class_weight"})
     options |= {"backend": backend, "budget": budget}
     own = {name: lm.__dict__[name] for name in _REPLACED if name in lm.__dict__}
     opened = Opened(lm, loss, options, classes, process_group, own)

@@ -27,6 +27,7 @@ from pro_kernels.options import (
     Options,
     PROOptions,
 )
+from pro_kernels.validate import check_tensor
 
 STATE = "_pro_kernels"  # the attribute of an attached model that holds its ``Opened``
 # Keyword arguments that the forward of an attached model takes beside the model's own.
@@ -71,7 +72,6 @@ def fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     parameters = list(own.parameters.values())
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = tuple(x.name for x in parameters if x.kind in positional)[1:]
-    refused = _NOT_OF_A_CALL - own.parameters.keys()
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,11 @@ def fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"the forward of {type(self).__name__} takes {names} by position, each once, got "
                 f"{len(args)} of them and {sorted(kwargs)}"
             )
-        if strange := refused & kwargs.keys():
+        of_loss = (
+            LOSSES[loss].defaults.keys() if (loss := getattr(self, STATE).loss) in LOSSES else ()
+        )
+        strange = _NOT_OF_A_CALL.union(of_loss).difference(RANKING, own.parameters) & kwargs.keys()
+        if strange:
             raise ValueError(
                 f"a call of an attached model takes {RANKING}, got {sorted(strange)}; options are "
                 "given to attach, and sequence_group to linear_pro_loss only"
@@ -120,7 +124,7 @@ def _forward(opened: Opened, kwargs: dict[str, Any]) -> Any:
     )
     if asked.shift and labels is not None:
         _check_labels(opened, kwargs.get("input_ids"), asked)
-    _check_loss(opened.loss, asked)
+    _check_loss(opened, asked)
     if not torch.compiler.is_compiling():
         opened.check_unchanged()
     loss = cross_entropy
@@ -165,6 +169,12 @@ def _of_both(opened: Opened, head: HeadInputs, asked: Asked) -> dict[str, Any]:
 
 def _of_kernels(opened: Opened) -> dict[str, Any]:
     return {name: opened.options[name] for name in KERNEL_OPTIONS if name in opened.options}
+
+
+def _own_options(opened: Opened) -> dict[str, Any]:
+    """Of the loss in ``LOSSES`` that the model is attached with."""
+    own = get_loss(opened.loss).defaults
+    return {name: x for name, x in opened.options.items() if name in own}
 
 
 def cross_entropy(
@@ -244,8 +254,7 @@ def loss_of_scores(
         for key, name in names.items()
         if key in given
     }
-    own = {name: x for name, x in opened.options.items() if name in loss.defaults}
-    value, metrics = loss(logps, lengths, **inputs, **own)
+    value, metrics = loss(logps, lengths, **inputs, **_own_options(opened))
     logps = logps.detach()
     sft = metrics.get("sft_loss")
     return value, {
@@ -259,9 +268,9 @@ def loss_of_scores(
 # ---- what a call may ask for
 
 
-def _check_loss(loss: str, asked: Asked) -> None:
+def _check_loss(opened: Opened, asked: Asked) -> None:
     """Raise TypeError or ValueError unless the call says what the model's loss needs, and fits."""
-    ranking = asked.ranking
+    loss, ranking = opened.loss, asked.ranking
     if not ranking:
         if loss not in ("auto", "cross_entropy"):
             raise ValueError(
@@ -289,6 +298,10 @@ def _check_loss(loss: str, asked: Asked) -> None:
         _check_candidates(asked)
     elif not isinstance(layout, Layout):
         raise TypeError(f"layout must be a pro_kernels.Layout, got {type(layout).__name__}")
+    if loss in LOSSES:
+        for name in ranking.keys() - {"num_candidates", "layout"}:
+            check_tensor(name, ranking[name])
+        LOSSES[loss].check_needs(ranking, _own_options(opened))
 
 
 def _check_candidates(asked: Asked) -> None:

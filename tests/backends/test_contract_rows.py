@@ -102,7 +102,8 @@ def test_masked_vocabulary(subject, dtype):
     rows.targets[3], rows.targets[4] = 20, v - 1  # the first of them is itself masked
     for options in (PLAIN, LogitOptions(logit_scale=0.5)):
         found = check(subject, replace(rows, options=options))
-        assert found[0][3] == -torch.inf and found[0][4] == 0 and found[2][4] == 0
+        # The sum of one exponential is 1 up to its rounding.
+        assert found[0][3] == -torch.inf and -1e-7 < found[0][4] <= 0 <= found[2][4] < 1e-7
         for gradient in found[5:]:
             assert gradient[:3].isfinite().all() and not gradient[:3, :first].any()
 
@@ -312,7 +313,8 @@ def test_the_exact_logit_stands_in_everywhere(subject):
     for logits, exact in ((low, 12.0), (high, 300.7)):
         rows = Rows(logits, torch.tensor([17]), *torch.ones(2, 1), torch.tensor([exact]))
         logp, lse, *_, raw = everything(subject, rows)
-        assert logp[0] == 0 and lse == rows.exact and raw.abs().max() < 1e-30
+        assert -1e-7 < logp[0] <= 0 and raw.abs().max() < 1e-7
+        torch.testing.assert_close(lse, rows.exact, rtol=2e-7, atol=0)
     rows.logits, rows.exact = torch.full((1, 9), -3.0, dtype=torch.bfloat16), torch.tensor([12.0])
     rows.targets[:] = 4
     check(subject, rows)

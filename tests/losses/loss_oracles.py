@@ -331,13 +331,12 @@ def oracle_dpo_ties(prompt, *, beta=0.1, alpha=1.0986122886681098, pairs="all"):
     return average(found)
 
 
-def labels(prompt):
-    n = len(prompt)
-    return [mpf(n - 1 - k) / max(n - 1, 1) if c.r is None else c.r for k, c in enumerate(prompt)]
-
-
 def gains_of(prompt, gain):
-    return [2**r - 1 if gain == "exp2" else r for r in labels(prompt)]
+    n, found = len(prompt), []
+    for k, c in enumerate(prompt):
+        r = mpf(n - 1 - k) / max(n - 1, 1) if c.r is None or gain == "rank" else c.r
+        found.append(r if gain == "linear" else 2**r - 1)
+    return found
 
 
 def ndcg(prompt, gain, gains_at):

@@ -28,8 +28,9 @@ DPO = [
     ("discopop", {"tau": 0.5}, "discopop", {}),
     ("sigmoid_norm", {}, "sigmoid_norm", {}),
     *(
-        ("f_dpo", {"divergence": name, "alpha": 0.3}, "sigmoid", {"f_divergence_type": name})
+        ("f_dpo", {"divergence": name} | alpha, "sigmoid", {"f_divergence_type": name})
         for name in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+        for alpha in [{"alpha": 0.3} if name == "alpha_divergence" else {}]
     ),
 ]
 

@@ -75,9 +75,12 @@ def test_what_does_not_go_together(inputs):
         ({"rewards": REWARDS}, "dpo needs ref_logps: expected"),
         ({"rewards": REWARDS, "sft_index": torch.zeros(B)}, r"does not use \['sft_index'\]"),
         ({"rewards": REWARDS, "desirable": REWARDS > 1}, r"does not use \['desirable'\]"),
+        ({"rewards": REWARDS, "beta": 0.1}, r"got \['beta'\]; options are given to attach"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**inputs, **more)
+    with pytest.raises(TypeError, match="ref_logps must be a tensor, got list"):
+        model(**inputs, rewards=REWARDS, ref_logps=REWARDS.tolist())
     with pytest.raises(ValueError, match=r"loss='ranking', which does not use \['ref_logps'\]"):
         pk.attach(make(), loss="pro")(**inputs, rewards=REWARDS, ref_logps=REWARDS)
     with pytest.raises(TypeError, match=r"options \['ties'\]; there are .*'beta'"):

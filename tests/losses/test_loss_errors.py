@@ -31,6 +31,7 @@ def check_raises(error, message, name, **changes):
 
 NO_FLOAT = "be float64, float32, bfloat16 or float16, got torch.int"
 NO_RANK = "have shape (B, n) with n >= 1, got"
+DEVICE = "be on the device of logps (cpu)"
 SHAPE = "have shape (B, n) = (2, 3), got"
 # What is wrong with which input: "NAME must ...".
 BAD_INPUTS = [
@@ -65,7 +66,7 @@ BAD_INPUTS = [
     ("ref_logps", ONES.int(), TypeError, f"{NO_FLOAT}32"),
     ("mask", ONES, TypeError, "be a bool tensor, got torch.float32"),
     ("mask", ONES.bool()[:1], ValueError, f"{SHAPE} (1, 3)"),
-    ("mask", ONES.bool().to("meta"), ValueError, "be on the device of logps (cpu), got meta"),
+    ("mask", ONES.bool().to("meta"), ValueError, f"{DEVICE}, got meta"),
 ]
 
 
@@ -93,6 +94,11 @@ BAD_OPTIONS = [
     ("dpo cpo simpo exo", "label_smoothing", 0.6, ValueError, "be <= 0.5"),
     ("robust", "label_smoothing", 0.5, ValueError, "be <= 0.49"),
     ("kto", "desirable", ONES, TypeError, "be a bool tensor, got torch.float32"),
+    ("kto", "desirable", ONES.bool().to("meta"), ValueError, f"{DEVICE}, got meta"),
+    ("bco", "running", [0.0, 0.0], TypeError, "be a tensor, got list"),
+    ("bco", "running", ONES.double(), ValueError, "have shape (2,) = (2,), got (2, 3)"),
+    ("bco", "running", torch.zeros(2).double().to("meta"), ValueError, f"{DEVICE}, got meta"),
+    ("bco", "running", torch.zeros(2), TypeError, "be float64, got torch.float32"),
     ("kto", "kl", ONES, ValueError, "have shape () = (), got (2, 3)"),
     ("infonca nca exo", "alpha", -1, ValueError, "be >= 0"),
     ("dpo_ties f_dpo", "alpha", 0, ValueError, "be > 0"),
@@ -102,7 +108,7 @@ BAD_OPTIONS = [
     ("simpo", "gamma", -1, ValueError, "be >= 0"),
     ("cpo rrhf slic pro dpo", "sft_weight", -1, ValueError, "be >= 0"),
     ("slic", "delta", -1, ValueError, "be >= 0"),
-    ("lipo_lambda", "gain", "x", ValueError, "be one of ['exp2', 'linear']"),
+    ("lipo_lambda", "gain", "x", ValueError, "be one of ['exp2', 'linear', 'rank']"),
     ("plackett_luce pro", "top_k", 0, ValueError, "be None or an integer >= 1"),
     ("pro", "top_k", 1.0, TypeError, "be None or an integer >= 1"),
     ("pro", "sft_reduction", "tokens", ValueError, "be one of ['sum', 'mean']"),
@@ -149,7 +155,13 @@ def test_numbers_that_are_too_large_or_small():
         check_raises(
             ValueError, "rewards 0 to 300 are too large for the gain 2", name, rewards=large
         )
-    check_raises(ValueError, "rewards -1 to -1 are below 0", "approx_ndcg", rewards=-ONES)
+    check_raises(
+        ValueError,
+        "rewards -1 to -1 are below 0, and so is their gain: add a",
+        "approx_ndcg",
+        rewards=-ONES,
+    )
+    check_raises(ValueError, "alpha must be None with divergence='reverse_kl'", "f_dpo", alpha=0.5)
     check_raises(ValueError, "label_smoothing must be None with alpha > 0", "exo", alpha=1.0,
                  label_smoothing=0.1)  # fmt: skip
     assert torch.isfinite(call("lipo_lambda", rewards=large, gain="linear")[0])

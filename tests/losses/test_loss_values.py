@@ -48,6 +48,7 @@ CASES = [
     ("rpo", {"eta": 0.4, "beta": 0.3}),
     ("rpo", {"divergence": "backward"}),
     ("dpo_ties", {"alpha": 0.2, "pairs": "best"}),
+    ("dpo_ties", {"alpha": 400.0}),
     ("apo_zero", {"beta": 0.5, "pairs": "best"}),
     ("apo_down", {"beta": 0.5, "pairs": "best"}),
     ("bco", {"delta": 0.3, "pairs": "best"}),
@@ -61,6 +62,8 @@ CASES = [
     ("approx_ndcg", {"temperature": 0.9, "gain": "linear"}),
     ("approx_ndcg", {"temperature": 5.0, "length_normalize": False}),
     ("neural_ndcg", {"temperature": 0.6, "gain": "linear"}),
+    ("neural_ndcg", {"gain": "rank"}),
+    ("lipo_lambda", {"gain": "rank"}),
     ("lire", {"temperature": 7.0}),
     ("lire", {"length_normalize": True}),
     ("swepo", {"beta": 0.3, "alpha": 0.0}),
@@ -179,6 +182,17 @@ def test_extreme_scores_stay_finite_and_right(name, dtype):
     if name != "orpo":  # the oracle has infinite odds at probability 1
         tolerance = 1e-6 if dtype == torch.float32 else 1e-12
         assert loss.item() == pytest.approx(expected(name, batch)[0], rel=tolerance)
+
+
+@pytest.mark.parametrize(("name", "far"), [("lire", (0, 1e6)), ("neural_ndcg", (-1e7, 0))])
+def test_what_all_candidates_share_does_not_round_the_gradient(name, far):
+    logps, rewards = (torch.tensor([[1.0, 0.0, -1.0, 2.0]]) + x for x in far)
+    of_dtype = []
+    for dtype in (torch.float32, torch.float64):
+        scores = logps.to(dtype).requires_grad_()
+        loss, _ = LOSSES[name](scores, torch.ones(1, 4), rewards=rewards.abs().to(dtype))
+        of_dtype.append(torch.autograd.grad(loss, scores)[0].double())
+    torch.testing.assert_close(*of_dtype, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -85,7 +85,7 @@ def test_auto_starts_afresh_where_nothing_whole_is_left(train, tmp_path, capsys)
         ("--demo --nothing_like_it", "--nothing_like_it is no option of train"),
         ("--demo --padding_free", "TRL that has none here: leave it out: no padding is run"),
         ("--dataset_test_split test --data data.jsonl", "give the held-out lists as --eval_data"),
-        ("--demo --loss_type sigmoid_norm", "unknown loss 'sigmoid_norm'"),
+        ("--demo --loss_type sigmoid_loss", "unknown loss 'sigmoid_loss'"),
         ("lists.jsonl --demo", "unexpected argument 'lists.jsonl'"),
     ],
 )

@@ -20,9 +20,11 @@ from pro_trainer.evaluate.compare import compare
 from pro_trainer.evaluate.generation import generate_answers
 from pro_trainer.evaluate.metrics import list_statistics, ranking_metrics
 from pro_trainer.evaluate.tables import cell, evaluation_report, markdown_table
+from pro_trainer.models import tiny_llama
 from pro_trainer.prepare.scoring import RewardModel
 from pro_trainer.text.encode import Encoder
 from pro_trainer.train.config import PROConfig
+from pro_trainer.train.trainer import PROTrainer
 
 
 def make_records(lists: int = 9) -> list[dict]:
@@ -179,6 +181,33 @@ def test_a_loss_with_a_reference_model(checkpoint, evaluate, tmp_path):
     assert evaluate(make_records(3), base=checkpoint)["base"] is None
     with pytest.raises(ValueError, match="'dpo' compares with the model that training started"):
         evaluate(make_records(3), config={"loss_type": "dpo"}, base=checkpoint)
+
+
+def test_kto_is_evaluated_with_the_kl_it_is_trained_with(evaluate, tmp_path):
+    models = [tiny_llama(seed) for seed in (0, 1)]  # in this order KL is not below 0
+    base, tuned = (save(tmp_path / f"model{i}", *model) for i, model in enumerate(models))
+    (ref_model, _), (model, tokenizer) = models
+    found = {}
+    for kl in ("batch", "other_prompts"):
+        options = {"loss_type": "kto", "kto_kl": kl}
+        result = evaluate(make_records(), config=options, model=tuned, base=base)
+        found[kl] = result["metrics"]["loss"]
+        args = PROConfig(output_dir=str(tmp_path / kl), report_to="none", use_cpu=True, **options)
+        trainer = PROTrainer(model, args, None, make_records(), tokenizer, ref_model=ref_model)
+        assert found[kl] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+    assert abs(found["batch"] - found["other_prompts"]) > 1e-4
+
+
+@pytest.mark.parametrize("loss_type", ["bco", "kto", "pro"])
+def test_the_interval_is_of_the_loss_that_is_shown(loss_type, evaluate, tmp_path):
+    """Lists count by their weight, and what the loss takes from all lists is that of all."""
+    base, tuned = (save(tmp_path / f"model{seed}", *tiny_llama(seed)) for seed in (0, 1))
+    lists = [x | {"prompt_weight": i % 3} for i, x in enumerate(make_records())]
+    config = {"loss_type": loss_type, "beta": None if loss_type == "pro" else 1.0}
+    found = evaluate(lists, config=config, model=tuned, base=base)
+    row = found["comparison"]["loss"]
+    assert row["base"] == pytest.approx(found["base_metrics"]["loss"], rel=1e-5)
+    assert row["tuned"] == pytest.approx(found["metrics"]["loss"], rel=1e-5)
 
 
 def test_a_model_beside_its_base(tiny, checkpoint, evaluate, tmp_path, capsys):

@@ -45,7 +45,8 @@ def test_json_is_what_training_sees(model, data, capsys):
     assert commands.inspect(argv) == 0
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
-    assert len(lines) == 2 and set(lines[0]) == {"prompt_ids", "completion_ids", "rewards", "cut"}
+    names = {"prompt_ids", "completion_ids", "rewards", "desirable", "weight", "cut"}
+    assert len(lines) == 2 and set(lines[0]) == names
     tokenizer = chat_tokenizer()
     dataset, _ = load_dataset([data], tokenizer, ListOptions(max_length=90, num_candidates=2))
     assert lines[0]["prompt_ids"] == dataset[0]["prompts"][0]

@@ -74,6 +74,18 @@ def test_2_and_4_ranks_take_the_steps_of_one_process(whole):
         close(whole[1], whole[world])
 
 
+def test_lists_without_weight_and_the_means_of_ranks(work):
+    """A step of lists that all weigh 0 has loss 0; a rank without lists adds none to its mean."""
+    lists = (json.dumps({**x, "prompt_weight": 0}) + "\n" for x in DATA)
+    (work / "weightless.jsonl").write_text("".join(lists))
+    options = {"data": work / "weightless.jsonl", "loss_type": "bco", "max_steps": 2}
+    found, _ = finished(train(work, "bco", 2, **options), work / "bco")
+    assert [e["loss"] for e in found["log_history"] if "loss" in e] == [0, 0]
+    means = json.loads((work / "bco" / "checkpoint-2" / "running.json").read_text())
+    candidates = [count for _, count in means]  # each rank's
+    assert len(candidates) == 2 and sum(candidates) == sum(len(x["completions"]) for x in DATA)
+
+
 def resumed(work: Path, cut: str, wrote: int, world: int, accumulation: int = 1) -> tuple:
     name = f"{cut} on {world}"
     shutil.copytree(work / cut, work / name)

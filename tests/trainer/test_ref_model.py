@@ -62,6 +62,7 @@ def test_the_reference_moves_and_is_resumed_where_it_was_as_is_the_mean_of_bco(t
     options = {
         **DPO,
         "loss_type": "bco",
+        "max_steps": 6,
         "sync_ref_model": True,
         "ref_model_sync_steps": 1,
         "save_strategy": "steps",
@@ -81,6 +82,8 @@ def test_the_reference_moves_and_is_resumed_where_it_was_as_is_the_mean_of_bco(t
     assert resumed._running.equal(whole._running) and whole._running[1] > cut._running[1] > 0
     assert torch.equal(resumed.ref_model.lm_head.weight, moved)
     assert torch.equal(resumed.model.lm_head.weight, last)
+    later = trained(tmp_path / "cut", **options, resume=str(tmp_path / "cut" / "checkpoint-5"))
+    assert later._running.equal(whole._running)  # after one step the sum is 0
 
 
 @pytest.mark.parametrize(

@@ -318,17 +318,20 @@ def test_a_completion_that_equals_a_better_one_goes_and_the_list_stays():
 
 def test_what_is_shown():
     tokenizer = chat_tokenizer()
-    tokens = TokenizedList([[3, 4]], [[5], [6, 2]], [0.5, 2.0], None, "the prompt lost all")
+    marks = {"desirable": [False, True], "weight": 0.5, "cut": "the prompt lost all"}
+    tokens = TokenizedList([[3, 4]], [[5], [6, 2]], [0.5, 2.0], None, **marks)
     assert show.as_json(tokens) == {
         "prompt_ids": [3, 4],
         "completion_ids": [[6, 2], [5]],
         "rewards": [2.0, 0.5],
+        "desirable": [True, False],
+        "weight": 0.5,
         "cut": "the prompt lost all",
     }
     text = show.as_text(tokens, tokenizer)
     first = tokenizer.decode([6]) + "<|im_end|>"
-    assert f"candidate 1, 2 tokens scored, reward 2, SFT\n[{first}]" in text
-    assert text.endswith("--- cut: the prompt lost all")
+    assert f"candidate 1, 2 tokens scored, reward 2, SFT, desirable\n[{first}]" in text
+    assert text.endswith("--- weight of the list: 0.5\n--- cut: the prompt lost all")
     assert "\033[32m" in show.as_text(tokens, tokenizer, color=True)
     apart = TokenizedList([[3], [4]], [[5], [6]], None, 1)
     found = show.as_json(apart)

@@ -6,7 +6,6 @@ import copy
 import functools
 import math
 import traceback
-from dataclasses import replace
 
 import pytest
 import torch
@@ -158,7 +157,7 @@ def test_lists_count_by_their_weight_and_kto_takes_marks(loss_type, tmp_path):
     )
     scores = trainer.score(trainer.train_dataset)
     assert scores.weights.equal(share)
-    each = list_losses(replace(scores, weights=None), trainer.args)
+    each = list_losses(scores, trainer.args)
     if loss_type == "kto":
         assert scores.desirable[0, :3].tolist() == [True, True, False]
         assert scores.desirable[2].sum() == 1
@@ -196,6 +195,21 @@ def test_kto_takes_kl_from_completions_of_other_prompts(batching, tmp_path):
     trained_on = trainer.compute_loss(trainer.model, batch).item()
     assert trained_on == pytest.approx(over(kl=kl(0, 8).mean())[0].item(), rel=1e-4)
     assert abs(trained_on - over()[0].item()) > 1e-4  # of the batch itself
+
+
+def test_kto_without_a_reference_model(tmp_path):
+    trainer = trainer_for(tmp_path, loss_type="kto", reference_free=True)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+    scores = trainer.score(trainer.train_dataset.select(range(4)))
+    assert (scores.kl < 0).all()  # log-probs
+    wanted, _ = pk.losses.LOSSES["kto"](
+        scores.logps, scores.lengths, rewards=scores.rewards, mask=scores.mask,
+        kl=torch.zeros(()), reference_free=True,
+    )  # fmt: skip
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(
+        wanted.item(), rel=1e-4
+    )
+    assert trainer.metrics(scores)["loss"] == pytest.approx(wanted.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("batching", ["auto", "padded"])

@@ -1,21 +1,28 @@
-"""Processes, one after the other, against the clock; the results file is rewritten as they speak.
+"""A round: units of the parts, one after the other, against the clock, into one results file.
 
-A job says what it does on its standard output, a line each: ``@bench {"part": ..., "row": {...}}``
-for a number, ``@bench {"part": ..., "status": "ok", "note": ""}`` when a part is over. A job that
-dies or goes past a part's time is started again with the parts that are left, so a bad kernel costs
-its own part only: what it did to the device's context dies with the process.
+A process measures them and says what it does on its standard output, a line each: ``@bench {"part":
+..., "row": {...}}`` for a number, ``@bench {"part": ..., "status": "ok", "note": ""}`` when a unit
+is over. One that dies or goes past a unit's time is started again with the units that are left, so
+a bad kernel costs its own unit only: what it did to the device's context dies with the process.
+
+What was measured with the same code, packages and machine is not measured again, and what was
+measured before stays in the file until it is.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import os
 import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,125 +30,137 @@ from pathlib import Path
 import torch
 
 from bench.engine.isolate import DEVICE_LOST, MARK, ROOT
-from bench.engine.record import Record, facts
-from bench.suites.gpu import kernels
-from pro_kernels import backends
+from bench.engine.record import Record, facts, load
+from bench.suites.gpu import parts
 
-_TAIL = 2000  # characters of a failed job's last words
-_CASES_SECONDS = 200.0
-# Kernels that never ran on a GPU take part here: this is where they do. The trainer need not be
-# installed.
-_ENVIRONMENT = {
-    "PRO_KERNELS_UNVERIFIED": "1",
-    "PYTHONPATH": os.pathsep.join(
-        filter(None, (str(ROOT / "python"), os.environ.get("PYTHONPATH")))
-    ),
-}
+WHEELS = "PRO_KERNELS_WHEELS"  # names a folder of wheels that were brought along
+SITE = ROOT / "build" / "gpu-site"  # where they are installed
+_TAIL = 2000  # characters of a failed process's last words
+_PREPARED = 180.0  # seconds for the build, and for the wheels
+_TRIES = 3  # of a case with providers: the next goes on without who was running
 
 
 @dataclass(frozen=True)
-class Job:
-    """One process.
+class Turn:
+    """One unit's turn.
 
     Attributes:
-        name: as in the results.
-        command: its arguments; the names of ``parts`` are put behind them.
-        parts: what it announces, in order; empty for a command that only succeeds or fails.
-        limit: seconds for each part, or for the command.
+        name: "part: unit", as the process that measures announces it.
+        limit: seconds.
+        tries: how often it is started where the process dies.
+        key: of code, packages and machine; a result of the same key is not measured again.
     """
 
     name: str
-    command: tuple[str, ...]
-    parts: tuple[str, ...] = ()
     limit: float = 60.0
+    tries: int = 1
+    key: str = ""
 
 
-def make_jobs(out: Path, names: tuple[str, ...], chosen: tuple[str, ...]) -> list[Job]:
-    """All jobs in order of importance, narrowed to these parts and backends.
+def turns(device: torch.device, names: Sequence[str] = ()) -> list[Turn]:
+    """All units in order, or those of the parts named.
 
     Raises:
-        ValueError: a name that does not exist.
+        ValueError: a part that does not exist.
     """
-    python = sys.executable
-    commands = [
-        Job("build", (python, "setup.py", "build_native", "--inplace"), limit=180),
-        Job("check", (python, "-m", "pro_kernels", "check", "--json",
-                      str((out / "check.json").resolve())), limit=90),
-        Job("loss", (python, "-m", "bench", "loss", "--preset", "gpu", "--device", "cuda",
-                     "--seconds", str(_CASES_SECONDS), "--out", str(out.resolve())),
-            limit=_CASES_SECONDS + 45),
-        Job("step", (python, "-m", "bench", "step", "--preset", "gpu", "--case", "0.5B",
-                     "--device", "cuda", "--repeats", "3", "--out",
-                     str((out / "step").resolve())), limit=75),
-        Job("tests", (python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
-                      "tests"), limit=90),
-    ]  # fmt: skip
-    every = tuple(name for name in kernels.PARTS if name != "tuning")
-    known = (*(job.name for job in commands), *kernels.PARTS)
-    _check("parts", names, known)
-    gpu_backends = tuple(b for b in ("triton", "cuda", "torch") if b in backends.ORDER)
-    _check("backends", chosen, gpu_backends)
-    wanted = tuple(p for p in every if not names or p in names)
-    jobs = [job for job in commands if not names or job.name in names]
-    for backend in chosen or gpu_backends:
-        if wanted:
-            jobs.append(Job(backend, _worker(backend), wanted))
-    if (not names or "tuning" in names) and "triton" in (chosen or gpu_backends):
-        jobs.append(Job("tuning", _worker("triton"), ("tuning",), limit=120))
-    return jobs
+    known = [part.name for part in parts.PARTS]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--parts must be of {known}, got {unknown}")
+    about = facts(device)
+    versions = about["versions"]
+    code = _digest("pro_kernels", "csrc")
+    alike = [code, about["machine"], versions["torch"], versions["triton"]]
+    peers = [_digest("bench/providers"), versions]
+    found = []
+    for part in parts.PARTS:
+        source = inspect.getsource(part.measure)
+        for name, unit in part.units(device).items():
+            what = [*alike, source, unit, peers if part.measure in parts.WITH_PEERS else ""]
+            key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+            tries = _TRIES if part.measure is parts.providers else 1
+            if not names or part.name in names:
+                found.append(Turn(f"{part.name}: {name}", part.limit, tries, key))
+    return found
 
 
-def _worker(backend: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "bench.suites.gpu.kernels", backend)
+def _digest(*folders: str) -> str:
+    """Of the source files in these folders."""
+    kinds = (".py", ".cpp", ".h", ".cu", ".cuh")
+    files = (p for name in folders for p in (ROOT / name).rglob("*") if p.suffix in kinds)
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()
 
 
-def _check(what: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ValueError(f"{what} must be of {list(known)}, got {unknown}")
+def prepare(device: torch.device, end: float, log: Callable[[str], None] = print) -> None:
+    """Install wheels that were brought along, and build the native kernels, before ``end``."""
+    wheels = sorted(Path(os.environ.get(WHEELS) or os.devnull).glob("*.whl"))
+    pip = ("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target")
+    build = ("build_native", "--inplace") if device.type == "cuda" else ("--version",)
+    commands = {"build": ("setup.py", *build)}
+    if wheels:
+        commands["wheels"] = (*pip, str(SITE), *map(str, wheels))
+    else:
+        log(f"no wheels: {WHEELS} names no folder with any; peers that are not installed stay out")
+    for name, command in commands.items():
+        with _Process((sys.executable, *command)) as process:
+            for _ in process.lines(min(end, time.monotonic() + _PREPARED)):
+                pass
+            log(f"{name}: {': '.join(process.verdict())[-300:]}")
+    sys.path.insert(0, str(SITE))  # whose versions are those of the results
 
 
 def run(
-    jobs: list[Job],
+    todo: list[Turn],
     path: Path,
     seconds: float,
-    device: torch.device | None = None,
+    device: torch.device,
     log: Callable[[str], None] = print,
+    again: bool = False,
+    command: Sequence[str] = (sys.executable, "-m", "bench.suites.gpu.parts"),
 ) -> dict:
-    """Run the jobs within ``seconds``; returns what ``path`` holds at the end."""
+    """Measure within ``seconds`` what is not there yet (``again``: that, too); the file's content.
+
+    Args:
+        todo: the units.
+        path: the results file; units of other calls stay in it.
+        seconds: for all of it.
+        device: the GPU, or the CPU for a dry run.
+        log: is given a line a unit.
+        again: whether what is there is measured again.
+        command: of the process that measures; device, file, scratch folder and names come behind.
+    """
     end = time.monotonic() + seconds
-    about = facts(device or torch.device("cuda"), seconds=seconds)
-    record = Record(path, {"benchmark": "gpu", **about, "gpu": _gpu(), "parts": []})
-    for job in jobs:
-        done = _run_parts(job, record, end, log) if job.parts else _run_command(job, end)
-        if done is not None:
-            _put(record, done, log)
-    record.finish()
+    about = {"benchmark": "gpu-round", **facts(device, seconds=seconds)}
+    old = load(path) if path.exists() else {"parts": [], "results": []}
+    record = Record(path, {**about, "parts": old["parts"]})
+    record.add(old["results"])
+    there = {part["part"]: part for part in old["parts"]}
+    left = [t for t in todo if again or not _is_done(t, there.get(t.name, {}))]
+    log(f"{len(todo) - len(left)} of {len(todo)} units are measured already")
+    with tempfile.TemporaryDirectory() as scratch:
+        begin = (*command, str(device), str(path.resolve()), scratch)
+        _measure(left, begin, record, end, log)
+    if all(_is_done(t, p) for t in todo for p in record.data["parts"] if p["part"] == t.name):
+        record.finish()
     return record.data
 
 
-def _run_command(job: Job, end: float) -> dict:
-    started = time.monotonic()
-    limit = min(job.limit, end - started)
-    if limit <= 0:
-        return _part(job.name, job.name, "skipped", "no time was left")
-    with _Process(job.command) as process:
-        for _ in process.lines(started + limit):
-            pass
-        status, note = process.verdict()
-    return _part(job.name, job.name, status, note, time.monotonic() - started)
+def _is_done(turn: Turn, part: dict) -> bool:
+    """Failed and too slow is a result; refused or without time may be another tomorrow."""
+    return part.get("key") == turn.key and part["status"] not in ("refused", "skipped")
 
 
-def _run_parts(job: Job, record: Record, end: float, log: Callable[[str], None]) -> None:
-    left = list(job.parts)
-    while left:
-        if time.monotonic() >= end:
-            for name in left:
-                _put(record, _part(job.name, name, "skipped", "no time was left"), log)
-            return
-        with _Process((*job.command, *left)) as process:
+def _measure(
+    left: list[Turn], begin: tuple, record: Record, end: float, log: Callable[[str], None]
+) -> None:
+    tried: Counter[str] = Counter()
+
+    def put(status: str, note: str, started: float, rows: Sequence[dict]) -> None:
+        _put(record, left.pop(0), status, note, time.monotonic() - started, rows, log)
+
+    while left and time.monotonic() < end:
+        with _Process((*begin, *(turn.name for turn in left))) as process:
             started, rows, before = time.monotonic(), [], len(left)
-            limit = started + job.limit
+            limit = started + left[0].limit
             for line in process.lines(lambda: min(limit, end)):  # noqa: B023
                 if not line.startswith(MARK):
                     continue
@@ -149,49 +168,43 @@ def _run_parts(job: Job, record: Record, end: float, log: Callable[[str], None])
                 if "row" in said:
                     rows.append(said["row"])
                     continue
-                seconds = time.monotonic() - started
-                part = _part(job.name, left.pop(0), said["status"], said["note"], seconds)
-                _put(record, part, log, rows)
+                put(said["status"], said["note"], started, rows)
                 started, rows = time.monotonic(), []
-                limit = started + job.limit
-            if left:  # it died, or took too long
-                status, note = process.verdict()
-                if process.code == DEVICE_LOST and len(left) < before:
-                    continue
+                limit = started + (left[0].limit if left else 0)
+            status, note = process.verdict()
+            if not left or time.monotonic() >= end:
+                break
+            if process.code == DEVICE_LOST and len(left) < before:
+                continue
+            tried[left[0].name] += 1
+            if tried[left[0].name] == left[0].tries:  # it died, or took too long
                 status = "failed" if status == "ok" else status
-                seconds = time.monotonic() - started
-                part = _part(job.name, left.pop(0), status, note or "it ended early", seconds)
-                _put(record, part, log, rows)
+                long = f"it took longer than {left[0].limit:g} s" if status == "timeout" else ""
+                put(status, note or long or "it ended early", started, rows)
+    while left:
+        put("skipped", "no time was left", time.monotonic(), ())
 
 
-def _part(job: str, name: str, status: str, note: str, seconds: float = 0.0) -> dict:
-    return {
-        "job": job,
-        "part": name,
-        "status": status,
-        "seconds": round(seconds, 2),
-        "note": note,
-    }
+def _put(
+    record: Record, turn: Turn, status: str, note: str, seconds: float, rows: Sequence[dict],
+    log: Callable[[str], None],
+) -> None:  # fmt: skip
+    last = (note.splitlines() or [""])[-1][:120]
+    log(f"{turn.name[:60]:60} {status:8} {seconds:6.1f} s  {last}")
+    data = record.data
+    if status == "skipped" and any(p["part"] == turn.name for p in data["parts"]):
+        return  # what was measured before says more
+    about = {"key": turn.key, "date": data["date"][:10], "commit": (data["commit"] or "")[:12]}
+    part = {"part": turn.name, "status": status, "seconds": round(seconds, 2), "note": note}
+    data["parts"] = [p for p in data["parts"] if p["part"] != turn.name] + [part | about]
+    data["results"] = [r for r in data["results"] if r["unit"] != turn.name]
+    record.add([{**row, "part": turn.name.partition(":")[0], "unit": turn.name} for row in rows])
 
 
-def _put(record: Record, part: dict, log: Callable[[str], None], rows: Sequence[dict] = ()) -> None:
-    record.data["parts"].append(part)
-    record.add([{"job": part["job"], **row} for row in rows])
-    first = (part["note"].splitlines() or [""])[-1][:120]
-    log(f"{part['job']:8} {part['part']:10} {part['status']:8} {part['seconds']:7.1f} s  {first}")
-
-
-def _gpu() -> dict | None:
-    if not torch.cuda.is_available():
-        return None
-    found = torch.cuda.get_device_properties(0)
-    return {
-        "name": found.name,
-        "capability": f"{found.major}.{found.minor}",
-        "sms": found.multi_processor_count,
-        "memory": found.total_memory,
-        "cuda": torch.version.cuda,
-    }
+def _environment() -> dict[str, str]:
+    """Kernels that never ran on a GPU take part: this is where they do."""
+    paths = (str(SITE), str(ROOT / "python"), os.environ.get("PYTHONPATH"))
+    return {"PRO_KERNELS_UNVERIFIED": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 class _Process:
@@ -200,7 +213,7 @@ class _Process:
     def __init__(self, command: tuple[str, ...]) -> None:
         self._child = subprocess.Popen(
             command, cwd=ROOT, text=True, errors="replace", start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **_ENVIRONMENT},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **_environment()},
         )  # fmt: skip
         self._queue: queue.Queue[str | None] = queue.Queue()
         self._tail = ""

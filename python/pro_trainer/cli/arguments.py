@@ -80,7 +80,7 @@ class InspectArguments(TrainArguments):
     json: bool = option(
         False,
         "One object a line: prompt_ids, completion_ids (best first, scored tokens only), rewards, "
-        "cut. The report goes to standard error.",
+        "desirable, weight, cut. The report goes to standard error.",
     )
 
     def __post_init__(self) -> None:

@@ -94,8 +94,11 @@ def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
         if arguments.generate and trainer.is_world_process_zero():
             answers[name] = _answers(trainer.model, tokenizer, arguments, config, reward_model)
     if config.needs_reference():
-        reference = scores["base"].logps
-        scores = {name: replace(found, ref_logps=reference) for name, found in scores.items()}
+        reference = scores["base"]
+        scores = {
+            name: replace(found, ref_logps=reference.logps, kl=found.kl - reference.kl)
+            for name, found in scores.items()
+        }
     result = {
         "model": arguments.model,
         "base": base,
@@ -127,7 +130,8 @@ def comparison(base: Scores, tuned: Scores, config: LossOptions) -> dict[str, Di
     """The measures of ``compare`` and the loss, of two models on the same lists."""
     by_mean = config.scores_are_means()
     found = [list_statistics(x.ranked_by(by_mean), x.rewards, x.mask) for x in (base, tuned)]
-    return compare(found[0], found[1], (list_losses(base, config), list_losses(tuned, config)))
+    losses = list_losses(base, config), list_losses(tuned, config)
+    return compare(found[0], found[1], losses, tuned.weights)
 
 
 def _base(arguments: EvalArguments, config: PROConfig) -> str | None:

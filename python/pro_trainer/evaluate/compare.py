@@ -40,9 +40,12 @@ def compare(
     base: ListStatistics,
     tuned: ListStatistics,
     losses: tuple[Tensor, Tensor] | None = None,  # (L,) each
+    weights: Tensor | None = None,  # (L,)
     seed: int = 0,
 ) -> dict[str, Difference]:
     """Pairwise accuracy, top-1 accuracy, Kendall's tau-b, NDCG and, where given, loss.
+
+    ``weights`` are those of the lists in the mean loss; None: all weigh 1.
 
     A measure without any list that defines it is left out.
     """
@@ -54,7 +57,8 @@ def compare(
         "ndcg": (base.ndcg, tuned.ndcg, ranks),
     }
     if losses is not None:
-        measures["loss"] = (*losses, torch.ones_like(losses[0]))
+        weights = torch.ones_like(losses[0]) if weights is None else weights
+        measures["loss"] = (losses[0] * weights, losses[1] * weights, weights)
     return {
         name: found for name, sums in measures.items() if (found := _difference(*sums, seed=seed))
     }

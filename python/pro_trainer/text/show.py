@@ -14,7 +14,7 @@ _GREEN, _DIM, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
 
 def as_json(tokens: TokenizedList) -> dict[str, Any]:
     """``prompt_ids`` (n lists where each candidate has a prompt of its own), ``completion_ids``,
-    ``rewards`` and ``cut``, the candidates best first.
+    ``rewards``, ``desirable``, ``weight`` and ``cut``, the candidates best first.
     """
     order = _best_first(tokens)
     shared = len(tokens.prompts) == 1
@@ -22,6 +22,8 @@ def as_json(tokens: TokenizedList) -> dict[str, Any]:
         "prompt_ids": tokens.prompts[0] if shared else [tokens.prompts[i] for i in order],
         "completion_ids": [tokens.completions[i] for i in order],
         "rewards": None if tokens.rewards is None else [tokens.rewards[i] for i in order],
+        "desirable": None if tokens.desirable is None else [tokens.desirable[i] for i in order],
+        "weight": tokens.weight,
         "cut": tokens.cut,
     }
 
@@ -43,8 +45,12 @@ def as_text(tokens: TokenizedList, tokenizer: PreTrainedTokenizerBase, color: bo
         ids = tokens.completions[i]
         reward = "" if tokens.rewards is None else f", reward {tokens.rewards[i]:g}"
         sft = ", SFT" if tokens.sft_index == i or (tokens.sft_index is None and place == 1) else ""
+        if tokens.desirable is not None:
+            sft += ", desirable" if tokens.desirable[i] else ", undesirable"
         text = f"{_GREEN}{decoded(ids)}{_PLAIN}" if color else f"[{decoded(ids)}]"
         lines += [head(f"candidate {place}, {len(ids)} tokens scored{reward}{sft}"), text]
+    if tokens.weight != 1:
+        lines.append(head(f"weight of the list: {tokens.weight:g}"))
     if tokens.cut:
         lines.append(head(f"cut: {tokens.cut}"))
     return "\n".join(lines)

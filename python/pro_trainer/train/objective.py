@@ -48,8 +48,8 @@ class Scores:
         sft_index: (L,) int64, the candidate that carries the SFT term.
         ref_logps: (L, n) fp32, the reference model's S, or None.
         weights: (L,) float64, of each list in the mean over lists; None: all weigh 1.
-        kl: (L,) fp32, S less the reference model's of another prompt's completion, NaN where that
-            was not scored.
+        kl: (L,) fp32, S less the reference model's (where there is one) of another prompt's
+            completion, NaN where that was not scored.
         desirable: (L, n) bool, for losses that take candidates one by one; None: the best are.
     """
 
@@ -118,12 +118,15 @@ def _marks(preferences: Preferences) -> tuple[Tensor, Tensor]:
 
 
 def _kl(logps: Tensor, ref_logps: Tensor | None, index: Tensor | None) -> Tensor:
-    """Log-ratios (B,) of the candidates at ``index`` (B,); NaN where it is None or negative."""
-    if ref_logps is None or index is None:
+    """Log-ratios (B,) of the candidates at ``index`` (B,); NaN where it is None or negative.
+
+    Without a reference model, their log-probs.
+    """
+    if index is None:
         return logps.new_full(logps.shape[:1], torch.nan)
     at = index.to(logps.device, non_blocking=True)[:, None]
-    ratios = (logps.detach() - ref_logps).gather(1, at.clamp_min(0))
-    return torch.where(at < 0, torch.nan, ratios)[:, 0]
+    ratios = logps.detach() if ref_logps is None else logps.detach() - ref_logps
+    return torch.where(at < 0, torch.nan, ratios.gather(1, at.clamp_min(0)))[:, 0]
 
 
 def batch_loss(
@@ -254,20 +257,31 @@ def score_metrics(scores: Scores, config: LossOptions) -> dict[str, float]:
 
 
 def list_losses(scores: Scores, config: LossOptions) -> Tensor:
-    """(L,) the loss of each list by itself; NaN where it has no loss."""
-    losses = []
+    """(L,) the loss of each list, whatever it weighs; NaN where it has no loss.
+
+    What a loss takes from all lists, BCO's shift and KTO's KL of other prompts, is that of all.
+    """
+    running = torch.zeros(2, dtype=torch.float64)
+    with torch.enable_grad():
+        _loss_of(scores, config, running)
+    kl = None if scores.kl is None else scores.kl.nanmean().expand(len(scores.kl))
+    scores, losses = replace(scores, kl=kl, weights=None), []
     for i in range(len(scores.logps)):
         own = {name: x[i : i + 1] for name in _TENSORS if (x := getattr(scores, name)) is not None}
-        losses.append(_loss_of(replace(scores, **own), config)[0].item())
+        with torch.no_grad():
+            losses.append(_loss_of(replace(scores, **own), config, running)[0].item())
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def _loss_of(scores: Scores, config: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss_of(
+    scores: Scores, config: LossOptions, running: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     loss, options = config.loss(), config.given()
     inputs = {
         "sft_index": scores.sft_index,
         "equal_rewards": "keep",
         "desirable": scores.desirable,
+        "running": running,
     }
     if scores.kl is not None and not scores.kl.isnan().all():
         inputs["kl"] = scores.kl.nanmean()

@@ -198,6 +198,7 @@ class PROTrainer(Trainer):
         self._not_finite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         # Of a loss that keeps a mean from batch to batch (bco), each process its own.
         self._running = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        self._running_of_all = self._running[None]
         self._own_metrics = compute_metrics
         self.data_names = names  # for the model card
         for shown_by_transformers in (PrinterCallback, ProgressCallback):
@@ -248,7 +249,9 @@ class PROTrainer(Trainer):
         self._not_finite.zero_()
         self._running.zero_()
         if resumed and (kept := Path(resumed) / _RUNNING).is_file():
-            self._running += torch.tensor(json.loads(kept.read_text())).to(self._running)
+            means = self._running.new_tensor(json.loads(kept.read_text()))
+            same = len(means) == self.args.world_size
+            self._running += means[self.args.process_index] if same else means.mean(0)
         self._usage.restart()
         if self.model_wrapped is self.model:
             # An evaluation before training marks the model as prepared, and accelerate would then
@@ -272,14 +275,15 @@ class PROTrainer(Trainer):
         """The loss of one batch, weighted as its share of the lists of the whole step."""
         preferences, layout = inputs["preferences"], inputs["layout"]
         ref_logps = self._reference_logps(model, inputs)
+        running = None if preferences.idle else self._running
         with self._activations.measured(self._module(), inputs):
             result = self._run(
-                model,
-                lambda: batch_loss(self._opened, inputs, self.args, ref_logps, self._running),
+                model, lambda: batch_loss(self._opened, inputs, self.args, ref_logps, running)
             )
         loss = result.loss
         if num_items_in_batch is not None:
-            lists = preferences.total_weight / num_items_in_batch
+            items = num_items_in_batch + (num_items_in_batch == 0)  # all lists may weigh nothing
+            lists = preferences.total_weight / items
             loss = loss * (lists * self.accelerator.num_processes)
         if self.model.training and self.args.logging_strategy != "no":
             self._not_finite |= ~loss.detach().isfinite()
@@ -414,6 +418,7 @@ class PROTrainer(Trainer):
         run = Path(self._get_output_dir(trial))
         folder = run / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # see rotate
+        self._running_of_all = self.accelerator.gather(self._running[None])  # one process saves
         with self._usage.paused():
             try:
                 super()._save_checkpoint(model, trial)
@@ -445,7 +450,7 @@ class PROTrainer(Trainer):
             if self.args.sync_ref_model and "checkpoint-" in folder.name:
                 self.ref_model.save_pretrained(writing / reference.FOLDER)
             if "running" in self.args.loss().defaults and "checkpoint-" in folder.name:
-                (writing / _RUNNING).write_text(json.dumps(self._running.tolist()))
+                (writing / _RUNNING).write_text(json.dumps(self._running_of_all.tolist()))
             if hasattr(self, "_run_identity"):
                 checkpoints.write_identity(writing, self._run_identity)
             checkpoints.remove_model(folder)
