@@ -27,7 +27,7 @@ ROOT = Path(pk.__file__).parent
 HOT = [
     ROOT / f"{name}.py" for name in ("api", "layout", "options", "policy", "ranking", "validate")
 ]
-HOT += [path for room in ("fused", "models") for path in (ROOT / room).glob("*.py")]
+HOT += [path for room in ("fused", "losses", "models") for path in (ROOT / room).glob("*.py")]
 HOT += sorted(set((ROOT / "backends").rglob("*.py")) - {ROOT / "backends/triton/aot.py"})
 
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "synchronize"}
@@ -43,7 +43,8 @@ REASONS = {
         "backends/torch._blank fused/ops.check_range layout.Layout._padded_on_host "
         "layout._scored_on_cpu layout.Layout.present validate.check_all validate.check_of_prompts "
         "validate.check_total validate.check_gaps fused/rank_order._sort_by_rewards "
-        "fused/shards.described fused/shards._ranks_of backends/cpu.tree_attention_backward"
+        "fused/shards.described fused/shards._ranks_of backends/cpu.tree_attention_backward "
+        "losses/gains.gains losses/ranked.ranked_batch"
     ),
     "of CPU tensors, and once a model of a GPU's": "models/forward._check_labels",
     "when a layout is made": "layout.Layout.from_rows",
