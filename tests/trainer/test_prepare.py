@@ -208,7 +208,7 @@ def test_conversations(arguments, write_lines, tmp_path):
 def test_rewards_of_the_data_and_order_alone(arguments, write_lines, tmp_path):
     data = write_lines(
         {"prompt": "p", "completions": ["b", "a", "d", "c"], "rewards": [3, 4, 1, 2]},
-        {"prompt": "q", "completions": ["first", "second", "third"]},
+        {"prompt": "q", "completions": ["first", "second", "third"], "prompt_weight": 2.5},
     )
     report = prepare(arguments(generator=[], reward_model=None, data=data, ranking_length=3))
     first, second = records(tmp_path / "out.jsonl")
@@ -216,6 +216,7 @@ def test_rewards_of_the_data_and_order_alone(arguments, write_lines, tmp_path):
     assert first["chosen_index"] == 0 and first["sources"] == ["data"] * 3
     assert second["completions"] == ["first", "second", "third"] and "rewards" not in second
     assert report.chosen_first is None
+    assert second["prompt_weight"] == 2.5 and "prompt_weight" not in first
 
 
 def test_only_a_reward_model_to_which_equal_rewards_of_the_data_do_not_matter(
@@ -401,6 +402,13 @@ def test_a_malformed_line_shows_before_any_work(arguments, write_lines, tmp_path
     with pytest.raises(ValueError, match=r"data.jsonl:3: "):
         prepare(arguments(data=data, reward_model="not loaded"))
     assert not (tmp_path / "out.jsonl.partial").exists()
+    marked = write_lines(
+        {"prompt": "p", "completions": ["a", "b"], "desirable": [True, False]}, name="marked.jsonl"
+    )
+    with pytest.raises(
+        ValueError, match="1 lists have a column 'desirable', which says nothing of"
+    ):
+        prepare(arguments(data=marked, reward_model="not loaded"))
     report = prepare(arguments(data=data, on_bad_line="skip"))
     assert report.kept == 2 and report.data.bad_lines == 1
 

@@ -72,6 +72,11 @@ def _prepare(arguments: PrepareArguments, output: Path) -> PrepareReport:
     total = sum(1 for _ in _lists(arguments, data_report))
     if not total:
         raise ValueError(f"data: no usable list in {', '.join(arguments.data)}")
+    if data_report.marked:
+        raise ValueError(
+            f"{data_report.marked} lists have a column 'desirable', which says nothing of the "
+            "candidates that are added: leave it out"
+        )
     partial = PartialFile(
         output,
         _settings(arguments, device),

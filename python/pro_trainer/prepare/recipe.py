@@ -186,6 +186,8 @@ class Recipe:
         }
         if rewards is None:
             del record["rewards"]
+        if pool.ranked.weight != 1:
+            record["prompt_weight"] = pool.ranked.weight
         template = dict(pool.ranked.template)
         if tools := template.pop("tools", None):
             record["tools"] = tools
