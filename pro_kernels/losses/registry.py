@@ -91,10 +91,16 @@ class Loss:
         return loss, metrics
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Raise TypeError or ValueError for a value that an option cannot have."""
+        """Raise TypeError or ValueError for a value that an option cannot have, or has no use."""
         for name, value in options.items():
             if name in self.types:
                 check_option(name, value, self.types[name])
+        if "sft_weight" not in options and not self.defaults.get("sft_weight", 1):
+            for name in options.keys() & {"sft_on", "sft_reduction"}:
+                raise ValueError(
+                    f"{name} is of the SFT term, which {self.name} has with sft_weight > 0 only, "
+                    f"got {name}={options[name]!r} without sft_weight"
+                )
 
     def check_needs(self, given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """Raise ValueError for an input that these options need, and that is not given."""

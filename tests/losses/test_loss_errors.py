@@ -161,6 +161,7 @@ def test_numbers_that_are_too_large_or_small():
         "approx_ndcg",
         rewards=-ONES,
     )
+    check_raises(ValueError, "got sft_on='all' without sft_weight", "dpo", sft_on="all")
     check_raises(ValueError, "alpha must be None with divergence='reverse_kl'", "f_dpo", alpha=0.5)
     check_raises(ValueError, "label_smoothing must be None with alpha > 0", "exo", alpha=1.0,
                  label_smoothing=0.1)  # fmt: skip
