@@ -161,7 +161,7 @@ def head_forward(
     targets: Tensor,  # (N,)
     scale: Tensor | None,  # (R,) fp32, of each row's logits
     call: Call,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
 
     Returns ``values`` (sum of sizes, N), which ``call.outputs`` names: "logps", "entropy", "lse"
@@ -276,7 +276,9 @@ def linear_pro(
             ends = torch.tensor([0, *tokens], device=before.device).cumsum(0)
             ranked = ranked._replace(offsets=before[ranked.offsets])
             tokens = before[ends].diff().tolist()
-        kept = Kept.empty(call.grad_filter, len(tokens), call.vocab, targets.shape[0], hidden)
+        kept = Kept.empty(
+            call.grad_filter, len(tokens), max(tokens, default=0), call.vocab, targets.shape[0], hidden
+        )
         terms, sums, row_weights = prompts.pro_forward(
             call,
             hidden,
@@ -364,7 +366,7 @@ def _head_buffers(hidden: Tensor, targets: Tensor, call: Call) -> tuple[Tensor, 
         hidden.new_empty((statistics, n), dtype=acc),
         empty_rows(hidden, plan.retained, call.vocab, kept_dtype),
         hidden.new_empty((side, hidden.shape[1]), dtype=side_dtype(call, hidden)),
-        Kept.empty(call.grad_filter, chunks, call.vocab, n, hidden),
+        Kept.empty(call.grad_filter, chunks, min(n, plan.chunk), call.vocab, n, hidden),
     )
 
 

@@ -1,0 +1,81 @@
+"""The functions of ``fused/column_groups.py`` behind the C ABI (csrc/cpu/filter.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pro_kernels.backends import native
+
+if TYPE_CHECKING:
+    from pro_kernels.fused.column_groups import Groups
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """Arguments and results are those of ``column_groups``.
+
+    Attributes:
+        call: runs a function of the library, as of ``native.Kernels``.
+    """
+
+    call: Callable[..., None]
+
+    def count_large(self, dz: Tensor, threshold: float) -> Tensor:
+        """How many entries of each row are larger."""
+        need = dz.new_empty(dz.shape[0], dtype=torch.int64)
+        self._run("count", dz, threshold=threshold, need=need)
+        return need
+
+    def sums(self, dz: Tensor, order: Tensor, size: int) -> Tensor:
+        """Sums of the entries of each group of rows."""
+        out = dz.new_empty((-(-dz.shape[0] // size), dz.shape[1]), dtype=torch.float32)
+        self._run("sums", dz, order=order, group_rows=size, sums=out)
+        return out
+
+    def compact_(self, dz: Tensor, groups: Groups, weights: Tensor) -> Tensor:
+        """Move what is kept to the front of each row, and tell what leaves."""
+        lost = dz.new_empty((3, dz.shape[0]), dtype=torch.float32)
+        self._run("compact", dz, groups, weights=weights, lost=lost)
+        return lost
+
+    def hidden_grad(
+        self, dz: Tensor, groups: Groups, weight: Tensor, centre: Tensor, stand_ins: Tensor,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        """``dz weight``, to which the centre is added in fp32."""
+        more = {"centre": centre.float(), "stand_ins": stand_ins}
+        self._run("hidden_grad", dz, groups, weight.contiguous(), out, **more)
+
+    def weight_grad(
+        self, dz: Tensor, groups: Groups, x: Tensor, out: Tensor, accumulate: bool
+    ) -> None:
+        """``dz^T x``."""
+        self._run("weight_grad", dz, groups, x.contiguous(), out, accumulate=int(accumulate))
+
+    def _run(
+        self,
+        name: str,
+        dz: Tensor,
+        groups: Groups | None = None,
+        operand: Tensor | None = None,
+        out: Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        names = "entries", "dtype", "rows", "columns", "stride"
+        given = dict(zip(names, native.matrix(dz), strict=True))
+        if groups is not None:
+            others |= {"order": groups.order, "starts": groups.starts, "kept": groups.columns}
+            given["group_rows"] = groups.size
+        if operand is not None and out is not None:
+            given |= {"hidden": operand.shape[1], "operand_stride": operand.stride(0)}
+            given |= {"operand_dtype": native.CODES[operand.dtype], "out_stride": out.stride(0)}
+            given["out_dtype"] = native.CODES[out.dtype]
+            others |= {"operand": operand, "out": out}
+        for key, value in others.items():  # held by the caller, or by ``others``
+            given[key] = value.data_ptr() if isinstance(value, Tensor) else value
+        self.call(f"filter_{name}", dz, native.ColumnFilter(**given))
