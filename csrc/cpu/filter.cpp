@@ -13,6 +13,7 @@ int64_t groups(const ColumnFilter& f) {
   return (f.rows + f.group_rows - 1) / f.group_rows;
 }
 
+constexpr int64_t kSumRows = 1024;
 constexpr int64_t kPartBytes = 8 << 20;  // of W, were it fp32
 
 int64_t padded(int64_t hidden) {  // to whole registers of any instruction set
@@ -29,6 +30,26 @@ const FilterProducts& products(const ColumnFilter& f) {
 }  // namespace pk
 
 using namespace pk;
+
+// By blocks, so that the sum does not depend on the number of threads.
+void pk_cpu_filter_centre(const ColumnFilter* f, int32_t threads) {
+  const int64_t blocks = (f->columns + kSumRows - 1) / kSumRows;
+  std::vector<float> sums(blocks * f->hidden);
+  parallel_for(blocks, threads, 1, [&](int64_t i) {
+    const int64_t from = i * kSumRows, to = std::min(from + kSumRows, f->columns);
+    active_isa().filter.add_operands(*f, from, to, &sums[i * f->hidden]);
+  });
+  for (int64_t h = 0; h < f->hidden; ++h) {
+    double sum = 0;
+    for (int64_t i = 0; i < blocks; ++i) sum += sums[i * f->hidden + h];
+    f->centre[h] = float(sum);
+  }
+}
+
+void pk_cpu_filter_distances(const ColumnFilter* f, int32_t threads) {
+  parallel_for(f->columns, threads, 1024,
+               [&](int64_t v) { f->sums[v] = active_isa().filter.squared_distance(*f, v); });
+}
 
 void pk_cpu_filter_count(const ColumnFilter* f, int32_t threads) {
   parallel_for(f->rows, threads, 8, [&](int64_t i) { active_isa().filter.count_large(*f, i); });
@@ -73,9 +94,11 @@ void pk_cpu_filter_weight_grad(const ColumnFilter* f, int32_t threads) {
   std::vector<char> sides(groups(*f) * depth * width * of.number_size);
   parallel_for(groups(*f), threads, 1,
                [&](int64_t i) { of.bring_together(*f, i, sides.data(), width); });
-  const int64_t blocks = (f->columns + kFilterColumns - 1) / kFilterColumns;
-  parallel_for(blocks, threads, 1, [&](int64_t i) {
-    const int64_t first = i * kFilterColumns;
-    of.weight(*f, sides.data(), width, first, std::min(first + kFilterColumns, f->columns));
+  // A group then keeps some 64 columns of a block.
+  const int64_t kept = std::max<int64_t>(1, f->starts[groups(*f)]);
+  const int64_t some = 64 * groups(*f) * f->columns / kept / 64 * 64;
+  const int64_t block = std::min<int64_t>(std::max<int64_t>(some, 256), 4096);
+  parallel_for((f->columns + block - 1) / block, threads, 1, [&](int64_t i) {
+    of.weight(*f, sides.data(), width, i * block, std::min((i + 1) * block, f->columns));
   });
 }

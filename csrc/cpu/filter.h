@@ -40,6 +40,36 @@ inline GroupRows rows_of(const ColumnFilter& f, int64_t group) {
   return {f.order + first, std::min(f.group_rows, f.rows - first)};
 }
 
+// Adds rows [from, to) of W to `sum (H,)`.
+inline void add_operands(const ColumnFilter& f, int64_t from, int64_t to, float* sum) {
+  with_type(f.operand, f.operand_dtype, [&](auto* operands) {
+    for (int64_t row = from; row < to; ++row) {
+      const auto* p = operands + row * f.operand_stride;
+      for (int64_t h = 0; h < f.hidden; ++h) sum[h] += to_float(p[h]);
+    }
+  });
+}
+
+// The squared distance of row `row` of W from the centre.
+inline float squared_distance(const ColumnFilter& f, int64_t row) {
+  constexpr int64_t lanes = 32;
+  float sums[lanes] = {}, total = 0;
+  with_type(f.operand, f.operand_dtype, [&](auto* operands) {
+    const auto* p = operands + row * f.operand_stride;
+    const auto square = [&](int64_t h) {
+      const float x = to_float(p[h]) - f.centre[h];
+      return x * x;
+    };
+    const int64_t whole = f.hidden / lanes * lanes;
+    for (int64_t h = 0; h < whole; h += lanes) {
+      for (int64_t j = 0; j < lanes; ++j) sums[j] += square(h + j);
+    }
+    for (int64_t h = whole; h < f.hidden; ++h) total += square(h);
+  });
+  for (float x : sums) total += x;
+  return total;
+}
+
 // How many entries of a row are above the threshold.
 inline void count_large(const ColumnFilter& f, int64_t row) {
   with_type(f.entries, f.dtype, [&](auto* entries) {
@@ -166,8 +196,7 @@ struct PairsOfBf16 : Pairs {
   }
 };
 
-constexpr int64_t kDepthBlock = 128;              // numbers of the depth that are together in L2
-constexpr int64_t kRowOfA = kFilterColumns + 16;  // not a power of two: few of those fit a cache
+constexpr int64_t kDepthBlock = 128;  // numbers of the depth that are together in L2
 
 inline int64_t item_size(int32_t dtype) {
   return dtype == kFloat32 ? 4 : 2;
@@ -264,17 +293,29 @@ void bring_together(const ColumnFilter& f, int64_t group, void* out, int64_t wid
   }
 }
 
-// Vocabulary columns [first, end) of dW = dZ0^T X, all groups together.
+// Vocabulary columns [first, end) of dW = dZ0^T X, all groups together. Only those that a group
+// keeps have a row of sums.
 template <class I, class M>
 void weight_grad(const ColumnFilter& f, const void* sides, int64_t width, int64_t first,
                  int64_t end) {
   using Number = typename M::Number;
   const typename I::FlushSubnormals guard;
+  const int64_t groups = (f.rows + f.group_rows - 1) / f.group_rows;
   const int64_t deep = (f.group_rows + M::kDepth - 1) / M::kDepth;
-  std::vector<float> out((end - first) * width);
-  std::vector<Number> a(deep * kRowOfA);
-  const std::vector<char> zeros(kFilterColumns * 4);
-  for (int64_t group = 0; group * f.group_rows < f.rows; ++group) {
+  std::vector<int32_t> place(end - first, -1);
+  int64_t most = 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    const KeptColumns kept = kept_of(f, group, first, end);
+    for (int64_t i = 0; i < kept.count; ++i) place[kept.columns[i] - first] = 0;
+    most = std::max(most, kept.count);
+  }
+  int32_t places = 0;
+  for (int32_t& p : place) p = p < 0 ? p : places++;
+  std::vector<float> sums(places * width);
+  const int64_t a_row = most + 16;  // apart
+  std::vector<Number> a(deep * a_row);
+  const std::vector<char> zeros(most * 4);
+  for (int64_t group = 0; group < groups; ++group) {
     const KeptColumns kept = kept_of(f, group, first, end);
     if (kept.count == 0) continue;
     const GroupRows rows = rows_of(f, group);
@@ -285,16 +326,21 @@ void weight_grad(const ColumnFilter& f, const void* sides, int64_t width, int64_
         const int64_t at = k * M::kDepth + i;
         of[i] = at < rows.count ? entry(f, rows.at[at], kept.start) : zeros.data();
       }
-      M::across(of, f.dtype, kept.count, &a[k * kRowOfA]);
+      M::across(of, f.dtype, kept.count, &a[k * a_row]);
     }
     const Number* b = static_cast<const Number*>(sides) + group * deep * width;
     product_into<M>(
-        a.data(), 1, kRowOfA, b, width,
-        [&](int64_t i) { return &out[(kept.columns[i] - first) * width]; }, kept.count, width,
+        a.data(), 1, a_row, b, width,
+        [&](int64_t i) { return &sums[place[kept.columns[i] - first] * width]; }, kept.count, width,
         depth, true);
   }
   for (int64_t v = first; v < end; ++v) {
-    float* row = &out[(v - first) * width];
+    if (place[v - first] < 0) {
+      char* row = static_cast<char*>(f.out) + v * f.out_stride * item_size(f.out_dtype);
+      if (!f.accumulate) std::memset(row, 0, f.hidden * item_size(f.out_dtype));
+      continue;
+    }
+    float* row = &sums[place[v - first] * width];
     if (f.accumulate) {
       const float* before = static_cast<const float*>(f.out) + v * f.out_stride;
       for (int64_t h = 0; h < f.hidden; ++h) row[h] += before[h];
@@ -312,7 +358,9 @@ constexpr FilterProducts filter_products() {
 // `M`: how this instruction set multiplies what is bf16.
 template <class I, class M>
 constexpr FilterKernels filter_kernels() {
-  return {count_large,
+  return {add_operands,
+          squared_distance,
+          count_large,
           add_rows,
           compact,
           begin_hidden,

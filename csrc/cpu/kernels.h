@@ -83,6 +83,8 @@ struct FilterProducts {
 };
 
 struct FilterKernels {
+  void (*add_operands)(const ColumnFilter&, int64_t from, int64_t to, float* sum);
+  float (*squared_distance)(const ColumnFilter&, int64_t row);
   void (*count_large)(const ColumnFilter&, int64_t row);
   void (*add_rows)(const ColumnFilter&, int64_t group);
   void (*compact)(const ColumnFilter&, int64_t group);
@@ -92,8 +94,6 @@ struct FilterKernels {
   FilterProducts products;
   FilterProducts of_bf16;  // where all operands are
 };
-
-constexpr int64_t kFilterColumns = 256;  // vocabulary columns of one call of `weight`, at most
 
 struct Isa {
   const char* name;

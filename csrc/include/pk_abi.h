@@ -126,7 +126,7 @@
   FIELD(int32_t, operand_dtype)                                                           \
   FIELD(int64_t, hidden)                                                                  \
   FIELD(int64_t, operand_stride)                                                          \
-  FIELD(const float*, centre)    /* (H,) */                                               \
+  FIELD(float*, centre)          /* (H,) */                                               \
   FIELD(const float*, stand_ins) /* (N,) by which it is multiplied */                     \
   FIELD(void*, out)              /* (N, H) dZ0 W, or (V, H) dZ0^T X */                    \
   FIELD(int32_t, out_dtype)                                                               \

@@ -25,6 +25,19 @@ class Filtered:
 
     call: Callable[..., None]
 
+    def row_sum(self, weight: Tensor) -> Tensor:
+        """The sum of the rows."""
+        centre = weight.new_empty(weight.shape[1], dtype=torch.float32)
+        self._run("centre", None, None, weight, columns=weight.shape[0], centre=centre)
+        return centre
+
+    def squared_distances(self, weight: Tensor, centre: Tensor) -> Tensor:
+        """Of each row from the centre."""
+        squares = weight.new_empty(weight.shape[0], dtype=torch.float32)
+        more = {"columns": weight.shape[0], "centre": centre.float(), "sums": squares}
+        self._run("distances", None, None, weight, **more)
+        return squares
+
     def count_large(self, dz: Tensor, threshold: float) -> Tensor:
         """How many entries of each row are larger."""
         need = dz.new_empty(dz.shape[0], dtype=torch.int64)
@@ -49,33 +62,39 @@ class Filtered:
     ) -> None:  # fmt: skip
         """``dz weight``, to which the centre is added in fp32."""
         more = {"centre": centre.float(), "stand_ins": stand_ins}
-        self._run("hidden_grad", dz, groups, weight.contiguous(), out, **more)
+        self._run("hidden_grad", dz, groups, weight, out, **more)
 
     def weight_grad(
         self, dz: Tensor, groups: Groups, x: Tensor, out: Tensor, accumulate: bool
     ) -> None:
         """``dz^T x``."""
-        self._run("weight_grad", dz, groups, x.contiguous(), out, accumulate=int(accumulate))
+        self._run("weight_grad", dz, groups, x, out, accumulate=int(accumulate))
 
     def _run(
         self,
         name: str,
-        dz: Tensor,
+        dz: Tensor | None,
         groups: Groups | None = None,
         operand: Tensor | None = None,
         out: Tensor | None = None,
         **others: Any,
     ) -> None:
-        names = "entries", "dtype", "rows", "columns", "stride"
-        given = dict(zip(names, native.matrix(dz), strict=True))
+        given: dict[str, Any] = {}
+        if dz is not None:
+            names = "entries", "dtype", "rows", "columns", "stride"
+            given |= zip(names, native.matrix(dz), strict=True)
         if groups is not None:
             others |= {"order": groups.order, "starts": groups.starts, "kept": groups.columns}
             given["group_rows"] = groups.size
-        if operand is not None and out is not None:
-            given |= {"hidden": operand.shape[1], "operand_stride": operand.stride(0)}
-            given |= {"operand_dtype": native.CODES[operand.dtype], "out_stride": out.stride(0)}
-            given["out_dtype"] = native.CODES[out.dtype]
-            others |= {"operand": operand, "out": out}
+        if operand is not None:
+            operand = native.unit_stride(operand)
+            given |= {"operand_dtype": native.CODES[operand.dtype], "hidden": operand.shape[1]}
+            given["operand_stride"] = operand.stride(0)
+            others["operand"] = operand
+        if out is not None:
+            given |= {"out_dtype": native.CODES[out.dtype], "out_stride": out.stride(0)}
+            others["out"] = out
         for key, value in others.items():  # held by the caller, or by ``others``
             given[key] = value.data_ptr() if isinstance(value, Tensor) else value
-        self.call(f"filter_{name}", dz, native.ColumnFilter(**given))
+        like = dz if dz is not None else operand
+        self.call(f"filter_{name}", like, native.ColumnFilter(**given))

@@ -1,7 +1,7 @@
 """The columns that groups of rows of dZ0 keep, and their two matmuls, in plain PyTorch.
 
-A backend may have faster ones (``filtered`` of ``backends/protocol.py``): the five functions here
-are what each has to do.
+A backend may have faster ones (``filtered`` of ``backends/protocol.py``): the functions here are
+what each has to do.
 
 Legend: ``R`` rows of a chunk, ``V`` vocabulary, ``H`` hidden, ``G`` groups.
 """
@@ -36,6 +36,28 @@ class Groups:
         starts = self.starts.tolist()
         for g, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
             yield self.order[g * self.size : (g + 1) * self.size], self.columns[start:stop]
+
+
+def row_sum(weight: Tensor) -> Tensor:
+    """The sum of the rows of ``weight (V, H)``, (H,), in fp32 (fp64)."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.new_zeros(weight.shape[1], dtype=wide)
+    for x in _blocks(weight):
+        total.addmv_(x.to(wide).t(), total.new_ones(x.shape[0]))
+    return total
+
+
+def squared_distances(weight: Tensor, centre: Tensor) -> Tensor:
+    """Of each row of ``weight (V, H)`` from ``centre (H,)``: (V,), in fp32 (fp64)."""
+    centre = centre.to(torch.promote_types(weight.dtype, torch.float32))
+    ones = torch.ones_like(centre)
+    return torch.cat([torch.mv(torch.sub(x, centre).square_(), ones) for x in _blocks(weight)])
+
+
+def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows that stay in a processor's cache, or are few launches."""
+    room = matmul.workspace(weight.device.type) // 32
+    return weight.split(max(1, room // max(1, weight.shape[1])))
 
 
 def count_large(dz: Tensor, threshold: float) -> Tensor:

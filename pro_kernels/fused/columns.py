@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pro_kernels.fused import column_groups, matmul
+from pro_kernels.fused import column_groups
 from pro_kernels.fused.call import Call
 from pro_kernels.fused.column_groups import Groups, split
 
@@ -71,18 +71,12 @@ class Centre:
     size: Tensor  # () fp32, |u|
 
     @classmethod
-    def of(cls, weight: Tensor) -> Centre:
+    def of(cls, call: Call, weight: Tensor) -> Centre:
         """Of ``weight (V, H)``."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        vocab, width = weight.shape
-        blocks = weight.split(max(1, matmul.workspace(weight.device.type) // (32 * max(1, width))))
-        ones = weight.new_ones(max(x.shape[0] for x in blocks), dtype=wide)
-        mean = weight.new_zeros(width, dtype=wide)
-        for x in blocks:
-            mean.addmv_(x.to(wide).t(), ones[: x.shape[0]])
-        u = mean.div_(max(1, vocab)).to(weight.dtype)
-        distances = [_norms(torch.sub(x, u.to(wide))) for x in blocks]
-        return cls(u, torch.cat(distances), _norms(u.to(wide, copy=True)[None])[0])
+        kernels, (vocab, width) = functions(call), weight.shape
+        u = kernels.row_sum(weight).div_(max(1, vocab)).to(weight.dtype)
+        size = torch.linalg.vector_norm(u.to(torch.promote_types(u.dtype, torch.float32)))
+        return cls(u, _roots(kernels.squared_distances(weight, u), width), size.float())
 
 
 @dataclass
@@ -144,7 +138,7 @@ class Kept:
         self.counts[chunk, : len(groups.starts) - 1] = groups.starts.diff()
         self.columns[chunk, : groups.columns.shape[0]] = groups.columns
         self.order[at] = groups.order
-        sizes = _norms(x.to(torch.promote_types(x.dtype, torch.float32), copy=True))
+        sizes = _roots(kernels.squared_distances(x, x.new_zeros(x.shape[1])), x.shape[1])
         most = torch.stack([part.amax() for part in sizes[groups.order].split(groups.size)])
         total = torch.mv(left.t(), most)
         largest = total.amax().clamp_min(_TINY)  # products with a part of it do not underflow
@@ -252,8 +246,6 @@ def bounds(
     return torch.stack([mass, (overlap * up + tiny) * factors * up, reach])
 
 
-def _norms(x: Tensor) -> Tensor:
-    """Norms of the rows, fp32, rounded up by what squares below fp32's range lose; x is lost."""
-    width = x.shape[-1]
-    squares = torch.mv(x.square_(), x.new_ones(width))
+def _roots(squares: Tensor, width: int) -> Tensor:
+    """Roots of sums of ``width`` squares, fp32, rounded up, past what fp32 cannot hold of them."""
     return (squares.sqrt() * (1 + _SUMS) + width**0.5 * 2.0**-63).float()

@@ -84,7 +84,7 @@ def forward(
     retained = min(saved.kept.shape[0], n)
     scratch = None
     if call.grad_filter is not None and saved.filter.centre is None:
-        saved.filter.centre = Centre.of(weight)
+        saved.filter.centre = Centre.of(call, weight)
     for i, (start, stop) in enumerate(chunks_of(n, plan.chunk, retained)):
         keep, at = start < retained, slice(start, stop)
         here, t = rows[at], _part(targets, at)

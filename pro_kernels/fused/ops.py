@@ -20,6 +20,7 @@ from pro_kernels.fused import backward, head, matmul, prompts
 from pro_kernels.fused.call import Call, Candidates, acc_dtype
 from pro_kernels.fused.columns import Kept
 from pro_kernels.fused.gather_scatter import Rows, empty_rows, side_dtype
+from pro_kernels.fused.pages import in_huge_pages
 from pro_kernels.fused.registry import fake, op
 from pro_kernels.fused.target_columns import TargetColumns
 from pro_kernels.layout import raise_bad_target
@@ -377,7 +378,7 @@ def _grad_buffers(
     need_hidden, need_weight, need_bias = needs
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0, width)),
-        hidden.new_empty((call.vocab if need_weight else 0, width), dtype=dtype),
+        in_huge_pages(hidden.new_empty((call.vocab if need_weight else 0, width), dtype=dtype)),
         hidden.new_empty(call.vocab if need_bias else 0, dtype=dtype),
     )
 

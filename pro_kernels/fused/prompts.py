@@ -50,7 +50,7 @@ def pro_forward(
     terms, sums = [], values.new_zeros(candidates.lengths.shape)
     weights = values.new_zeros(n)
     if kept.tau is not None:
-        kept.centre = Centre.of(weight)
+        kept.centre = Centre.of(call, weight)
     prompt = start = 0
     for i, (count, size) in enumerate(zip(call.plan.prompt_chunks, tokens, strict=True)):
         at = slice(start, start + size)
