@@ -16,19 +16,21 @@ class GradFilter:
     Bounds and their derivation: ``fused/columns.py``, docs/design.md.
 
     Attributes:
-        tau: the mass that rows were allowed to lose on average.
+        tau: the mass that rows were allowed to lose on average, or "auto".
         dropped_mass: (N,) fp32, the probability that each scored row lost; under a softcap every
             probability counts by the softcap's slope at its logit.
-        dropped_weight: (N,) fp32, what a row's squared weight multiplies in the bound of dW.
+        dropped_weight: (N,) fp32; times the rows' weights, its norm is the bound of dW.
         dropped_hidden: (N,) fp32, bound of the norm of what each row of dZ0 W lost.
+        kept: (N,) fp32, the share of vocabulary columns that stayed in each row's gradient.
         rows: (N,) rows of the flattened hidden states; None: row i is token i.
         row_weights: (N,) ``d loss / d log-prob`` for an upstream gradient of 1.
     """
 
-    tau: float
+    tau: float | str
     dropped_mass: Tensor
     dropped_weight: Tensor
     dropped_hidden: Tensor
+    kept: Tensor
     rows: Tensor | None
     row_weights: Tensor
 
@@ -44,7 +46,7 @@ class GradFilter:
         if self.rows is not None:  # errors of tokens that share a row of the hidden states add up
             _, place = self.rows.unique(return_inverse=True)
             lost = torch.zeros_like(lost).index_add_(0, place, lost)
-        return _norm(lost), _norm(size * self.dropped_weight.sqrt())
+        return _norm(lost), _norm(size * self.dropped_weight)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -150,6 +150,7 @@ inline void compact(const ColumnFilter& f, int64_t group) {
     using T = std::remove_const_t<std::remove_reference_t<decltype(*entries)>>;
     const GroupRows rows = rows_of(f, group);
     const auto move = [&](int64_t row) {
+      if (!f.move) return;
       T* p = const_cast<T*>(row_of(f, entries, row));
       for (int64_t k = 0; k < count; ++k) p[k] = p[kept[k]];  // ascending: nothing is overwritten
     };

@@ -131,7 +131,8 @@
   FIELD(void*, out)              /* (N, H) dZ0 W, or (V, H) dZ0^T X */                    \
   FIELD(int32_t, out_dtype)                                                               \
   FIELD(int64_t, out_stride)                                                              \
-  FIELD(int32_t, accumulate) /* dZ0^T X: fp32, added to */
+  FIELD(int32_t, accumulate) /* dZ0^T X: fp32, added to */                                \
+  FIELD(int32_t, move)       /* compact: whether entries move */
 
 #define PK_STRUCTS(STRUCT)                   \
   STRUCT(LogitOptions, PK_LOGIT_OPTIONS)     \

@@ -38,7 +38,15 @@ _SIGNATURES: native.Signatures = {
     "tree_attention_backward": (None, (POINTER(native.TreeAttention), c_int32)),
     **{
         f"filter_{name}": (None, (POINTER(native.ColumnFilter), c_int32))
-        for name in ("centre", "distances", "count", "sums", "compact", "hidden_grad", "weight_grad")
+        for name in (
+            "centre",
+            "distances",
+            "count",
+            "sums",
+            "compact",
+            "hidden_grad",
+            "weight_grad",
+        )
     },
 }
 

@@ -104,7 +104,7 @@ class ColumnFilter(ctypes.Structure):
         *_all(c_void_p, "centre stand_ins out"),
         ("out_dtype", c_int32),
         ("out_stride", c_int64),
-        ("accumulate", c_int32),
+        *_all(c_int32, "accumulate move"),
     ]
 
 

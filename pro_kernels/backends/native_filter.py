@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pro_kernels.backends import native
-
-if TYPE_CHECKING:
-    from pro_kernels.fused.column_groups import Groups
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,8 @@ class Filtered:
     def squared_distances(self, weight: Tensor, centre: Tensor) -> Tensor:
         """Of each row from the centre."""
         squares = weight.new_empty(weight.shape[0], dtype=torch.float32)
-        more = {"columns": weight.shape[0], "centre": centre.float(), "sums": squares}
-        self._run("distances", None, None, weight, **more)
+        centre = centre.float()
+        self._run("distances", None, None, weight, columns=len(weight), centre=centre, sums=squares)
         return squares
 
     def count_large(self, dz: Tensor, threshold: float) -> Tensor:
@@ -50,31 +47,33 @@ class Filtered:
         self._run("sums", dz, order=order, group_rows=size, sums=out)
         return out
 
-    def compact_(self, dz: Tensor, groups: Groups, weights: Tensor) -> Tensor:
+    def compact_(self, dz: Tensor, groups: Any, weights: Tensor, move: bool = True) -> Tensor:
         """Move what is kept to the front of each row, and tell what leaves."""
         lost = dz.new_empty((3, dz.shape[0]), dtype=torch.float32)
-        self._run("compact", dz, groups, weights=weights, lost=lost)
+        self._run("compact", dz, groups, weights=weights, lost=lost, move=int(move))
         return lost
 
     def hidden_grad(
-        self, dz: Tensor, groups: Groups, weight: Tensor, centre: Tensor, stand_ins: Tensor,
+        self, dz: Tensor, groups: Any, weight: Tensor, centre: Tensor, stand_ins: Tensor,
         out: Tensor,
     ) -> None:  # fmt: skip
         """``dz weight``, to which the centre is added in fp32."""
-        more = {"centre": centre.float(), "stand_ins": stand_ins}
+        more: dict[str, Any] = {"centre": centre.float(), "stand_ins": stand_ins}
+        more["columns"] = weight.shape[0]
         self._run("hidden_grad", dz, groups, weight, out, **more)
 
     def weight_grad(
-        self, dz: Tensor, groups: Groups, x: Tensor, out: Tensor, accumulate: bool
+        self, dz: Tensor, groups: Any, x: Tensor, out: Tensor, accumulate: bool
     ) -> None:
         """``dz^T x``."""
-        self._run("weight_grad", dz, groups, x, out, accumulate=int(accumulate))
+        more = {"columns": out.shape[0], "accumulate": int(accumulate)}
+        self._run("weight_grad", dz, groups, x, out, **more)
 
     def _run(
         self,
         name: str,
         dz: Tensor | None,
-        groups: Groups | None = None,
+        groups: Any = None,
         operand: Tensor | None = None,
         out: Tensor | None = None,
         **others: Any,

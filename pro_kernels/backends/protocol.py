@@ -39,7 +39,8 @@ class Backend(Protocol):
             the raw logit of each target as an exact dot product. None: plain PyTorch does it.
         score: ``(x (N, H), weight (V, H), bias or None, targets (N,), *, options) -> (logp, lse)``,
             with no logit written. None: a matmul and ``logp``.
-        filtered: the functions of ``fused/column_groups.py``, for ``grad_filter``. None: plain PyTorch.
+        filtered: the functions of ``fused/column_groups.py``, for ``grad_filter``. None: plain
+            PyTorch has them.
         scores_fused: ``(N, H, V, dtype, device) -> bool``: whether ``score`` is the faster there.
     """
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,7 +233,8 @@ def _kept_again(
     widest = call.vocab if groups is None else groups.widest
     dz = empty_rows(saved.kept, len(rows), widest, call.logits_dtype)
     exact, lse = saved.exact(call, at), saved.stats[0, at]
-    for some, columns in [(slice(None), None)] if groups is None else groups:
+    every: tuple[Any, None] = (slice(None), None)
+    for some, columns in [every] if groups is None else groups:
         x_some, t = x[some], targets[some]
         z = dz
         if columns is not None:

@@ -71,13 +71,14 @@ def sums(dz: Tensor, order: Tensor, size: int) -> Tensor:
     return torch.stack(parts)
 
 
-def compact_(dz: Tensor, groups: Groups, weights: Tensor) -> Tensor:
+def compact_(dz: Tensor, groups: Groups, weights: Tensor, move: bool = True) -> Tensor:
     """Move the columns that each row keeps to its front, and tell what it loses.
 
     Args:
         dz: (R, V).
         groups: of its rows.
         weights: (2, V) fp32, contiguous.
+        move: whether to move anything.
 
     Returns:
         (3, R) fp32: the sum of ``|dz|`` over the columns that leave, and of it times each weight.
@@ -89,7 +90,8 @@ def compact_(dz: Tensor, groups: Groups, weights: Tensor) -> Tensor:
         left = part.float().abs_().index_fill_(1, columns.long(), 0.0)
         weighted = [(left * w).sum(1) for w in weights]
         lost.index_copy_(1, rows, torch.stack([left.sum(1), *weighted]))
-        dz[:, : kept.shape[1]].index_copy_(0, rows, kept)
+        if move:
+            dz[:, : kept.shape[1]].index_copy_(0, rows, kept)
     return lost
 
 

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pro_kernels.fused import column_groups
+from pro_kernels.fused import column_groups, matmul
 from pro_kernels.fused.call import Call
 from pro_kernels.fused.column_groups import Groups, split
 
@@ -51,6 +51,8 @@ _GPU_ROWS = 256
 # An entry above this part of tau counts as needed where rows are sorted (1/128 to 1/1024: the same
 # to 2 % of the kept columns on SmolLM2 and Gemma 3).
 _NEEDED = 2.0**-8
+# "auto": rows that tell how large dHidden is; root mean square of what rows lose over its mean.
+_SAMPLED, _SPREAD = 64, 1.4
 # Leaving out fewer than a quarter of the columns costs more than it saves (measured on a CPU).
 _WORTH_KEEPING = 3 / 4
 # Relative error of a sum over a row: of fp32, or of TF32, which a GPU may be told to multiply in.
@@ -83,19 +85,20 @@ class Centre:
 class Kept:
     """Which columns stay in the gradient matmuls of each chunk; filled by the forward."""
 
-    tau: float | None  # None: no filter, and no room
+    tau: float | str | None  # None: no filter, and no room
     columns: Tensor  # (chunks, G V) int32: those of each group, one group behind the other
     counts: Tensor  # (chunks, G) int64, on the CPU: they size the matmuls
     order: Tensor  # (N,) int64, rows of each chunk from its own first one
-    # (3, N) fp32 of each row: dropped mass, sum_v y_rv c_v, bound of the error of dZ0 W.
+    # (4, N) fp32 of each row: dropped mass, (sum_v y_rv c_v)^(1/2), bound of the error of dZ0 W,
+    # and the share of columns that it keeps.
     dropped: Tensor
     centre: Centre | None = None
 
     @classmethod
     def empty(
-        cls, tau: float | None, chunks: int, rows: int, vocab: int, n: int, like: Tensor
+        cls, tau: float | str | None, chunks: int, rows: int, vocab: int, n: int, like: Tensor
     ) -> Kept:
-        """Room for ``chunks`` chunks of at most ``rows`` of the ``n`` rows; none without a filter."""
+        """Room for ``chunks`` chunks of up to ``rows`` of the ``n`` rows; none without a filter."""
         groups = -(-rows // group_rows(like.device))
         if tau is None:
             chunks = groups = n = 0
@@ -106,7 +109,7 @@ class Kept:
             like.new_zeros((chunks, groups * vocab), dtype=torch.int32),
             torch.zeros((chunks, groups), dtype=torch.int64, device=place),
             like.new_zeros(n, dtype=torch.int64),
-            like.new_zeros((3, n), dtype=torch.float32),
+            like.new_zeros((4, n), dtype=torch.float32),
         )
 
     @property
@@ -130,22 +133,31 @@ class Kept:
         """
         assert self.tau is not None and self.centre is not None
         kernels, scale, distances = functions(call), call.logits.logit_scale, self.centre.distances
-        found = choose(kernels, residual, targets, self.tau * abs(scale), distances)
+        if isinstance(self.tau, str):
+            most = rounding(residual, weight)
+            found = choose_by_error(kernels, residual, targets, most, self.centre)
+        else:
+            found = choose(kernels, residual, targets, self.tau * abs(scale), distances)
         if found is None:
             self.counts[chunk] = call.vocab
+            self.dropped[3, at] = 1
             return None
         groups, left = found
         self.counts[chunk, : len(groups.starts) - 1] = groups.starts.diff()
         self.columns[chunk, : groups.columns.shape[0]] = groups.columns
         self.order[at] = groups.order
-        sizes = _roots(kernels.squared_distances(x, x.new_zeros(x.shape[1])), x.shape[1])
-        most = torch.stack([part.amax() for part in sizes[groups.order].split(groups.size)])
-        total = torch.mv(left.t(), most)
+        sizes = _row_norms(x)
+        longest = torch.stack([part.amax() for part in sizes[groups.order].split(groups.size)])
+        total = torch.mv(left.t(), longest)
         largest = total.amax().clamp_min(_TINY)  # products with a part of it do not underflow
         lost = kernels.compact_(residual, groups, torch.stack([distances, total / largest]))
-        factors = sizes * largest * self.counts.shape[0]
-        self.dropped[:, at] = bounds(lost, factors, residual.dtype, weight.dtype, self.centre)
+        # Roots one by one: the products may be below what fp32 holds.
+        factors = (sizes * self.counts.shape[0]).sqrt() * largest.sqrt()
+        self.dropped[:3, at] = bounds(lost, factors, residual.dtype, weight.dtype, self.centre)
         self.dropped[0, at] /= abs(scale)
+        place = torch.arange(len(groups.order), device=lost.device) // groups.size
+        shares = (left == 0).float().mean(1)[place]
+        self.dropped[3, at] = torch.empty_like(lost[0]).index_copy_(0, groups.order, shares)
         return -lost[0] if scale > 0 else lost[0]
 
     def hidden_grad(
@@ -198,33 +210,73 @@ def group_rows(device: torch.device) -> int:
     return _ROWS.get(device.type, _GPU_ROWS)
 
 
-def choose(
-    kernels: Any, residual: Tensor, targets: Tensor, tau: float, distances: Tensor
-) -> tuple[Groups, Tensor] | None:
-    """The groups of ``residual (R, V)``, and the sums (G, V) of what leaves; None: all stay.
+def rounding(residual: Tensor, weight: Tensor) -> float:
+    """The error of ``residual weight`` that is like rounding it to the weight's dtype.
 
-    Columns of ``targets (R,)`` are kept by the groups of their rows.
+    As a root mean square over the rows, of which some tell their size, two standard errors less.
     """
+    rows = residual.shape[0]
+    some = torch.arange(0, rows, max(1, rows // _SAMPLED), device=residual.device)
+    squares = matmul.hidden_grad(residual[some].to(weight.dtype), weight).float().square().sum(1)
+    error = squares.std(correction=0) / max(1, len(some)) ** 0.5
+    least = (squares.mean() - 2 * error).clamp_min(0)
+    return float(least.sqrt()) * torch.finfo(weight.dtype).eps / 2
+
+
+def choose_by_error(
+    kernels: Any, residual: Tensor, targets: Tensor, most: float, centre: Centre
+) -> tuple[Groups, Tensor] | None:
+    """``choose`` such that the bound of the error of dZ0 W is at most ``most``, root mean square.
+
+    What rows lose on average is known before, the root mean square after.
+    """
+    weights, limit = torch.stack([centre.distances] * 2), most / _SPREAD
+    while limit > 0:
+        distances = centre.distances
+        found = choose(kernels, residual, targets, limit, distances, by=distances)
+        if found is None:
+            return None
+        lost = kernels.compact_(residual, found[0], weights, move=False)
+        reach = bounds(lost, lost[2], residual.dtype, residual.dtype, centre)[2]
+        error = float(reach.square().mean().sqrt())
+        if error <= most:
+            return found
+        limit *= 0.9 * most / error
+    return None
+
+
+def choose(
+    kernels: Any,
+    residual: Tensor,  # (R, V)
+    targets: Tensor,  # (R,), whose columns are kept by the groups of their rows
+    limit: float,  # what a row may lose on average
+    distances: Tensor,  # (V,)
+    by: Tensor | None = None,  # (V,) by what mass counts in that; None: 1
+) -> tuple[Groups, Tensor] | None:
+    """The groups of the rows, and the sums (G, V) of what leaves; None: all stay."""
     rows = residual.shape[0]
     if not rows:
         return None
     size = group_rows(residual.device)
-    order = kernels.count_large(residual, tau * _NEEDED).argsort(stable=True)
+    if not limit > 0:
+        return None
+    needed = limit if by is None else limit / float(by.mean())
+    order = kernels.count_large(residual, needed * _NEEDED).argsort(stable=True)
     sums = kernels.sums(residual, order, size)
     harm = sums * distances
+    parts = (sums if by is None else harm) / (limit / _PARTS)
     group = torch.arange(rows, device=order.device) // size
     harm[group, targets[order]] = torch.inf
     bins = harm.nan_to_num_(torch.inf, torch.inf).view(torch.int32) >> _SHIFT
-    mass = (sums / (tau / _PARTS)).nan_to_num_(0.0).clamp_max_(2 * rows * _PARTS).long()
-    lost = mass.new_zeros(_INFINITE + 1).scatter_add_(0, bins.view(-1).long(), mass.view(-1))
+    parts = parts.nan_to_num_(0.0).clamp_max_(2 * rows * _PARTS).long()
+    lost = parts.new_zeros(_INFINITE + 1).scatter_add_(0, bins.view(-1).long(), parts.view(-1))
     fits = (lost[:_INFINITE].cumsum(0) <= rows * _PARTS).cumprod(0).sum()
     keep = bins >= fits
-    found = keep.nonzero()
-    if found.shape[0] > _WORTH_KEEPING * keep.numel():
+    starts = torch.nn.functional.pad(keep.sum(1).cpu().cumsum(0), (1, 0))  # here a GPU's host waits
+    total = int(starts[-1])
+    if total > _WORTH_KEEPING * keep.numel():
         return None
-    counts = torch.bincount(found[:, 0], minlength=keep.shape[0]).cpu()
-    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    columns = found[:, 1].to(torch.int32).contiguous()
+    columns = torch.nonzero_static(keep, size=total)[:, 1].to(torch.int32).contiguous()
     return Groups(order, size, starts, columns), sums.masked_fill_(keep, 0.0)
 
 
@@ -233,7 +285,8 @@ def bounds(
 ) -> Tensor:
     """``Kept.dropped`` of a chunk's rows, (3, R), rounded up.
 
-    ``lost``: of ``compact_``, of entries of ``dtype``; ``factors``: of its last sum; ``held``:
+    ``lost``: of ``compact_``, of entries of ``dtype``; ``factors``: of the root of its last
+    sum; ``held``:
     dtype of the stand-ins.
     """
     up = 1 + max(4 * torch.finfo(dtype).eps, _SUMS)
@@ -243,9 +296,18 @@ def bounds(
     rounded = (total - split(total, held).float().sum(1)).abs()
     reach = reach * up + tiny * centre.distances.amax()
     reach += (_SUMS * mass + rounded) * centre.size
-    return torch.stack([mass, (overlap * up + tiny) * factors * up, reach])
+    return torch.stack([mass, (overlap * up + tiny).sqrt() * factors * up, reach])
 
 
 def _roots(squares: Tensor, width: int) -> Tensor:
     """Roots of sums of ``width`` squares, fp32, rounded up, past what fp32 cannot hold of them."""
     return (squares.sqrt() * (1 + _SUMS) + width**0.5 * 2.0**-63).float()
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """Norms of the rows, fp32; squares are of numbers near 1, which stay in range."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    limits = torch.finfo(torch.float32)
+    largest = x.abs().amax(1).clamp(limits.tiny, limits.max)
+    norms = torch.linalg.vector_norm(x / largest[:, None], dim=1)
+    return (norms * largest * (1 + _SUMS)).float()

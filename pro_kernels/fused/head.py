@@ -50,8 +50,8 @@ class Saved(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Tensor], call: Call) -> Saved:
         """What ``tensors`` were made of."""
-        stats, kept, side, *of_filter = tensors
-        return cls(stats, kept, side, Kept(call.grad_filter, *of_filter))
+        stats, kept, side, columns, counts, order, dropped = tensors
+        return cls(stats, kept, side, Kept(call.grad_filter, columns, counts, order, dropped))
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -136,7 +136,7 @@ def forward(
             if here.scale is not None:  # bounds are of gradients of the hidden states as they came
                 saved.filter.dropped[2, at] *= here.scale.abs()
             if (late := here.late(call)) is not None:
-                saved.filter.dropped[1, at] *= late.square()
+                saved.filter.dropped[1, at] *= late.abs()
         if keep and saved.kept.dtype != call.logits_dtype:
             width = call.vocab if groups is None else groups.widest
             clear_behind(saved.kept[at], width)

@@ -278,7 +278,12 @@ def linear_pro(
             ranked = ranked._replace(offsets=before[ranked.offsets])
             tokens = before[ends].diff().tolist()
         kept = Kept.empty(
-            call.grad_filter, len(tokens), max(tokens, default=0), call.vocab, targets.shape[0], hidden
+            call.grad_filter,
+            len(tokens),
+            max(tokens, default=0),
+            call.vocab,
+            targets.shape[0],
+            hidden,
         )
         terms, sums, row_weights = prompts.pro_forward(
             call,
@@ -311,7 +316,7 @@ def _(hidden, weight, bias, rows, targets, scale, candidates, need_bias, call):
         hidden.new_empty(ranked.lengths.shape, dtype=acc),
         *(d_hidden, d_weight, d_bias.to(acc)),
         hidden.new_empty(n, dtype=acc),
-        hidden.new_empty((3, 0 if call.grad_filter is None else n), dtype=torch.float32),
+        hidden.new_empty((4, 0 if call.grad_filter is None else n), dtype=torch.float32),
     )
 
 
