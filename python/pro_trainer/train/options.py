@@ -67,12 +67,15 @@ class LossOptions(LossSettings):
     )
 
     def _check_grad_filter(self) -> None:
-        from pro_kernels.validate import check_grad_filter  # it needs torch, --help does not
-
         if self.grad_filter != "auto":
-            with contextlib.suppress(ValueError):  # the check names it
-                self.grad_filter = float(self.grad_filter)  # type: ignore[arg-type, assignment]
-        check_grad_filter(self.grad_filter)
+            share = float("nan")
+            with contextlib.suppress(ValueError):
+                share = float(self.grad_filter)  # type: ignore[arg-type]
+            if not 0 < share < 1:
+                raise ValueError(
+                    f"grad_filter must be a number in (0, 1) or auto, got {self.grad_filter!r}"
+                )
+            self.grad_filter = share  # type: ignore[assignment]
         if self.loss_impl == "reference":
             raise ValueError(
                 "grad_filter is an option of the fused loss, got loss_impl='reference' and "
