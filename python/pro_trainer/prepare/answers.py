@@ -62,7 +62,13 @@ class Failure:
 
 
 class ServerError(ConnectionError):
-    """No server can go on: none answers, or all requests are refused for a reason they share."""
+    """No server can go on: none answers, or all requests are refused for a reason they share.
+
+    Attributes:
+        for_all: the latter.
+    """
+
+    for_all = False
 
 
 class Failed(Exception):

@@ -20,12 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-try:
-    import httpx
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "servers are asked by httpx: pip install 'pro-kernels[train]'", name="httpx"
-    ) from error
+import httpx
 
 from pro_trainer.data.read import decode_line
 from pro_trainer.prepare.answers import (
@@ -175,9 +170,11 @@ class Client:
             self.failures[failed.reason] += 1
             server.count(failed=failed.kind in ("server", "both"))
             detail = readable(failed.detail, self._key)
-            told = f"{server.url}: {failed.reason}" + (f" ({detail})" if detail else "")
+            told = f"{server.url}{request[0]}: {failed.reason}" + (f" ({detail})" if detail else "")
             if failed.kind == "all":
-                raise ServerError(told)
+                refused = ServerError(told)
+                refused.for_all = True
+                raise refused
             if failed.kind == "final":
                 self._answered = time.monotonic()
                 return Failure(failed.reason, detail)
