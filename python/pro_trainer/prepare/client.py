@@ -12,6 +12,7 @@ The key is read from the environment, sent as a bearer token, and cut out of wha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import threading
 import time
@@ -87,6 +88,7 @@ class Client:
         self._turn = 0
         self._next_start = 0.0
         self._answered = 0.0  # when any server last did
+        self._good: Request | None = None  # what it was asked then
 
     def __enter__(self) -> Client:
         """Start the thread."""
@@ -133,24 +135,29 @@ class Client:
 
         Raises:
             ServerError: no server answered for ``patience`` seconds; the key, the model or the
-                path is refused (401, 403, 404); a request was sent in vain ``retries`` times while
-                no other was answered.
+                path is refused (401, 403, 404); a request was sent in vain ``retries`` times, and
+                one that was answered before is not answered any more.
         """
-        pending: deque[Future[T | Failure]] = deque()
+        pending: deque[Future[T | Failure | ServerError]] = deque()
         try:
             for request in requests:
                 task = self._answer(request, read)
                 pending.append(asyncio.run_coroutine_threadsafe(task, self._loop))
                 if len(pending) == _WINDOW * self.options.concurrency:
-                    yield pending.popleft().result()
+                    yield _raised(pending.popleft().result())
             while pending:
-                yield pending.popleft().result()
+                yield _raised(pending.popleft().result())
         finally:
             for future in pending:
                 future.cancel()
 
-    async def _answer(self, request: Request, read: Callable[[Any], T]) -> T | Failure:
-        """Send a request until there is an answer or no hope."""
+    async def _answer(
+        self, request: Request, read: Callable[[Any], T]
+    ) -> T | Failure | ServerError:
+        """Send a request until there is an answer or no hope.
+
+        Errors are returned: of those raised in tasks that nobody waits for, asyncio complains.
+        """
         begun = time.monotonic()
         own_faults = tries = 0
         while True:
@@ -165,7 +172,7 @@ class Client:
                     failed = error
                 else:
                     server.count(failed=False)
-                    self._answered = time.monotonic()
+                    self._answered, self._good = time.monotonic(), request
                     return answer
             self.failures[failed.reason] += 1
             server.count(failed=failed.kind in ("server", "both"))
@@ -174,21 +181,29 @@ class Client:
             if failed.kind == "all":
                 refused = ServerError(told)
                 refused.for_all = True
-                raise refused
+                return refused
             if failed.kind == "final":
                 self._answered = time.monotonic()
                 return Failure(failed.reason, detail)
             own_faults += failed.kind in ("own", "both")
             if own_faults > self.options.retries:
-                if self._answered >= begun:
+                if await self._works():
                     return Failure(failed.reason, detail)
-                raise ServerError(f"{told}, {own_faults} times, and no answer to another request")
+                return ServerError(f"{told}, {own_faults} times, and nothing else is answered")
             quiet = time.monotonic() - max(begun, self._answered)
             if quiet > self.options.patience:
-                raise ServerError(f"no answer from any server in {quiet:.0f} seconds; {told}")
+                return ServerError(f"no answer from any server in {quiet:.0f} seconds; {told}")
             longest = min(LONGEST_WAIT, self.options.first_wait * 2 ** min(tries, 16))
             tries += 1
             await asyncio.sleep(max(failed.wait, longest * random.uniform(0.5, 1)))
+
+    async def _works(self) -> bool:
+        """Whether the request that was answered last is answered again."""
+        for _ in range(3 if self._good else 0):
+            with contextlib.suppress(ValueError, Failed):
+                await self._send(self._next_server(), self._good)
+                return True
+        return False
 
     async def _send(self, server: _Server, request: Request) -> Any:
         """One try: the JSON of the answer.
@@ -240,3 +255,9 @@ class Client:
         server = min(turns, key=lambda s: max(0.0, s.out_until - now))
         self._turn = (self._servers.index(server) + 1) % n
         return server
+
+
+def _raised(answer: T | ServerError) -> T:
+    if isinstance(answer, ServerError):
+        raise answer
+    return answer
