@@ -25,24 +25,25 @@ class FakeServer:
     Args:
         fault: of a request's number and body: None, a status, or one of the names below.
         n: what it does with that field: takes, ignores or refuses it.
-        delay: of a request's number: seconds before it is answered.
+        delay: of a request's number: seconds (or None) before it is answered.
 
     Attributes:
-        asked: bodies of all requests but those before ``n`` is known (the model "fake").
+        asked: bodies of all requests that were posted.
         keys: what stood in their header Authorization.
+        dies_at: the number of the request that it dies of.
     """
 
     def __init__(
         self,
         fault: Callable[[int, dict], object] = lambda number, body: None,
         n: str = "takes",
-        delay: Callable[[int], float] = lambda number: 0.0,
+        delay: Callable[[int], float | None] = lambda number: None,
     ) -> None:
         self.fault, self.n, self.delay = fault, n, delay
         self.asked: list[dict] = []
         self.keys: list[str | None] = []
         self.lock = threading.Lock()
-        self.port = 0
+        self.port, self.dies_at = 0, -1
         self.released = threading.Event()
         self.live()
 
@@ -140,7 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             number = len(owner.asked)
             owner.asked.append(body)
             owner.keys.append(self.headers.get("Authorization"))
-        time.sleep(owner.delay(number))
+        if number == owner.dies_at:
+            return owner.die()
+        time.sleep(owner.delay(number) or 0)
         fault = owner.fault(number, body)
         if isinstance(fault, int):
             key = owner.keys[-1]

@@ -111,12 +111,13 @@ def test_what_one_request_is_refused_or_fails_for_is_its_own_failure():
     assert failures == counts and found[3].detail == "no, None: go away"
 
 
-def test_servers_that_break_down_in_the_middle_cost_no_answer(right):
+@pytest.mark.parametrize("fault", [500, "another form"])
+def test_servers_that_break_down_in_the_middle_cost_no_answer(right, fault):
     """Whatever was answered just before: a request is only given up while others are answered."""
-    with FakeServer(lambda number, body: 500 if number >= 30 else None) as server:
+    with FakeServer(lambda number, body: fault if number >= 30 else None) as server:
         with Client([server.url], ClientOptions(**QUICK, retries=2)) as client:
             answers = client.ask(iter(requests(60)), texts)
-            with pytest.raises(ServerError, match="HTTP 500 .*3 times, and nothing else is answ"):
+            with pytest.raises(ServerError, match="3 times, and nothing else is answ"):
                 for answer, expected in zip(answers, right, strict=False):
                     assert answer == expected
 

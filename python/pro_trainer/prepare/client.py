@@ -88,7 +88,7 @@ class Client:
         self._turn = 0
         self._next_start = 0.0
         self._answered = 0.0  # when any server last did
-        self._good: Request | None = None  # what it was asked then
+        self._good: tuple[Request, Callable] | None = None  # what it was asked
 
     def __enter__(self) -> Client:
         """Start the thread."""
@@ -172,7 +172,7 @@ class Client:
                     failed = error
                 else:
                     server.count(failed=False)
-                    self._answered, self._good = time.monotonic(), request
+                    self._answered, self._good = time.monotonic(), (request, read)
                     return answer
             self.failures[failed.reason] += 1
             server.count(failed=failed.kind in ("server", "both"))
@@ -201,7 +201,8 @@ class Client:
         """Whether the request that was answered last is answered again."""
         for _ in range(3 if self._good else 0):
             with contextlib.suppress(ValueError, Failed):
-                await self._send(self._next_server(), self._good)
+                request, read = self._good
+                read(await self._send(self._next_server(), request))
                 return True
         return False
 
