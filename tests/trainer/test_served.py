@@ -266,7 +266,9 @@ def test_killed_at_random_moments_it_goes_on(arguments, undisturbed, tmp_path):
         while not (tmp_path / "out.jsonl").exists():
             process = context.Process(target=prepare, args=(killed,))
             process.start()
-            process.join(0.2 + 0.15 * kills * chance.random())  # longer and longer
+            enough = len(server.asked) + chance.randint(7, 25)
+            while process.is_alive() and len(server.asked) < enough:
+                process.join(0.002)
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1
@@ -274,7 +276,7 @@ def test_killed_at_random_moments_it_goes_on(arguments, undisturbed, tmp_path):
             if partial.exists():
                 cut.add(partial.read_bytes().count(b"\n"))
             assert kills < 60
-    assert kills >= 3 and len(cut - {0}) >= 2, (kills, cut)
+    assert kills >= 2 and len(cut - {0}) >= 2, (kills, cut)
     assert written(tmp_path) == undisturbed
 
 
