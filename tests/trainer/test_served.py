@@ -124,11 +124,21 @@ def test_prompts_alone_become_lists_of_samples(arguments, tmp_path):
 def test_servers_without_n_are_asked_several_times(arguments, tmp_path, n):
     with FakeServer(n=n) as server:
         report = prepare(arguments(server, num_samples=3))
-    asked = server.asked[1 if n == "ignores" else 2 :]
+    asked = server.asked[2 if n == "ignores" else 3 :]
     assert len(asked) == 3 * LISTS and not any("n" in body for body in asked)
     assert [body["temperature"] for body in asked].count(0.5) == 2 * LISTS
     assert report.samples["chatty"] == {"made": 3 * LISTS}
     assert all(len(set(record["completions"])) == 3 for record in records(tmp_path))
+
+
+def test_a_server_that_does_not_sample_is_told_of(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("servers.words", lambda prompt, *of: words(prompt))
+    for n in ("takes", "ignores"):
+        with FakeServer(n=n) as server:
+            with pytest.raises(ValueError, match="every list was dropped: .*'repeated': 39"):
+                prepare(arguments(server, f"{n}.jsonl"))
+            said = f"prepare: {server.url}/v1 gave the same sample twice: it may not sample at all"
+            assert said in capsys.readouterr().err.splitlines()
 
 
 def test_servers_that_share_the_work_take_n_all_or_none(arguments, monkeypatch):

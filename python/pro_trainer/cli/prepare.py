@@ -93,7 +93,11 @@ def _prepare(arguments: PrepareArguments, output: Path) -> PrepareReport:
                 _fill(partial, recipe, arguments, total)
         report = PrepareReport.of(partial.lines(), data_report, arguments.ranking_length)
         if not report.kept:
-            raise ValueError(f"every list was dropped: {dict(report.dropped)}; nothing to write")
+            samples = {name: dict(counts) for name, counts in report.samples.items()}
+            raise ValueError(
+                f"every list was dropped: {dict(report.dropped)}; nothing to write (samples: "
+                f"{samples or 'none'})"
+            )
         write_atomically(report_file, [report.json_bytes()])
         try:
             partial.finish(line["record"] for line in partial.lines() if line["record"] is not None)

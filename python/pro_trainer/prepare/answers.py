@@ -68,7 +68,9 @@ class ServerError(ConnectionError):
         for_all: the latter.
     """
 
-    for_all = False
+    def __init__(self, text: str, for_all: bool = False) -> None:
+        super().__init__(text)
+        self.for_all = for_all
 
 
 class Failed(Exception):
@@ -82,7 +84,7 @@ def readable(text: str, key: str) -> str:
     """What a server said, in one short line, without the key that it may have repeated."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
-        for name in ("error", "message"):
+        for name in ("error", "detail", "message"):
             value = value.get(name, value) if isinstance(value, dict) else value
         text = value if isinstance(value, str) else text
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())

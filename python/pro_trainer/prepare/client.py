@@ -179,9 +179,7 @@ class Client:
             detail = readable(failed.detail, self._key)
             told = f"{server.url}{request[0]}: {failed.reason}" + (f" ({detail})" if detail else "")
             if failed.kind == "all":
-                refused = ServerError(told)
-                refused.for_all = True
-                return refused
+                return ServerError(told, for_all=True)
             if failed.kind == "final":
                 self._answered = time.monotonic()
                 return Failure(failed.reason, detail)

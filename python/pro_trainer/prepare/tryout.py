@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pro_trainer.data.records import RankedList
-from pro_trainer.prepare.answers import ClientOptions, ServerError
-from pro_trainer.prepare.client import Client
+from pro_trainer.prepare.answers import ClientOptions, Failure, ServerError
+from pro_trainer.prepare.client import Client, Request
 from pro_trainer.prepare.options import SamplingOptions
 from pro_trainer.prepare.served import Answer, Api, Servers, read_answer
 
@@ -61,7 +61,11 @@ def try_out(
             try:
                 found = found or [_only_model(client)]
                 for model in found:
-                    left_out |= _refused(client, url, model, Servers((), (), api, fields), sampling)
+                    servers = Servers((url,), (model,), api, fields)
+                    refused, same = _tried(client, servers, sampling)
+                    left_out |= refused
+                    if same:
+                        notes[f"{url} gave the same sample twice: it may not sample at all"] = None
             except ServerError as error:
                 if error.for_all:
                     raise
@@ -79,7 +83,8 @@ def _only_model(client: Client) -> str:
     try:
         (answer,) = client.ask([("/models", None)])
     except ServerError as error:
-        raise ServerError(f"{error}; server_model, where it is given, is not asked for") from None
+        text = f"{error}: where server_model names the model, this is not asked"
+        raise ServerError(text, error.for_all) from None
     names: list[str] = []
     with contextlib.suppress(TypeError, KeyError):  # a Failure, or no list of models
         names = [str(model["id"]) for model in answer["data"]]
@@ -89,27 +94,37 @@ def _only_model(client: Client) -> str:
     return names[0]
 
 
-def _refused(
-    client: Client, url: str, model: str, servers: Servers, options: SamplingOptions
-) -> dict[str, None]:
-    """Those of the dispensable fields that this server does not take.
+def _tried(
+    client: Client, servers: Servers, options: SamplingOptions
+) -> tuple[dict[str, None], bool]:
+    """Those of the dispensable fields that a server does not take, and if two samples are the same.
 
     Raises:
         ValueError: it refuses the request without them, too.
     """
-    asked = RankedList(("Hello",), ())
+    prompt = RankedList(("Name an animal, a city and a number.",), ())
     left_out: dict[str, None] = {}
-    while True:
+
+    def ask(seed: int) -> tuple[Request, Answer | Failure]:
         trial = replace(servers, left_out=tuple(left_out))
-        request = trial.request(
-            asked, model, options, n=2, seed=1, temperature=options.temperatures[0]
-        )
-        (answer,) = client.ask([request], read_answer)
+        heat = options.temperatures[0]
+        request = trial.request(prompt, *trial.models, options, n=2, seed=seed, temperature=heat)
+        return request, *client.ask([request], read_answer)
+
+    while True:
+        request, answer = ask(seed=1)
         if isinstance(answer, Answer):
-            return left_out if len(answer.choices) == 2 else left_out | {"n": None}
+            break
         rest = [name for name in _DISPENSABLE if name in request[1]]
         if not rest or not answer.reason.startswith("HTTP 4"):
-            raise ValueError(f"server {url} refuses a request: {answer.reason} {answer.detail}")
-        left_out[
-            next((name for name in rest if name in re.split("['\"`]", answer.detail)), rest[0])
-        ] = None
+            raise ValueError(
+                f"server {servers.urls[0]} refuses a request: {answer.reason} {answer.detail}"
+            )
+        named = re.split("['\"`]", answer.detail)
+        left_out[next((name for name in rest if name in named), rest[0])] = None
+    choices = answer.choices
+    if len(choices) != 2:
+        left_out["n"] = None
+        _, second = ask(seed=2)
+        choices = choices + (second.choices if isinstance(second, Answer) else [])
+    return left_out, len(choices) > 1 and len({choice.text for choice in choices}) == 1
