@@ -353,9 +353,11 @@ def test_other_settings_and_changed_files_are_an_error_naming_them(
     partial, _ = interrupted(arguments(data=data), monkeypatch, 2)
     saved = partial.read_bytes()
     with pytest.raises(ValueError) as error:
-        prepare(arguments(data=data, temperature=0.5, seed=1))
+        prepare(arguments(data=data, temperature=[0.5], seed=1))
     message = str(error.value)
-    assert "seed was 5, is 1; temperature was 1.0, is 0.5" in message and "--overwrite" in message
+    assert (
+        "seed was 5, is 1; temperature was [1.0], is [0.5]" in message and "--overwrite" in message
+    )
     assert "top_p" not in message
     write_transcripts(tmp_path, range(1, 8))  # as long as before
     with pytest.raises(ValueError, match=f"other settings: the files of {data} was"):
@@ -440,7 +442,7 @@ def test_limit_and_long_prompts(arguments, tmp_path):
         ("batch_size", 0, "batch_size must be finite and > 0, got 0"),
         ("limit", 0, "limit must be finite and > 0, got 0"),
         ("top_p", 1.1, r"top_p must lie in \(0, 1\], got 1.1"),
-        ("temperature", float("nan"), "temperature must be finite and > 0, got nan"),
+        ("temperature", [float("nan")], "temperature must be finite and > 0, got nan"),
         ("ranking_length", 1, "ranking_length must be at least 2, got 1"),
         ("stop", [""], "stop: an empty string"),
         ("device", "tpu9", "device 'tpu9' cannot be used"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 from pro_trainer.options import ModelOptions, check_choices, check_positive, option
+from pro_trainer.prepare.options import ServerOptions
 from pro_trainer.text.options import TemplateOptions
 
 _DATA = "Ranked lists: JSON Lines (plain, .gz, .zst), Parquet, folders, hub names[:split]."
@@ -129,13 +131,15 @@ class EvalArguments(ModelOptions):
 
 
 @dataclass
-class PrepareArguments(TemplateOptions):
+class PrepareArguments(ServerOptions, TemplateOptions):
     """Flags of ``pro-kernels prepare``."""
 
     group: ClassVar[str] = "prepare"
 
     data: list[str] = option(
-        [], "Ranked lists, in any form that train reads: files, dataset folders or hub names."
+        [],
+        "Ranked lists, in any form that train reads: files, dataset folders or hub names. With a "
+        'generator or a server also prompts alone: {"prompt": text or messages}.',
     )
     output: str = option("", "File to write, .jsonl or .jsonl.gz; OUTPUT.report.json beside it.")
     generator: list[str] = option(
@@ -145,11 +149,11 @@ class PrepareArguments(TemplateOptions):
     generator_tokenizer: list[str] = option(
         [], "Their tokenizers, as many as generators. Default: each generator's own."
     )
-    num_samples: int = option(2, "Samples for each prompt from each generator.")
+    num_samples: int = option(2, "Samples for each prompt from each generator and server_model.")
     reward_model: str | None = option(
         None,
         "Sequence classifier with one label that scores every candidate. Default: the data's own "
-        "ranking (possible only without a generator).",
+        "ranking (possible only without a generator and a server).",
     )
     ranking_length: int | None = option(
         None,
@@ -161,7 +165,9 @@ class PrepareArguments(TemplateOptions):
         "The candidate that sft_index marks: the best of the new ranking, or the one that the "
         "data prefers (which is then always kept).",
     )
-    temperature: float = option(1.0, "Sampling temperature.")
+    temperature: list[float] = option(
+        [1.0], "Sampling temperature. Several: a prompt's samples have them in turn."
+    )
     top_p: float = option(
         0.95, "Only the likeliest tokens that reach this share together are drawn from."
     )
@@ -199,18 +205,35 @@ class PrepareArguments(TemplateOptions):
             raise ValueError("data: no file, folder or hub name given")
         if not self.output.endswith((".jsonl", ".jsonl.gz")):
             raise ValueError(f"output must end in .jsonl or .jsonl.gz, got {self.output!r}")
-        if self.generator and self.reward_model is None:
+        self.check_servers()
+        if (self.generator or self.server) and self.reward_model is None:
+            name = "generator" if self.generator else "server"
             raise ValueError(
-                "samples have no reward of their own: a generator needs a reward_model that "
-                "scores all candidates"
+                f"samples have no reward of their own: a {name} needs a reward_model that scores "
+                "all candidates"
+            )
+        if self.max_prompt_length is not None and not self.generator:
+            raise ValueError(
+                "max_prompt_length cuts the prompts of a generator, and none was given; a server "
+                "has a length of its own"
             )
         if self.generator_tokenizer and len(self.generator_tokenizer) != len(self.generator):
             raise ValueError(
                 f"generator_tokenizer: one for each of the {len(self.generator)} generators, got "
                 f"{len(self.generator_tokenizer)}"
             )
-        check_positive(self, "num_samples", "temperature", "top_p", "max_new_tokens")
+        check_positive(self, "num_samples", "top_p", "max_new_tokens")
         check_positive(self, "max_prompt_length", "batch_size", "limit")
+        if not self.temperature:
+            raise ValueError("temperature: none was given")
+        for temperature in self.temperature:
+            if not 0 < temperature < math.inf:
+                raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+        if len(self.temperature) > self.num_samples:
+            raise ValueError(
+                f"temperature: {len(self.temperature)} of them for {self.num_samples} samples of a "
+                "prompt: raise num_samples"
+            )
         if self.top_p > 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.ranking_length is not None and self.ranking_length < 2:

@@ -87,11 +87,12 @@ COMMANDS = {
             "data": "lists.jsonl.gz",
             "output": "longer.jsonl.gz",
             "generator": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "server": "http://localhost:8000",
             "reward_model": "org/reward-model",
             "num_samples": "4",
             "ranking_length": "4",
         },
-        ("prepare", "text"),
+        ("prepare", "server", "text"),
     ),
 }
 

@@ -82,10 +82,12 @@ def code(error: BaseException, caught: list[int]) -> int:
     text = str(error)
     if disk_full(error):
         text = f"no space is left ({text.splitlines()[0]}); stopped {advice}"
+    elif isinstance(error, ConnectionError):
+        text = f"{text}; stopped {advice}"
     elif not isinstance(error, (ValueError, OSError, ImportError, TrainingError)):
         if not distributed.several():
             raise error
         traceback.print_exception(error)
         return 1
     print(f"error: {rank}{text}", file=sys.stderr)
-    return 1 if isinstance(error, TrainingError) or disk_full(error) else 2
+    return 1 if isinstance(error, (TrainingError, ConnectionError)) or disk_full(error) else 2

@@ -14,6 +14,7 @@ uses are named in the report.
     chosen, rejected        whole conversations, the prompt being what they share; or HH-RLHF
                             transcripts as strings
     prefix, suffix, reward, sft_index  the official PRO training files
+    prompt                  alone, where lists are to be made of prompts (``prompts_alone``)
 
 Beside any of these: ``desirable`` (a bool for each completion, for KTO) and ``prompt_weight`` (of
 the list in the mean over lists).
@@ -108,8 +109,8 @@ class Columns:
         return f"{seen}. The nearest is {', '.join(form)}" + (f"; {lacks} is missing" * bool(lacks))
 
 
-def parse_record(record: Any) -> ParsedRecord:
-    """Read a record of any form.
+def parse_record(record: Any, *, prompts_alone: bool = False) -> ParsedRecord:
+    """Read a record of any form; ``prompts_alone``: one without completions is a list of none.
 
     Raises:
         DataError: the record is malformed or fits no form.
@@ -123,6 +124,8 @@ def parse_record(record: Any) -> ParsedRecord:
         parsed = _parse_pair(columns)
     elif "prefix" in columns and "suffix" in columns:
         parsed = _parse_official(columns)
+    elif prompts_alone and columns.first(PROMPT):
+        parsed = ParsedRecord("prompts alone", RankedList((_asking(columns),), ()))
     else:
         raise DataError(columns.nearest_form())
     if isinstance(parsed.content, RankedList):
@@ -299,6 +302,21 @@ def _prompt(columns: Columns) -> Text:
         given = as_string(columns.take("input"), "'input'")
         prompt = f"{prompt}\n{given}" if given else prompt
     return _with_system(columns, prompt)
+
+
+def _asking(columns: Columns) -> Text:
+    """A prompt that an answer can follow.
+
+    Raises:
+        DataError: an empty text, or messages that end with the assistant's.
+    """
+    prompt = _prompt(columns)
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise DataError("'prompt' is empty")
+    elif prompt[-1]["role"] == "assistant":
+        raise DataError("the prompt ends with a message of the assistant, which answers it already")
+    return prompt
 
 
 def _with_system(columns: Columns, prompt: Text) -> Text:

@@ -8,7 +8,7 @@ well formed but ranks nothing is left out, and each reason is counted in the ``D
     equal ranks                  the first of them stays
     dialogues that differ        the list goes, or keeps its n prompts (``different_contexts``)
     all rewards (or ranks) equal the list goes, is an error, or becomes its order (``all_equal``)
-    fewer than 2 completions     the list goes
+    fewer than 2 completions     the list goes (``DataOptions.fewest``)
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _source_lists(source: Source, report: DataReport, options: DataOptions) -> I
     for where, raw in rows(source):
         empty = False
         try:
-            parsed = parse_record(decode_line(raw) if isinstance(raw, bytes) else raw)
+            record = decode_line(raw) if isinstance(raw, bytes) else raw
+            parsed = parse_record(record, prompts_alone=not options.fewest)
             ranked = _usable(parsed, report, options)
         except DataError as error:
             if options.on_bad_line != "skip":
@@ -105,13 +106,15 @@ def _usable(parsed: ParsedRecord, report: DataReport, options: DataOptions) -> R
         return None
     marked = parsed.content.sft_index is not None
     ranked = _without_empty_and_repeated(parsed.content, report)
-    if len(ranked.completions) < 2:
+    if not ranked.completions and not options.fewest:
+        return replace(ranked, rewards=None)
+    if len(ranked.completions) < options.fewest:
         report.dropped["fewer than 2 different, non-empty completions"] += 1
         return None
     if len(ranked.prompts) > 1 and options.different_contexts == "drop":
         report.dropped[DIFFERENT_CONTEXTS] += 1
         return None
-    if ranked.rewards is not None and len(set(ranked.rewards)) == 1:
+    if ranked.rewards is not None and len(set(ranked.rewards)) == 1 < len(ranked.rewards):
         if options.all_equal == "error":
             value, name = ranked.rewards[0], "rewards"
             if parsed.by_rank:

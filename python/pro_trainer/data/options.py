@@ -14,6 +14,7 @@ class DataOptions:
     """From records to ranked lists."""
 
     group: ClassVar[str] = "data"
+    fewest: ClassVar[int] = 2  # candidates that a list must have; 0: prompts alone are lists, too
 
     num_candidates: int | None = option(
         None,

@@ -25,10 +25,10 @@ def token_uniforms(seed: int, num_samples: int, steps: int) -> Tensor:
 class TokenPicker(LogitsProcessor):
     """Leaves one token per sequence: that of the step's uniform number."""
 
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float) -> None:
-        """Take ``uniforms``, (S, T) float64 in [0, 1) on the host; the rest as in ``sample``."""
+    def __init__(self, uniforms: Tensor, temperature: float | Tensor, top_p: float) -> None:
+        """Take ``uniforms``, (S, T) float64 in [0, 1), and temperatures, (S, 1), on the host."""
         self.uniforms = uniforms
-        self.temperature = temperature
+        self.temperature = torch.as_tensor(temperature, dtype=torch.float64)
         self.top_p = top_p
         self.step = 0
 
@@ -41,7 +41,9 @@ class TokenPicker(LogitsProcessor):
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
         uniform = self.uniforms[:, self.step, None].to(scores.device, wide)  # (S, 1)
         self.step += 1
-        probabilities = (scores.to(wide) / self.temperature).softmax(-1)  # (S, V)
+        probabilities = (scores.to(wide) / self.temperature.to(scores.device, wide)).softmax(
+            -1
+        )  # (S, V)
         order = None
         if self.top_p < 1:
             probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)

@@ -6,7 +6,6 @@ prefers (its ``sft_index``, else the best by its own ranking) is called chosen.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -19,14 +18,17 @@ from pro_trainer.data.choose import choose
 from pro_trainer.data.fields import Text
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.transcripts import is_transcript
+from pro_trainer.prepare.options import SamplingOptions, list_seed
 from pro_trainer.prepare.sampling import prompt_limit, sample
 from pro_trainer.text.encode import Encoder
 
 if TYPE_CHECKING:
     from pro_trainer.prepare.scoring import RewardModel
+    from pro_trainer.prepare.served import Served
 
 DATA = "data"
 ALL_EQUAL = "all rewards equal"
+TOO_FEW = "fewer than 2 different candidates"
 LINE_KEYS = ("record", "dropped", "samples", "texts_cut", "reward_sums", "chosen_first",
              "chosen_first_of_data")  # fmt: skip
 
@@ -40,20 +42,6 @@ class Generator:
     encoder: Encoder
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How candidates are sampled; see ``generation.sample``."""
-
-    num_samples: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    stop_strings: Sequence[str]
-    max_prompt_length: int | None
-    batch_size: int
-    seed: int
-
-
 @dataclass
 class Pool:
     """The candidates of one list, and what happened on the way."""
@@ -62,17 +50,17 @@ class Pool:
     completions: list[Text]
     sources: list[str]
     rewards: list[float] | None
-    chosen: int
+    chosen: int | None
     ranked: RankedList
     samples: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     texts_cut: int = 0
 
     @classmethod
     def of(cls, ranked: RankedList) -> Pool:
-        """The candidates of the data."""
+        """The candidates of the data; none of them is chosen where there are none."""
         rewards = None if ranked.rewards is None else list(ranked.rewards)
         chosen = ranked.sft_index
-        if chosen is None:
+        if chosen is None and ranked.completions:
             chosen = 0 if rewards is None else rewards.index(max(rewards))
         sources = [DATA] * len(ranked.completions)
         completions = list(ranked.completions)
@@ -102,8 +90,8 @@ class Pool:
         return sorted(indices, key=lambda i: -self.rewards[i])
 
     def _in_form(self, text: str) -> Text:
-        """A sample in the form of the completions that are there: text, or one message."""
-        if isinstance(self.completions[0], str):
+        """A sample in the form of what is there: text, or one message."""
+        if isinstance((*self.completions, self.prompt)[0], str):
             return text.rstrip()
         return ({"role": "assistant", "content": text.strip()},)
 
@@ -112,7 +100,7 @@ class Pool:
 class Recipe:
     """Makes lines of the output (with their counts) from ranked lists."""
 
-    generators: Sequence[Generator]
+    generators: Sequence[Generator | Served]
     sampling: SamplingOptions
     reward_model: RewardModel | None
     ranking_length: int | None
@@ -132,7 +120,17 @@ class Recipe:
             self._score(pools, self.reward_model)
         return [self._line(pool) for pool in pools]
 
-    def _extend(self, pools: Sequence[Pool], generator: Generator, first_index: int) -> None:
+    def _extend(
+        self, pools: Sequence[Pool], generator: Generator | Served, first_index: int
+    ) -> None:
+        if not isinstance(generator, Generator):
+            for pool in pools:
+                texts, counts = generator.take()
+                if is_transcript(pool.prompt) and generator.servers.api == "chat":
+                    texts = [f" {text.strip()}" for text in texts]
+                pool.extend(texts, generator.name)
+                pool.samples[generator.name].update(counts)
+            return
         options = self.sampling
         model, encoder = generator.model, generator.encoder
         indices = range(first_index, first_index + len(pools))
@@ -142,9 +140,9 @@ class Recipe:
             [pool.ranked for pool in pools],
             num_samples=options.num_samples,
             max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
+            temperature=options.temperatures,
             top_p=options.top_p,
-            seeds=[_seed(options.seed, generator.name, index) for index in indices],
+            seeds=[list_seed(options.seed, generator.name, index) for index in indices],
             batch_size=options.batch_size,
             stop_strings=options.stop_strings,
             max_prompt_length=options.max_prompt_length,
@@ -171,6 +169,8 @@ class Recipe:
 
     def _line(self, pool: Pool) -> dict[str, Any]:
         order = pool.order()
+        if len(order) < 2:
+            return self._counted(pool, order, None, TOO_FEW)
         keep = pool.chosen if self.sft == "chosen" else None
         kept = choose(order, pool.rewards, self.ranking_length, keep)
         rewards = None if pool.rewards is None else [pool.rewards[i] for i in kept]
@@ -193,9 +193,17 @@ class Recipe:
             record["tools"] = tools
         if template:
             record["chat_template_kwargs"] = template
+        if nothing_ranked:
+            return self._counted(pool, order, None, ALL_EQUAL)
+        return self._counted(pool, order, record, None)
+
+    def _counted(
+        self, pool: Pool, order: Sequence[int], record: dict[str, Any] | None, dropped: str | None
+    ) -> dict[str, Any]:
+        """The line of a list: its record, or why it was dropped, and what happened on the way."""
         return {
-            "record": None if nothing_ranked else record,
-            "dropped": ALL_EQUAL if nothing_ranked else None,
+            "record": record,
+            "dropped": dropped,
             "samples": pool.samples,
             "texts_cut": pool.texts_cut,
             **self._agreement(pool, order),
@@ -208,7 +216,7 @@ class Recipe:
             count, total = sums.get(source, (0, 0.0))
             sums[source] = [count + 1, total + reward]
         of_data = [i for i in order if pool.sources[i] == DATA]
-        scored = self.reward_model is not None
+        scored = self.reward_model is not None and pool.chosen is not None
         return {
             "reward_sums": sums,
             "chosen_first": order[0] == pool.chosen if scored else None,
@@ -220,9 +228,3 @@ def _key(completion: Text) -> object:
     if isinstance(completion, str):
         return completion.strip()
     return json.dumps([m | {"content": m["content"].strip()} for m in completion], sort_keys=True)
-
-
-def _seed(seed: int, generator: str, index: int) -> int:
-    """A seed of 63 bits for one list and generator, far from those of its neighbours."""
-    digest = hashlib.blake2b(f"{seed} {generator} {index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -24,8 +24,9 @@ class PrepareReport:
         dropped: the others, by reason.
         candidates: lists by their number of candidates, as written.
         shorter: lists with fewer candidates than ``ranking_length``.
-        samples: by generator: ``made``, of these ``empty`` and ``repeated`` (dropped);
-            ``prompts_cut``, prompts that lost their start before the generator.
+        samples: by generator: ``made``, of these ``empty`` and ``repeated`` (dropped), and ``cut``
+            by length (kept); ``prompts_cut``, prompts that lost their start before the generator;
+            ``failed: ...``, samples that did not come from a server, or not whole.
         texts_cut: texts that lost their start before the reward model.
         reward_count: candidates by source, before the ranking was cut to length.
         reward_mean: their mean reward.
@@ -108,6 +109,9 @@ class PrepareReport:
             lost = [f"{counts[why]} {why}" for why in ("empty", "repeated") if counts[why]]
             dropped = f" (dropped: {', '.join(lost)})" if lost else ""
             lines.append(f"samples of {name}: {counts['made']}{dropped}")
+            if counts["cut"]:
+                lines.append(f"  cut at their greatest length: {counts['cut']}")
+            lines += [f"  {why}: {n}" for why, n in sorted(counts.items()) if ":" in why]
             if counts["prompts_cut"]:
                 lines.append(f"  prompts cut to its length: {counts['prompts_cut']}")
         if self.texts_cut:

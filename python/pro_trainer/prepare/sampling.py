@@ -40,7 +40,7 @@ def sample(
     *,
     num_samples: int = 1,
     max_new_tokens: int = 128,
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
     top_p: float = 1.0,
     do_sample: bool = True,
     seeds: Sequence[int] | None = None,
@@ -60,7 +60,7 @@ def sample(
             ids of.
         num_samples: continuations a prompt.
         max_new_tokens: most tokens of one.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits, > 0; several: of the samples of a prompt in turn.
         top_p: only the likeliest tokens that reach this share together are drawn from, (0, 1].
         do_sample: False: the likeliest token at every step (``num_samples`` must be 1).
         seeds: one integer a prompt; needed where ``do_sample``.
@@ -74,7 +74,8 @@ def sample(
         ValueError: an option out of range, messages without a chat template, a model whose logits
             are not finite numbers.
     """
-    _check_options(prompts, num_samples, max_new_tokens, temperature, top_p, do_sample, seeds)
+    temperatures = [temperature] if isinstance(temperature, (int, float)) else list(temperature)
+    _check_options(prompts, num_samples, max_new_tokens, temperatures, top_p, do_sample, seeds)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(stop_strings, str) or not all(stop_strings):
@@ -97,7 +98,9 @@ def sample(
             picker = []
             if uniforms is not None:
                 index = torch.tensor([p * num_samples + k for p, k in batch])
-                picker = [TokenPicker(uniforms[index], temperature, top_p)]
+                heat = torch.tensor([[temperatures[k % len(temperatures)]] for _, k in batch],
+                                    dtype=torch.float64)  # fmt: skip
+                picker = [TokenPicker(uniforms[index], heat, top_p)]
             ids = [encoded[p] for p, _ in batch]
             new_texts = _continue(lm, tokenizer, ids, picker, stop_strings)
             for (p, k), text in zip(batch, new_texts, strict=True):
@@ -219,7 +222,7 @@ def _check_options(
     prompts: Sequence[Any],
     num_samples: int,
     max_new_tokens: int,
-    temperature: float,
+    temperatures: Sequence[float],
     top_p: float,
     do_sample: bool,
     seeds: Sequence[int] | None,
@@ -229,8 +232,11 @@ def _check_options(
             "num_samples and max_new_tokens must be at least 1, got "
             f"{num_samples} and {max_new_tokens}"
         )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    if not temperatures:
+        raise ValueError("temperature: none was given")
+    for temperature in temperatures:
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and > 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
     if not do_sample and num_samples > 1:
