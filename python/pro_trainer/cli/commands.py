@@ -65,6 +65,11 @@ COMMANDS = {"train": train, "eval": evaluate, "inspect": inspect, "prepare": pre
 
 
 class _Parser(HfArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # What begins as a negative number is a value: -0.5*my_rewards:long, say.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+
     def error(self, message: str) -> NoReturn:
         """Raise ValueError: one line, and no usage of two screens."""
         raise ValueError(re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message))
