@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from servers import FakeServer
+from servers import MODEL, FakeServer
 from texts import assistant, user
 from trainer_runs import QUICK
 
@@ -20,6 +20,7 @@ from pro_trainer.prepare import recipe
 from pro_trainer.prepare.answers import ClientOptions
 from pro_trainer.prepare.combine import Combination, without_near_duplicates
 from pro_trainer.prepare.report import PrepareReport
+from pro_trainer.prepare.rewards.build import build as build_rewards
 from pro_trainer.prepare.rewards.judge import Judge
 from pro_trainer.prepare.rewards.parse import parse
 from pro_trainer.prepare.rewards.server import Server
@@ -386,9 +387,22 @@ def test_a_server_that_fails_stops_the_run_and_one_that_refuses_drops_a_candidat
             with pytest.raises((ValueError, ConnectionError), match=wrong):
                 prepare(build(f"{server.url}/classify", overwrite=True, **options))
         assert not partial.exists()
+    url = f"{server.url}/classify"  # nobody is there any more
+    with pytest.raises(ConnectionError, match=f"reward {url}: no answer from any server"):
+        prepare(build(url, overwrite=True, **options))
     with RewardServer(fault=lambda number, body: 500 if "three" in str(body) else None) as server:
         with pytest.raises(ValueError, match="refused.jsonl:2: reward http://.*: HTTP 500"):
             prepare(build(f"{server.url}/classify", overwrite=True, **options))
+
+
+def test_the_settings_hold_the_model_of_a_server(build, tmp_path):
+    with RewardServer() as server:
+        written = f"reward {server.url}/v1/chat/completions"
+        for model in ("", "m@"):
+            (reward,) = build_rewards(build(f"{model}{server.url}/v1/chat/completions"), str)
+            assert reward.identity() == ({} if model else {f"the models of {written}": [MODEL]})
+        (reward,) = build_rewards(build(f"{server.url}/score"), str)
+        assert list(reward.identity().values()) == [[MODEL]]
 
 
 def test_a_judge_that_gives_numbers(build, tmp_path):

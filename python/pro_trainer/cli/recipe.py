@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -124,15 +125,16 @@ def recipe_of(
             keep_cut = arguments.cut_samples == "keep"
             for name, model in zip(names[len(arguments.generator) :], models, strict=True):
                 generators.append(Served(name, model, servers, client, sampling, keep_cut))
-            stack.callback(_say_failures, client)
+            stack.callback(_say_failures, client.failures)
         for reward in rewards:
+            stack.callback(_say_failures, reward.failures)
             stack.enter_context(reward)
         yield Recipe(generators, sampling, rewards, combination, selection)
 
 
-def _say_failures(client: Client) -> None:
-    if client.failures:
-        counts = ", ".join(f"{count} {why}" for why, count in client.failures.most_common())
+def _say_failures(failures: Counter[str]) -> None:
+    if failures:
+        counts = ", ".join(f"{count} {why}" for why, count in failures.most_common())
         print(f"prepare: requests that failed, sent again or given up: {counts}", file=sys.stderr)
 
 

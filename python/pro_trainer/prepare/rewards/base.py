@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -28,11 +29,13 @@ class Scorer(contextlib.AbstractContextManager["Scorer"]):
 
     Attributes:
         name: of its column in ``raw_rewards``.
+        failures: requests that failed, by reason; of those answered later, too.
         taken: the data's other columns that it takes, once ``columns`` told it which there are.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.failures: Counter[str] = Counter()
         self.taken: list[str] = []
 
     def __exit__(self, *exception: object) -> None:

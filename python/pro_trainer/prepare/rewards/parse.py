@@ -13,9 +13,10 @@ Kind = Literal["classifier", "function", "score", "classify", "pooling", "judge"
 _WEIGHTED = re.compile(r"(?:([-+\w.]*)\*)?(.+)")
 _FUNCTION = re.compile(r"(.+\.py|[\w.]+):(\w+)")
 _SERVER = re.compile(r"(?:(.+)@)?(https?://[^@]+)")
-_PATHS: dict[str, Kind] = {
-    "/score": "score", "/classify": "classify", "/pooling": "pooling",
-    "/chat/completions": "judge",
+# Where a server is asked for it.
+PATHS: dict[Kind, str] = {
+    "score": "/score", "classify": "/classify", "pooling": "/pooling",
+    "judge": "/chat/completions",
 }  # fmt: skip
 
 
@@ -64,11 +65,11 @@ def _spec(text: str) -> Spec:
     if match := _SERVER.fullmatch(what):
         model, url = match[1] or "", match[2].rstrip("/")
         path = urlsplit(url).path
-        kind = next((kind for end, kind in _PATHS.items() if path.endswith(end)), None)
+        kind = next((kind for kind, end in PATHS.items() if path.endswith(end)), None)
         if kind is None:
             raise ValueError(
                 f"reward {what}: the path of the URL must say what is asked for and end in one of "
-                f"{', '.join(_PATHS)}"
+                f"{', '.join(PATHS.values())}"
             )
         return Spec(weight, kind, url, model, model.rpartition("/")[2] or kind)
     if "://" in what:

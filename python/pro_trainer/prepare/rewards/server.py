@@ -8,6 +8,7 @@ joined as one text where strings are to stay strings (``chat_template=off``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -17,8 +18,9 @@ from pro_trainer.data.transcripts import turns
 from pro_trainer.prepare.answers import ClientOptions, Failure, ServerError
 from pro_trainer.prepare.client import Client
 from pro_trainer.prepare.rewards.base import Score, Scorer, as_score, excerpt, readable
-from pro_trainer.prepare.rewards.parse import Spec
+from pro_trainer.prepare.rewards.parse import PATHS, Spec
 
+_FIRST_PATIENCE = 20.0  # seconds
 _FIRST = RankedList(("Say hello.",), ("Hello!", "No."))
 
 
@@ -32,10 +34,34 @@ class Asked(Scorer):
             ValueError: a URL or a key that cannot be used.
         """
         super().__init__(spec.name)
+        options = options or ClientOptions()
         self._written = f"reward {spec.part + '@' if spec.part else ''}{spec.target}"
+        self._spec = spec
         self._model = {"model": spec.part} if spec.part else {}
-        self._client = Client([spec.target], options)
+        self._quick = replace(options, patience=min(options.patience, _FIRST_PATIENCE))
+        self._client = self._lasting = Client([spec.target], options)
         self._trying = False
+
+    def identity(self) -> dict[str, Any]:
+        """The models that the server lists, where none is named.
+
+        Raises:
+            ServerError: it does not answer.
+        """
+        if self._spec.part:
+            return {}
+        base = self._spec.target.removesuffix(PATHS[self._spec.kind])
+        with Client([base if base.endswith("/v1") else f"{base}/v1"], self._quick) as client:
+            try:
+                (answer,) = client.ask([("/models", None)])
+                models = [str(model["id"]) for model in answer["data"]]
+            except (TypeError, KeyError):  # a Failure, or no list of models
+                return {}
+            except ServerError as error:
+                if error.for_all:  # it has no such list
+                    return {}
+                raise ServerError(f"{self._written}: {error}") from error
+        return {f"the models of {self._written}": models}
 
     def __enter__(self) -> Asked:
         """Start the client, and have a first text scored: what is wrong with all shows now.
@@ -43,19 +69,17 @@ class Asked(Scorer):
         Raises:
             ValueError, ServerError: the server refuses it, or does not answer.
         """
-        self._client.__enter__()
-        try:
+        with Client([self._spec.target], self._quick) as self._client:
             self._trying = True
             self.score([(_FIRST, completion) for completion in _FIRST.completions])
             self._trying = False
-        except BaseException:
-            self._client.__exit__()
-            raise
+        self._client = self._lasting.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """End it."""
         self._client.__exit__(*exception)
+        self.failures.update(self._client.failures)
 
     def _ask(self, bodies: Iterable[dict[str, Any]]) -> list[Any]:
         """The answers in order; a ``Failure`` for a text that the server refuses.
@@ -67,7 +91,7 @@ class Asked(Scorer):
         try:
             answers = list(self._client.ask(("", self._model | body) for body in bodies))
         except ServerError as error:
-            raise ServerError(f"{self._written}: {error}") from error
+            raise ServerError(f"{self._written}: {error}", error.for_all) from error
         for answer in answers:
             refused = isinstance(answer, Failure) and answer.reason.startswith("HTTP 4")
             if isinstance(answer, Failure) and (self._trying or not refused):
