@@ -30,6 +30,7 @@ class FakeServer:
     Attributes:
         asked: bodies of all requests that were posted.
         keys: what stood in their header Authorization.
+        retry_after: what it says beside 429.
         dies_at: the number of the request that it dies of.
     """
 
@@ -43,7 +44,7 @@ class FakeServer:
         self.asked: list[dict] = []
         self.keys: list[str | None] = []
         self.lock = threading.Lock()
-        self.port, self.dies_at = 0, -1
+        self.port, self.dies_at, self.retry_after = 0, -1, "0.01"
         self.released = threading.Event()
         self.live()
 
@@ -148,7 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             key = owner.keys[-1]
             said = json.dumps({"error": {"message": f"no, {key}: go away"}}).encode()
-            return self.reply(fault, said, {"Retry-After": "0.01"} if fault == 429 else {})
+            return self.reply(
+                fault, said, {"Retry-After": owner.retry_after} if fault == 429 else {}
+            )
         status, answer = owner.answer(self.path, body)
         if fault == "hangs":
             owner.released.wait(20)

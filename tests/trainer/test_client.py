@@ -146,10 +146,16 @@ def test_the_rate_limit_and_retry_after_are_kept_to():
         began = time.monotonic()
         ask([server.url], count=11, requests_per_second=50)
         assert time.monotonic() - began >= 0.2
-    with FakeServer(lambda number, body: 429 if number == 0 else None) as server:
+    with FakeServer(lambda number, body: 429 if number == 0 else None) as busy:
+        busy.retry_after = "0.3"
         began = time.monotonic()
-        ask([server.url], count=1, first_wait=1e-9)
-        assert time.monotonic() - began >= 0.01
+        ask([busy.url], count=5, concurrency=1)
+        assert time.monotonic() - began >= 0.3  # all of them wait
+        busy.asked.clear()
+        busy.retry_after = "60"
+        with FakeServer() as other:
+            ask([busy.url, other.url], count=20, concurrency=1)
+            assert len(busy.asked) == 1 and len(other.asked) == 20  # or go elsewhere
     for value, seconds in {"7": 7, " 1.5 ": 1.5, "1e9": 0, "": 0, "soon": 0, "9999": 600}.items():
         assert retry_after(value) == seconds
     assert retry_after("Wed, 21 Oct 2065 07:28:00 GMT") == 600

@@ -77,6 +77,12 @@ def test_seeds_and_not_the_global_state_decide(model, tokenizer):
     assert draw(model, tokenizer, [], seeds=[]) == []
 
 
+def test_several_temperatures_are_those_of_the_samples_in_turn(model, tokenizer):
+    cold, hot = (draw(model, tokenizer, PROMPTS, num_samples=3, temperature=t) for t in (0.2, 3))
+    both = draw(model, tokenizer, PROMPTS, num_samples=3, temperature=[0.2, 3])
+    assert both == [[a[0], b[1], a[2]] for a, b in zip(cold, hot, strict=True)] != cold
+
+
 def test_greedy_is_the_argmax_of_the_plain_model(model, tokenizer):
     texts = sample(model, tokenizer, PROMPTS, max_new_tokens=10, do_sample=False)
     for prompt, found in zip(PROMPTS, texts, strict=True):
@@ -200,6 +206,7 @@ def test_a_peft_model_samples_with_its_adapter(model, tokenizer):
         ({"num_samples": 0}, "at least 1, got 0 and 12"),
         ({"max_new_tokens": 0}, "at least 1, got 2 and 0"),
         ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
+        ({"temperature": []}, "temperature: none was given"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"do_sample": False}, "do_sample=False gives one text a prompt, but num_samples is 2"),

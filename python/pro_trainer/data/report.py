@@ -78,12 +78,11 @@ class DataReport:
         """The report as lines to print; a count that is 0 is left out."""
         sizes = ", ".join(f"{count} of {n}" for n, count in sorted(self.candidates.items()))
         formats = ", ".join(f"{count} {name}" for name, count in sorted(self.formats.items()))
-        by_order = self.lists - self.with_rewards
         lines = [
             f"records read: {self.records} ({formats or 'none'})",
             f"lists kept: {self.lists} ({sizes or 'none'} candidates)",
             f"with rewards: {self.with_rewards}, of these with ties: {self.tied}; "
-            f"in order only: {by_order}",
+            f"in order only: {self.order_only}",
         ]
         if self.marked:
             lines.append(f"with desirable candidates marked: {self.marked}")
@@ -120,9 +119,14 @@ class DataReport:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         del found["prompt_lengths"], found["completion_lengths"]
         found["candidates"] = {str(n): count for n, count in sorted(self.candidates.items())}
-        found["order_only"] = self.lists - self.with_rewards
+        found["order_only"] = self.order_only
         found["rankings"] = self.rankings.as_dict()
         return found | {"once": list(self.once)} | self._lengths()
+
+    @property
+    def order_only(self) -> int:
+        """Lists that have candidates and no rewards."""
+        return self.lists - self.with_rewards - self.candidates[0]
 
     def _lengths(self) -> dict[str, dict[str, float] | None]:
         return {

@@ -74,7 +74,7 @@ class ServerError(ConnectionError):
 
 
 class Failed(Exception):
-    """One try that failed; ``wait`` seconds are to pass before the next."""
+    """One try that failed; its server asks to be left alone for ``wait`` seconds."""
 
     def __init__(self, reason: str, kind: str, detail: str = "", wait: float = 0.0) -> None:
         self.reason, self.kind, self.detail, self.wait = reason, kind, detail, wait

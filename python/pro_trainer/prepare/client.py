@@ -44,12 +44,12 @@ _WINDOW = 4  # requests under way or answered ahead of their turn, for each that
 
 
 class _Server:
-    """A base URL, and since when it is left out."""
+    """A base URL, until when it is left out, and until when it asked to be left alone."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.failed_in_a_row = 0
-        self.out_until = 0.0
+        self.out_until = self.rests_until = 0.0
 
     def count(self, failed: bool) -> None:
         """Leave it out for a while after the third failure in a row, ever longer."""
@@ -164,6 +164,7 @@ class Client:
             async with self._free:
                 await self._slot()
                 server = self._next_server()
+                await asyncio.sleep(max(0.0, server.rests_until - time.monotonic()))
                 try:
                     answer = read(await self._send(server, request))
                 except ValueError as error:
@@ -176,6 +177,7 @@ class Client:
                     return answer
             self.failures[failed.reason] += 1
             server.count(failed=failed.kind in ("server", "both"))
+            server.rests_until = max(server.rests_until, time.monotonic() + failed.wait)
             detail = readable(failed.detail, self._key)
             told = f"{server.url}{request[0]}: {failed.reason}" + (f" ({detail})" if detail else "")
             if failed.kind == "all":
@@ -193,7 +195,7 @@ class Client:
                 return ServerError(f"no answer from any server in {quiet:.0f} seconds; {told}")
             longest = min(LONGEST_WAIT, self.options.first_wait * 2 ** min(tries, 16))
             tries += 1
-            await asyncio.sleep(max(failed.wait, longest * random.uniform(0.5, 1)))
+            await asyncio.sleep(longest * random.uniform(0.5, 1))
 
     async def _works(self) -> bool:
         """Whether the request that was answered last is answered again."""
@@ -251,7 +253,7 @@ class Client:
         """The next one that is not left out, else the one that has been for longest."""
         n, now = len(self._servers), time.monotonic()
         turns = [self._servers[(self._turn + i) % n] for i in range(n)]
-        server = min(turns, key=lambda s: max(0.0, s.out_until - now))
+        server = min(turns, key=lambda s: max(0.0, s.out_until - now, s.rests_until - now))
         self._turn = (self._servers.index(server) + 1) % n
         return server
 

@@ -52,9 +52,9 @@ class Progress:
                 + (f", about {_duration(left)} left" if left else "")
             )
 
-    def say(self, message: str, always: bool = False) -> None:
+    def say(self, message: str) -> None:
         """A line, where no bar says the same."""
-        if always or not self.terminal:
+        if not self.terminal:
             print(f"prepare: {message}", file=sys.stderr, flush=True)
 
 

@@ -28,7 +28,7 @@ class PrepareReport:
         candidates: lists by their number of candidates, as written.
         shorter: lists with fewer candidates than ``ranking_length``.
         samples: by generator: ``made``, of these ``empty`` and ``repeated`` (dropped), and ``cut``
-            by length; ``prompts_cut``, prompts that lost their start before the generator;
+            by length (kept); ``prompts_cut``, prompts that lost their start before the generator;
             ``failed: ...``, samples that did not come from a server, or not whole.
         lost: candidates that were dropped, by reason.
         notes: by reward: what it said, and how often.

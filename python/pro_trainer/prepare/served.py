@@ -159,7 +159,7 @@ class Served:
         cuts = [at for at in map(choice.text.find, self.options.stop_strings) if at >= 0]
         text = choice.text[: min(cuts, default=None)]
         if choice.end == "length" and not cuts:
-            counts["cut"] += 1
+            counts["cut" if self.keep_cut else "failed: cut by length"] += 1
             if self.keep_cut:
                 return text
         elif choice.end in _WHOLE or cuts:
