@@ -35,7 +35,7 @@ class Settings:  # which looks its module up
     _: KW_ONLY
     scale: float = -1.0
 
-def short(prompts, completions):
+def short(completions):
     return [Settings().scale * len(text) for text in completions]
 
 def right(completions, answer, **columns):
@@ -189,10 +189,20 @@ def test_options_at_odds(build, changes, wrong):
         prepare(build(**{"reward": ["mine.py:short"], **changes}))
 
 
-def test_a_weight_below_zero_on_the_command_line(build, tmp_path):
-    flags = ["--data", *build().data, "--output", str(tmp_path / "out.jsonl"), "--reward"]
-    assert commands.prepare([*flags, "mine.py:right", "-0.5*mine.py:short"]) == 0
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        ["--reward", "mine.py:right", "-0.5*mine.py:short"],
+        ["--reward", "mine.py:right", "--reward=-0.5*mine.py:short"],
+        ["--config", "x.yaml", "--reward", "mine.py:right", "-0.5*mine.py:short"],
+    ],
+)
+def test_several_rewards_on_the_command_line(build, tmp_path, rewards):
+    (tmp_path / "x.yaml").write_text("reward: mine.py:nan\n")  # the command line wins
+    flags = ["--data", *build().data, "--output", str(tmp_path / "out.jsonl")]
+    assert commands.prepare([*flags, *rewards]) == 0
     assert written(tmp_path)[0]["rewards"][0] == 7.0
+    assert list(written(tmp_path)[0]["raw_rewards"]) == ["right", "short"]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ def _options(
     if config := flags.config_file(given):
         of_line = {flag for flag, _ in given}
         of_file, lines = flags.config_flags(config)
+        of_file = [flag for flag in of_file if flag[0] not in {name for name, _ in given}]
         where |= {option: line for option, line in lines.items() if option not in of_line}
         unset = [(option, []) for option in lines.keys() - {flag for flag, _ in of_file}]
         given = of_file + [flag for flag in given if flag[0] != "config"]

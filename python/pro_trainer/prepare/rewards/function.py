@@ -53,8 +53,8 @@ class Function(Scorer):
         self._takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
         self._named = {p.name for p in by_name} - set(_TEXTS)
         self._needed = {p.name for p in by_name if p.default is p.empty} - set(_TEXTS)
-        lacking = [name for name in _TEXTS if name not in {p.name for p in by_name}]
-        if lacking and not self._takes_all:
+        self._texts = [x for x in _TEXTS if self._takes_all or x in {p.name for p in by_name}]
+        if "completions" not in self._texts:
             raise ValueError(
                 f"{self._written}: a function of the keyword arguments prompts and completions "
                 f"was expected, got {function}{inspect.signature(self._function)}"
@@ -77,10 +77,13 @@ class Function(Scorer):
 
     def score(self, texts: Sequence[tuple[RankedList, Text]]) -> list[Score]:
         """Call it once for all texts; a column that a record lacks is None there."""
+        if not texts:
+            return []
         arguments: dict[str, list[Any]] = {
             "prompts": [_given(ranked.prompts[0]) for ranked, _ in texts],
             "completions": [_given(completion) for _, completion in texts],
         }
+        arguments = {name: arguments[name] for name in self._texts}
         for name in self.taken:
             arguments[name] = [ranked.columns.get(name) for ranked, _ in texts]
         try:

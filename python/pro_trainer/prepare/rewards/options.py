@@ -25,6 +25,7 @@ class RewardOptions:
         "[MODEL@]http://HOST:PORT/PATH of which PATH ends in score, classify, pooling (vLLM) or "
         "chat/completions (a judge). Default: the data's own ranking (possible only without a "
         "generator and a server).",
+        action="extend",  # --reward A --reward B is --reward A B
     )
     normalize: Literal["none", "zscore", "rank"] = option(
         "none",
