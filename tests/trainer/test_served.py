@@ -459,6 +459,7 @@ def test_what_a_request_asks_for_depends_on_its_list_alone():
         list(Served("m", "m", servers, None, options, True)._requests(lists[k:], k)) for k in (0, 2)
     ]
     assert made[0][4:] == made[1] and [x[1]["n"] for x in made[1]] == [3, 2, 3, 2]
+    assert made[0][1][1]["seed"] == made[0][0][1]["seed"] + 3  # those between are of its samples
     alone = Servers(("http://h/v1",), ("m",), "chat", {}, left_out=("n", "seed"))
     bodies = list(Served("m", "m", alone, None, options, True)._requests(lists[:1], 0))
     assert len(bodies) == 5 and not any({"n", "seed"} & body.keys() for _, body in bodies)

@@ -69,7 +69,9 @@ class ServerOptions:
     requests_per_second: float | None = option(
         None, "At most so many requests a second, over all servers. Default: no limit."
     )
-    server_timeout: float = option(600.0, "Seconds for an answer.")
+    server_timeout: float = option(
+        600.0, "Seconds for an answer, those it waits in the server's queue included."
+    )
     server_retries: int = option(
         8, "How often a request is sent again that failed by itself (not for a busy server)."
     )

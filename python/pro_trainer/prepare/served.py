@@ -142,17 +142,17 @@ class Served:
 
     def _requests(self, lists: Iterable[RankedList], first_index: int) -> Iterator[Request]:
         for index, ranked in enumerate(lists, first_index):
-            # 31 bits are what all servers take.
-            seed = list_seed(self.options.seed, self.name, index) % 2**31
-            for number, (temperature, places) in enumerate(self.plan):
+            seed = list_seed(self.options.seed, self.name, index)  # of 31 bits, which all take
+            for temperature, places in self.plan:
                 yield self.servers.request(
                     ranked,
                     self.model,
                     self.options,
                     n=len(places),
-                    seed=(seed + number) % 2**31,
+                    seed=seed % 2**31,
                     temperature=temperature,
                 )
+                seed += len(places)  # vLLM gives the samples of one request seeds in a row
 
     def _usable(self, choice: _Choice, counts: Counter[str]) -> str | None:
         """The text up to a stop string; None, counted, where it is not to be used."""
