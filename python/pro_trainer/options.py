@@ -4,9 +4,12 @@ and its default.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
+import sys
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
@@ -49,6 +52,33 @@ def check_positive(config: object, *names: str) -> None:
             raise TypeError(f"{name} must be a number, got {value!r}")
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and > 0, got {value}")
+
+
+def import_module(written: str, name: str, key: str | None = None) -> ModuleType:
+    """A module, or that of a Python file, imported once.
+
+    Args:
+        written: the option and what was given, for messages.
+        name: of the module; or a path that ends in .py.
+        key: what a file's module is known by. Default: the path.
+
+    Raises:
+        ValueError: there is none, or it cannot be imported.
+    """
+    key = key or name
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        if key not in sys.modules:
+            spec = importlib.util.spec_from_file_location(key, name)
+            assert spec is not None and spec.loader is not None
+            sys.modules[key] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        return sys.modules[key]
+    except Exception as error:  # whatever the module does
+        sys.modules.pop(key, None)
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{written} cannot be imported: {said}") from error
 
 
 @dataclass

@@ -90,7 +90,7 @@ def test_candidates_of_a_real_server_and_a_run_that_was_cut_short(
             server=[server.url],
             server_model=[server.model],
             server_api=api,
-            reward_model=server.reward_model,
+            reward=[server.reward_model],
             num_samples=2,
             max_new_tokens=12,
             batch_size=1,

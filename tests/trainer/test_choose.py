@@ -49,3 +49,23 @@ def test_as_many_different_rewards_as_there_can_be(values, limit):
     found = {rewards[i] for i in kept}
     assert len(found) == min(limit, len(set(rewards)))
     assert {max(rewards), min(rewards)} <= found
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"select": "top"}, [5, 4, 3]),
+        ({"select": "top", "bottom": 1}, [5, 4, 0]),
+        ({"select": "top", "bottom": 2}, [5, 1, 0]),
+        ({"select": "top", "keep": 1}, [5, 4, 1]),
+        ({"select": "diverse"}, [5, 2, 0]),  # 3 and 4 are like 5, 1 is like 2
+        ({"select": "diverse", "bottom": 1}, [5, 2, 0]),
+        ({"select": "diverse", "limit": 4}, [5, 3, 2, 0]),
+    ],
+)
+def test_the_best_or_those_unlike(options, kept):
+    texts = ["no 1 knows", "whatever they say!", "whatever they say", "the same, here too",
+             "The  same, here.", "the same, here"]  # fmt: skip
+    rewards = [float(i) for i in range(6)]
+    options = {"limit": 3, **options}
+    assert choose(ORDER, rewards, texts=texts, **options) == kept

@@ -9,8 +9,9 @@ from texts import assistant, pair, row, user
 
 from pro_trainer.data.fields import DataError
 from pro_trainer.data.lists import DIFFERENT_CONTEXTS, read_lists, select
+from pro_trainer.data.rankings import Numbers
 from pro_trainer.data.records import RankedList
-from pro_trainer.data.report import DataReport, Lengths
+from pro_trainer.data.report import DataReport
 from pro_trainer.text.options import ListOptions
 from pro_trainer.train.config import PROConfig
 
@@ -236,6 +237,11 @@ def test_the_report_can_be_printed_and_saved():
         "records read: 3 (3 prompt and completions)",
         "lists kept: 2 (2 of 2 candidates)",
         "with rewards: 1, of these with ties: 0; in order only: 1",
+        "rewards: min 0, median 0, p95 1, max 1",
+        "  in ten equal steps from min to max: 1, 0, 0, 0, 0, 0, 0, 0, 0, 1",
+        "margin of the best to the second: min 1, median 1, p95 1, max 1",
+        "margin of the best to the worst: min 1, median 1, p95 1, max 1",
+        "mean characters by rank, best first: 1, 1",
         f"lists dropped, {FEW}: 1",
     ]
     found = json.loads(json.dumps(report.as_dict()))
@@ -244,11 +250,11 @@ def test_the_report_can_be_printed_and_saved():
 
 
 def test_lengths_are_summed_up():
-    lengths = Lengths()
+    lengths = Numbers()
     assert lengths.summary() is None
     lengths.update(range(1, 101))
     assert lengths.summary() == {"min": 1, "median": 50, "p95": 95, "max": 100}
-    assert Lengths([7]).summary() == {"min": 7, "median": 7, "p95": 7, "max": 7}
+    assert Numbers([7]).summary() == {"min": 7, "median": 7, "p95": 7, "max": 7}
 
 
 @pytest.mark.shared

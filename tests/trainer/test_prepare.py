@@ -23,7 +23,7 @@ from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import tiny_llama
 from pro_trainer.prepare import output, recipe
-from pro_trainer.prepare.recipe import Pool
+from pro_trainer.prepare.pool import Pool
 from pro_trainer.prepare.scoring import RewardModel
 from pro_trainer.text.options import ListOptions
 
@@ -61,7 +61,7 @@ def build(models, tmp_path_factory):
             "data": [data],
             "output": str(folder / name),
             "generator": [str(models / "small")],
-            "reward_model": str(models / "rm"),
+            "reward": [str(models / "rm")],
             "num_samples": 3,
             "max_new_tokens": 8,
             "batch_size": 2,
@@ -210,7 +210,7 @@ def test_rewards_of_the_data_and_order_alone(arguments, write_lines, tmp_path):
         {"prompt": "p", "completions": ["b", "a", "d", "c"], "rewards": [3, 4, 1, 2]},
         {"prompt": "q", "completions": ["first", "second", "third"], "prompt_weight": 2.5},
     )
-    report = prepare(arguments(generator=[], reward_model=None, data=data, ranking_length=3))
+    report = prepare(arguments(generator=[], reward=[], data=data, ranking_length=3))
     first, second = records(tmp_path / "out.jsonl")
     assert first["completions"] == ["a", "b", "d"] and first["rewards"] == [4.0, 3.0, 1.0]
     assert first["chosen_index"] == 0 and first["sources"] == ["data"] * 3
@@ -402,7 +402,7 @@ def test_a_damaged_partial_file(arguments, monkeypatch, tmp_path):
 def test_a_malformed_line_shows_before_any_work(arguments, write_lines, tmp_path):
     data = write_lines(*map(transcript, range(2)), b'{"prompt": 3}')
     with pytest.raises(ValueError, match=r"data.jsonl:3: "):
-        prepare(arguments(data=data, reward_model="not loaded"))
+        prepare(arguments(data=data, reward=["not loaded"]))
     assert not (tmp_path / "out.jsonl.partial").exists()
     marked = write_lines(
         {"prompt": "p", "completions": ["a", "b"], "desirable": [True, False]}, name="marked.jsonl"
@@ -410,7 +410,7 @@ def test_a_malformed_line_shows_before_any_work(arguments, write_lines, tmp_path
     with pytest.raises(
         ValueError, match="1 lists have a column 'desirable', which says nothing of"
     ):
-        prepare(arguments(data=marked, reward_model="not loaded"))
+        prepare(arguments(data=marked, reward=["not loaded"]))
     report = prepare(arguments(data=data, on_bad_line="skip"))
     assert report.kept == 2 and report.data.bad_lines == 1
 
@@ -436,7 +436,7 @@ def test_limit_and_long_prompts(arguments, tmp_path):
     [
         ("data", [], "cannot be read|no such|not found|data"),
         ("output", "out.csv", r"must end in .jsonl or .jsonl.gz, got 'out.csv'"),
-        ("reward_model", None, "a generator needs a reward_model"),
+        ("reward", [], "a generator needs a reward"),
         ("generator_tokenizer", ["a", "b"], "one for each of the 1 generators, got 2"),
         ("num_samples", 0, "num_samples must be finite and > 0, got 0"),
         ("batch_size", 0, "batch_size must be finite and > 0, got 0"),
@@ -446,7 +446,7 @@ def test_limit_and_long_prompts(arguments, tmp_path):
         ("ranking_length", 1, "ranking_length must be at least 2, got 1"),
         ("stop", [""], "stop: an empty string"),
         ("device", "tpu9", "device 'tpu9' cannot be used"),
-        ("reward_model", "no/such", "no/such: not a reward model"),
+        ("reward", ["no/such"], "no/such: not a reward model"),
         ("generator", ["no/such"], "no/such: not a causal LM"),
     ],
 )

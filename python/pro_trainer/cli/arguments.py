@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from pro_trainer.options import ModelOptions, check_choices, check_positive, option
 from pro_trainer.prepare.options import ServerOptions
+from pro_trainer.prepare.rewards.options import RewardOptions
 from pro_trainer.text.options import TemplateOptions
 
 _DATA = "Ranked lists: JSON Lines (plain, .gz, .zst), Parquet, folders, hub names[:split]."
@@ -131,7 +132,7 @@ class EvalArguments(ModelOptions):
 
 
 @dataclass
-class PrepareArguments(ServerOptions, TemplateOptions):
+class PrepareArguments(RewardOptions, ServerOptions, TemplateOptions):
     """Flags of ``pro-kernels prepare``."""
 
     group: ClassVar[str] = "prepare"
@@ -150,21 +151,6 @@ class PrepareArguments(ServerOptions, TemplateOptions):
         [], "Their tokenizers, as many as generators. Default: each generator's own."
     )
     num_samples: int = option(2, "Samples for each prompt from each generator and server_model.")
-    reward_model: str | None = option(
-        None,
-        "Sequence classifier with one label that scores every candidate. Default: the data's own "
-        "ranking (possible only without a generator and a server).",
-    )
-    ranking_length: int | None = option(
-        None,
-        "Candidates kept of each list: the best, the worst and those evenly between them. "
-        "Default: all.",
-    )
-    sft: Literal["best", "chosen"] = option(
-        "best",
-        "The candidate that sft_index marks: the best of the new ranking, or the one that the "
-        "data prefers (which is then always kept).",
-    )
     temperature: list[float] = option(
         [1.0], "Sampling temperature. Several: a prompt's samples have them in turn."
     )
@@ -195,8 +181,7 @@ class PrepareArguments(ServerOptions, TemplateOptions):
 
     def sources(self) -> list[str]:
         """The paths (or hub names) of all that is read."""
-        reward_model = [] if self.reward_model is None else [self.reward_model]
-        return [*self.data, *self.generator, *self.generator_tokenizer, *reward_model]
+        return [*self.data, *self.generator, *self.generator_tokenizer, *self.reward_files()]
 
     def check(self) -> None:
         """Raise ValueError for arguments out of range or at odds."""
@@ -205,12 +190,13 @@ class PrepareArguments(ServerOptions, TemplateOptions):
             raise ValueError("data: no file, folder or hub name given")
         if not self.output.endswith((".jsonl", ".jsonl.gz")):
             raise ValueError(f"output must end in .jsonl or .jsonl.gz, got {self.output!r}")
-        self.check_servers()
-        if (self.generator or self.server) and self.reward_model is None:
+        self.check_rewards()
+        self.check_servers(self.asks_servers())
+        if (self.generator or self.server) and not self.reward:
             name = "generator" if self.generator else "server"
             raise ValueError(
-                f"samples have no reward of their own: a {name} needs a reward_model that scores "
-                "all candidates"
+                f"samples have no reward of their own: a {name} needs a reward that scores all "
+                "candidates"
             )
         if self.max_prompt_length is not None and not self.generator:
             raise ValueError(
@@ -236,7 +222,5 @@ class PrepareArguments(ServerOptions, TemplateOptions):
             )
         if self.top_p > 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.ranking_length is not None and self.ranking_length < 2:
-            raise ValueError(f"ranking_length must be at least 2, got {self.ranking_length}")
         if not all(self.stop):
             raise ValueError("stop: an empty string would end every sample at once")

@@ -65,6 +65,11 @@ COMMANDS = {"train": train, "eval": evaluate, "inspect": inspect, "prepare": pre
 
 
 class _Parser(HfArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # What begins as a negative number is a value: -0.5*my_rewards:long, say.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+
     def error(self, message: str) -> NoReturn:
         """Raise ValueError: one line, and no usage of two screens."""
         raise ValueError(re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message))
@@ -111,6 +116,7 @@ def _options(
     if config := flags.config_file(given):
         of_line = {flag for flag, _ in given}
         of_file, lines = flags.config_flags(config)
+        of_file = [flag for flag in of_file if flag[0] not in {name for name, _ in given}]
         where |= {option: line for option, line in lines.items() if option not in of_line}
         unset = [(option, []) for option in lines.keys() - {flag for flag, _ in of_file}]
         given = of_file + [flag for flag in given if flag[0] != "config"]

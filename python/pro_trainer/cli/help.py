@@ -81,18 +81,18 @@ COMMANDS = {
         ("inspect", "data", "text", "model"),
     ),
     "prepare": Command(
-        "Make ranked lists: sample candidates, score them by a reward model, rank them.",
+        "Make ranked lists: sample candidates, score them, rank them.",
         (PrepareArguments,),
         {
             "data": "lists.jsonl.gz",
             "output": "longer.jsonl.gz",
             "generator": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "server": "http://localhost:8000",
-            "reward_model": "org/reward-model",
+            "reward": "org/reward-model",
             "num_samples": "4",
             "ranking_length": "4",
         },
-        ("prepare", "server", "text"),
+        ("prepare", "rewards", "server", "text"),
     ),
 }
 

@@ -6,35 +6,54 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pro_trainer.data.fields import Text
+from pro_trainer.data.options import Select
+from pro_trainer.data.similarity import overlap, pieces
+
 
 def choose(
     order: Sequence[int],
     rewards: Sequence[float] | None,
     limit: int | None,
     keep: int | None = None,
+    *,
+    select: Select = "spread",
+    bottom: int = 0,
+    texts: Sequence[Text] = (),
 ) -> list[int]:
-    """``limit`` of the candidates, best first, the best and the worst among them.
+    """``limit`` of the candidates, best first, the best among them.
 
-    Different rewards go first, spread over the range of the rewards: each next one is the farthest
-    from those taken. Candidates of a reward that is taken come in only where no other is left.
-    Without rewards the candidates taken are evenly spaced in rank.
+    ``spread`` keeps the worst, too, and what lies between. Different rewards go first, spread over
+    the range of the rewards: each next one is the farthest from those taken. Candidates of a reward
+    that is taken come in only where no other is left. Without rewards the candidates taken are
+    evenly spaced in rank. ``top`` keeps the best ones. ``diverse`` takes, from the best on, the
+    text each time that is least like any taken before (``similarity.overlap``).
 
     Args:
         order: the candidates, best first.
         rewards: of each candidate, by its index; None: only the order is known.
         limit: how many to keep, at least 2; None: all.
         keep: a candidate to keep in any case: it takes the place of the one nearest in rank, and
-            that of the best or the worst only where there is nothing between.
+            that of the best, or of the worst that are asked for, only where there is no other.
+        select: which ones.
+        bottom: of ``top`` and ``diverse``: how many of the places, fewer than ``limit``, the worst
+            ones have.
+        texts: of each candidate, by its index; for ``diverse``.
     """
     n = len(order)
     if limit is None or n <= limit:
         return list(order)
-    if rewards is None:
+    if select == "top":
+        places = [*range(limit - bottom), *range(n - bottom, n)]
+    elif select == "diverse":
+        places = _diverse([texts[i] for i in order], limit, [0, *range(n - bottom, n)])
+    elif rewards is None:
         places = _even(range(n), limit)
     else:
         places = _different([np.float32(rewards[i]) for i in order], limit)
     if keep is not None and (place := order.index(keep)) not in places:
-        nearest = min(places[1:-1] or places, key=lambda other: abs(other - place))
+        ends = 1 if select == "spread" else bottom  # at the foot, to be left as they are
+        nearest = min(places[1 : limit - ends] or places, key=lambda other: abs(other - place))
         places[places.index(nearest)] = place
     return [order[place] for place in sorted(places)]
 
@@ -55,4 +74,15 @@ def _different(rewards: Sequence[float], limit: int) -> list[int]:
     while len(taken) < limit:
         left = [p for p in first if p not in taken]
         taken.append(max(left, key=lambda p: min(abs(rewards[p] - rewards[q]) for q in taken)))
+    return sorted(taken)
+
+
+def _diverse(texts: Sequence[Text], limit: int, taken: list[int]) -> list[int]:
+    """``limit`` places, those ``taken`` among them; of texts as unlike the better ranked one."""
+    made_of = [pieces(text) for text in texts]
+    likest = [max(overlap(made_of[p], made_of[q]) for q in taken) for p in range(len(texts))]
+    while len(taken) < limit:
+        left = [p for p in range(len(texts)) if p not in taken]
+        taken = [*taken, min(left, key=lambda p: likest[p])]
+        likest = [max(x, overlap(made_of[p], made_of[taken[-1]])) for p, x in enumerate(likest)]
     return sorted(taken)

@@ -31,6 +31,11 @@ class DataError(ValueError):
     """Data that cannot be used; the message names file and line, or record, and what is wrong."""
 
 
+def plain(text: Text) -> str:
+    """What a text says: the string, or the contents of its messages."""
+    return text if isinstance(text, str) else "\n\n".join(m["content"] for m in text)
+
+
 def kind(value: Any) -> str:
     """The type of a value in the words of JSON, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}

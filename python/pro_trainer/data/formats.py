@@ -16,8 +16,9 @@ uses are named in the report.
     prefix, suffix, reward, sft_index  the official PRO training files
     prompt                  alone, where lists are to be made of prompts (``prompts_alone``)
 
-Beside any of these: ``desirable`` (a bool for each completion, for KTO) and ``prompt_weight`` (of
-the list in the mean over lists).
+Beside any of these: ``desirable`` (a bool for each completion, for KTO), ``prompt_weight`` (of
+the list in the mean over lists), and what ``pro-kernels prepare`` tells of its lists:
+``raw_rewards``, ``chosen_index``, ``sources``.
 
 A text is a string or a conversation (``fields``). Where a record has both, its strings become one
 message (the prompt of the user, a completion of the assistant). A completion holds no message of
@@ -135,7 +136,9 @@ def parse_record(record: Any, *, prompts_alone: bool = False) -> ParsedRecord:
             template["tools"] = as_tools(tools, "tools")
         n = len(parsed.content.completions)
         about = {"desirable": _desirable(columns, n), "weight": _weight(columns)}
-        parsed = replace(parsed, content=replace(parsed.content, template=template, **about))
+        about |= {"raw_rewards": _raw_rewards(columns, n), "template": template}
+        others = {name: columns.given[name] for name in columns.unused if name in columns}
+        parsed = replace(parsed, content=replace(parsed.content, columns=others, **about))
     return replace(parsed, unused=tuple(columns.unused), notes=tuple(columns.notes))
 
 
@@ -433,3 +436,22 @@ def _weight(columns: Columns) -> float:
     if weight < 0:
         raise DataError(f"'prompt_weight' must be >= 0, got {weight:g}")
     return weight
+
+
+def _raw_rewards(columns: Columns, n: int) -> dict[str, tuple[float, ...]]:
+    """What the rewards of a prepared list were made of."""
+    if columns.first(("raw_rewards", "chosen_index")):
+        for name in ("chosen_index", "sources"):
+            columns.optional(name)
+    given = columns.optional("raw_rewards")
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise DataError(
+            f"'raw_rewards' must be an object of names with {n} numbers each, got {kind(given)}"
+        )
+    return {
+        str(name): as_numbers(values, f"raw_rewards.{name}", n)
+        for name, values in given.items()
+        if values is not None
+    }

@@ -68,6 +68,9 @@ def select(ranked: RankedList, indices: Sequence[int]) -> RankedList:
         prompts=prompts,
         completions=tuple(ranked.completions[i] for i in indices),
         rewards=None if ranked.rewards is None else tuple(ranked.rewards[i] for i in indices),
+        raw_rewards={
+            name: tuple(of_all[i] for i in indices) for name, of_all in ranked.raw_rewards.items()
+        },
         desirable=ranked.desirable and tuple(ranked.desirable[i] for i in indices),
         sft_index=list(indices).index(marked) if marked in indices else None,
     )

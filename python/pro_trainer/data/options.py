@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 
 from pro_trainer.options import option
 
+Select = Literal["spread", "top", "diverse"]  # see ``choose``
+
 
 @dataclass
 class DataOptions:

@@ -20,8 +20,10 @@ class RankedList:
         sft_index: the completion that carries the SFT term; None: the best.
         desirable: n bools, for losses that take candidates one by one; None: the best is.
         weight: of the list in the mean over lists.
+        raw_rewards: of each reward that ``rewards`` were made of, by its name, n numbers.
         template: what the chat template is given beside the messages: ``tools`` and keywords.
-        where: file and line it came from, for messages; no part of its value.
+        columns: those of the record that nothing here uses, for reward functions.
+        where: file and line it came from, for messages; like ``columns`` no part of its value.
     """
 
     prompts: tuple[Text, ...]
@@ -30,7 +32,9 @@ class RankedList:
     sft_index: int | None = None
     desirable: tuple[bool, ...] | None = None
     weight: float = 1.0
+    raw_rewards: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     template: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     where: str = field(default="", compare=False)
 
 

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pro_trainer.data.fields import plain
+from pro_trainer.data.rankings import Numbers, Rankings
 from pro_trainer.data.records import RankedList
 
 _SHOWN_BAD_LINES = 5
-
-
-class Lengths(Counter[int]):
-    """Counts of lengths in tokens."""
-
-    def summary(self) -> dict[str, int] | None:
-        """Least, median, 95th percentile and greatest length; None where nothing was counted."""
-        if not self:
-            return None
-        order = sorted(self)
-        below = list(itertools.accumulate(self[length] for length in order))
-        shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
-        return {
-            name: order[bisect.bisect_left(below, max(1, share * below[-1]))]
-            for name, share in shares.items()
-        }
 
 
 @dataclass
@@ -56,8 +40,9 @@ class DataReport:
     notes: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     once: dict[str, None] = field(default_factory=dict)
-    prompt_lengths: Lengths = field(default_factory=Lengths)
-    completion_lengths: Lengths = field(default_factory=Lengths)
+    prompt_lengths: Numbers = field(default_factory=Numbers)
+    completion_lengths: Numbers = field(default_factory=Numbers)
+    rankings: Rankings = field(default_factory=Rankings)
 
     def count(self, ranked: RankedList) -> None:
         """Count a list that is kept."""
@@ -105,6 +90,7 @@ class DataReport:
             if lengths is not None:
                 shown = ", ".join(f"{key} {value}" for key, value in lengths.items())
                 lines.append(f"{name.replace('_', ' ')}: {shown}")
+        lines += self.rankings.text()
         lines += [f"lists dropped, {why}: {count}" for why, count in self.dropped.items()]
         lines += [
             f"completions dropped, {why}: {count}"
@@ -134,6 +120,7 @@ class DataReport:
         del found["prompt_lengths"], found["completion_lengths"]
         found["candidates"] = {str(n): count for n, count in sorted(self.candidates.items())}
         found["order_only"] = self.order_only
+        found["rankings"] = self.rankings.as_dict()
         return found | {"once": list(self.once)} | self._lengths()
 
     @property
@@ -141,7 +128,7 @@ class DataReport:
         """Lists that have candidates and no rewards."""
         return self.lists - self.with_rewards - self.candidates[0]
 
-    def _lengths(self) -> dict[str, dict[str, int] | None]:
+    def _lengths(self) -> dict[str, dict[str, float] | None]:
         return {
             "prompt_tokens": self.prompt_lengths.summary(),
             "completion_tokens": self.completion_lengths.summary(),
@@ -154,6 +141,7 @@ class DataReport:
         if not self.candidates[n]:
             del self.candidates[n]
         self.marked += sign * (ranked.desirable is not None)
+        self.rankings.add(ranked.rewards, [len(plain(c)) for c in ranked.completions], sign)
         if ranked.rewards is not None:
             self.with_rewards += sign
             self.tied += sign * (len(set(ranked.rewards)) < n)

@@ -32,6 +32,10 @@ def list_seed(seed: int, generator: str, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+_OF_ANY_SERVER = ("concurrency", "requests_per_second", "server_timeout", "server_retries",
+                  "server_patience")  # fmt: skip
+
+
 @dataclass
 class ServerOptions:
     """Which servers are asked for samples, and how."""
@@ -108,11 +112,16 @@ class ServerOptions:
             raise ValueError(f"server_fields names {taken}, which other options or the data decide")
         return found
 
-    def check_servers(self) -> None:
-        """Raise ValueError or TypeError for options out of range, at odds or without a server."""
+    def check_servers(self, others: bool) -> None:
+        """Raise ValueError or TypeError for options out of range, at odds or without a server.
+
+        ``others``: servers are asked for something else than samples, too.
+        """
         check_choices(self, ServerOptions)
         for item in fields(ServerOptions):
             default = [] if item.name == "server_model" else item.default
+            if others and item.name in _OF_ANY_SERVER:
+                continue
             if not self.server and item.name != "server" and getattr(self, item.name) != default:
                 raise ValueError(f"{item.name} is about servers: give one as server, or leave it")
         for url in self.server:

@@ -162,17 +162,18 @@ def write_atomically(path: Path, pieces: Iterable[bytes], *, compress: bool = Fa
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically; numbers that JSON has no form for (NaN: undefined) are null."""
-    text = json.dumps(_defined(value), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(defined(value), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(path, [text.encode(), b"\n"])
 
 
-def _defined(value: Any) -> Any:
+def defined(value: Any) -> Any:
+    """A JSON value without NaN and infinities: these become null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {name: _defined(part) for name, part in value.items()}
+        return {name: defined(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_defined(part) for part in value]
+        return [defined(part) for part in value]
     return value
 
 

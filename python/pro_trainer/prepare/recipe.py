@@ -1,5 +1,8 @@
 """The paper's recipe for one group of ranked lists: extend, score, sort, choose, mark.
 
+Near-duplicates go before anything is scored, and candidates without a score before scores are
+compared.
+
 The candidates of a list are those of the data and the samples of each generator. The one the data
 prefers (its ``sft_index``, else the best by its own ranking) is called chosen.
 """
@@ -7,29 +10,33 @@ prefers (its ``sft_index``, else the best by its own ranking) is called chosen.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from pro_trainer.data.choose import choose
-from pro_trainer.data.fields import Text
+from pro_trainer.data.options import Select
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.transcripts import is_transcript
+from pro_trainer.prepare.combine import Combination, without_near_duplicates
 from pro_trainer.prepare.options import SamplingOptions, list_seed
+from pro_trainer.prepare.output import defined
+from pro_trainer.prepare.pool import DATA, Pool
+from pro_trainer.prepare.rewards.base import Scorer
 from pro_trainer.prepare.sampling import prompt_limit, sample
 from pro_trainer.text.encode import Encoder
 
 if TYPE_CHECKING:
-    from pro_trainer.prepare.scoring import RewardModel
     from pro_trainer.prepare.served import Served
 
-DATA = "data"
 ALL_EQUAL = "all rewards equal"
+KEPT_EQUAL = "rewards of the candidates kept equal"
 TOO_FEW = "fewer than 2 different candidates"
-LINE_KEYS = ("record", "dropped", "samples", "texts_cut", "reward_sums", "chosen_first",
+CHOSEN_LOST = "the candidate that the data prefers has no score"
+NEAR = "near-duplicates"
+LINE_KEYS = ("record", "dropped", "samples", "lost", "notes", "scored", "chosen_first",
              "chosen_first_of_data")  # fmt: skip
 
 
@@ -42,58 +49,24 @@ class Generator:
     encoder: Encoder
 
 
-@dataclass
-class Pool:
-    """The candidates of one list, and what happened on the way."""
+@dataclass(frozen=True)
+class Selection:
+    """Which candidates are kept; see ``choose``.
 
-    prompt: Text
-    completions: list[Text]
-    sources: list[str]
-    rewards: list[float] | None
-    chosen: int | None
-    ranked: RankedList
-    samples: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    texts_cut: int = 0
+    Attributes:
+        near_duplicates: share of common pieces from which on a candidate repeats an earlier one;
+            None: only equal ones do.
+        length: how many are kept; None: all.
+        select: which.
+        bottom: how many of them are the worst.
+        sft: what ``sft_index`` marks: the best, or the chosen one, which is then always kept.
+    """
 
-    @classmethod
-    def of(cls, ranked: RankedList) -> Pool:
-        """The candidates of the data; none of them is chosen where there are none."""
-        rewards = None if ranked.rewards is None else list(ranked.rewards)
-        chosen = ranked.sft_index
-        if chosen is None and ranked.completions:
-            chosen = 0 if rewards is None else rewards.index(max(rewards))
-        sources = [DATA] * len(ranked.completions)
-        completions = list(ranked.completions)
-        return cls(ranked.prompts[0], completions, sources, rewards, chosen, ranked)
-
-    def extend(self, texts: Sequence[str], source: str) -> None:
-        """Add samples that are neither empty nor there already (white space around aside)."""
-        seen = {_key(completion) for completion in self.completions}
-        counts = self.samples[source]
-        for text in texts:
-            counts["made"] += 1
-            completion = self._in_form(text)
-            if not text.strip():
-                counts["empty"] += 1
-            elif _key(completion) in seen:
-                counts["repeated"] += 1
-            else:
-                seen.add(_key(completion))
-                self.completions.append(completion)
-                self.sources.append(source)
-
-    def order(self) -> list[int]:
-        """Indices, best first; of equal rewards the earlier one."""
-        indices = range(len(self.completions))
-        if self.rewards is None:
-            return list(indices)
-        return sorted(indices, key=lambda i: -self.rewards[i])
-
-    def _in_form(self, text: str) -> Text:
-        """A sample in the form of what is there: text, or one message."""
-        if isinstance((*self.completions, self.prompt)[0], str):
-            return text.rstrip()
-        return ({"role": "assistant", "content": text.strip()},)
+    near_duplicates: float | None = None
+    length: int | None = None
+    select: Select = "spread"
+    bottom: int = 0
+    sft: Literal["best", "chosen"] = "best"
 
 
 @dataclass(frozen=True)
@@ -102,9 +75,9 @@ class Recipe:
 
     generators: Sequence[Generator | Served]
     sampling: SamplingOptions
-    reward_model: RewardModel | None
-    ranking_length: int | None
-    sft: Literal["best", "chosen"]
+    rewards: Sequence[Scorer]
+    combination: Combination
+    selection: Selection
 
     def lines(self, lists: Sequence[RankedList], first_index: int) -> list[dict[str, Any]]:
         """One line a list: its record, or why it was dropped, and its counts.
@@ -116,8 +89,12 @@ class Recipe:
         pools = [Pool.of(ranked) for ranked in lists]
         for generator in self.generators:
             self._extend(pools, generator, first_index)
-        if self.reward_model is not None:
-            self._score(pools, self.reward_model)
+        if (share := self.selection.near_duplicates) is not None:
+            for pool in pools:
+                kept = without_near_duplicates(pool.completions, share, pool.chosen)
+                pool.keep(kept, NEAR)
+        if self.rewards:
+            self._score(pools)
         return [self._line(pool) for pool in pools]
 
     def _extend(
@@ -156,36 +133,72 @@ class Recipe:
             _, cut = encoder.prompt(pool.ranked, limit)
             pool.samples[generator.name]["prompts_cut"] += cut is not None
 
-    def _score(self, pools: Sequence[Pool], reward_model: RewardModel) -> None:
-        texts = []
+    def _score(self, pools: Sequence[Pool]) -> None:
+        """Rewards of all candidates; those that a reward gives no score are lost."""
+        texts = [(pool.ranked, text) for pool in pools for text in pool.completions]
         for pool in pools:
-            for completion in pool.completions:
-                ids, cut = reward_model.encode(pool.ranked, completion)
-                texts.append(ids)
-                pool.texts_cut += cut
-        scores = iter(reward_model.score_ids(texts))
-        for pool in pools:
-            pool.rewards = [next(scores) for _ in pool.completions]
+            pool.raw = {}
+        unscored: set[tuple[int, int]] = set()
+        for reward in self.rewards:
+            scores = iter(reward.score(texts))
+            for p, pool in enumerate(pools):
+                found = [next(scores) for _ in pool.completions]
+                pool.notes[reward.name].update(note for score in found for note in score.notes)
+                unscored |= {(p, i) for i, score in enumerate(found) if score.value is None}
+                pool.raw[reward.name] = [score.value or 0.0 for score in found]
+        for p, pool in enumerate(pools):
+            scored = [i for i in range(len(pool.completions)) if (p, i) not in unscored]
+            pool.rewards = None
+            pool.keep(scored, "without a score")
+            pool.rewards = self.combination.rewards(pool.raw, pool.lengths()) if scored else []
 
     def _line(self, pool: Pool) -> dict[str, Any]:
-        order = pool.order()
-        if len(order) < 2:
-            return self._counted(pool, order, None, TOO_FEW)
-        keep = pool.chosen if self.sft == "chosen" else None
-        kept = choose(order, pool.rewards, self.ranking_length, keep)
+        record, dropped = self._record(pool)
+        return {
+            "record": record,
+            "dropped": dropped,
+            "samples": pool.samples,
+            "lost": pool.lost,
+            "notes": pool.notes,
+            "scored": {
+                "rewards": pool.rewards, "lengths": pool.lengths(), "sources": pool.sources
+            },
+            **self._agreement(pool),
+        }  # fmt: skip
+
+    def _record(self, pool: Pool) -> tuple[dict[str, Any] | None, str | None]:
+        """What is written of a list, or None and why nothing is."""
+        selection = self.selection
+        if len(pool.completions) < 2:
+            return None, TOO_FEW
+        if selection.sft == "chosen" and pool.chosen is None:
+            return None, CHOSEN_LOST
+        kept = choose(
+            pool.order(),
+            pool.rewards,
+            selection.length,
+            pool.chosen if selection.sft == "chosen" else None,
+            select=selection.select,
+            bottom=selection.bottom,
+            texts=pool.completions,
+        )
         rewards = None if pool.rewards is None else [pool.rewards[i] for i in kept]
-        nothing_ranked = rewards is not None and len(set(rewards)) == 1
+        if rewards is not None and len(set(rewards)) == 1:
+            return None, ALL_EQUAL if len(set(pool.rewards or ())) == 1 else KEPT_EQUAL
         chosen = kept.index(pool.chosen) if pool.chosen in kept else None
         record = {
             "prompt": pool.prompt,
             "completions": [pool.completions[i] for i in kept],
             "rewards": rewards,
-            "sft_index": chosen if self.sft == "chosen" else 0,
+            "raw_rewards": {name: [of_all[i] for i in kept] for name, of_all in pool.raw.items()},
+            "sft_index": chosen if selection.sft == "chosen" else 0,
             "chosen_index": chosen,
             "sources": [pool.sources[i] for i in kept],
         }
         if rewards is None:
             del record["rewards"]
+        if not pool.raw:
+            del record["raw_rewards"]
         if pool.ranked.weight != 1:
             record["prompt_weight"] = pool.ranked.weight
         template = dict(pool.ranked.template)
@@ -193,38 +206,17 @@ class Recipe:
             record["tools"] = tools
         if template:
             record["chat_template_kwargs"] = template
-        if nothing_ranked:
-            return self._counted(pool, order, None, ALL_EQUAL)
-        return self._counted(pool, order, record, None)
+        taken = {name for reward in self.rewards for name in reward.taken} - record.keys()
+        others = {name: x for name, x in pool.ranked.columns.items() if name in taken}
+        return record | defined(json.loads(json.dumps(others, default=str))), None
 
-    def _counted(
-        self, pool: Pool, order: Sequence[int], record: dict[str, Any] | None, dropped: str | None
-    ) -> dict[str, Any]:
-        """The line of a list: its record, or why it was dropped, and what happened on the way."""
-        return {
-            "record": record,
-            "dropped": dropped,
-            "samples": pool.samples,
-            "texts_cut": pool.texts_cut,
-            **self._agreement(pool, order),
-        }
-
-    def _agreement(self, pool: Pool, order: Sequence[int]) -> dict[str, Any]:
-        """Reward sums by source, and whether the reward model prefers what the data prefers."""
-        sums: dict[str, list[float]] = {}
-        for source, reward in zip(pool.sources, pool.rewards or (), strict=False):
-            count, total = sums.get(source, (0, 0.0))
-            sums[source] = [count + 1, total + reward]
+    def _agreement(self, pool: Pool) -> dict[str, Any]:
+        """Whether the rewards prefer what the data prefers; None where that is unknown."""
+        if not self.rewards or pool.chosen is None or len(pool.completions) < 2:
+            return {"chosen_first": None, "chosen_first_of_data": None}
+        order = pool.order()
         of_data = [i for i in order if pool.sources[i] == DATA]
-        scored = self.reward_model is not None and pool.chosen is not None
         return {
-            "reward_sums": sums,
-            "chosen_first": order[0] == pool.chosen if scored else None,
-            "chosen_first_of_data": of_data[0] == pool.chosen if scored else None,
+            "chosen_first": order[0] == pool.chosen,
+            "chosen_first_of_data": of_data[0] == pool.chosen,
         }
-
-
-def _key(completion: Text) -> object:
-    if isinstance(completion, str):
-        return completion.strip()
-    return json.dumps([m | {"content": m["content"].strip()} for m in completion], sort_keys=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pro_trainer.options import check_choices, check_positive, option
+from pro_trainer.options import check_choices, check_positive, import_module, option
 from pro_trainer.train.losses import LOSS_SETTINGS, MIXED, LossSettings
 
 if TYPE_CHECKING:
@@ -134,7 +131,7 @@ class LossOptions(LossSettings):
         from pro_kernels.losses import get_loss
 
         if self.loss_module:
-            import_module(self.loss_module)
+            import_module(f"loss_module {self.loss_module}", self.loss_module)
         return get_loss(self.loss_type)
 
     def given(self) -> dict[str, Any]:
@@ -175,25 +172,6 @@ class LossOptions(LossSettings):
     def ranks_only(self) -> bool:
         """Whether the loss takes only the order from rewards, and not their gaps."""
         return self.compat == "none" and not self.loss().uses_gaps(**self.given())
-
-
-def import_module(name: str) -> None:
-    """Import a module, or a Python file, once.
-
-    Raises:
-        ValueError: there is none, or it cannot be imported.
-    """
-    try:
-        if not name.endswith(".py"):
-            importlib.import_module(name)
-        elif name not in sys.modules:  # a file is a module under its path
-            spec = importlib.util.spec_from_file_location(name, name)
-            assert spec is not None and spec.loader is not None
-            sys.modules[name] = module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-    except (ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
-        sys.modules.pop(name, None)
-        raise ValueError(f"loss_module {name} cannot be imported: {error}") from error
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""What scores candidates: one file for each kind of reward."""
