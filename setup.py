@@ -341,5 +341,5 @@ setup(
     packages=find_packages(include=["pro_kernels", "pro_kernels.*"])
     + find_packages("python", include=["pro_trainer", "pro_trainer.*"]),
     package_dir={"pro_trainer": "python/pro_trainer"},
-    package_data={"pro_trainer.demo_data": ["*.jsonl"]},
+    package_data={"pro_kernels": ["py.typed"], "pro_trainer.demo_data": ["*.jsonl"]},
 )

@@ -8,7 +8,7 @@ are unshifted labels, as transformers has them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,33 @@ _PRO = Options(PROOptions, LogitOptions, CallOptions, without=("inplace_backward
 _PRO_OF_LOGITS = Options(PROOptions, LogitOptions, CallOptions, without=_NOT_OF_LOGITS)
 
 
+# For type checkers: one tensor unless more is asked for.
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    return_dropped: Literal[False] = False,
+    return_entropy: Literal[False] = False,
+    return_topk: None = None,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    return_lse: bool = False,
+    return_dropped: bool = False,
+    return_entropy: bool = False,
+    return_topk: int | None = None,
+    **options: Any,
+) -> Any: ...
 @_TOKENS
 def linear_token_logps(
     hidden: Tensor,  # (..., H)
@@ -184,6 +211,14 @@ def token_stats(
     return stats, dropped
 
 
+@overload
+def token_logps(
+    logits: Tensor, targets: Tensor, *, return_entropy: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def token_logps(
+    logits: Tensor, targets: Tensor, *, return_entropy: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
 @_LOGITS
 def token_logps(
     logits: Tensor,  # (..., V)
@@ -376,7 +411,8 @@ def _pro(
     out = make_output(value, per_rank, sums, lists, loss)
     if call.grad_filter is None or dropped is None:
         return out
-    lost = GradFilter(call.grad_filter, *dropped, layout.rows, row_weights)
+    mass, of_weight, of_hidden, kept = dropped
+    lost = GradFilter(call.grad_filter, mass, of_weight, of_hidden, kept, layout.rows, row_weights)
     return out._replace(grad_filter=lost)
 
 

@@ -13,7 +13,7 @@ Legend: ``H`` hidden, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,28 @@ _CROSS_ENTROPY = Options(
 )
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    return_stats: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    return_stats: Literal[True],
+    **options: Any,
+) -> CrossEntropyOutput: ...
 @_CROSS_ENTROPY
 def linear_cross_entropy(
     hidden: Tensor,  # (..., H)

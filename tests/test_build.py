@@ -96,7 +96,7 @@ def test_wheel_holds_the_library(tree):
     names = files.namelist()
     (tags,) = (files.read(n) for n in names if n.endswith("/WHEEL"))
     assert b"Root-Is-Purelib: false" in tags
-    assert "pro_kernels/backends/cpu.py" in names
+    assert {"pro_kernels/backends/cpu.py", "pro_kernels/py.typed"} <= set(names)
     assert not any(n.startswith(("csrc", "tests", "bench")) for n in names)
     assert "generic" in record["isas"] and "reason" not in record and record["version"]
 
