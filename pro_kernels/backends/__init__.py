@@ -37,7 +37,7 @@ def get(name: str) -> Backend:
     if found is None:
         if name not in ORDER:
             raise ValueError(f"backend must be 'auto' or one of {ORDER}, got {name!r}")
-        found = _loaded[name] = importlib.import_module(f"pro_kernels.backends.{name}")
+        found = _loaded[name] = importlib.import_module(f"{__name__}.{name}")
     return found
 
 

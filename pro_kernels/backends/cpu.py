@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import pro_kernels.backends.native as native
+from pro_kernels.backends import native
 from pro_kernels.backends.native_filter import Filtered
 from pro_kernels.options import setting
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import pro_kernels.backends.native as native
+from pro_kernels.backends import native
 
 NAME = "cuda"
 DTYPES = native.DTYPES

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pro_kernels.backends import cpu
 
+_NAMESPACE = __name__.split(".")[0]
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Scores that the plain form holds at a time, of all heads.
@@ -90,7 +91,7 @@ def blocks(segments: list[list[int]], window: int | None) -> Iterator[Block]:
         ancestors.append(segment)
 
 
-@torch.library.custom_op("pro_kernels::tree_attention", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::tree_attention", mutates_args=())
 def tree_attention(
     query: Tensor,  # (1, h, S, d)
     key: Tensor,  # (1, g, S, d)
@@ -139,7 +140,7 @@ def _(query, key, value, sinks, segments, scale, softcap, window):
     return value.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=_wide(query))
 
 
-@torch.library.custom_op("pro_kernels::tree_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::tree_attention_backward", mutates_args=())
 def tree_attention_backward(
     grad: Tensor,  # (1, S, h, e)
     query: Tensor,

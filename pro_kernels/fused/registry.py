@@ -19,7 +19,9 @@ from torch import Tensor
 from pro_kernels.fused.call import Call, decode, encode
 
 # Not ``torch.library.custom_op``: its Python wrappers cost more than a small batch's arithmetic.
-_LIBRARY = torch.library.Library("pro_kernels", "DEF")
+# Named by the package: a copy under another name (tools/hub_kernel.py) has ops of its own.
+_NAMESPACE = __name__.split(".")[0]
+_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 # What is inside each op.
 BODIES: dict[torch._ops.OpOverload, Callable] = {}
 # How allocators say that there is no memory: PyTorch's on a CPU, C++, CUDA, Triton, cuBLAS.
@@ -47,7 +49,7 @@ def op(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.Op
         schema = torch.library.infer_schema(on_encoded, mutates_args=mutates_args)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, on_encoded, "CompositeExplicitAutograd")
-        made = getattr(torch.ops.pro_kernels, name).default
+        made = getattr(getattr(torch.ops, _NAMESPACE), name).default
         BODIES[made] = _naming_the_budget(function)
         return made
 
@@ -86,7 +88,7 @@ def _naming_the_budget(function: Callable) -> Callable:
             known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
             if (known or _NO_MEMORY.search(text)) and budget:
                 error.args = (
-                    f"{text}\npro_kernels::{function.__name__} ran with a budget of "
+                    f"{text}\n{_NAMESPACE}::{function.__name__} ran with a budget of "
                     f"{budget} bytes: lower it by budget= or PRO_KERNELS_BUDGET",
                 )
             raise
