@@ -16,6 +16,7 @@ given, and the trainer takes ``loss_type="my_loss"``.
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,7 +190,9 @@ def _declared(body: Body, sft: Mapping[str, Any], **known: Any) -> Loss:
     if other.__module__ != body.__module__ and inspect.getfile(other) != inspect.getfile(body):
         raise ValueError(f"there is a loss {name!r} already, of {other.__module__}")
     first, *rest = inspect.signature(body).parameters.values()
-    hints = typing.get_type_hints(body, include_extras=True)
+    # Not of the function itself: Python 3.10 hides what is annotated where a default is None.
+    bare = types.SimpleNamespace(__annotations__=body.__annotations__)
+    hints = typing.get_type_hints(bare, body.__globals__, include_extras=True)
     for p in rest:
         if p.kind is not p.KEYWORD_ONLY or p.default is p.empty or p.name not in hints:
             raise TypeError(
@@ -205,11 +208,11 @@ def _declared(body: Body, sft: Mapping[str, Any], **known: Any) -> Loss:
         for option, (kind, default) in shared.items()
     ]
     kinds = {p.name: option_type(hints.get(p.name, p.annotation)) for p in rest}
-    types = {option: kind for option, kind in kinds.items() if kind.kinds or kind.choices}
+    checked = {option: kind for option, kind in kinds.items() if kind.kinds or kind.choices}
     defaults = {p.name: p.default for p in rest}
-    for option, kind in types.items():
+    for option, kind in checked.items():
         check_option(option, defaults[option], kind)
-    loss = Loss(name, body, shared=tuple(shared), defaults=defaults, types=types, **known)
+    loss = Loss(name, body, shared=tuple(shared), defaults=defaults, types=checked, **known)
     inputs = [p for p in inspect.signature(loss).parameters.values() if p.kind is not p.VAR_KEYWORD]
     about = {"__signature__": inspect.Signature([*inputs, *rest]), "__doc__": body.__doc__}
     about |= {"__name__": name, "__module__": body.__module__}
