@@ -713,6 +713,9 @@ def test_accelerate_before_and_after(own_accelerate_state, inputs):
     assert_close(*losses, 1e-6)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.10 makes several graphs of an attached model"
+)
 def test_compiled_without_a_graph_break(llama, inputs):
     pk.attach(llama, loss="ranking")
     want = grads(llama, llama(**inputs, rewards=REWARDS).loss)

@@ -199,9 +199,8 @@ def planned(
 # ---- as ops take it
 
 _KINDS = {cls.__name__: cls for cls in (Call, LogitOptions, Plan, RankingOptions, Shard)}
-_NAMES: dict[type, tuple[str, ...]] = {
-    cls: tuple(f.name for f in fields(cls)) for cls in _KINDS.values()
-}
+_NAMES = {name: tuple(f.name for f in fields(cls)) for name, cls in _KINDS.items()}
+_CLASSES = tuple(_KINDS.values())
 _FLOAT, _INT = "<float>", "<int>"
 Encoded = tuple[str, Sequence[float], Sequence[int]]
 
@@ -228,9 +227,9 @@ def decode(text: str, floats: Sequence[float], integers: Sequence[int]) -> Call:
 
 def _words(x: Any, floats: list[float], integers: list[int]) -> Any:
     """``x`` as nested tuples of constants, its numbers moved to the lists."""
-    if type(x) in _NAMES:
-        name, parts = type(x).__name__, [getattr(x, name) for name in _NAMES[type(x)]]
-        return (name, *[_words(part, floats, integers) for part in parts])
+    if isinstance(x, _CLASSES):  # not type(x) in ...: torch 2.10 cannot trace that
+        kind = type(x).__name__
+        return (kind, *[_words(getattr(x, part), floats, integers) for part in _NAMES[kind]])
     if isinstance(x, tuple):
         return ("", *[_words(part, floats, integers) for part in x])
     if isinstance(x, float):

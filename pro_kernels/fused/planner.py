@@ -117,8 +117,10 @@ def make_plan(
     side = hidden * sums_dtype(dtype, device.type).itemsize
     # One row's share: its logits, and its slices of the gathered, weighted and gradient sides.
     row = vocab * size + 2 * operand + side + (4 * vocab if wide_logits else 0)
-    kept_sides = rows * (need_hidden * side + need_weight * 2 * operand)
-    grad_size = need_weight * (size if grad_size is None else grad_size)
+    # As integers: torch 2.10 cannot multiply a truth value by a size that it traces.
+    of_hidden, of_weight = int(need_hidden), int(need_weight)
+    kept_sides = rows * (of_hidden * side + of_weight * 2 * operand)
+    grad_size = of_weight * (size if grad_size is None else grad_size)
     copies = _NO_COPIES
     if filtered:
         copies = _filter_copies(hidden * vocab, size, need_hidden, grad_size)
@@ -139,7 +141,7 @@ def make_plan(
         if rows <= budget // (row + logits):
             return plan("T1", rows, rows * (row + logits), retained=rows)
         # X, w X, and the sum of dZ W over blocks of columns with its terms.
-        sides = rows * (operand * (1 + need_weight) + need_hidden * (4 * hidden + side))
+        sides = rows * (operand * (1 + of_weight) + of_hidden * (4 * hidden + side))
         fit = max(MIN_ROWS * row, budget - sides)
         chunk = min(max(MIN_ROWS, fit // 2 // row), most, rows)
         retained = max(0, min((fit - chunk * row) // logits, rows))
@@ -174,7 +176,7 @@ def _filter_copies(numbers: int, size: int, need_hidden: bool, grad_size: int) -
     gathers the weight again, before those of dW are made. Plain PyTorch does so for one group of
     rows after the other; the C++ kernels need less.
     """
-    forward = need_hidden * size
+    forward = int(need_hidden) * size
     summed = max(grad_size, 4) if grad_size else 0
     whole = 4 if grad_size in (1, 2) else 0
     return {

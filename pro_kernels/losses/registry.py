@@ -79,13 +79,17 @@ class Loss:
             ref_logps = None
         ranked = ranked_batch(logps, lengths, rewards, ref_logps, mask, prompt_weights)
         found = self.body(ranked, **options)
-        match found:
-            case (Tensor(ndim=0), dict()):
-                loss, metrics = found
-            case _:
-                raise ValueError(
-                    f"loss {self.name} must return a scalar tensor and a dict, got {found!r}"
-                )
+        pair = (
+            isinstance(found, tuple) and len(found) == 2
+        )  # not by match: torch 2.10 compiles none
+        if (
+            not (pair and isinstance(found[0], Tensor) and isinstance(found[1], dict))
+            or found[0].ndim
+        ):
+            raise ValueError(
+                f"loss {self.name} must return a scalar tensor and a dict, got {found!r}"
+            )
+        loss, metrics = found
         if weight := shared.pop("sft_weight", 0.0):
             sft = weight * ranked.mean(ranked.nll(shared["sft_reduction"], shared["sft_on"]))
             loss, metrics = loss + sft, {"sft_loss": sft.detach().float(), **metrics}

@@ -54,11 +54,11 @@ class Asked(NamedTuple):
     items: Tensor | int | None = None  # num_items_in_batch
     ranking: Mapping[str, Any] = {}  # those of RANKING that are given
 
-    @property
-    def candidates(self) -> Any:
-        """How many of them are each prompt's; None: it does not say."""
-        rewards = self.ranking.get("rewards")
-        return self.ranking.get("num_candidates") if rewards is None else rewards.shape[1]
+
+def _candidates(asked: Asked) -> Any:  # no property: torch 2.10 cannot trace one of a tuple
+    """How many of them are each prompt's; None: it does not say."""
+    rewards = asked.ranking.get("rewards")
+    return asked.ranking.get("num_candidates") if rewards is None else rewards.shape[1]
 
 
 @functools.cache
@@ -84,7 +84,8 @@ def fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         of_loss = (
             LOSSES[loss].defaults.keys() if (loss := getattr(self, STATE).loss) in LOSSES else ()
         )
-        strange = _NOT_OF_A_CALL.union(of_loss).difference(RANKING, own.parameters) & kwargs.keys()
+        strange = _NOT_OF_A_CALL.union(of_loss).difference(RANKING, own.parameters)
+        strange = strange.intersection(kwargs)
         if strange:
             raise ValueError(
                 f"a call of an attached model takes {RANKING}, got {sorted(strange)}; options are "
@@ -209,7 +210,7 @@ def ranking_loss(
     """PRO of candidates that are the rows, or a layout's."""
     hidden, targets, layout = head.hidden, asked.targets, asked.ranking.get("layout")
     if layout is None:
-        n = asked.candidates
+        n = _candidates(asked)
         hidden = hidden.reshape(-1, n, *hidden.shape[-2:])
         targets = targets.reshape(-1, n, targets.shape[-1]).to(hidden.device, non_blocking=True)
     else:
@@ -245,7 +246,7 @@ def loss_of_scores(
         targets = asked.targets.to(hidden.device, non_blocking=True)
         found = linear_token_logps(hidden, head.weight, targets, shift=asked.shift, **how)
         scored = (targets[:, 1:] if asked.shift else targets) != asked.ignore_index
-        logps, lengths = (x.sum(1).view(-1, asked.candidates) for x in (found, scored))
+        logps, lengths = (x.sum(1).view(-1, _candidates(asked)) for x in (found, scored))
     loss = get_loss(opened.loss)
     names = {"rewards": "rewards", "ref_logps": "ref_logps", "candidate_mask": "mask",
              "prompt_weights": "prompt_weights", "desirable": "desirable"}  # fmt: skip
@@ -314,7 +315,7 @@ def _check_candidates(asked: Asked) -> None:
             raise ValueError(f"rewards must be a tensor of shape (B, n), got {what}")
         if n not in (None, rewards.shape[1]):
             raise ValueError(f"num_candidates={n} but rewards have shape {tuple(rewards.shape)}")
-    n = asked.candidates
+    n = _candidates(asked)
     if n is None:
         raise ValueError(
             f"{sorted(asked.ranking)} belong to the ranking loss, which needs to know the "
