@@ -119,7 +119,7 @@ sdist: $(BIN)/python
 
 # A release is of the version that it is named by.
 check-tag:
-	test '$(TAG)' = v$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' pro_kernels/_version.py)
+	test "$$TAG" = v$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' pro_kernels/_version.py)
 
 try-wheel:
 	rm -rf $(VENV)/bare && $(PYTHON) -m venv $(VENV)/bare
