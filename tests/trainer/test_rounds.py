@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from servers import FakeServer
 
 from pro_trainer.cli import commands as cli
-from pro_trainer.cli import rounds as conductor
 from pro_trainer.data.report import DataReport
 from pro_trainer.rounds import answers, lists
 from pro_trainer.rounds.options import RoundOptions
@@ -52,6 +52,7 @@ def begin(tiny_folder, tmp_path_factory):
         flat = [word for pair in options.items() for word in pair if pair[1]]
         return cli.rounds([*flat, "--output_dir", str(output), *OPTIONS, *more])
 
+    run.reward = given["--reward"]
     return run
 
 
@@ -144,3 +145,139 @@ def test_killed_at_random_moments_it_ends_the_same(begin, plain, tmp_path):
         where.add(tuple(sorted(p.name for p in output.rglob("*") if p.is_dir())))
     assert kills > 2 and len(where) > 2, (kills, where)
     assert kept(output) == kept(plain)
+
+
+def test_lists_of_your_own_are_mixed_in_without_held_out_prompts(plain, begin, tmp_path):
+    held_out = read(plain / "held-out.jsonl")
+    prompts = [*[x["prompt"] for x in held_out], *(f"own {i}: " for i in range(30))]
+    own = tmp_path / "own.jsonl"
+    records = [{"prompt": x, "completions": ["no", "yes"], "rewards": [0, 3]} for x in prompts]
+    own.write_text("".join(f"{json.dumps(x)}\n" for x in records))
+    options = ["--mix_reference", str(own), "--mix_reference_share", "0.5"]
+    assert begin(tmp_path / "out", *options) == 0
+    for folder in ("round-1", "round-2"):
+        sampled = read(tmp_path / "out" / folder / "sampled.jsonl")
+        extra = read(tmp_path / "out" / folder / "lists.jsonl")[len(sampled) :]
+        assert len(extra) == len(sampled) and all(x["prompt"].startswith("own") for x in extra)
+        assert all(x["rewards"] == [0, 3] for x in extra)
+
+
+def test_the_server_is_told_of_each_model_before_it_samples(begin, tmp_path, capfd):
+    log, output = tmp_path / "log", tmp_path / "out"
+    command = f'echo "$PRO_KERNELS_ROUND $PRO_KERNELS_CHECKPOINT" >> {log}'
+    with FakeServer() as server:
+        options = ["--server", server.url, "--concurrency", "2"]
+        assert begin(output, *options, "--reload_command", command) == 0
+        told = [line.split() for line in log.read_text().splitlines()]
+        assert [number for number, _ in told] == ["0", "1", "2"]
+        assert [Path(model) for _, model in told[1:]] == [
+            output / f"round-{n}" / "checkpoint" for n in (1, 2)
+        ]
+        asked = len(server.asked)
+        assert begin(output, *options, "--reload_command", command) == 0
+        assert len(server.asked) == asked and len(log.read_text().splitlines()) == 3
+        # One that goes on tells the server again; a command that fails ends the run.
+        assert begin(output, *options, "--reload_command", "exit 3", rounds="3") == 1
+        assert "reload_command 'exit 3' ended with exit code 3" in capfd.readouterr().err
+        assert begin(output, *options, "--reload_command", command, rounds="3") == 0
+        numbers = [line.split()[0] for line in log.read_text().splitlines()]
+        assert numbers == ["0", "1", "2", "2", "3"]
+
+
+def test_a_launcher_trains_the_same_model(begin, plain, tmp_path, capfd):
+    launched = tmp_path / "out"
+    assert begin(launched, "--mix_previous", "0.25", "--launch", sys.executable, rounds="1") == 0
+    model = Path("round-1") / "checkpoint" / "model.safetensors"
+    assert (launched / model).read_bytes() == (plain / model).read_bytes()
+    assert begin(tmp_path / "no", "--launch", "false", rounds="1") == 1
+    assert "ended with exit code 1" in capfd.readouterr().err
+
+
+def test_it_stops_where_the_win_rate_falls_and_where_nothing_is_ranked(
+    begin, tmp_path, monkeypatch, capsys
+):
+    falling = iter([0.5, 0.7, 0.6, 0.9])
+    plainly = answers.metrics
+    monkeypatch.setattr(
+        answers, "metrics", lambda *lines: plainly(*lines) | {"win_rate": next(falling)}
+    )
+    output = tmp_path / "out"
+    assert begin(output, "--stop_if_worse", "true", rounds="5") == 0
+    state = json.loads((output / "rounds.json").read_text())
+    assert state["ended"] == "the win rate fell in round 2: 0.700 to 0.600"
+    assert state["best"] == 1 and state["checkpoint"] == str(output / "round-1" / "checkpoint")
+    said = capsys.readouterr().out
+    assert f"best: round 1, its model is {output}/round-1/checkpoint" in said
+    assert begin(output, "--stop_if_worse", "false", rounds="3") == 0  # goes on all the same
+    assert json.loads((output / "rounds.json").read_text())["best"] == 3
+
+    monkeypatch.undo()
+    assert begin(tmp_path / "same", reward=begin.reward.replace(":letters", ":same")) == 0
+    state = json.loads((tmp_path / "same" / "rounds.json").read_text())
+    assert state["best"] == 0 and state["rounds"] == []
+    assert "round 1 has nothing to train on: every list was dropped" in state["ended"]
+    assert "no round won against it" in capsys.readouterr().out
+
+
+def test_bad_input_is_refused_before_any_work(begin, plain, tmp_path, capsys):
+    absent, few = str(tmp_path / "absent.jsonl"), tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "one", "letter": "a"}\n')
+    ordered = tmp_path / "ordered.jsonl"
+    ordered.write_text('{"prompt": "own", "completions": ["a", "b"]}\n')
+    reward = "none.py:f"
+    cases = [
+        ({"model": ""}, [], "model: the folder or hub name"),
+        ({"prompts": ""}, [], "prompts: no file"),
+        ({"prompts": absent}, [], "absent.jsonl"),
+        ({"reward": ""}, [], "reward: samples have no reward"),
+        ({"reward": reward}, [], "none.py"),
+        ({"rounds": "0"}, [], "rounds must be finite and > 0, got 0"),
+        ({"prompts": str(few)}, [], "there must be some of both"),
+        ({}, ["--held_out", "1.5"], r"held_out must lie in (0, 1), or name a file, got 1.5"),
+        ({}, ["--held_out", absent], "absent.jsonl"),
+        ({}, ["--mix_previous", "-1"], "mix_previous must lie in [0, 1), got -1"),
+        ({}, ["--mix_previous", "1"], "but are 1 together"),
+        ({}, ["--mix_reference_share", "0.5"], "give them as mix_reference"),
+        ({}, ["--mix_reference", absent], "absent.jsonl"),
+        ({}, ["--mix_reference", str(ordered)], "the others only an order"),
+        ({}, ["--sft", "chosen"], "sft must be best"),
+        ({}, ["--server", "http://localhost:1"], "give a reload_command"),
+        ({}, ["--reload_command", "true"], "reload_command is for a server"),
+        ({}, ["--eval_strategy", "steps", "--eval_steps", "1"], "eval_strategy 'steps'"),
+        ({}, ["--resume_from_checkpoint", "auto"], "resume_from_checkpoint 'auto'"),
+        ({}, ["--sampling_temperature", "0"], "temperature must be finite and > 0"),
+        ({}, ["--load_in_4bit", "true"], "quantised weights cannot be trained"),
+        ({}, ["--launch", " "], "launch: a command was expected"),
+    ]
+    for changed, more, message in cases:
+        assert begin(tmp_path / "out", *more, **changed) == 2, (changed, more)
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) <= 2, (message, said)
+        assert not (tmp_path / "out").exists(), message
+    # What a run was begun with must stay, but for what has no effect.
+    assert begin(plain, "--mix_previous", "0.25", "--num_samples", "5") == 2
+    assert "num_samples was 4, is 5" in capsys.readouterr().err
+    assert begin(plain, "--mix_previous", "0.25", "--save_steps", "2") == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    assert begin(tmp_path / "other") == 2
+    assert "holds mine.txt and no rounds.json" in capsys.readouterr().err
+    assert begin(tmp_path / "other", "--overwrite", "true", rounds="1") == 0
+    assert (tmp_path / "other" / "mine.txt").read_text() == "mine"
+    assert begin(tmp_path / "other", "--overwrite", "true", "--num_samples", "3", rounds="1") == 0
+    assert not (tmp_path / "other" / "round-2").exists()
+
+
+def test_a_prompt_keeps_its_side(write_lines):
+    """Whatever other prompts there are; prompts of a held-out file are not trained on."""
+
+    def sides(count, held_out="0.3"):
+        path = write_lines(*({"prompt": f"p{i}"} for i in range(count)))
+        found = lists.split(RoundOptions(prompts=[path], held_out=held_out), DataReport())
+        return [{record["prompt"] for record in side} for side in found]
+
+    (few, few_held), (many, many_held) = sides(40), sides(400)
+    assert few <= many and few_held <= many_held and 0.2 < len(many_held) / 400 < 0.4
+    file = write_lines({"prompt": "p3"}, {"prompt": "other"}, name="held.jsonl")
+    training, held_out = sides(10, file)
+    assert held_out == {"p3", "other"} and training == {f"p{i}" for i in range(10)} - {"p3"}
