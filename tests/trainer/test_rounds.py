@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -131,9 +130,7 @@ def test_killed_at_random_moments_it_ends_the_same(begin, plain, tmp_path):
     output, draws = tmp_path / "out", random.Random(3)
     context, kills, where = multiprocessing.get_context("fork"), 0, set()
     while True:
-        process = context.Process(
-            target=lambda: sys.exit(begin(output, "--mix_previous", "0.25"))
-        )
+        process = context.Process(target=lambda: sys.exit(begin(output, "--mix_previous", "0.25")))
         process.start()
         process.join(draws.uniform(0.03, 0.4) if kills < 14 else 120)
         if process.exitcode is not None:

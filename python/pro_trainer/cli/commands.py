@@ -1,4 +1,4 @@
-"""``train``, ``inspect``, ``eval``, ``prepare``, ``rounds``: from a command line to options and an exit code.
+"""The commands ``train``, ``inspect``, ``eval``, ``prepare``, ``rounds``: options and exit codes.
 
 Every field of a command's dataclasses is a flag; ``--config run.yaml`` gives them from a file, and
 flags win over the file. What the user can put right (options, data, model, folder) is one line

@@ -70,8 +70,10 @@ def check(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file")
     if not file.exists():
-        if not overwrite and output.exists() and (
-            others := sorted(p.name for p in output.iterdir() if p.name != ".lock")
+        if (
+            not overwrite
+            and output.exists()
+            and (others := sorted(p.name for p in output.iterdir() if p.name != ".lock"))
         ):
             raise ValueError(
                 f"output_dir {output} holds {others[0]} and no {STATE}: give another output_dir, "

@@ -1,0 +1,35 @@
+"""What a run of rounds says of its rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def with_best(found: dict[str, Any], policy: Callable[[int], str]) -> dict[str, Any]:
+    """``best``: the round of the highest win rate, of equal ones the first; and its model."""
+    rates = [found["base"]["win_rate"], *(x["win_rate"] for x in found["rounds"])]
+    best = max(range(len(rates)), key=rates.__getitem__)
+    return {**found, "best": best, "checkpoint": policy(best)}
+
+
+def told(name: str, found: dict[str, Any]) -> str:
+    """The metrics of a round, as a line."""
+    low, high = found["win_rate_interval"]
+    return (
+        f"{name:8} reward {found['reward']:.4g}, best of its answers {found['best_of']:.4g}, "
+        f"win rate against the base {found['win_rate']:.3f} [{low:.3f}, {high:.3f}], "
+        f"{found['length']:.0f} characters"
+    )
+
+
+def summary(found: dict[str, Any]) -> str:
+    """All rounds, why there are no more, and where the best model is."""
+    lines = ["", "held-out prompts:", told("base", found["base"])]
+    lines += [told(f"round {n}", x) for n, x in enumerate(found["rounds"], 1)]
+    lines.append(f"ended: {found['ended']}")
+    if found["best"]:
+        lines.append(f"best: round {found['best']}, its model is {found['checkpoint']}")
+    else:
+        lines.append(f"best: the base, {found['checkpoint']}; no round won against it")
+    return "\n".join(lines)
