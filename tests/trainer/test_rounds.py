@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from servers import FakeServer
 
 from pro_trainer.cli import commands as cli
@@ -175,7 +177,10 @@ def test_the_server_is_told_of_each_model_before_it_samples(begin, tmp_path, cap
         assert len(server.asked) == asked and len(log.read_text().splitlines()) == 3
         # One that goes on tells the server again; a command that fails ends the run.
         assert begin(output, *options, "--reload_command", "exit 3", rounds="3") == 1
-        assert "reload_command 'exit 3' ended with exit code 3" in capfd.readouterr().err
+        assert (
+            "reload_command: exit 3 ended with exit code 3; the server may not serve"
+            in capfd.readouterr().err
+        )
         assert begin(output, *options, "--reload_command", command, rounds="3") == 0
         numbers = [line.split()[0] for line in log.read_text().splitlines()]
         assert numbers == ["0", "1", "2", "2", "3"]
@@ -188,6 +193,22 @@ def test_a_launcher_trains_the_same_model(begin, plain, tmp_path, capfd):
     assert (launched / model).read_bytes() == (plain / model).read_bytes()
     assert begin(tmp_path / "no", "--launch", "false", rounds="1") == 1
     assert "ended with exit code 1" in capfd.readouterr().err
+
+
+def test_adapters_are_merged_into_the_next_rounds_model(begin, tiny_folder, tmp_path):
+    assert begin(tmp_path / "out", "--use_peft", "true", "--lora_r", "2") == 0
+    model = load_file(Path(tiny_folder) / "model.safetensors")
+    for number in (1, 2):
+        folder = tmp_path / "out" / f"round-{number}"
+        trained = load_file(folder / "adapters" / "adapter_model.safetensors")
+        merged = load_file(folder / "checkpoint" / "model.safetensors")
+        for name, before in model.items():
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            pair = [trained.get(f"{stem}.lora_{x}.weight") for x in "AB"]
+            change = 0 if pair[0] is None else pair[1] @ pair[0] * (32 / 2)
+            torch.testing.assert_close(merged[name], before + change)
+        assert any((merged[name] != before).any() for name, before in model.items())
+        model = merged
 
 
 def test_it_stops_where_the_win_rate_falls_and_where_nothing_is_ranked(

@@ -236,7 +236,9 @@ class PrepareArguments(SampleOptions, RewardOptions, ServerOptions, TemplateOpti
 
 
 @dataclass
-class RoundsArguments(RoundOptions, SampleOptions, RewardOptions, ServerOptions, ModelOptions):
+class RoundsArguments(
+    RoundOptions, SampleOptions, RewardOptions, ServerOptions, LoraOptions, ModelOptions
+):
     """Flags of ``pro-kernels rounds``; how a round trains is ``PROConfig``."""
 
     def check(self) -> None:

@@ -6,29 +6,33 @@ import contextlib
 import copy
 import gc
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pro_trainer.cli.arguments import PrepareArguments, RoundsArguments, TrainArguments
+from pro_trainer.cli.arguments import (
+    LoraOptions,
+    PrepareArguments,
+    RoundsArguments,
+    TrainArguments,
+)
 from pro_trainer.cli.prepare import prepare
 from pro_trainer.cli.recipe import recipe_of, rewards_of, try_out_servers
 from pro_trainer.cli.train import train
 from pro_trainer.data.report import DataReport
-from pro_trainer.errors import TrainingError
+from pro_trainer.models import merge_adapters
 from pro_trainer.options import ModelOptions
 from pro_trainer.prepare.output import PartialFile, write_atomically, write_json
 from pro_trainer.rounds import answers, lists
+from pro_trainer.rounds.commands import call
 from pro_trainer.rounds.report import told
-from pro_trainer.rounds.state import Round
+from pro_trainer.rounds.state import Round, complete
 from pro_trainer.train import checkpoints
 from pro_trainer.train.config import PROConfig
 
@@ -54,7 +58,7 @@ class Parts:
 
     def sample(self, this: Round) -> None:
         """Ranked lists of the current model's samples."""
-        if this.sampled.exists():
+        if complete(this.sampled):
             return
         with self._part(this, "sampling and scoring"):
             self._serve(this.number - 1)
@@ -76,19 +80,23 @@ class Parts:
                   f"{yours} of the reference")  # fmt: skip
 
     def train(self, this: Round) -> None:
-        """The model of the last round, trained on the lists of this one."""
-        if not this.trained:
+        """The model of the last round, trained on the lists of this one; adapters are merged."""
+        folder = this.adapters if self.arguments.use_peft else this.checkpoint
+        if not (folder / "metrics.json").exists():  # which train writes last
             with self._part(this, "training"):
                 config = copy.copy(self.config)
-                config.output_dir = str(this.checkpoint)
+                config.output_dir = str(folder)
                 config.run_name = config.run_name and f"{config.run_name}-{this.number}"
                 config.resume_from_checkpoint, config.overwrite = "auto", True
                 if self.arguments.launch:
                     self._launch(this, config)
                 else:
                     train(self.train_arguments(this), config)
-        for folder in checkpoints.checkpoints(this.checkpoint):  # only for going on in the middle
-            shutil.rmtree(folder)
+        if not this.checkpoint.exists():
+            whole = replace(self._of_model(this), load_in_4bit=False, load_in_8bit=False)
+            merge_adapters(folder, this.checkpoint, whole)
+        for old in checkpoints.checkpoints(folder):  # only for going on in the middle
+            shutil.rmtree(old)
 
     def evaluate(self, this: Round) -> dict[str, Any]:
         """Metrics of the round's model on the held-out prompts."""
@@ -97,7 +105,7 @@ class Parts:
         base = None
         if this.number:
             base = _lines(Round.of(self.output, 0).answers)
-        if not this.answers.exists():
+        if not complete(this.answers):
             with self._part(this, "answering the held-out prompts"):
                 self._serve(this.number)
                 self._answer(this, base)
@@ -152,11 +160,15 @@ class Parts:
 
     def train_arguments(self, this: Round) -> TrainArguments:
         """What ``train`` is told: the current model and the round's lists."""
-        of_model = {f.name: getattr(self.arguments, f.name) for f in fields(ModelOptions)}
-        model = self.policy(this.number - 1)
+        of_lora = {f.name: getattr(self.arguments, f.name) for f in fields(LoraOptions)}
         return TrainArguments(
-            **of_model | {"model": model}, data=[str(this.lists)], eval_fraction=0.0
+            **vars(self._of_model(this)), **of_lora, data=[str(this.lists)], eval_fraction=0.0
         )
+
+    def _of_model(self, this: Round) -> ModelOptions:
+        """The model that the round begins with, and how it is loaded."""
+        given = {f.name: getattr(self.arguments, f.name) for f in fields(ModelOptions)}
+        return ModelOptions(**given | {"model": self.policy(this.number - 1)})
 
     def _launch(self, this: Round, config: PROConfig) -> None:
         """Train by a command of its own, which reads its options from a file."""
@@ -169,12 +181,7 @@ class Parts:
         write_json(file, options | {"use_cpu": config.use_cpu})
         module = ["-m", "pro_trainer.cli.main", "train", "--config", str(file)]
         command = [*shlex.split(self.arguments.launch or ""), *module]
-        try:
-            code = subprocess.run(command).returncode
-        except OSError as error:
-            raise ValueError(f"launch {self.arguments.launch!r}: {error}") from error
-        if code:
-            raise TrainingError(f"{shlex.join(command)} ended with exit code {code}")
+        call("launch", command, "the same command goes on from its last whole checkpoint")
 
     def _serve(self, number: int) -> None:
         """Tell the server to load the model of a round, unless it was told so before."""
@@ -182,15 +189,14 @@ class Parts:
             return
         model = self.policy(number)
         model = str(Path(model).resolve()) if Path(model).exists() else model
-        command = self.arguments.reload_command
-        names = {"PRO_KERNELS_CHECKPOINT": model, "PRO_KERNELS_ROUND": str(number)}
         print(f"reload_command for {model}", flush=True)
-        code = subprocess.run(command, shell=True, env={**os.environ, **names}).returncode
-        if code:
-            raise TrainingError(
-                f"reload_command {command!r} ended with exit code {code} for the model {model}, so "
-                "the server may still serve another one"
-            )
+        call(
+            "reload_command",
+            self.arguments.reload_command,
+            f"the server may not serve {model}",
+            PRO_KERNELS_CHECKPOINT=model,
+            PRO_KERNELS_ROUND=str(number),
+        )
         self.serves = number
 
     @contextlib.contextmanager

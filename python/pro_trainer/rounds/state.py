@@ -43,9 +43,9 @@ class Round(NamedTuple):
         return self.folder / "checkpoint"
 
     @property
-    def trained(self) -> bool:
-        """Whether it is there: ``train`` writes its metrics last."""
-        return (self.checkpoint / "metrics.json").exists()
+    def adapters(self) -> Path:
+        """What was trained where only adapters are; the checkpoint holds them merged."""
+        return self.folder / "adapters"
 
     @property
     def answers(self) -> Path:
@@ -56,6 +56,15 @@ class Round(NamedTuple):
     def metrics(self) -> Path:
         """Of these answers."""
         return self.folder / "metrics.json"
+
+
+def complete(path: Path) -> bool:
+    """Whether a file is there; then what it was made from goes, if a kill left that."""
+    if not path.exists():
+        return False
+    for end in (".partial", ".partial.json"):
+        path.with_name(path.name + end).unlink(missing_ok=True)
+    return True
 
 
 def check(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
