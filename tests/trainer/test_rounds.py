@@ -266,6 +266,7 @@ def test_bad_input_is_refused_before_any_work(begin, plain, tmp_path, capsys):
         ({}, ["--sampling_temperature", "0"], "temperature must be finite and > 0"),
         ({}, ["--load_in_4bit", "true"], "quantised weights cannot be trained"),
         ({}, ["--launch", " "], "launch: a command was expected"),
+        ({}, ["--launch", "no-such-launcher -n 2"], "launch: there is no command no-such-launcher"),
     ]
     for changed, more, message in cases:
         assert begin(tmp_path / "out", *more, **changed) == 2, (changed, more)

@@ -4,7 +4,7 @@ Each round is made of parts that are commands of their own: ``prepare`` samples 
 model and ranks, ``train`` trains it on these lists, and the trained model answers the held-out
 prompts as the base did. Below ``output_dir``::
 
-    rounds.json                  settings, the metrics of each round, which is best
+    rounds.json, rounds.png      settings, the metrics of each round, which is best
     prompts.jsonl held-out.jsonl the two sides of the prompts (reference.jsonl: what is mixed in)
     base/                        answers.jsonl, metrics.json of the base
     round-1/                     sampled.jsonl (and its report), lists.jsonl, checkpoint/, and both
@@ -28,7 +28,7 @@ from pro_trainer.cli.round_parts import Parts
 from pro_trainer.data.report import DataReport
 from pro_trainer.prepare.output import file_identity, write_atomically
 from pro_trainer.rounds import lists, state
-from pro_trainer.rounds.report import summary, with_best
+from pro_trainer.rounds.report import draw, summary, with_best
 from pro_trainer.rounds.state import Round
 from pro_trainer.train import checkpoints
 from pro_trainer.train.config import PROConfig
@@ -149,6 +149,7 @@ def _go_on(parts: Parts, settings: dict[str, Any]) -> dict[str, Any]:
     found["ended"] = found["ended"] or f"all {parts.arguments.rounds} rounds are done"
     found = with_best(found, parts.policy)
     state.write(parts.output, settings, found)
+    draw(parts.output / "rounds.png", found)
     print(summary(found))
     return {**found, "settings": settings}
 

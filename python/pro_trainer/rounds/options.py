@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,6 +85,8 @@ class RoundOptions:
         for name in ("reload_command", "launch"):
             if (value := getattr(self, name)) is not None and not value.strip():
                 raise ValueError(f"{name}: a command was expected, got {value!r}")
+        if self.launch and not shutil.which(shlex.split(self.launch)[0]):
+            raise ValueError(f"launch: there is no command {shlex.split(self.launch)[0]}")
 
     def reference_share(self) -> float:
         """``mix_reference_share``, or 0 without lists."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from pro_trainer.evaluate.plots import draw_intervals
 
 
 def with_best(found: dict[str, Any], policy: Callable[[int], str]) -> dict[str, Any]:
@@ -33,3 +36,16 @@ def summary(found: dict[str, Any]) -> str:
     else:
         lines.append(f"best: the base, {found['checkpoint']}; no round won against it")
     return "\n".join(lines)
+
+
+def draw(path: Path, found: dict[str, Any]) -> None:
+    """Draw reward and win rate of all rounds with the intervals of their change since the base."""
+    base = found["base"]["reward"]
+    reward, win_rate = {}, {}
+    for number, x in enumerate([found["base"], *found["rounds"]]):
+        name = f"round {number}" if number else "base"
+        reward[name] = (x["reward"], *(base + change for change in x["reward_interval"]))
+        win_rate[name] = (x["win_rate"], *x["win_rate_interval"])
+    panels = {"mean reward": reward, "win rate against the base": win_rate}
+    lines = {"mean reward": ("base", base), "win rate against the base": ("chance", 0.5)}
+    draw_intervals(path, panels, lines)

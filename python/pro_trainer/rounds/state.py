@@ -115,7 +115,7 @@ def clear(output: Path) -> None:
     rounds = [p for p in output.glob("round-*") if p.name.removeprefix("round-").isdigit()]
     for folder in (output / "base", *rounds):
         shutil.rmtree(folder, ignore_errors=True)
-    for name in ("prompts.jsonl", "held-out.jsonl", "reference.jsonl"):
+    for name in ("prompts.jsonl", "held-out.jsonl", "reference.jsonl", "rounds.png"):
         (output / name).unlink(missing_ok=True)
 
 
