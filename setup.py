@@ -41,7 +41,7 @@ _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
 _X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16"], "avx512": _AVX512, "avx2": _AVX2}
 _ARM64 = {"neon": []}
 ISAS = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM64, "arm64": _ARM64}
-COMMON_SOURCES = ("attention", "dispatch", "logits", "ranking")
+COMMON_SOURCES = ("attention", "dispatch", "filter", "logits", "ranking")
 
 CUDA_FLAGS = "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden".split()
 # Machine code for these, and PTX (compute_*) for what comes later.

@@ -172,7 +172,11 @@ def _parser() -> argparse.ArgumentParser:
         option("--list", action="store_true", help="print the cases and stop")
         _measuring(option)
     for name, text, module in (
-        ("filter", "Time and error of grad_filter on peaked distributions.", filter),
+        (
+            "filter",
+            "Time and error of grad_filter on real models and peaked distributions.",
+            filter,
+        ),
         ("attach", "What attach costs, and what the swap under TRL saves.", attach),
         ("ranks", "The head over ranks on this machine, over gloo.", ranks),
     ):

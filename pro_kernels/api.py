@@ -63,7 +63,7 @@ def linear_token_logps(
         return_lse: also return the log-sum-exp of each row's logits, (...) fp32, 0 where nothing is
             scored; differentiable, with no matmul more. Its backward needs the weight. For a
             z-loss (PaLM, arXiv 2204.02311, section 5) add ``1e-4 * lse.square().sum() / n``.
-        return_dropped: also return what each row's gradient lost to ``grad_filter``, as (3, ...)
+        return_dropped: also return what each row's gradient lost to ``grad_filter``, as (4, ...)
             fp32: the probability, the norm of its dropped ``dZ0``, and a bound of the norm of its
             share of dHidden, for an upstream gradient of 1.
         return_entropy: also return the entropy of each row's distribution in nats, (...) fp32, 0
@@ -376,8 +376,7 @@ def _pro(
     out = make_output(value, per_rank, sums, lists, loss)
     if call.grad_filter is None or dropped is None:
         return out
-    mass, norm, bound = dropped
-    lost = GradFilter(call.grad_filter, mass, norm, bound, layout.rows, row_weights)
+    lost = GradFilter(call.grad_filter, *dropped, layout.rows, row_weights)
     return out._replace(grad_filter=lost)
 
 
@@ -407,7 +406,7 @@ def _call(
         vocab=x.shape[-1] if weight is None else weight.shape[0],
         **ranking,
         batch_invariant=how.batch_invariant,
-        grad_filter=how.grad_filter,
+        grad_filter=None if how.grad_filter == "auto" and compute.itemsize > 2 else how.grad_filter,
     )
 
 

@@ -243,10 +243,12 @@ class CallOptions(Checked):
         "matmul of logits runs in tiles of always as many rows (docs/logprobs.md).",
     ] = False
     grad_filter: Annotated[
-        float | None,
-        "None, or a probability mass tau in (0, 1): vocabulary columns that hold at most tau of "
-        "each row's probability together (under a softcap: probability times the softcap's slope) "
-        "leave the gradient matmuls. On a GPU the host then waits once a chunk.",
+        float | Literal["auto"] | None,
+        "A probability mass tau in (0, 1): vocabulary columns that hold on average at most tau of "
+        "a row's probability (under a softcap: probability times the softcap's slope) leave the "
+        'gradient matmuls. "auto": as many as change dHidden by no more than the rounding of the '
+        "matmuls' dtype does; none in fp32 and fp64. None: all columns stay. What was left out is "
+        "told with bounds (``PROOutput.grad_filter``). On a GPU the host then waits once a chunk.",
     ] = None
     inplace_backward: Annotated[
         bool, "Write the gradient over the logits; nothing else may use them afterwards."

@@ -16,51 +16,44 @@ class GradFilter:
     Bounds and their derivation: ``fused/columns.py``, docs/design.md.
 
     Attributes:
-        tau: the largest mass that a row was allowed to lose.
-        dropped_mass: (N,) fp32, the probability that each scored row lost, at most tau; under a
-            softcap every probability counts by the softcap's slope at its logit.
-        dropped_norm: (N,) fp32, the norm of what each row of dZ0 lost.
+        tau: the mass that rows were allowed to lose on average, or "auto".
+        dropped_mass: (N,) fp32, the probability that each scored row lost; under a softcap every
+            probability counts by the softcap's slope at its logit.
+        dropped_weight: (N,) fp32; times the rows' weights, its norm is the bound of dW.
         dropped_hidden: (N,) fp32, bound of the norm of what each row of dZ0 W lost.
+        kept: (N,) fp32, the share of vocabulary columns that stayed in each row's gradient.
         rows: (N,) rows of the flattened hidden states; None: row i is token i.
         row_weights: (N,) ``d loss / d log-prob`` for an upstream gradient of 1.
     """
 
-    tau: float
+    tau: float | str
     dropped_mass: Tensor
-    dropped_norm: Tensor
+    dropped_weight: Tensor
     dropped_hidden: Tensor
+    kept: Tensor
     rows: Tensor | None
     row_weights: Tensor
 
     @torch.no_grad()
-    def error_bounds(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Upper bounds of the Frobenius norms of the errors of dHidden and dW, 0-dim.
+    def error_bounds(self) -> tuple[Tensor, Tensor]:
+        """Upper bounds of the Frobenius norms of the errors of dHidden and dW, 0-dim, in fp32.
 
-        In fp32, in fp64 for fp64 hidden states. For an upstream gradient of 1, against the
-        gradients without a filter from the same stored dZ0, in exact arithmetic.
-
-        Args:
-            hidden: (..., H), as given to the loss.
+        For an upstream gradient of 1, against the gradients without a filter from the same stored
+        dZ0, in exact arithmetic.
         """
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        rows = self.rows
-        if rows is None:
-            rows = torch.arange(flat.shape[0], device=flat.device)
-        wide = torch.promote_types(flat.dtype, torch.float32)  # norms of 16 bits round, or overflow
-        size = self.row_weights.abs().to(wide)
-        lost = size.new_zeros(flat.shape[0]).index_add_(0, rows, size * self.dropped_hidden)
-        norms = _norms(flat, wide)[rows]
-        return _norms(lost[None], wide)[0], (size * norms * self.dropped_norm).sum()
+        size = self.row_weights.abs()
+        lost = size * self.dropped_hidden
+        if self.rows is not None:  # errors of tokens that share a row of the hidden states add up
+            _, place = self.rows.unique(return_inverse=True)
+            lost = torch.zeros_like(lost).index_add_(0, place, lost)
+        return _norm(lost), _norm(size * self.dropped_weight)
 
 
-def _norms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norms of the rows; squares are of numbers near 1, so that they stay in the dtype's range."""
-    if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0], dtype=dtype)
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True, dtype=dtype)
-    limits = torch.finfo(dtype)
-    largest.clamp_(limits.tiny, limits.max)
-    return torch.linalg.vector_norm(x / largest, dim=1) * largest[:, 0]
+def _norm(x: Tensor) -> Tensor:
+    """The norm of ``x (N,)``, of numbers near 1, whose squares stay in the range of fp32."""
+    limits = torch.finfo(x.dtype)
+    largest = x.max().clamp(limits.tiny, limits.max) if x.numel() else x.new_ones(())
+    return torch.linalg.vector_norm(x / largest) * largest
 
 
 class PROOutput(NamedTuple):

@@ -81,12 +81,12 @@ def _check_integer(name: str, value: object, kind: OptionType) -> None:
         raise ValueError(f"{wrong}, got {value!r}")
 
 
-def check_grad_filter(tau: float | None) -> None:
-    """Raise TypeError unless ``tau`` is None or a number, ValueError unless that is in (0, 1)."""
-    if tau is None:
+def check_grad_filter(tau: float | str | None) -> None:
+    """Raise TypeError or ValueError unless ``tau`` is None, "auto" or a number in (0, 1)."""
+    if tau is None or tau == "auto":
         return
     if isinstance(tau, bool) or not isinstance(tau, (int, float)):
-        raise TypeError(f"grad_filter must be a number in (0, 1) or None, got {tau!r}")
+        raise TypeError(f'grad_filter must be a number in (0, 1), "auto" or None, got {tau!r}')
     if not 0 < tau < 1:
         raise ValueError(f"grad_filter must lie in (0, 1), got {tau!r}")
 

@@ -60,12 +60,13 @@ def test_rows_of_the_filter_hold_the_curve(tmp_path, monkeypatch):
     monkeypatch.setattr(filter, "TAUS", (0.2, 1e-3))
     monkeypatch.setattr(filter, "SIZES", dict.fromkeys(("zipf", "trained"), (1, 2, 32, 32, 400)))
     monkeypatch.setattr(filter, "_STEPS", 2)
+    monkeypatch.setattr(filter, "REAL", ())
     data = filter.run(tmp_path / "results.json", rounds=1, log=lambda text: None)
     assert data["complete"] and json.loads((tmp_path / "results.json").read_text()) == data
     plain, wide, narrow = [row for row in data["results"] if row["batch"] == "zipf"]
-    assert plain["tau"] is None and plain["error_hidden"] == plain["largest_dropped_mass"] == 0
-    assert 0 < wide["largest_dropped_mass"] <= 0.2
-    assert wide["columns_with_gradient"] <= narrow["columns_with_gradient"] <= 1
+    assert plain["tau"] is None and plain["error_hidden"] == plain["mean_dropped_mass"] == 0
+    assert 0 < wide["mean_dropped_mass"] <= 0.2
+    assert wide["columns_kept"] <= narrow["columns_kept"] <= 1
     for row in (wide, narrow):
         assert row["error_hidden"] <= row["certified_hidden"] + 2**-8
         assert row["error_weight"] <= row["certified_weight"] + 2**-8
@@ -73,7 +74,7 @@ def test_rows_of_the_filter_hold_the_curve(tmp_path, monkeypatch):
 
 
 def test_best_asks_for_both_gradients():
-    row = {"batch": "zipf", "tau": 0.1, "of_floor": 0.5}
+    row = {"batch": "zipf", "dtype": "float32", "tau": 0.1, "of_floor": 0.5}
     rows = [
         {**row, "certified_hidden": 0.1, "certified_weight": 0.0},
         {**row, "certified_hidden": 0.001, "certified_weight": 0.002, "of_floor": 0.7},

@@ -9,14 +9,25 @@ import torch
 
 import pro_kernels as pk
 from cases import fp32_sums, usable_backends
-from pro_kernels.fused import columns, matmul
-from pro_kernels.fused.planner import make_plan
+from pro_kernels.backends import cpu
+from pro_kernels.fused import column_groups, columns, matmul
+from pro_kernels.fused.call import Call
+from pro_kernels.fused.column_groups import Groups
+from pro_kernels.fused.planner import Plan, make_plan
+from pro_kernels.options import LogitOptions
+from subjects import isa, isas
 
 B, N, T, H, V = 4, 3, 8, 16, 301
 TAU = 0.03
 # Tier -> budget that leads to it for these shapes in fp64.
 BUDGETS = {"T1": None, "T2": 137_200, "T3": 1}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    """Several groups of rows in every chunk, the last of fewer."""
+    monkeypatch.setitem(columns._ROWS, "cpu", 7)
 
 
 def inputs(dtype=torch.float64, seed=0):
@@ -50,10 +61,10 @@ def compare(dtype=torch.float64, tau=TAU, plain=None, **options):
     ``plain``: options of the call without.
     """
     out, exact, _ = run(dtype, **options | (plain or {}))
-    less, filtered, hidden = run(dtype, grad_filter=tau, **options)
+    less, filtered, _ = run(dtype, grad_filter=tau, **options)
     told = less.grad_filter
-    bounds = [1.3 * b.item() for b in told.error_bounds(hidden)]
-    bounds.append((1.3 * told.row_weights.abs() * told.dropped_norm).sum().item())
+    bounds = [1.3 * b.item() for b in told.error_bounds()]
+    bounds.append((1.3 * told.row_weights.abs() * told.dropped_mass).sum().item())
     return out, less, exact, filtered, lost(filtered, exact), bounds
 
 
@@ -96,12 +107,12 @@ def test_errors_lie_within_the_bounds(small_chunks, monkeypatch, tier, extra):
     if not frozen:
         assert [p.tier for p in plans] == [tier, tier]
         assert torch.equal(out.loss, less.loss) and torch.equal(out.scores, less.scores)
-    assert 0 < less.grad_filter.dropped_mass.max() <= TAU
+    assert 0 < less.grad_filter.dropped_mass.mean() <= TAU
     for name, error, bound, whole in zip("hwb", errors, bounds, exact, strict=True):
         assert (error is None) == (name in frozen)
         assert error is None or 0 < error <= bound
         if name != "b" and not frozen:
-            assert bound < 0.2 * whole.norm()  # a bound that says something
+            assert bound < 0.3 * whole.norm()  # a bound that says something
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["fp32", "bf16", "fp16"])
@@ -120,12 +131,10 @@ def test_lower_precision_adds_its_own_rounding_only(dtype, options):
 
 
 def test_dropped_columns_get_no_gradient_and_targets_always_do():
-    _, exact, _ = run()
     _, filtered, _ = run(grad_filter=0.5)
     _, targets, _ = inputs()
     zero = (filtered[1] == 0).all(1)
-    assert V // 4 < zero.sum() < V
-    torch.testing.assert_close(filtered[1][~zero], exact[1][~zero], rtol=1e-12, atol=1e-14)
+    assert V // 10 < zero.sum() < V
     assert not zero[targets[targets >= 0].unique()].any()
 
 
@@ -146,27 +155,32 @@ def test_token_logps_tell_what_each_row_lost():
             hidden, weight, targets, grad_filter=tau, return_dropped=True
         )
         grads.append(torch.autograd.grad((upstream * logps).sum(), [hidden, weight]))
-    mass, norm, reach = dropped
-    assert mass.shape == targets.shape and 0 < mass.max() <= TAU
+    mass, of_weight, reach, share = dropped
+    assert (share[targets >= 0] <= 1).all() and share[targets >= 0].mean() < 0.9
+    assert mass.shape == targets.shape and 0 < mass[targets >= 0].mean() <= TAU
     assert (mass[targets < 0] == 0).all()
     error = (grads[1][0] - grads[0][0]).norm(dim=-1)
     assert (error <= upstream.abs() * reach).all()
-    bound = (upstream.abs() * norm * hidden.norm(dim=-1)).sum()
+    bound = (upstream * of_weight).norm()
     assert 0 < (grads[1][1] - grads[0][1]).norm() <= bound
 
 
-def test_selection_keeps_the_fewest_columns_of_its_steps():
-    p = torch.zeros(3, 64)
-    p[:, :4] = 0.24
-    p[:, 4:] = 0.04 / 60
-    chosen = columns.select(-p, torch.tensor([0, 1, 2]), 0.05)
-    assert chosen is not None and chosen.columns.tolist() == [0, 1, 2, 3]
-    torch.testing.assert_close(chosen.mass, torch.full((3,), 0.04), rtol=3e-3, atol=0)
-    # One row alone may not lose it: nobody drops those columns.
-    p[1, 40:] += 0.03
-    chosen = columns.select(-p, torch.tensor([0, 1, 2]), 0.05)
-    assert set(range(4)) | set(range(40, 64)) <= set(chosen.columns.tolist())
-    assert chosen.mass.max() <= 0.05
+def test_mass_is_spent_where_it_buys_most_columns():
+    """A few rows need all columns; dropping none of theirs leaves the others' at no cost."""
+    p = torch.full((21, 64), 1e-9)
+    p[:, 0] = 1.0
+    p[14:, 1:] = 0.004  # the last group
+    found = columns.choose(column_groups, -p, torch.zeros(21).long(), 1e-4, torch.ones(64))
+    assert found is not None
+    groups, left = found
+    assert groups.starts.diff().tolist() == [1, 1, 64]
+    assert [rows.tolist() for rows, _ in groups][2] == list(range(14, 21))
+    assert (left[:2, 1:] > 0).all() and (left[2] == 0).all() and (left[:, 0] == 0).all()
+    # What is far from the centre does more harm: of equal masses it stays.
+    p[:] = 1e-4
+    far = torch.ones(64).index_fill_(0, torch.arange(32, 64), 9.0)
+    groups, _ = columns.choose(column_groups, -p, torch.zeros(21).long(), 32.5e-4, far)
+    assert groups.columns.tolist() == 3 * [0, *range(32, 64)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -182,7 +196,9 @@ def test_a_row_that_is_not_finite_keeps_every_column(bad):
         logp.sum().backward()
         logps.append((logp.detach(), h.grad[0, 0, 1]))
     torch.testing.assert_close(logps[0][0], logps[1][0], equal_nan=True)
-    torch.testing.assert_close(logps[0][1], logps[1][1], rtol=1e-12, atol=0)
+    # It is in a group of its own or with rows that keep all columns with it; others lose a little.
+    torch.testing.assert_close(logps[0][1], logps[1][1], rtol=0.1, atol=1e-3)
+    assert (weight.grad.isnan().all() or bad != bad) and logps[1][1].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8, 1), (1, 1, 1, 8, 2), (2, 2, 0, 8, 5)])
@@ -195,6 +211,7 @@ def test_tiny_and_empty(shape):
     out = pk.linear_pro_loss(hidden, weight, targets, rewards, grad_filter=0.1)
     out.loss.backward()
     assert weight.grad.isfinite().all() and out.grad_filter.dropped_mass.shape == (b * n * t,)
+    assert all(bound.isfinite() for bound in out.grad_filter.error_bounds())
 
 
 def test_second_backward_and_repeatable(small_chunks):
@@ -217,7 +234,7 @@ def test_without_gradients_there_is_nothing_to_filter():
 def test_what_is_no_probability_between_0_and_1_is_refused(bad):
     (hidden, weight, _), targets, rewards = inputs()
     number = isinstance(bad, (int, float)) and not isinstance(bad, bool)
-    said = r"must lie in \(0, 1\), got" if number else "must be a number"
+    said = r"must lie in \(0, 1\), got" if number else 'must be a number in .*, "auto" or None'
     with pytest.raises(ValueError if number else TypeError, match=f"grad_filter {said}"):
         pk.linear_pro_loss(hidden, weight, targets, rewards, grad_filter=bad)
     with pytest.raises(ValueError if number else TypeError, match="grad_filter"):
@@ -239,6 +256,24 @@ def test_compiles_in_one_graph():
     assert eager[1].max() == compiled[1].max()
 
 
+def chosen(dz, weight, targets, tau, x=None):
+    """``Kept`` of one chunk with dZ0, the stand-ins, and what left as a mask."""
+    n, vocab = dz.shape
+    call = Call(
+        "torch", LogitOptions(), Plan("T1", n), weight.dtype, dz.dtype, weight.dtype, vocab,
+    )  # fmt: skip
+    kept = columns.Kept.empty(tau, 1, n, vocab, n, dz)
+    kept.centre = columns.Centre.of(call, weight)
+    x = torch.ones(n, weight.shape[1], dtype=weight.dtype) if x is None else x
+    at = slice(0, n)
+    stand_ins = kept.choose(call, 0, dz.clone(), x, targets, weight, at)
+    assert stand_ins is not None
+    gone = torch.ones(n, vocab, dtype=torch.bool)
+    for rows, some in kept.of(0, at):
+        gone[rows[:, None], some.long()] = False
+    return kept, stand_ins, gone
+
+
 def peaked(gap: float, dtype: torch.dtype):
     """(dZ0, targets) of rows whose target is ``gap`` and more above the rest."""
     logits = torch.randn(16, 512, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -256,28 +291,91 @@ def test_what_all_of_the_head_shares_is_within_the_bound(dtype, offset):
     weight = torch.randn(512, 32, generator=g, dtype=torch.float64)
     weight = (weight + offset * torch.randn(32, generator=g, dtype=torch.float64)).to(dtype)
     dz, targets = peaked(9.0, dtype)
-    chosen = columns.select(dz, targets, 0.2)
-    assert chosen is not None and chosen.columns.shape[0] < 256
-    u, radius = columns.center(weight, chosen)
-    parts = columns.split(chosen.total, dtype)
-    gone = torch.ones(512, dtype=torch.bool).index_fill_(0, chosen.columns, False)
-    exact = dz.double()[:, gone] @ weight.double()[gone]
-    error = (exact + parts.double().sum(1, keepdim=True) * u.double()).norm(dim=1)
-    assert (error <= columns.reach(chosen, parts, u, radius)).all()
+    kept, stand_ins, gone = chosen(dz, weight, targets, 0.1)
+    assert gone.double().mean() > 0.5
+    parts = column_groups.split(stand_ins, dtype).double().sum(1, keepdim=True)
+    exact = torch.where(gone, dz.double(), 0.0) @ weight.double()
+    error = (exact - parts * kept.centre.u.double()).norm(dim=1)
+    assert (error <= kept.dropped[2]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("gap", [20, 60, 75, 200])
-def test_the_norm_of_tiny_entries_does_not_underflow(gap, dtype):
+def test_what_rows_lose_does_not_underflow(gap, dtype):
     dz, targets = peaked(gap, dtype)
-    chosen = columns.select(dz, targets, 0.5)
-    assert chosen is not None
-    gone = torch.ones(512, dtype=torch.bool).index_fill_(0, chosen.columns, False)
-    norm, mass = dz.double()[:, gone].norm(dim=1), dz.double()[:, gone].abs().sum(1)
-    assert (chosen.mass >= mass).all()
-    assert (chosen.norm >= norm).all()
-    if gap <= 75:  # above what fp32 holds, the bound says something
-        assert (chosen.norm <= 1.1 * norm + 1e-35).all()
+    g = torch.Generator().manual_seed(4)
+    weight, x = torch.randn(512, 8, generator=g), torch.randn(16, 8, generator=g)
+    kept, _, gone = chosen(dz, weight.to(dtype), targets, 0.5, x.to(dtype))
+    left = torch.where(gone, dz.double().abs(), 0.0)
+    assert (kept.dropped[0] >= left.sum(1)).all()
+    of_weight = (left.t() @ x.double().norm(dim=1)).norm()
+    bound = kept.dropped[1].double().norm()
+    assert bound >= of_weight
+    if gap <= 60:  # above what fp32 holds, the bound says something
+        assert bound <= 1.3 * of_weight + 1e-30
+
+
+@pytest.mark.parametrize("name", isas())
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES[1:] for b in DTYPES[1:]], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(23, 301, 37, 7), (5, 40, 64, 8), (1, 9, 3, 7), (150, 700, 96, 72)]
+)
+def test_the_library_does_what_plain_pytorch_does(name, dtypes, shape):
+    (rows, vocab, hidden, size), (entries, operands) = shape, dtypes
+    g = torch.Generator().manual_seed(0)
+    dz = torch.rand(rows, vocab + 5, generator=g).pow(8).neg().to(entries)[:, :vocab]
+    weight = torch.randn(vocab, hidden, generator=g).to(operands)
+    x, weights = torch.randn(rows, hidden, generator=g).to(operands), torch.rand(2, vocab)
+    order = torch.randperm(rows, generator=g)
+    kept = (
+        torch.rand(-(-rows // size), vocab, generator=g)
+        < torch.tensor([0.0, 0.3, 1.0])[torch.arange(-(-rows // size)) % 3, None]
+    )
+    starts = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    groups = Groups(order, size, starts, kept.nonzero()[:, 1].int())
+    stand_ins = torch.randn(rows, generator=g)
+    found = []
+    with isa(name):
+        for kernels in (column_groups, cpu.filtered):
+            z = dz.clone()
+            centre = kernels.row_sum(weight).div_(vocab).to(operands)
+            lost = kernels.compact_(z, groups, weights)
+            side = torch.empty(rows, hidden, dtype=torch.float32)
+            kernels.hidden_grad(z, groups, weight, centre, stand_ins, side)
+            grad = torch.ones(vocab, hidden)
+            kernels.weight_grad(z, groups, x, grad, accumulate=True)
+            narrow = torch.empty(vocab, hidden, dtype=operands)
+            kernels.weight_grad(z[:, : groups.widest], groups, x, narrow, accumulate=False)
+            front = [z[r, : c.shape[0]].float() for r, c in groups]
+            found.append([
+                centre, kernels.squared_distances(weight, centre), kernels.count_large(dz, 0.1),
+                kernels.sums(dz, order, size), lost, *front, side, grad, narrow,
+            ])  # fmt: skip
+    eps = max(torch.finfo(x).eps for x in dtypes)
+    for ours, plain in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=8 * eps, atol=16 * eps * (1 + rows / 20))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32", "bf16", "fp16"])
+def test_auto_stays_within_the_rounding_of_the_dtype(dtype):
+    """In wide dtypes it leaves nothing out."""
+    g = torch.Generator().manual_seed(6)
+    hidden = torch.randn(60, 32, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(2048, 32, generator=g).to(dtype).requires_grad_()
+    targets = (2 * hidden.detach().float() @ weight.detach().float().t()).argmax(1)
+    grads = []
+    for tau in (None, "auto"):
+        logps, dropped = pk.linear_token_logps(
+            hidden, weight, targets, logit_scale=2.0, grad_filter=tau, return_dropped=True
+        )
+        grads.append(torch.autograd.grad(logps.sum(), [hidden, weight]))
+    lost_weight, lost_hidden = dropped[1].norm(), dropped[2].norm()
+    if dtype.itemsize > 2:
+        assert not dropped.any() and all(map(torch.equal, *grads))
+        return
+    limit = torch.finfo(dtype).eps / 2
+    assert 0.3 * limit < lost_hidden / grads[0][0].double().norm() <= limit
+    assert 0 < lost_weight <= limit * grads[0][1].double().norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp64", "fp32"])
@@ -297,11 +395,12 @@ def test_bounds_do_not_underflow(gap, size, dtype):
             *leaves, targets, torch.tensor([[1.0, 0.0]]), bias=bias, grad_filter=tau
         )
         grads.append(torch.autograd.grad(out.loss, leaves))
-    bounds = out.grad_filter.error_bounds(hidden)
+    bounds = out.grad_filter.error_bounds()
     for bound, error, whole in zip(bounds, lost(*grads), grads[0], strict=True):
-        assert error <= bound + 4 * torch.finfo(dtype).eps * whole.double().norm()
+        held = torch.finfo(torch.float32).tiny  # what fp32 does not hold it does not tell
+        assert error <= bound + 4 * torch.finfo(dtype).eps * whole.double().norm() + held
         true = 30 * math.exp(-gap) * V * (1 if whole is grads[0][0] else size)
-        if gap <= 80 and true > torch.finfo(bound.dtype).tiny:  # what fp32 holds, it tells
+        if gap <= 60 and true > 1e-30:
             assert 0 < bound <= true
 
 
@@ -320,17 +419,19 @@ def test_what_the_head_shares_cancels_before_it_is_rounded_to_16_bits(route, dty
     bias = -3 * torch.arange(1.0, V + 1).log()
     targets = torch.randint(0, V, (2, 3, 8), generator=g)
     upstream = torch.randn(targets.shape, generator=g)
-    grads = []
-    for tau in (None, 0.5):
-        logps, dropped = pk.linear_token_logps(
-            *(hidden, weight.to(dtype), targets),
-            **{"bias": bias.to(dtype), "head_dtype": "float32"},
-            **{"grad_filter": tau, "return_dropped": True},
-        )
-        grads.append(torch.autograd.grad((upstream * logps).sum(), hidden)[0].double())
-    assert 0 < dropped[0].max() <= 0.5
-    error = (grads[1] - grads[0]).norm(dim=-1)
-    rounding = 4 * torch.finfo(dtype).eps * grads[0].norm(dim=-1)
+    wide = hidden.detach().double().requires_grad_()
+    logits = wide @ weight.to(dtype).double().t() + bias.to(dtype).double()
+    exact = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    (exact,) = torch.autograd.grad((upstream * exact).sum(), wide)
+    logps, dropped = pk.linear_token_logps(
+        *(hidden, weight.to(dtype), targets),
+        **{"bias": bias.to(dtype), "head_dtype": "float32"},
+        **{"grad_filter": 0.5, "return_dropped": True},
+    )
+    assert 0 < dropped[0].mean() <= 0.5 * 1.002
+    (filtered,) = torch.autograd.grad((upstream * logps).sum(), hidden)
+    error = (filtered.double() - exact).norm(dim=-1)
+    rounding = 4 * torch.finfo(dtype).eps * exact.norm(dim=-1)
     assert (error <= upstream.abs() * dropped[2] + rounding).all()
     assert dropped[2].max() < 0.1 * weight.norm(dim=1).max()  # far less than the shared part
 
@@ -343,15 +444,5 @@ def test_tau_is_a_probability_whatever_the_scale(scale):
         hidden, weight, targets, logit_scale=scale, grad_filter=TAU, return_dropped=True
     )
     logps.sum().backward()
-    gone = (weight.grad == 0).all(1)
-    lost = (scale * hidden @ weight.t()).softmax(-1)[..., gone].sum(-1)[targets >= 0]
     mass = dropped[0][targets >= 0]
-    assert 0 < lost.max() <= TAU
-    torch.testing.assert_close(mass, lost.float(), rtol=3e-3, atol=0)
-
-
-def test_norms_of_wide_bf16_rows_are_not_rounded_down():
-    hidden = torch.full((1, 4099), 1.0, dtype=torch.bfloat16)
-    one = torch.ones(1)
-    filtered = pk.output.GradFilter(0.1, one, one, one, None, one)
-    assert filtered.error_bounds(hidden)[1] >= 4099**0.5 * (1 - 1e-6)
+    assert 0.5 * TAU < mass.mean() <= TAU * 1.002

@@ -15,7 +15,7 @@ PACKAGE, TRAINER = ROOT / "pro_kernels", ROOT / "python" / "pro_trainer"
 
 # Modules that import nothing of the package, and what the others may import.
 NOTHING = """
-_version option_types output ranking fused fused.shards fused.columns distinct distinct.tree
+_version option_types output ranking fused fused.shards fused.pages distinct distinct.tree
 models models.counts integrations integrations.names
 """
 TABLE = """
@@ -28,7 +28,8 @@ reference: layout options output
 backends: backends options
 backends.torch: options ranking
 backends.native: options
-backends.cpu: backends.native options
+backends.native_filter: backends.native
+backends.cpu: backends.native backends.native_filter options
 backends.cuda: backends.native options
 backends.triton: backends.triton options
 fused.matmul: options
@@ -36,13 +37,16 @@ fused.planner: fused.matmul options validate
 fused.call: backends fused.matmul fused.planner fused.shards layout options validate
 fused.rank_order: fused.call layout option_types options output ranking validate
 fused.registry: fused.call
-fused.gather_scatter: fused.call fused.matmul
+fused.gather_scatter: fused.call fused.matmul fused.pages
+fused.column_groups: fused.matmul
+fused.columns: fused.call fused.column_groups fused.matmul
 fused.head: fused.call fused.columns fused.gather_scatter fused.matmul
 fused.target_columns: fused.call fused.gather_scatter fused.head
-fused.backward: fused.call fused.gather_scatter fused.head fused.matmul fused.target_columns
+fused.backward: fused.call fused.column_groups fused.columns fused.gather_scatter fused.head
+    fused.matmul fused.target_columns
 fused.prompts: fused.backward fused.call fused.columns fused.gather_scatter fused.head
 fused.ops: fused.backward fused.call fused.columns fused.gather_scatter fused.head fused.matmul
-    fused.prompts fused.registry fused.target_columns layout options
+    fused.pages fused.prompts fused.registry fused.target_columns layout options
 fused.autograd: fused.call fused.ops fused.registry fused.shards layout
 fused.ranks: fused.autograd fused.call fused.ops fused.planner fused.rank_order fused.shards
     layout options output validate

@@ -30,7 +30,7 @@ from bench.report.tables import (
     update_block,
 )
 from bench.report.targets import outcomes
-from bench.suites.filter import best, certified
+from bench.suites.filter import best, certified, shown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 Links = dict[str, str]  # name of a plot, and where it is from the page
@@ -425,18 +425,18 @@ def _step_shape(row: dict) -> str:
     )
 
 
-_FILTER_HEAD = ["distribution", "mean top-1", "tau", "columns kept", "of the dense floor",
-                "of no filter", "certified error", "error"]  # fmt: skip
+_FILTER_HEAD = ["distribution", "dtype", "rows", "mean top-1", "tau", "columns kept",
+                "of the dense floor", "of no filter", "certified error", "error"]  # fmt: skip
 
 
 def _filter_table(rows: list[dict]) -> str:
     def cells(row: dict) -> list[str]:
-        tau = "none" if row["tau"] is None else f"{row['tau']:.2g}"
         error = max(row["error_hidden"], row["error_weight"])
         shares = [f"{row['of_floor']:.2f}", f"{row['of_plain']:.2f}"]
-        kept = f"{row['columns_with_gradient']:.0%}"
+        kept = f"{row['columns_kept']:.1%}"
         errors = [f"{certified(row):.1e}", f"{error:.1e}"]
-        return [row["batch"], f"{row['top1']:.2f}", tau, kept, *shares, *errors]
+        what = [row["batch"], row["dtype"], str(row["scored"])]
+        return [*what, f"{row['top1']:.2f}", shown(row), kept, *shares, *errors]
 
     return table(_FILTER_HEAD, [cells(row) for row in rows])
 

@@ -292,9 +292,10 @@ def _roofline(rows: list[dict]) -> Figure | None:
 def _filter(data: dict) -> dict[str, Figure | None]:
     """Time against tau, and against the certified error."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for name in dict.fromkeys(row["batch"] for row in data["results"]):
-        rows = [r for r in data["results"] if r["batch"] == name and r["tau"]]
-        label = f"{name} (top-1 {rows[0]['top1']:.2f})"
+    for which in dict.fromkeys((r["batch"], r["dtype"]) for r in data["results"]):
+        own = [r for r in data["results"] if (r["batch"], r["dtype"]) == which]
+        rows = [r for r in own if isinstance(r["tau"], float)]
+        label = f"{', '.join(which)} (top-1 {rows[0]['top1']:.2f})"
         axes[0].plot([r["tau"] for r in rows], [r["of_floor"] for r in rows], "o-", label=label)
         moved = [r for r in rows if certified(r) > 0]
         axes[1].plot([certified(r) for r in moved], [r["of_floor"] for r in moved], "o-")

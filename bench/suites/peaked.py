@@ -1,5 +1,7 @@
 """Batches whose next-token distributions are peaked: what ``grad_filter`` is for.
 
+``real``: hidden states, head and targets of a pretrained model on real ranked lists.
+
 ``zipf``: logits are a shared Zipf law over a random order of the vocabulary, plus noise, plus one
 token of each position lifted by 6 to 18. ``trained``: hidden states and head of a small Llama,
 trained here on a random Markov chain with Zipf-distributed successors. Targets are drawn from the
@@ -10,20 +12,24 @@ Legend: ``N`` positions, ``H`` hidden, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from bench.engine import lists
 
 _EXPONENT = 1.5
 
 
 @dataclass
 class Peaked:
-    """One batch in bf16.
+    """One batch.
 
     Attributes:
-        name: "zipf" or "trained".
+        name: the model's, "zipf" or "trained".
         hidden: (B, n, T, H).
         weight: (V, H).
         targets: (B, n, T), -100 where not scored.
@@ -85,6 +91,19 @@ def trained(
     with torch.no_grad():
         hidden = model.model(input_ids=_walk(successors, B * n, T, V, g)).last_hidden_state
     return _batch("trained", hidden.reshape(-1, H), weight.detach(), (B, n, T), masked, g)
+
+
+def real(model: str, data: str, rows: int, dtype: torch.dtype) -> Peaked:
+    """The first lists of an entry of ``lists.json`` with ``rows`` scored rows or more."""
+    entry = lists.load()[data]
+    totals = list(itertools.accumulate(map(sum, entry.completions)))
+    count = min(bisect.bisect_left(totals, rows) + 1, len(totals))
+    hidden, weight, targets = lists.hidden_states(data, model, count)
+    scored = hidden[targets >= 0].split(256)
+    top1 = torch.cat([(x @ weight.t()).softmax(1).amax(1) for x in scored]).mean().item()
+    rewards = torch.tensor(entry.head(count).unit_rewards)
+    name = lists.MODELS[model].label
+    return Peaked(name, hidden.to(dtype), weight.to(dtype), targets, rewards, top1)
 
 
 def _law(vocab: int) -> Tensor:

@@ -4,7 +4,7 @@
 // query, and of its ancestors, in blocks. The forward is FlashAttention's (arXiv 2205.14135):
 // scores of a block, the running maximum and sum of each row, and P V added to the output. The
 // backward (arXiv 2307.08691, algorithm 2) computes P again from the log-sum-exp. All products are
-// one function: numbers of A times registers of B, with kRows x 2 registers of C.
+// those of product.h.
 #pragma once
 
 #include <algorithm>
@@ -13,50 +13,11 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "product.h"
 #include "vec_math.h"
 
 namespace pk {
 namespace {  // why: rows.h
-
-// c[0:R, 0:2 kLanes] = a b, or += ; element (i, k) of a is a[i * row + k * step].
-template <class I, int R>
-inline void product_of_rows(const float* a, int64_t row, int64_t step, const float* b,
-                            int64_t b_row, float* c, int64_t c_row, int64_t depth, bool add) {
-  using Reg = typename I::Reg;
-  Reg sum[R][2];
-  for (int r = 0; r < R; ++r) {
-    sum[r][0] = sum[r][1] = I::set(0.0f);
-    if (add) I::load_pair(c + r * c_row, sum[r][0], sum[r][1]);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Reg left, right;
-    I::load_pair(b + k * b_row, left, right);
-    for (int r = 0; r < R; ++r) {
-      const Reg x = I::set(a[r * row + k * step]);
-      sum[r][0] = I::fma(x, left, sum[r][0]);
-      sum[r][1] = I::fma(x, right, sum[r][1]);
-    }
-  }
-  for (int r = 0; r < R; ++r) I::store_pair(c + r * c_row, sum[r][0], sum[r][1]);
-}
-
-// The same for any number of rows, and of columns a multiple of 2 kLanes.
-template <class I>
-void product(const float* a, int64_t row, int64_t step, const float* b, int64_t b_row, float* c,
-             int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool add) {
-  constexpr int kRows = I::kLanes == 16 ? 12 : 6;  // with 32 or 16 registers
-  for (int64_t j = 0; j < columns; j += 2 * I::kLanes) {
-    const auto some = [&](auto count, int64_t i) {
-      product_of_rows<I, decltype(count)::value>(a + i * row, row, step, b + j, b_row,
-                                                 c + i * c_row + j, c_row, depth, add);
-    };
-    int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) some(std::integral_constant<int, kRows>(), i);
-    if (kRows > 6 && i + 6 <= rows) some(std::integral_constant<int, 6>(), i), i += 6;
-    if (i + 4 <= rows) some(std::integral_constant<int, 4>(), i), i += 4;
-    for (; i < rows; ++i) some(std::integral_constant<int, 1>(), i);
-  }
-}
 
 // Calls f(p) for p = 0, 2 kLanes, ... below count.
 template <class I, class F>

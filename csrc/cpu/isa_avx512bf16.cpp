@@ -11,6 +11,6 @@
 namespace pk {
 
 extern const Isa kAvx512Bf16Isa;
-const Isa kAvx512Bf16Isa = isa_table<Avx512Bf16>();
+const Isa kAvx512Bf16Isa = isa_table<Avx512Bf16, PairsOfBf16<Bf16Dots>>();
 
 }  // namespace pk

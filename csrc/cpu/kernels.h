@@ -1,9 +1,9 @@
 // What one instruction set provides: three functions on one row of logits, per dtype, and two on a
-// tile of attention.
+// tile of attention, and those of a column filter.
 //
 // Everything around the rows (threads, masks, the target's own entry, finishing in double) is
-// compiled once, in logits.cpp; what is around the tiles, in attention.cpp. A new instruction set
-// is one vec_*.h, one isa_*.cpp and one line in dispatch.cpp.
+// compiled once, in logits.cpp; what is around the others, in attention.cpp and filter.cpp. A new
+// instruction set is one vec_*.h, one isa_*.cpp and one line in dispatch.cpp.
 #pragma once
 
 #include <cstdint>
@@ -62,10 +62,44 @@ struct AttentionKernels {
   void (*backward)(const Tree&, int64_t head, int64_t segment, int64_t start, int64_t rows);
 };
 
+// A piece of dZ0 W: the rows of a group, columns [first, end) of W, from its rows [from, to).
+struct HiddenPiece {
+  int64_t group;
+  int64_t first;
+  int64_t end;
+  int64_t from;
+  int64_t to;
+};
+
+// The two products of the columns that groups of rows keep (filter.h).
+struct FilterProducts {
+  int64_t number_size;  // bytes of a number as the products read it, of `depth` operands
+  int64_t depth;
+  // Adds a piece to its place in `sums (N, width)`, whose rows are in the order of the groups.
+  void (*hidden)(const ColumnFilter&, const HiddenPiece&, float* sums, int64_t width);
+  // Rows of X for all products of a group, (depth, width), behind those of the groups before it.
+  void (*bring_together)(const ColumnFilter&, int64_t group, void* out, int64_t width);
+  void (*weight)(const ColumnFilter&, const void* sides, int64_t width, int64_t first, int64_t end);
+};
+
+struct FilterKernels {
+  void (*add_operands)(const ColumnFilter&, int64_t from, int64_t to, float* sum);
+  float (*squared_distance)(const ColumnFilter&, int64_t row);
+  void (*count_large)(const ColumnFilter&, int64_t row);
+  void (*add_rows)(const ColumnFilter&, int64_t group);
+  void (*compact)(const ColumnFilter&, int64_t group);
+  // Of place i in the order: the sums before all pieces, and their result.
+  void (*begin_hidden)(const ColumnFilter&, int64_t i, float* sums);
+  void (*end_hidden)(const ColumnFilter&, int64_t i, const float* sums);
+  FilterProducts products;
+  FilterProducts of_bf16;  // where all operands are
+};
+
 struct Isa {
   const char* name;
   RowKernels kernels[kDTypes];
   AttentionKernels attention;
+  FilterKernels filter;
 };
 
 // The instruction set in use, chosen on first use or by pk_cpu_set_isa.

@@ -21,3 +21,13 @@ PK_EXPORT void pk_cpu_ranking(const pk::RankingBatch* batch, const pk::RankingOp
                               int32_t threads);
 PK_EXPORT void pk_cpu_tree_attention(const pk::TreeAttention* arguments, int32_t threads);
 PK_EXPORT void pk_cpu_tree_attention_backward(const pk::TreeAttention* arguments, int32_t threads);
+// The columns that groups of rows keep: the sum of the rows of W (to `centre`), the square of the
+// distance of each from the centre (to `sums`), counts for each row, sums for each group, what rows
+// lose with the kept entries moved to the front, and the two products of them.
+PK_EXPORT void pk_cpu_filter_centre(const pk::ColumnFilter* filter, int32_t threads);
+PK_EXPORT void pk_cpu_filter_distances(const pk::ColumnFilter* filter, int32_t threads);
+PK_EXPORT void pk_cpu_filter_count(const pk::ColumnFilter* filter, int32_t threads);
+PK_EXPORT void pk_cpu_filter_sums(const pk::ColumnFilter* filter, int32_t threads);
+PK_EXPORT void pk_cpu_filter_compact(const pk::ColumnFilter* filter, int32_t threads);
+PK_EXPORT void pk_cpu_filter_hidden_grad(const pk::ColumnFilter* filter, int32_t threads);
+PK_EXPORT void pk_cpu_filter_weight_grad(const pk::ColumnFilter* filter, int32_t threads);

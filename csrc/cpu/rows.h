@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "attention.h"
+#include "filter.h"
 #include "kernels.h"
 #include "vec_math.h"
 
@@ -264,12 +265,13 @@ constexpr RowKernels row_kernels() {
   return {stats_entry<I, T>, gradient_entry<I, T>, tilted_gradient_entry<I, T>};
 }
 
-// The table of instruction set I, in the order of DType.
-template <class I>
+// The table of instruction set I, in the order of DType; M: how it multiplies bf16.
+template <class I, class M = Floats<I>>
 constexpr Isa isa_table() {
   return {I::kName,
           {row_kernels<I, float>(), row_kernels<I, BFloat16>(), row_kernels<I, Half>()},
-          attention_kernels<I>()};
+          attention_kernels<I>(),
+          filter_kernels<I, M>()};
 }
 
 }  // namespace

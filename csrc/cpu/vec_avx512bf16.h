@@ -22,5 +22,19 @@ struct Avx512Bf16 : Avx512 {
   }
 };
 
+// Products of pairs, as product.h takes them. The processor counts subnormal numbers as 0.
+struct Bf16Dots {
+  using Lanes = Avx512Bf16;
+  using Number = uint32_t;
+  static inline __m512 multiply_add(uint32_t a, __m512 b, __m512 c) {
+    const __m512i pairs = _mm512_set1_epi32(int(a));
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(pairs), reinterpret_cast<__m512bh>(b));
+  }
+  static inline void load_pair(const uint32_t* p, __m512& a, __m512& b) {
+    a = _mm512_castsi512_ps(_mm512_loadu_si512(p));
+    b = _mm512_castsi512_ps(_mm512_loadu_si512(p + Avx512Bf16::kLanes));
+  }
+};
+
 }  // namespace
 }  // namespace pk

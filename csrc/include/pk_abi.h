@@ -104,13 +104,44 @@
   FIELD(float*, key_grad)            /* (S, sums, d), added to; over the scale */              \
   FIELD(float*, value_grad)          /* (S, sums, e), added to */
 
+// The columns that each group of rows of dZ0 keeps (pro_kernels/fused/columns.py). G groups of
+// `group_rows` rows, the last may have fewer; H hidden.
+#define PK_COLUMN_FILTER(FIELD)                                                           \
+  FIELD(void*, entries) /* (N, V) dZ0; kept entries move to the front of their rows */    \
+  FIELD(int32_t, dtype)                                                                   \
+  FIELD(int64_t, rows)                                                                    \
+  FIELD(int64_t, columns)                                                                 \
+  FIELD(int64_t, stride)                                                                  \
+  FIELD(double, threshold)     /* above which an entry counts */                          \
+  FIELD(int64_t*, need)        /* (N,) out: how many entries of a row count */            \
+  FIELD(const int64_t*, order) /* (N,) rows of the first group, of the second, ... */     \
+  FIELD(int64_t, group_rows)                                                              \
+  FIELD(float*, sums)           /* (G, V) out: of the entries, without their signs */     \
+  FIELD(const int64_t*, starts) /* (G + 1,) of the groups in `kept` */                    \
+  FIELD(const int32_t*, kept)   /* columns, ascending in each group */                    \
+  FIELD(const float*, weights)  /* (2, V) */                                              \
+  FIELD(float*, lost)           /* (3, N) out: sums of what leaves, plain and weighted */ \
+  /* Of the products. */                                                                  \
+  FIELD(const void*, operand) /* (V, H) W, or (N, H) X */                                 \
+  FIELD(int32_t, operand_dtype)                                                           \
+  FIELD(int64_t, hidden)                                                                  \
+  FIELD(int64_t, operand_stride)                                                          \
+  FIELD(float*, centre)          /* (H,) */                                               \
+  FIELD(const float*, stand_ins) /* (N,) by which it is multiplied */                     \
+  FIELD(void*, out)              /* (N, H) dZ0 W, or (V, H) dZ0^T X */                    \
+  FIELD(int32_t, out_dtype)                                                               \
+  FIELD(int64_t, out_stride)                                                              \
+  FIELD(int32_t, accumulate) /* dZ0^T X: fp32, added to */                                \
+  FIELD(int32_t, move)       /* compact: whether entries move */
+
 #define PK_STRUCTS(STRUCT)                   \
   STRUCT(LogitOptions, PK_LOGIT_OPTIONS)     \
   STRUCT(RankingOptions, PK_RANKING_OPTIONS) \
   STRUCT(Rows, PK_ROWS)                      \
   STRUCT(RankingBatch, PK_RANKING_BATCH)     \
   STRUCT(Matrix, PK_MATRIX)                  \
-  STRUCT(TreeAttention, PK_TREE_ATTENTION)
+  STRUCT(TreeAttention, PK_TREE_ATTENTION)   \
+  STRUCT(ColumnFilter, PK_COLUMN_FILTER)
 
 namespace pk {
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pro_kernels.backends.native as native
+from pro_kernels.backends.native_filter import Filtered
 from pro_kernels.options import setting
 
 NAME = "cpu"
@@ -35,6 +36,18 @@ _SIGNATURES: native.Signatures = {
     **native.signatures(None, c_int32),  # the last: threads
     "tree_attention": (None, (POINTER(native.TreeAttention), c_int32)),
     "tree_attention_backward": (None, (POINTER(native.TreeAttention), c_int32)),
+    **{
+        f"filter_{name}": (None, (POINTER(native.ColumnFilter), c_int32))
+        for name in (
+            "centre",
+            "distances",
+            "count",
+            "sums",
+            "compact",
+            "hidden_grad",
+            "weight_grad",
+        )
+    },
 }
 
 
@@ -111,6 +124,7 @@ def _call(name: str, x: Tensor, *arguments: object) -> None:
 _kernels = native.Kernels(_call)
 logp, residual_, logits_grad = _kernels.logp, _kernels.residual_, _kernels.logits_grad
 ranking = _kernels.ranking
+filtered = Filtered(_call)
 gather_rows = scatter_rows = target_logits = score = scores_fused = None  # as PyTorch has them
 
 

@@ -166,3 +166,4 @@ _kernels = native.Kernels(_call, _MAX_COLUMNS)
 logp, residual_, logits_grad = _kernels.logp, _kernels.residual_, _kernels.logits_grad
 ranking = _kernels.ranking
 score = scores_fused = None  # log-probs come from logits
+filtered = None  # as PyTorch has them

@@ -88,6 +88,26 @@ class TreeAttention(ctypes.Structure):
     ]
 
 
+class ColumnFilter(ctypes.Structure):
+    """The columns that groups of rows of dZ0 keep, and the products of them."""
+
+    _fields_ = [
+        ("entries", c_void_p),
+        ("dtype", c_int32),
+        *_all(c_int64, "rows columns stride"),
+        ("threshold", c_double),
+        *_all(c_void_p, "need order"),
+        ("group_rows", c_int64),
+        *_all(c_void_p, "sums starts kept weights lost operand"),
+        ("operand_dtype", c_int32),
+        *_all(c_int64, "hidden operand_stride"),
+        *_all(c_void_p, "centre stand_ins out"),
+        ("out_dtype", c_int32),
+        ("out_stride", c_int64),
+        *_all(c_int32, "accumulate move"),
+    ]
+
+
 def _options_struct(name: str, hints: dict[str, object]) -> type[ctypes.Structure]:
     fields = [(field, _OPTION_TYPES[kind][0]) for field, kind in hints.items()]
     fields.sort(key=lambda field: -ctypes.sizeof(field[1]))  # no padding
@@ -100,7 +120,7 @@ _HINTS = {
 }
 _OPTIONS = {o: _options_struct(o.__name__, hints) for o, hints in _HINTS.items()}
 _STRUCTS: tuple[type[ctypes.Structure], ...] = (
-    *_OPTIONS.values(), Rows, RankingBatch, Matrix, TreeAttention,
+    *_OPTIONS.values(), Rows, RankingBatch, Matrix, TreeAttention, ColumnFilter,
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ sequences, ``B`` prompts, ``n`` candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class Backend(Protocol):
             the raw logit of each target as an exact dot product. None: plain PyTorch does it.
         score: ``(x (N, H), weight (V, H), bias or None, targets (N,), *, options) -> (logp, lse)``,
             with no logit written. None: a matmul and ``logp``.
+        filtered: the functions of ``fused/column_groups.py``, for ``grad_filter``. None: plain
+            PyTorch has them.
         scores_fused: ``(N, H, V, dtype, device) -> bool``: whether ``score`` is the faster there.
     """
 
@@ -52,6 +54,7 @@ class Backend(Protocol):
     target_logits: Callable[..., Tensor] | None
     score: Callable[..., tuple[Tensor, Tensor]] | None
     scores_fused: Callable[..., bool] | None
+    filtered: Any
 
     def unusable(self, device: torch.device) -> str | None:
         """Why this backend cannot serve ``device``; None: it can. Asked at every call: cheap."""
@@ -112,7 +115,7 @@ class Backend(Protocol):
 
 OPTIONAL = (
     *("VERIFIED", "only_when_named"),
-    *("gather_rows", "scatter_rows", "target_logits", "score", "scores_fused"),
+    *("gather_rows", "scatter_rows", "target_logits", "score", "scores_fused", "filtered"),
 )
 REQUIRED = (
     *("NAME", "DTYPES", "MAX_CANDIDATES"),

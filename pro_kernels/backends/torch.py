@@ -31,9 +31,8 @@ from pro_kernels.ranking import rank_terms, temperatures
 NAME = "torch"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_CANDIDATES = None  # any n
-VERIFIED = only_when_named = gather_rows = scatter_rows = target_logits = score = scores_fused = (
-    None
-)
+VERIFIED = only_when_named = gather_rows = scatter_rows = target_logits = None
+score = scores_fused = filtered = None
 
 # Bytes of fp32 (fp64) copies of logits at a time: few enough for a processor's cache, in which all
 # passes over them then stay. On a GPU small blocks are all launches: 16 MB took 12 times plain

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pro_kernels.fused import matmul
 from pro_kernels.fused.call import Call, acc_dtype
+from pro_kernels.fused.column_groups import Groups
+from pro_kernels.fused.columns import functions
 from pro_kernels.fused.gather_scatter import (
     Rows,
     empty_rows,
@@ -198,60 +201,84 @@ def _kept_backward(
     """DW and dbias of the columns that each chunk kept."""
     n = len(rows)
     chunks = chunks_of(n, call.plan.chunk, min(saved.kept.shape[0], n))
-    wanted = out[1:]
-    sums = [_zeros_for(x, len(chunks) > 1) for x in wanted]  # their sum is fp32
+    sums = [_sum_for(x, len(chunks) > 1) for x in out[1:]]
     w, xw = weighted
     for i, (start, stop) in enumerate(chunks):
-        at, columns, count = slice(start, stop), saved.filter.of(i), saved.filter.count(i)
+        at = slice(start, stop)
+        groups = saved.filter.of(i, at)
         if start < saved.kept.shape[0]:
-            dz = saved.kept[at, :count]
+            dz = saved.kept[at]
         else:
-            dz = empty_rows(saved.kept, stop - start, count, call.logits_dtype)
             assert weight is not None
-            some = None if bias is None else _take(bias, columns)
-            # The copy of the weight is not held beyond this: that of dW comes next.
-            x = rows_of(call, hidden, rows[at])
-            matmul.logits_into(dz, x, _take(weight, columns), some, rows[at].late(call))
-            t = targets[at]
-            if columns is not None:
-                t = torch.searchsorted(columns, t.to(columns.dtype))
-            exact = saved.exact(call, at)
-            lse = saved.stats[0, at]
-            call.kernels.logits_grad(
-                dz, lse, t, None, target_logits=exact, options=call.logits, out=dz
-            )
-            if call.lse:
-                clear_targets(call, dz, t)
-            dz = dz.to(call.compute_dtype)
-        add_columns(columns, dz, xw[at], w[at], sums)
-    for grad, total in zip(wanted, sums, strict=True):
+            dz = _kept_again(call, hidden, weight, bias, rows[at], targets[at], saved, at, groups)
+        add_columns(call, groups, dz, xw[at], w[at], sums, accumulate=i > 0)
+    for grad, total in zip(out[1:], sums, strict=True):
         if grad is not None and total is not None and total is not grad:
             grad.copy_(total)
 
 
+def _kept_again(
+    call: Call,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Rows,  # of a chunk that was not retained
+    targets: Tensor,
+    saved: Saved,
+    at: slice,
+    groups: Groups | None,
+) -> Tensor:
+    """The chunk's dZ0, compact, computed again group by group."""
+    x, late = rows_of(call, hidden, rows), rows.late(call)
+    widest = call.vocab if groups is None else groups.widest
+    dz = empty_rows(saved.kept, len(rows), widest, call.logits_dtype)
+    exact, lse = saved.exact(call, at), saved.stats[0, at]
+    every: tuple[Any, None] = (slice(None), None)
+    for some, columns in [every] if groups is None else groups:
+        x_some, t = x[some], targets[some]
+        z = dz
+        if columns is not None:
+            z = empty_rows(saved.kept, len(some), columns.shape[0], call.logits_dtype)
+            t = torch.searchsorted(columns, t.to(columns.dtype))
+        matmul.logits_into(
+            z, x_some, _take(weight, columns), None if bias is None else _take(bias, columns),
+            None if late is None else late[some],
+        )  # fmt: skip
+        call.kernels.logits_grad(
+            z, lse[some], t, None, target_logits=None if exact is None else exact[some],
+            options=call.logits, out=z,
+        )  # fmt: skip
+        if call.lse:
+            clear_targets(call, z, t)
+        if z is not dz:
+            dz[:, : z.shape[1]].index_copy_(0, some, z)
+    return dz.to(call.compute_dtype)
+
+
 def add_columns(
-    columns: Tensor | None,  # (kept,); None: all
-    dz: Tensor,  # (rows, kept)
+    call: Call,
+    groups: Groups | None,  # None: all columns
+    dz: Tensor,  # (rows, V), compact
     xw: Tensor,  # (rows, H)
     weights: Tensor,  # (rows,)
-    sums: Sequence[Tensor | None],  # dW (V, H) and dbias (V,)
+    sums: Sequence[Tensor | None],  # dW (V, H) and dbias (V,), in fp32 or wider to be added to
+    accumulate: bool,
 ) -> None:
-    """Add a chunk's dW and dbias to the columns it kept, in the dtype of the sums.
-
-    16-bit sums are for a single chunk, and all zeros.
-    """
+    """A chunk's dW and dbias, of the columns that it kept."""
     d_weight, d_bias = sums
-    if columns is None:
-        if d_weight is not None:
-            matmul.weight_grad(dz, xw, d_weight, accumulate=d_weight.itemsize >= 4)
-        if d_bias is not None:
-            d_bias += bias_grad(dz, weights).to(d_bias.dtype)
+    if d_weight is not None and groups is None:
+        matmul.weight_grad(dz, xw, d_weight, accumulate)
+    elif d_weight is not None:
+        functions(call).weight_grad(dz, groups, xw, d_weight, accumulate)
+    if d_bias is None:
         return
-    if d_weight is not None:
-        part = d_weight.new_empty(columns.shape[0], xw.shape[1])
-        d_weight.index_add_(0, columns, matmul.weight_grad(dz, xw, part, accumulate=False))
-    if d_bias is not None:
-        d_bias.index_add_(0, columns, bias_grad(dz, weights).to(d_bias.dtype))
+    if not accumulate:
+        d_bias.zero_()
+    if groups is None:
+        d_bias += bias_grad(dz, weights).to(d_bias.dtype)
+    for rows, columns in groups or ():
+        part = bias_grad(dz[:, : columns.shape[0]].index_select(0, rows), weights[rows])
+        d_bias.index_add_(0, columns, part.to(d_bias.dtype))
 
 
 def bias_grad(dz: Tensor, weights: Tensor) -> Tensor:
@@ -273,11 +300,11 @@ def _powers_of_two(*weights: Tensor | None) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
 
 
-def _zeros_for(out: Tensor | None, several: bool) -> Tensor | None:
-    """``out`` itself, cleared; where several 16-bit terms are to be added, an fp32 one."""
-    if out is None or not several or out.dtype == acc_dtype(out.dtype):
-        return None if out is None else out.zero_()
-    return torch.zeros_like(out, dtype=acc_dtype(out.dtype))
+def _sum_for(out: Tensor | None, several: bool) -> Tensor | None:
+    """``out`` itself; where several 16-bit terms are to be added, an fp32 tensor."""
+    if out is None or out.dtype == acc_dtype(out.dtype) or (not several and out.dim() > 1):
+        return out
+    return torch.empty_like(out, dtype=acc_dtype(out.dtype))
 
 
 def _take(x: Tensor, columns: Tensor | None) -> Tensor:

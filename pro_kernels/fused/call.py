@@ -44,7 +44,7 @@ class Call:
         final_dtype: to which the loss's terms are cast, or None.
         prompt_tokens: tier T2 only, tokens of each prompt.
         batch_invariant: whether a row's log-prob is the same to the bit in any batch.
-        grad_filter: probability mass that columns may lose, or None.
+        grad_filter: probability mass that rows may lose on average, "auto", or None.
         targets_checked: whether all targets are known to lie in the vocabulary.
         shared_rows: whether a row of the hidden states is read by several tokens.
         outputs: names of what is wanted of each row, in the order of ``head_forward``'s values.
@@ -64,7 +64,7 @@ class Call:
     final_dtype: torch.dtype | None = None
     prompt_tokens: tuple[int, ...] = ()
     batch_invariant: bool = False
-    grad_filter: float | None = None
+    grad_filter: float | str | None = None
     targets_checked: bool = False
     shared_rows: bool = False
     outputs: tuple[str, ...] = ("logps",)

@@ -1,119 +1,177 @@
 """Vocabulary columns that leave the gradient matmuls (``grad_filter=tau``).
 
-In a trained model most columns have next to no probability in any row of a chunk. With dZ0 at hand
-(its entries are ``-p_v`` off the target, times the slope of scale and softcap), the columns with
-the smallest largest entry are dropped as long as, in every row r,
+In a trained model most columns have next to no probability in a row, but which and how many differs
+from row to row. With dZ0 of a chunk at hand (its entries are ``-p_v`` off the target, times the
+slope of scale and softcap), rows are sorted by how many entries they have above a threshold and cut
+into groups. Of all pairs (group, column) those leave that do the least harm, as long as
 
-    m_r = sum_{v dropped} |dZ0_rv| <= tau |logit_scale|
+    mean over r of  m_r = sum_{v dropped} |dZ0_rv|   is at most  tau |logit_scale|
 
-so that, without a softcap, no row loses more than tau of its probability (with one, probabilities
-count by the softcap's slope: where it is flat they do not reach the gradient). Columns that are a
-row's target stay. What is left is dense, ``(rows, kept)``, so the two gradient matmuls cost
-``4 kept / V`` instead of 4 (in units of ``N H V`` flops).
+so that, without a softcap, a row loses on average no more than tau of its probability (with one,
+probabilities count by the softcap's slope: where it is flat they do not reach the gradient). The
+harm of a pair is ``sum_{r in group} |dZ0_rv| |W_v - u|``, and one limit of it holds for all pairs:
+a Lagrange multiplier. So mass is spent on the rows where it buys most columns. Columns that are the
+target of a row of the group stay. What is left is dense within each group, so the two gradient
+matmuls cost ``4 kept / V`` instead of 4 (in units of ``N H V`` flops).
 
-The rows of dZ0 W keep what the dropped columns have in common: a vector ``u``, the mean of their
-W_v weighted by their largest entries, stands in for each W_v, as ``-m_r u`` (any u is allowed; with
-none the sum over a row of dZ0 would no longer be 0, and what all W_v share would not cancel). It
-goes through the same matmul, in columns behind the kept ones: what cancels does so before a result
-is rounded to 16 bits. For row weights w and the stored dZ0, by the triangle inequality and
-Cauchy-Schwarz:
+The rows of dZ0 W keep what the dropped columns have in common: ``u``, the mean of all W_v, stands
+in for each of them, as ``-m_r u`` (any u is allowed; with none the sum over a row of dZ0 would no
+longer be 0, and what all W_v share would not cancel). For row weights w and the stored dZ0, by the
+triangle inequality, with s_r being m_r as it was summed (``_SUMS``) and then held by the matmul's
+dtype:
 
-    |error of dHidden_r|  <= |w_r| (m_r max_{v dropped} |W_v - u| + |m_r - s_r| |u|)
-    |error of dW|_F       <= sum_r |w_r| |x_r| (sum_{v dropped} dZ0_rv^2)^(1/2)
+    |error of dHidden_r|  <= |w_r| (sum_{v dropped} |dZ0_rv| |W_v - u| + |m_r - s_r| |u|)
 
-where s_r is m_r as it was summed, which ``_SUMS`` bounds, and then held by the matmul's dtype.
+Row v of dW is off by at most the sum over r of ``|w_r| y_rv``, where ``y_rv = |x_r| |dZ0_rv|`` if v
+is dropped in r. With ``c_v = sum_r y_rv``, and ``2 |w_r w_q| <= w_r^2 + w_q^2``:
+
+    |error of dW|_F^2     <= sum_v (sum_r |w_r| y_rv)^2 <= sum_r w_r^2 sum_v y_rv c_v
 
 How many columns stay is known from data only: on a GPU the host waits once a chunk. Nothing else in
 the package does, and nothing does without a filter.
 
-Legend: ``R`` rows of a chunk, ``V`` vocabulary.
+Legend: ``N`` scored rows, ``R`` rows of a chunk, ``V`` vocabulary, ``H`` hidden, ``G`` groups.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Kept counts tried: V, V / 2^(1/8), ... V / 2^7.
-_STEPS = 56
-# Leaving out fewer than an eighth of the columns costs more than it saves (measured on a CPU).
-_WORTH_DROPPING = 1 / 8
+from pro_kernels.fused import column_groups, matmul
+from pro_kernels.fused.call import Call
+from pro_kernels.fused.column_groups import Groups, split
+
+# Rows of a group: few, so that they need the same columns; enough for a matmul.
+_ROWS = {"cpu": 72}
+_GPU_ROWS = 256
+# An entry above this part of tau counts as needed where rows are sorted (1/128 to 1/1024: the same
+# to 2 % of the kept columns on SmolLM2 and Gemma 3).
+_NEEDED = 2.0**-8
+# "auto": rows that tell how large dHidden is; root mean square of what rows lose over its mean.
+_SAMPLED, _SPREAD = 64, 1.4
+# Leaving out fewer than a quarter of the columns costs more than it saves (measured on a CPU).
+_WORTH_KEEPING = 3 / 4
 # Relative error of a sum over a row: of fp32, or of TF32, which a GPU may be told to multiply in.
 _SUMS = 4 * 2.0**-11
 _TINY = torch.finfo(torch.float32).tiny
-# Columns that the stand-in for the dropped ones takes: the parts of ``split``.
-STAND_INS = 2
-# Rows are taken in blocks: ones that fit a processor's cache, or few of them where launches cost.
-_BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+# Harms are told apart by exponent and three bits of the mantissa; the bin of infinity.
+_SHIFT, _INFINITE = 20, 0x7F8
+# Masses are counted in parts of tau: sums of whole numbers do not depend on their order.
+_PARTS = 2.0**32
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The columns kept for a chunk of rows."""
+class Centre:
+    """What stands in for dropped columns, and how far each column is from it."""
 
-    columns: Tensor  # (kept,) int64, ascending
-    total: Tensor  # (R,) fp32, the dropped ``sum |dZ0|`` of each row
-    mass: Tensor  # (R,) fp32, the same rounded up, past the roundings of the entries too
-    norm: Tensor  # (R,) fp32, the dropped ``(sum dZ0^2)^(1/2)`` of each row, rounded up
-    shares: Tensor  # (V,) fp32, weights of the dropped columns in ``u``, 0 for the others
-    dropped: Tensor  # (V,) bool, whether a column is left out; its share may still be 0
+    u: Tensor  # (H,) in the weight's dtype
+    distances: Tensor  # (V,) fp32, |W_v - u|
+    size: Tensor  # () fp32, |u|
+
+    @classmethod
+    def of(cls, call: Call, weight: Tensor) -> Centre:
+        """Of ``weight (V, H)``."""
+        kernels, (vocab, width) = functions(call), weight.shape
+        u = kernels.row_sum(weight).div_(max(1, vocab)).to(weight.dtype)
+        size = torch.linalg.vector_norm(u.to(torch.promote_types(u.dtype, torch.float32)))
+        return cls(u, _roots(kernels.squared_distances(weight, u), width), size.float())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kept:
     """Which columns stay in the gradient matmuls of each chunk; filled by the forward."""
 
-    tau: float | None  # None: no filter, and no room
-    columns: Tensor  # (chunks, V) int32; row c holds counts[c] columns
-    counts: Tensor  # (chunks,) int64, on the CPU: they size the matmuls
-    dropped: Tensor  # (3, N) fp32: dropped mass, norm, bound of the error of dZ0 W
+    tau: float | str | None  # None: no filter, and no room
+    columns: Tensor  # (chunks, G V) int32: those of each group, one group behind the other
+    counts: Tensor  # (chunks, G) int64, on the CPU: they size the matmuls
+    order: Tensor  # (N,) int64, rows of each chunk from its own first one
+    # (4, N) fp32 of each row: dropped mass, (sum_v y_rv c_v)^(1/2), bound of the error of dZ0 W,
+    # and the share of columns that it keeps.
+    dropped: Tensor
+    centre: Centre | None = None
 
     @classmethod
-    def empty(cls, tau: float | None, chunks: int, vocab: int, n: int, like: Tensor) -> Kept:
-        """Room for ``chunks`` chunks of ``n`` rows in all; no room without a filter."""
+    def empty(
+        cls, tau: float | str | None, chunks: int, rows: int, vocab: int, n: int, like: Tensor
+    ) -> Kept:
+        """Room for ``chunks`` chunks of up to ``rows`` of the ``n`` rows; none without a filter."""
+        groups = -(-rows // group_rows(like.device))
         if tau is None:
-            return cls(
-                None,
-                like.new_empty((0, vocab), dtype=torch.int32),
-                # On the call's device: a CPU tensor would cost Inductor its graphs.
-                like.new_empty(0, dtype=torch.int64),
-                like.new_empty((3, 0), dtype=torch.float32),
-            )
+            chunks = groups = n = 0
+        # Without a filter on the call's device: a CPU tensor would cost Inductor its graphs.
+        place = like.device if tau is None else "cpu"
         return cls(
             tau,
-            like.new_zeros((chunks, vocab), dtype=torch.int32),
-            torch.zeros(chunks, dtype=torch.int64, device="cpu"),
-            like.new_zeros((3, n), dtype=torch.float32),
+            like.new_zeros((chunks, groups * vocab), dtype=torch.int32),
+            torch.zeros((chunks, groups), dtype=torch.int64, device=place),
+            like.new_zeros(n, dtype=torch.int64),
+            like.new_zeros((4, n), dtype=torch.float32),
         )
 
-    def choose(
-        self, chunk: int, residual: Tensor, targets: Tensor, weight: Tensor, scale: float, at: slice
-    ) -> tuple[Tensor, Tensor]:
-        """Choose a chunk's columns: its dZ0, compacted in place, and the weight that fits.
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the forward leaves for the backward."""
+        return self.columns, self.counts, self.order, self.dropped
 
-        Behind the kept columns of both is the stand-in for the others. ``scale`` is that of dZ0
-        over minus the probabilities, off the target.
+    def choose(
+        self,
+        call: Call,
+        chunk: int,
+        residual: Tensor,  # (R, V) dZ0
+        x: Tensor,  # (R, H), what the head's rows of W multiply
+        targets: Tensor,  # (R,)
+        weight: Tensor,  # (V, H)
+        at: slice,
+    ) -> Tensor | None:
+        """Choose a chunk's columns, and move them to the front of its dZ0, row by row.
+
+        Returns what each row multiplies the centre with, (R,); None where all columns stay.
         """
-        assert self.tau is not None
-        chosen = select(residual, targets, self.tau * abs(scale))
-        if chosen is None:
-            self.counts[chunk] = residual.shape[1]
-            return residual, weight
-        count = chosen.columns.shape[0]
-        self.columns[chunk, :count] = chosen.columns
-        self.counts[chunk] = count
-        u, radius = center(weight, chosen)
-        parts = split(chosen.total, weight.dtype)
-        bound = reach(chosen, parts, u, radius)
-        self.dropped[:, at] = torch.stack([chosen.mass / abs(scale), chosen.norm, bound])
-        parts = -parts if scale > 0 else parts
-        rows = weight.new_empty(count + STAND_INS, weight.shape[1])
-        torch.index_select(weight, 0, self.columns[chunk, :count], out=rows[:count])
-        rows[count:] = u
-        return compact_(residual, chosen.columns, parts), rows
+        assert self.tau is not None and self.centre is not None
+        kernels, scale, distances = functions(call), call.logits.logit_scale, self.centre.distances
+        if isinstance(self.tau, str):
+            most = rounding(residual, weight)
+            found = choose_by_error(kernels, residual, targets, most, self.centre)
+        else:
+            found = choose(kernels, residual, targets, self.tau * abs(scale), distances)
+        if found is None:
+            self.counts[chunk] = call.vocab
+            self.dropped[3, at] = 1
+            return None
+        groups, left = found
+        self.counts[chunk, : len(groups.starts) - 1] = groups.starts.diff()
+        self.columns[chunk, : groups.columns.shape[0]] = groups.columns
+        self.order[at] = groups.order
+        sizes = _row_norms(x)
+        longest = torch.stack([part.amax() for part in sizes[groups.order].split(groups.size)])
+        total = torch.mv(left.t(), longest)
+        largest = total.amax().clamp_min(_TINY)  # products with a part of it do not underflow
+        lost = kernels.compact_(residual, groups, torch.stack([distances, total / largest]))
+        # Roots one by one: the products may be below what fp32 holds.
+        factors = (sizes * self.counts.shape[0]).sqrt() * largest.sqrt()
+        self.dropped[:3, at] = bounds(lost, factors, residual.dtype, weight.dtype, self.centre)
+        self.dropped[0, at] /= abs(scale)
+        place = torch.arange(len(groups.order), device=lost.device) // groups.size
+        shares = (left == 0).float().mean(1)[place]
+        self.dropped[3, at] = torch.empty_like(lost[0]).index_copy_(0, groups.order, shares)
+        return -lost[0] if scale > 0 else lost[0]
+
+    def hidden_grad(
+        self,
+        call: Call,
+        groups: Groups,
+        dz: Tensor,  # (R, V), compact
+        weight: Tensor,  # (V, H)
+        stand_ins: Tensor,  # (R,)
+        out: Tensor,  # (R, H)
+    ) -> None:
+        """``out = dz0 weight``, the centre in place of what left."""
+        assert self.centre is not None
+        functions(call).hidden_grad(dz, groups, weight, self.centre.u, stand_ins, out)
 
     def spread_dropped(self, live: Tensor) -> None:
         """Move ``dropped`` from compact order to the positions ``live``."""
@@ -124,114 +182,132 @@ class Kept:
     def part(self, chunk: int, at: slice) -> Kept:
         """The same for one chunk and its rows."""
         one = slice(chunk, chunk + 1)
-        return Kept(self.tau, self.columns[one], self.counts[one], self.dropped[:, at])
+        return replace(
+            self, columns=self.columns[one], counts=self.counts[one], order=self.order[at],
+            dropped=self.dropped[:, at],
+        )  # fmt: skip
 
-    def count(self, chunk: int) -> int:
-        """How many columns of a chunk stay."""
-        return int(self.counts[chunk]) if self.tau is not None else self.columns.shape[1]
+    def of(self, chunk: int, at: slice) -> Groups | None:
+        """The groups of a chunk with rows ``at``; None where all columns stay."""
+        if self.tau is None:
+            return None
+        size = group_rows(self.columns.device)
+        counts = self.counts[chunk, : -(-(at.stop - at.start) // size)]
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        vocab = self.columns.shape[1] // max(1, self.counts.shape[1])
+        if int(starts[-1]) == vocab * counts.shape[0]:
+            return None
+        return Groups(self.order[at], size, starts, self.columns[chunk, : int(starts[-1])])
 
-    def of(self, chunk: int) -> Tensor | None:
-        """The columns of a chunk, (kept,); None where all stay."""
-        count = self.count(chunk)
-        return None if count == self.columns.shape[1] else self.columns[chunk, :count]
+
+def functions(call: Call) -> Any:
+    """The functions of ``column_groups.py``, by the backend where it has them."""
+    return call.kernels.filtered or column_groups
 
 
-def select(residual: Tensor, targets: Tensor, tau: float) -> Selection | None:
-    """The columns of ``residual (R, V)`` that stay; those of ``targets (R,)`` are among them.
+def group_rows(device: torch.device) -> int:
+    """How many rows share a set of columns."""
+    return _ROWS.get(device.type, _GPU_ROWS)
 
-    None where all stay.
+
+def rounding(residual: Tensor, weight: Tensor) -> float:
+    """The error of ``residual weight`` that is like rounding it to the weight's dtype.
+
+    As a root mean square over the rows, of which some tell their size, two standard errors less.
     """
-    vocab = residual.shape[1]
-    largest = torch.maximum(residual.amax(0), -residual.amin(0)).float()
-    largest[targets] = torch.inf
-    edges, order = largest.sort()  # NaN comes last: never dropped
-    kept = sorted({round(vocab * 2 ** (-j / 8)) for j in range(_STEPS + 1)} - {0}, reverse=True)
-    # Step j drops order[: vocab - kept[j]]: column j marks what step j - 1 still kept of those.
-    step = largest.new_zeros(vocab, len(kept))
-    for j, (more, fewer) in enumerate(itertools.pairwise(kept), start=1):
-        step[order[vocab - more : vocab - fewer], j] = 1
-    up = 1 + max(4 * torch.finfo(residual.dtype).eps, _SUMS)
-    totals = _sums(residual, step).cumsum_(1)
-    edge = torch.stack([edges.new_zeros(()), *(edges[vocab - k - 1] for k in kept[1:])])
-    fits = (totals.amax(0) * up <= tau) & edge.isfinite()  # False for NaN
-    fits[0] = True  # nothing dropped
-    best = int(fits.cumprod(0).sum()) - 1
-    if vocab - kept[best] < max(STAND_INS, _WORTH_DROPPING * vocab):
+    rows = residual.shape[0]
+    some = torch.arange(0, rows, max(1, rows // _SAMPLED), device=residual.device)
+    squares = matmul.hidden_grad(residual[some].to(weight.dtype), weight).float().square().sum(1)
+    error = squares.std(correction=0) / max(1, len(some)) ** 0.5
+    least = (squares.mean() - 2 * error).clamp_min(0)
+    return float(least.sqrt()) * torch.finfo(weight.dtype).eps / 2
+
+
+def choose_by_error(
+    kernels: Any, residual: Tensor, targets: Tensor, most: float, centre: Centre
+) -> tuple[Groups, Tensor] | None:
+    """``choose`` such that the bound of the error of dZ0 W is at most ``most``, root mean square.
+
+    What rows lose on average is known before, the root mean square after.
+    """
+    weights, limit = torch.stack([centre.distances] * 2), most / _SPREAD
+    while limit > 0:
+        distances = centre.distances
+        found = choose(kernels, residual, targets, limit, distances, by=distances)
+        if found is None:
+            return None
+        lost = kernels.compact_(residual, found[0], weights, move=False)
+        reach = bounds(lost, lost[2], residual.dtype, residual.dtype, centre)[2]
+        error = float(reach.square().mean().sqrt())
+        if error <= most:
+            return found
+        limit *= 0.9 * most / error
+    return None
+
+
+def choose(
+    kernels: Any,
+    residual: Tensor,  # (R, V)
+    targets: Tensor,  # (R,), whose columns are kept by the groups of their rows
+    limit: float,  # what a row may lose on average
+    distances: Tensor,  # (V,)
+    by: Tensor | None = None,  # (V,) by what mass counts in that; None: 1
+) -> tuple[Groups, Tensor] | None:
+    """The groups of the rows, and the sums (G, V) of what leaves; None: all stay."""
+    rows = residual.shape[0]
+    if not rows:
         return None
-    left = order[vocab - kept[best] :]
-    dropped = torch.ones_like(largest).index_fill_(0, left, 0.0)
-    total = totals[:, best]
-    # What fp32 cannot hold of an entry is less than tiny.
-    tiny = (vocab - kept[best]) * _TINY
-    mass = total * up + tiny
-    top = edge[best].clamp_min(_TINY)
-    squares = _sums(residual, dropped[:, None], top)[:, 0]
-    # Entries below 2^-63 top have no square: their sum is at most 2^-63 top m.
-    norm = top * (squares * up).sqrt() + 2.0**-31 * top.sqrt() * mass.sqrt() + tiny
-    shares = largest.index_fill_(0, left, 0.0)
-    shares /= shares.sum().clamp_min(_TINY)  # all may be 0
-    return Selection(left.sort().values, total, mass, norm, shares, dropped > 0)
+    size = group_rows(residual.device)
+    if not limit > 0:
+        return None
+    needed = limit if by is None else limit / float(by.mean())
+    order = kernels.count_large(residual, needed * _NEEDED).argsort(stable=True)
+    sums = kernels.sums(residual, order, size)
+    harm = sums * distances
+    parts = (sums if by is None else harm) / (limit / _PARTS)
+    group = torch.arange(rows, device=order.device) // size
+    harm[group, targets[order]] = torch.inf
+    bins = harm.nan_to_num_(torch.inf, torch.inf).view(torch.int32) >> _SHIFT
+    parts = parts.nan_to_num_(0.0).clamp_max_(2 * rows * _PARTS).long()
+    lost = parts.new_zeros(_INFINITE + 1).scatter_add_(0, bins.view(-1).long(), parts.view(-1))
+    fits = (lost[:_INFINITE].cumsum(0) <= rows * _PARTS).cumprod(0).sum()
+    keep = bins >= fits
+    starts = torch.nn.functional.pad(keep.sum(1).cpu().cumsum(0), (1, 0))  # here a GPU's host waits
+    total = int(starts[-1])
+    if total > _WORTH_KEEPING * keep.numel():
+        return None
+    columns = torch.nonzero_static(keep, size=total)[:, 1].to(torch.int32).contiguous()
+    return Groups(order, size, starts, columns), sums.masked_fill_(keep, 0.0)
 
 
-def center(weight: Tensor, chosen: Selection) -> tuple[Tensor, Tensor]:
-    """``u (H,)`` in the weight's dtype, and ``max |W_v - u|`` over the dropped columns in fp32."""
-    blocks = _row_blocks(weight, 4)
-    mean = chosen.shares.new_zeros(weight.shape[1])
-    for at in blocks:
-        mean.addmv_(weight[at].float().t(), chosen.shares[at])
-    u = mean.to(weight.dtype)  # as it stands in
-    far = [_norms(_wide(weight[at]) - _wide(u)) for at in blocks]
-    return u, torch.cat(far).masked_fill_(~chosen.dropped, 0.0).amax()
+def bounds(
+    lost: Tensor, factors: Tensor, dtype: torch.dtype, held: torch.dtype, centre: Centre
+) -> Tensor:
+    """``Kept.dropped`` of a chunk's rows, (3, R), rounded up.
 
-
-def split(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total (R,)`` as a sum of ``STAND_INS`` numbers of ``dtype``, (R, 2)."""
-    high = total.to(dtype)
-    return torch.stack([high, (total - high).to(dtype)], 1)
-
-
-def reach(chosen: Selection, parts: Tensor, u: Tensor, radius: Tensor) -> Tensor:
-    """Bound of the norm of what each row of dZ0 W lost, ``parts`` standing in; (R,) fp32."""
-    rounded = (chosen.total - parts.float().sum(1)).abs()
-    return chosen.mass * radius + (_SUMS * chosen.mass + rounded) * _norms(_wide(u))
-
-
-def compact_(residual: Tensor, columns: Tensor, behind: Tensor) -> Tensor:
-    """Move these columns of ``residual (R, V)`` to its front in place, and ``behind`` after them.
-
-    Returns a view ``(R, kept + columns of behind)``.
+    ``lost``: of ``compact_``, of entries of ``dtype``; ``factors``: of the root of its last
+    sum; ``held``:
+    dtype of the stand-ins.
     """
-    kept = columns.shape[0]
-    front = residual[:, : kept + behind.shape[1]]
-    for at in _row_blocks(residual, residual.itemsize):
-        front[at, :kept] = residual[at].index_select(1, columns)
-    front[:, kept:] = behind
-    return front
+    up = 1 + max(4 * torch.finfo(dtype).eps, _SUMS)
+    total, reach, overlap = lost
+    tiny = centre.distances.shape[0] * _TINY  # what fp32 cannot hold of an entry is less
+    mass = total * up + tiny
+    rounded = (total - split(total, held).float().sum(1)).abs()
+    reach = reach * up + tiny * centre.distances.amax()
+    reach += (_SUMS * mass + rounded) * centre.size
+    return torch.stack([mass, (overlap * up + tiny).sqrt() * factors * up, reach])
 
 
-def _wide(x: Tensor) -> Tensor:
-    """16-bit numbers in fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _roots(squares: Tensor, width: int) -> Tensor:
+    """Roots of sums of ``width`` squares, fp32, rounded up, past what fp32 cannot hold of them."""
+    return (squares.sqrt() * (1 + _SUMS) + width**0.5 * 2.0**-63).float()
 
 
-def _norms(x: Tensor) -> Tensor:
-    """Norms along the last dimension, fp32, rounded up by what squares below fp32's range lose."""
-    return (x.square().sum(-1).sqrt() + x.shape[-1] ** 0.5 * 2.0**-63).float()
-
-
-def _sums(residual: Tensor, step: Tensor, top: Tensor | None = None) -> Tensor:
-    """``|residual| step``, or ``(residual / top)^2 step`` of entries up to top; (R, steps) fp32."""
-    out = step.new_empty(residual.shape[0], step.shape[1])
-    for at in _row_blocks(residual, 4):
-        entries = residual[at].abs().float()
-        if top is not None:
-            entries.clamp_max_(top).div_(top).square_()  # else a kept one's square may be inf
-        torch.mm(entries, step, out=out[at])
-    return out
-
-
-def _row_blocks(x: Tensor, itemsize: int) -> list[slice]:
-    """Slices of the rows of ``x`` such that a block at ``itemsize`` bytes an entry is small."""
-    rows, columns = x.shape
-    size = max(1, _BLOCK_BYTES.get(x.device.type, 1 << 24) // max(1, columns * itemsize))
-    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+def _row_norms(x: Tensor) -> Tensor:
+    """Norms of the rows, fp32; squares are of numbers near 1, which stay in range."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    limits = torch.finfo(torch.float32)
+    largest = x.abs().amax(1).clamp(limits.tiny, limits.max)
+    norms = torch.linalg.vector_norm(x / largest[:, None], dim=1)
+    return (norms * largest * (1 + _SUMS)).float()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pro_kernels.fused import matmul
 from pro_kernels.fused.call import Call
+from pro_kernels.fused.pages import in_huge_pages
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def empty_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Ten
     alike: a row's bits must not depend on where it stands.
     """
     step = max(1, 16 // dtype.itemsize)
-    memory = like.new_empty((rows, -(-columns // step) * step), dtype=dtype)
+    memory = in_huge_pages(like.new_empty((rows, -(-columns // step) * step), dtype=dtype))
     clear_behind(memory, columns)
     return memory[:, :columns]
 

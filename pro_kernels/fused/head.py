@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pro_kernels.fused import matmul
 from pro_kernels.fused.call import Call, acc_dtype
-from pro_kernels.fused.columns import Kept
+from pro_kernels.fused.columns import Centre, Kept
 from pro_kernels.fused.gather_scatter import Rows, clear_behind, empty_rows, rows_of, target_logits
 
 
@@ -50,14 +50,13 @@ class Saved(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Tensor], call: Call) -> Saved:
         """What ``tensors`` were made of."""
-        stats, kept, side, *of_filter = tensors
-        return cls(stats, kept, side, Kept(call.grad_filter, *of_filter))
+        stats, kept, side, columns, counts, order, dropped = tensors
+        return cls(stats, kept, side, Kept(call.grad_filter, columns, counts, order, dropped))
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All of it, in the order of the ops."""
-        f = self.filter
-        return self.stats, self.kept, self.side, f.columns, f.counts, f.dropped
+        return self.stats, self.kept, self.side, *self.filter.tensors
 
     def logp(self, call: Call) -> Tensor:
         """Log-probs, where log-sum-exps are wanted."""
@@ -84,6 +83,8 @@ def forward(
         return
     retained = min(saved.kept.shape[0], n)
     scratch = None
+    if call.grad_filter is not None and saved.filter.centre is None:
+        saved.filter.centre = Centre.of(call, weight)
     for i, (start, stop) in enumerate(chunks_of(n, plan.chunk, retained)):
         keep, at = start < retained, slice(start, stop)
         here, t = rows[at], _part(targets, at)
@@ -128,16 +129,24 @@ def forward(
             continue
         if call.lse:
             clear_targets(call, logits, t)
-        dz, w = logits, weight
+        dz, groups, stand_ins = logits, None, None
         if call.grad_filter is not None:
-            dz, w = saved.filter.choose(i, logits, t, weight, call.logits.logit_scale, at)
-            if here.scale is not None:  # norms are of gradients of the hidden states as they came
-                saved.filter.dropped[1:, at] *= here.scale.abs()
+            stand_ins = saved.filter.choose(call, i, logits, x, t, weight, at)
+            groups = saved.filter.of(i, at)
+            if here.scale is not None:  # bounds are of gradients of the hidden states as they came
+                saved.filter.dropped[2, at] *= here.scale.abs()
+            if (late := here.late(call)) is not None:
+                saved.filter.dropped[1, at] *= late.abs()
         if keep and saved.kept.dtype != call.logits_dtype:
-            clear_behind(saved.kept[at], dz.shape[1])
-            dz = saved.kept[at, : dz.shape[1]].copy_(dz)
-        if plan.need_hidden:
-            matmul.hidden_grad(dz.to(call.compute_dtype), w, _part(saved.side, at))
+            width = call.vocab if groups is None else groups.widest
+            clear_behind(saved.kept[at], width)
+            dz = saved.kept[at]
+            dz[:, :width] = logits[:, :width]
+        if plan.need_hidden and groups is not None and stand_ins is not None:
+            side = _part(saved.side, at)
+            saved.filter.hidden_grad(call, groups, dz, weight, stand_ins, side)
+        elif plan.need_hidden:
+            matmul.hidden_grad(dz.to(call.compute_dtype), weight, _part(saved.side, at))
 
 
 def _score(call, hidden, weight, bias, rows, targets, out, saved) -> bool:

@@ -20,6 +20,7 @@ from pro_kernels.fused import backward, head, matmul, prompts
 from pro_kernels.fused.call import Call, Candidates, acc_dtype
 from pro_kernels.fused.columns import Kept
 from pro_kernels.fused.gather_scatter import Rows, empty_rows, side_dtype
+from pro_kernels.fused.pages import in_huge_pages
 from pro_kernels.fused.registry import fake, op
 from pro_kernels.fused.target_columns import TargetColumns
 from pro_kernels.layout import raise_bad_target
@@ -161,7 +162,7 @@ def head_forward(
     targets: Tensor,  # (N,)
     scale: Tensor | None,  # (R,) fp32, of each row's logits
     call: Call,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the scored rows, and what the backward needs.
 
     Returns ``values`` (sum of sizes, N), which ``call.outputs`` names: "logps", "entropy", "lse"
@@ -276,7 +277,14 @@ def linear_pro(
             ends = torch.tensor([0, *tokens], device=before.device).cumsum(0)
             ranked = ranked._replace(offsets=before[ranked.offsets])
             tokens = before[ends].diff().tolist()
-        kept = Kept.empty(call.grad_filter, len(tokens), call.vocab, targets.shape[0], hidden)
+        kept = Kept.empty(
+            call.grad_filter,
+            len(tokens),
+            max(tokens, default=0),
+            call.vocab,
+            targets.shape[0],
+            hidden,
+        )
         terms, sums, row_weights = prompts.pro_forward(
             call,
             hidden,
@@ -308,7 +316,7 @@ def _(hidden, weight, bias, rows, targets, scale, candidates, need_bias, call):
         hidden.new_empty(ranked.lengths.shape, dtype=acc),
         *(d_hidden, d_weight, d_bias.to(acc)),
         hidden.new_empty(n, dtype=acc),
-        hidden.new_empty((3, 0 if call.grad_filter is None else n), dtype=torch.float32),
+        hidden.new_empty((4, 0 if call.grad_filter is None else n), dtype=torch.float32),
     )
 
 
@@ -364,7 +372,7 @@ def _head_buffers(hidden: Tensor, targets: Tensor, call: Call) -> tuple[Tensor, 
         hidden.new_empty((statistics, n), dtype=acc),
         empty_rows(hidden, plan.retained, call.vocab, kept_dtype),
         hidden.new_empty((side, hidden.shape[1]), dtype=side_dtype(call, hidden)),
-        Kept.empty(call.grad_filter, chunks, call.vocab, n, hidden),
+        Kept.empty(call.grad_filter, chunks, min(n, plan.chunk), call.vocab, n, hidden),
     )
 
 
@@ -375,7 +383,7 @@ def _grad_buffers(
     need_hidden, need_weight, need_bias = needs
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0, width)),
-        hidden.new_empty((call.vocab if need_weight else 0, width), dtype=dtype),
+        in_huge_pages(hidden.new_empty((call.vocab if need_weight else 0, width), dtype=dtype)),
         hidden.new_empty(call.vocab if need_bias else 0, dtype=dtype),
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pro_kernels.fused.backward import Gradients, add_columns
 from pro_kernels.fused.call import Call, Candidates
-from pro_kernels.fused.columns import Kept
+from pro_kernels.fused.columns import Centre, Kept
 from pro_kernels.fused.gather_scatter import (
     Rows,
     empty_rows,
@@ -49,6 +49,8 @@ def pro_forward(
     stats = values.new_empty(2, most)
     terms, sums = [], values.new_zeros(candidates.lengths.shape)
     weights = values.new_zeros(n)
+    if kept.tau is not None:
+        kept.centre = Centre.of(call, weight)
     prompt = start = 0
     for i, (count, size) in enumerate(zip(call.plan.prompt_chunks, tokens, strict=True)):
         at = slice(start, start + size)
@@ -65,7 +67,8 @@ def pro_forward(
         if size:
             w = weights[at] = row_weights[at]
             xw = weighted_rows(call, hidden, rows[at], w)
-            add_columns(own.of(0), buffer[:size, : own.count(0)], xw, w, (d_weight, d_bias))
+            groups = own.of(0, slice(0, size))
+            add_columns(call, groups, buffer[:size], xw, w, (d_weight, d_bias), accumulate=True)
             if d_hidden is not None:
                 scatter_rows(call, side, w, rows[at], d_hidden)
         prompt, start = prompt + count, start + size

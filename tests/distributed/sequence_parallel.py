@@ -189,7 +189,7 @@ def check_with_a_filter(group) -> None:
     found = filtered.output.grad_filter
     assert torch.equal(filtered.output.loss, dense.output.loss)
     assert dense.output.grad_filter is None and (found.dropped_mass > 0).any()
-    bounds = found.error_bounds(case.tensors()[0].float())
+    bounds = found.error_bounds()
     for name, bound in zip(("hidden", "weight"), bounds, strict=True):
         lost = float((filtered.grads[name] - dense.grads[name]).norm())
         assert 0 < lost <= 1.7 * float(bound) + 1e-6 * float(dense.grads[name].norm()), name

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from bench.engine import lists
 from bench.engine.case import Case, head_case
 from bench.engine.isolate import DEVICE_LOST, MARK, ROOT
 from bench.engine.record import Record, facts
@@ -42,7 +41,7 @@ from bench.report.targets import PEERS
 from bench.suites import filter, loss, step
 from bench.suites.gpu import kernels
 from bench.suites.gpu.kernels import Setting
-from bench.suites.peaked import Peaked, zipf
+from bench.suites.peaked import Peaked, real, zipf
 from pro_kernels import backends
 from pro_kernels.distinct import gpu as attention
 from pro_kernels.distinct.attention import tree_attention
@@ -231,13 +230,7 @@ def filtered(s: Setting, name: str, *sizes: int) -> Iterator[dict]:
 
 def save_states(path: Path, data: str = "ranked 4", model: str = "smollm2-135m-instruct") -> None:
     """Write real hidden states, head, targets and rewards, for ``filtered`` on a card."""
-    entry = lists.load()[data]
-    hidden, weight, targets = lists.hidden_states(data, model, len(entry.prompts))
-    rewards = torch.tensor(entry.unit_rewards)
-    scored = hidden[targets >= 0].split(256)
-    top1 = torch.cat([(x @ weight.t()).softmax(1).amax(1) for x in scored]).mean().item()
-    half, name = (hidden.bfloat16(), weight.bfloat16()), lists.MODELS[model].label
-    batch = Peaked(name, *half, targets, rewards, top1)
+    batch = real(model, data, sys.maxsize, torch.bfloat16)
     torch.save({f.name: getattr(batch, f.name) for f in fields(batch)}, path)
 
 

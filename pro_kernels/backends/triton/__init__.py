@@ -50,6 +50,7 @@ NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One program holds a prompt's scores in registers and walks its (k, i) plane in tiles.
 MAX_CANDIDATES = 1024
+filtered = None  # as PyTorch has them
 # Architecture -> the card of it that the gpu tests passed on.
 VERIFIED: dict[str, str] = {"sm_90": "NVIDIA H200"}
 
