@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from servers import FakeServer
 
 from pro_trainer.cli import commands as cli
+from pro_trainer.cli import rounds
 from pro_trainer.data.report import DataReport
 from pro_trainer.rounds import answers, lists
 from pro_trainer.rounds.options import RoundOptions
@@ -48,10 +49,13 @@ def begin(tiny_folder, tmp_path_factory):
         "--rounds": "2",
     }
 
-    def run(output: Path, *more: str, **changed: str) -> int:
+    def run(output: Path, *more: str, drawn: bool = False, **changed: str) -> int:
         options = given | {f"--{name}": value for name, value in changed.items()}
         flat = [word for pair in options.items() for word in pair if pair[1]]
-        return cli.rounds([*flat, "--output_dir", str(output), *OPTIONS, *more])
+        with pytest.MonkeyPatch.context() as patch:
+            if not drawn:  # which takes as long as a round
+                patch.setattr(rounds, "draw", lambda *_: None)
+            return cli.rounds([*flat, "--output_dir", str(output), *OPTIONS, *more])
 
     run.reward = given["--reward"]
     return run
@@ -61,7 +65,7 @@ def begin(tiny_folder, tmp_path_factory):
 def plain(begin, tmp_path_factory):
     """The folder of two rounds that nothing disturbed."""
     folder = tmp_path_factory.mktemp("plain") / "out"
-    assert begin(folder, "--mix_previous", "0.25") == 0
+    assert begin(folder, "--mix_previous", "0.25", drawn=True) == 0
     return folder
 
 
@@ -89,6 +93,7 @@ def test_each_round_leaves_lists_metrics_and_a_model(plain):
     state = json.loads((plain / "rounds.json").read_text())
     assert len(state["rounds"]) == 2 and state["ended"] == "all 2 rounds are done"
     assert state["base"]["win_rate"] == 0.5
+    assert (plain / "rounds.png").stat().st_size > 10_000
     base = read(plain / "base" / "answers.jsonl")
     for number in (1, 2):
         folder = plain / f"round-{number}"
@@ -216,9 +221,12 @@ def test_it_stops_where_the_win_rate_falls_and_where_nothing_is_ranked(
 ):
     falling = iter([0.5, 0.7, 0.6, 0.9])
     plainly = answers.metrics
-    monkeypatch.setattr(
-        answers, "metrics", lambda *lines: plainly(*lines) | {"win_rate": next(falling)}
-    )
+
+    def metrics(*lines):
+        rate = next(falling)
+        return plainly(*lines) | {"win_rate": rate, "win_rate_interval": [rate, rate]}
+
+    monkeypatch.setattr(answers, "metrics", metrics)
     output = tmp_path / "out"
     assert begin(output, "--stop_if_worse", "true", rounds="5") == 0
     state = json.loads((output / "rounds.json").read_text())
