@@ -20,6 +20,8 @@ from pro_trainer.cli import rounds
 from pro_trainer.data.report import DataReport
 from pro_trainer.rounds import answers, lists
 from pro_trainer.rounds.options import RoundOptions
+from study import rounds as study
+from study.short_and_named import short_and_named
 
 PROMPTS = [{"prompt": f"q{i}: ", "letter": "aeiou"[i % 5]} for i in range(12)]
 REWARD = """
@@ -308,3 +310,34 @@ def test_a_prompt_keeps_its_side(write_lines):
     file = write_lines({"prompt": "p3"}, {"prompt": "other"}, name="held.jsonl")
     training, held_out = sides(10, file)
     assert held_out == {"p3", "other"} and training == {f"p{i}" for i in range(10)} - {"p3"}
+
+
+def test_the_studys_reward_has_a_known_best():
+    cases = {
+        "The Glacier moves slowly downhill.": 2.0,
+        "Ice moves slowly downhill, always.": 1.0,
+        "glacier": 1.2,
+        "": 0.0,
+        "glacier " * 20: 2.0,
+        "glacier " * 40: 1.5,
+        "ice " * 80: 0.25,
+    }
+    assert short_and_named(list(cases), ["glacier"] * len(cases)) == pytest.approx(
+        [*cases.values()]
+    )
+
+
+def test_the_study_tells_what_a_run_came_to(plain):
+    found = study.results(plain)
+    assert found["prompts"] + found["base"]["prompts"] == len(PROMPTS) and len(found["rounds"]) == 2
+    assert [set(x) for x in found["minutes"]] == [
+        {"answering"}, *[{"sampling", "training", "answering"}] * 2
+    ]  # fmt: skip
+    assert all(0 <= value < 1 for x in found["minutes"] for value in x.values())
+    text = study.table(found)
+    for name, x in zip(
+        ("base", "round 1", "round 2"), [found["base"], *found["rounds"]], strict=True
+    ):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} ")]
+        assert f"{x['reward']:.3f}" in line and f"{x['win_rate']:.3f} [" in line
+    assert len(found["example"]["answers"]) == 3

@@ -173,7 +173,7 @@ class Parts:
     def _launch(self, this: Round, config: PROConfig) -> None:
         """Train by a command of its own, which reads its options from a file."""
         plain = PROConfig(output_dir="", use_cpu=config.use_cpu).to_dict()
-        options = {n: x for n, x in config.to_dict().items() if n in plain and x != plain[n]}
+        options = {n: x for n, x in config.to_dict().items() if x != plain.get(n, x)}
         arguments = asdict(self.train_arguments(this))
         defaults = asdict(TrainArguments(demo=True))
         options |= {n: x for n, x in arguments.items() if x != defaults[n]}

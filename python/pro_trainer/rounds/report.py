@@ -41,11 +41,16 @@ def summary(found: dict[str, Any]) -> str:
 def draw(path: Path, found: dict[str, Any]) -> None:
     """Draw reward and win rate of all rounds with the intervals of their change since the base."""
     base = found["base"]["reward"]
-    reward, win_rate = {}, {}
+    reward: dict[str, tuple[float, ...]] = {}
+    win_rate: dict[str, tuple[float, ...]] = {}
     for number, x in enumerate([found["base"], *found["rounds"]]):
         name = f"round {number}" if number else "base"
-        reward[name] = (x["reward"], *(base + change for change in x["reward_interval"]))
-        win_rate[name] = (x["win_rate"], *x["win_rate_interval"])
+        change = [base + end for end in x["reward_interval"]]
+        for rows, value, (low, high) in (
+            (reward, x["reward"], change),
+            (win_rate, x["win_rate"], x["win_rate_interval"]),
+        ):
+            rows[name] = (value, min(low, value), max(high, value))  # of few prompts, rounding
     panels = {"mean reward": reward, "win rate against the base": win_rate}
     lines = {"mean reward": ("base", base), "win rate against the base": ("chance", 0.5)}
     draw_intervals(path, panels, lines)
