@@ -102,7 +102,7 @@ def linear_token_logps(
     if return_topk is not None:
         found[-2:] = [TopK(*found[-2:])]
     if return_dropped:
-        none = torch.zeros(3, *targets.shape, dtype=torch.float32, device=targets.device)
+        none = torch.zeros(4, *targets.shape, dtype=torch.float32, device=targets.device)
         found.append(dropped if dropped.numel() else none)
     return tuple(found) if len(found) > 1 else found[0]
 
@@ -180,7 +180,7 @@ def token_stats(
     if "top_ids" in stats:
         stats["top_ids"] = stats["top_ids"].long() - 1
     if dropped.numel():
-        dropped = layout.by_position(dropped).view(3, *targets.shape)
+        dropped = layout.by_position(dropped).view(4, *targets.shape)
     return stats, dropped
 
 

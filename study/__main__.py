@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pro_trainer.models import quiet
 from study import report
-from study.run import study
+from study.run import METHODS, Settings, study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,12 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--work", type=Path, default=Path("study-runs"), help="folder of the single runs"
     )
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument(
+        "--only", nargs="+", choices=sorted(METHODS), metavar="METHOD",
+        help=f"these, with one seed each: {', '.join(METHODS)}",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
     if given.processes < 1:
         parser.error(f"--processes must be at least 1, got {given.processes}")
     try:
         with quiet():
-            found = study(given.model, given.data, given.work, processes=given.processes)
+            settings = Settings(tuple((x, 1) for x in given.only)) if given.only else None
+            found = study(given.model, given.data, given.work, settings, given.processes)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -32,6 +32,7 @@ NAMES = {
     "pro_4": "PRO, n = 4",
     "pro_8": "PRO, n = 8",
     "pro_4_sum": "PRO, n = 4, SFT term summed",
+    "pro_4_filter": "PRO, n = 4, with grad_filter",
 }
 MEASURES = {
     "pairwise_accuracy": "pairwise accuracy",

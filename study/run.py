@@ -38,6 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "pro_4": {"candidates": 4, **PRO},
     "pro_8": {"candidates": 8, **PRO},
     "pro_4_sum": {"candidates": 4, **PRO, "sft_reduction": "sum"},
+    # Not of a whole study; beside the one above it: ``--only pro_4 pro_4_filter``.
+    "pro_4_filter": {"candidates": 4, **PRO, "grad_filter": 0.0024},
 }
 
 

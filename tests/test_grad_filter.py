@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 
 import pro_kernels as pk
 from cases import fp32_sums, usable_backends
+from pro_kernels import backends
 from pro_kernels.backends import cpu
 from pro_kernels.fused import column_groups, columns, matmul
 from pro_kernels.fused.call import Call
@@ -315,12 +318,18 @@ def test_what_rows_lose_does_not_underflow(gap, dtype):
         assert bound <= 1.3 * of_weight + 1e-30
 
 
-@pytest.mark.parametrize("name", isas())
+WAYS = {name: (partial(isa, name), cpu.filtered) for name in isas()}
+if "triton" in usable_backends():
+    own = backends.get("triton").filtered
+    WAYS["triton"] = nullcontext, own
+
+
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES[1:] for b in DTYPES[1:]], ids=str)
 @pytest.mark.parametrize(
     "shape", [(23, 301, 37, 7), (5, 40, 64, 8), (1, 9, 3, 7), (150, 700, 96, 72)]
 )
-def test_the_library_does_what_plain_pytorch_does(name, dtypes, shape):
+def test_kernels_do_what_plain_pytorch_does(name, dtypes, shape):
     (rows, vocab, hidden, size), (entries, operands) = shape, dtypes
     g = torch.Generator().manual_seed(0)
     dz = torch.rand(rows, vocab + 5, generator=g).pow(8).neg().to(entries)[:, :vocab]
@@ -335,8 +344,9 @@ def test_the_library_does_what_plain_pytorch_does(name, dtypes, shape):
     groups = Groups(order, size, starts, kept.nonzero()[:, 1].int())
     stand_ins = torch.randn(rows, generator=g)
     found = []
-    with isa(name):
-        for kernels in (column_groups, cpu.filtered):
+    context, own = WAYS[name]
+    with context():
+        for kernels in (column_groups, columns.Functions(own)):
             z = dz.clone()
             centre = kernels.row_sum(weight).div_(vocab).to(operands)
             lost = kernels.compact_(z, groups, weights)

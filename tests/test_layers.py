@@ -39,7 +39,7 @@ fused.rank_order: fused.call layout option_types options output ranking validate
 fused.registry: fused.call
 fused.gather_scatter: fused.call fused.matmul fused.pages
 fused.column_groups: fused.matmul
-fused.columns: fused.call fused.column_groups fused.matmul
+fused.columns: backends fused.call fused.column_groups fused.matmul
 fused.head: fused.call fused.columns fused.gather_scatter fused.matmul
 fused.target_columns: fused.call fused.gather_scatter fused.head
 fused.backward: fused.call fused.column_groups fused.columns fused.gather_scatter fused.head

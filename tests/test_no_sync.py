@@ -66,7 +66,8 @@ REASONS = {
     "once a call of several ranks, as its docstring says": "fused/shards.agree",
     "once a chunk, only with grad_filter: how many columns stay is data": ("fused/columns.choose"),
     "of counts that are on the host": (
-        "fused/column_groups.Groups.widest fused/column_groups.Groups.__iter__ fused/columns.Kept.of"
+        "fused/column_groups.Groups.widest fused/column_groups.Groups.__iter__ "
+        "fused/columns.Kept.of"
     ),
 }
 ALLOWED = " ".join(REASONS.values()).split()

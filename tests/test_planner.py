@@ -43,9 +43,9 @@ OF_PROMPTS["budget"] = (32000 * 256 * 4 + 600 * (32000 * 2 + 4 * 256 * 4) + MB) 
         ({"budget": 200 * MB}, ("T1",)),
         ({"budget": 200 * MB, "fixed": 100 * MB}, ("T3",)),
         # A filter counts the copies that a tier makes and no more.
-        ({"budget": 2 << 30, **FILTERED}, ("T1",)),
-        ({"budget": COPY + (400 << 20), **FILTERED}, ("T1",)),
-        ({"budget": COPY, **FILTERED}, ("T3",)),
+        ({"budget": 6 << 30, **FILTERED}, ("T1",)),
+        ({"budget": 4 * COPY + (400 << 20), **FILTERED, "grad_size": 2}, ("T1",)),
+        ({"budget": 3 * COPY, **FILTERED, "grad_size": 2}, ("T3",)),
         ({"budget": 2 << 30, "need_weight": False, **FILTERED}, ("T1f",)),
         # With chunks of prompts it counts an fp32 copy.
         (OF_PROMPTS, ("T2",)),
@@ -187,8 +187,8 @@ def test_the_matmuls_scratch_is_part_of_the_budget():
 @pytest.mark.parametrize(
     ("need_hidden", "grad_size", "copies"),
     [
-        (True, 2, {"T1": 2, "T2": 4, "T3": 8}),
-        (False, 2, {"T1": 2, "T2": 4, "T3": 8}),
+        (True, 2, {"T1": 8, "T2": 4, "T3": 8}),
+        (False, 2, {"T1": 8, "T2": 4, "T3": 8}),
         (True, 4, {"T1": 4, "T2": 4, "T3": 4}),  # an fp32 weight under autocast
         (True, 0, {"T1": 2, "T2": 2, "T3": 2}),  # the weight is frozen
         (False, 0, {"T1": 0, "T2": 0, "T3": 2}),  # a bias alone

@@ -269,7 +269,7 @@ def add_columns(
     if d_weight is not None and groups is None:
         matmul.weight_grad(dz, xw, d_weight, accumulate)
     elif d_weight is not None:
-        functions(call).weight_grad(dz, groups, xw, d_weight, accumulate)
+        functions(call, dz.device).weight_grad(dz, groups, xw, d_weight, accumulate)
     if d_bias is None:
         return
     if not accumulate:

@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pro_kernels import backends
 from pro_kernels.fused import column_groups, matmul
 from pro_kernels.fused.call import Call
 from pro_kernels.fused.column_groups import Groups, split
@@ -75,7 +76,7 @@ class Centre:
     @classmethod
     def of(cls, call: Call, weight: Tensor) -> Centre:
         """Of ``weight (V, H)``."""
-        kernels, (vocab, width) = functions(call), weight.shape
+        kernels, (vocab, width) = functions(call, weight.device), weight.shape
         u = kernels.row_sum(weight).div_(max(1, vocab)).to(weight.dtype)
         size = torch.linalg.vector_norm(u.to(torch.promote_types(u.dtype, torch.float32)))
         return cls(u, _roots(kernels.squared_distances(weight, u), width), size.float())
@@ -132,7 +133,8 @@ class Kept:
         Returns what each row multiplies the centre with, (R,); None where all columns stay.
         """
         assert self.tau is not None and self.centre is not None
-        kernels, scale, distances = functions(call), call.logits.logit_scale, self.centre.distances
+        kernels, scale = functions(call, residual.device), call.logits.logit_scale
+        distances = self.centre.distances
         if isinstance(self.tau, str):
             most = rounding(residual, weight)
             found = choose_by_error(kernels, residual, targets, most, self.centre)
@@ -171,7 +173,7 @@ class Kept:
     ) -> None:
         """``out = dz0 weight``, the centre in place of what left."""
         assert self.centre is not None
-        functions(call).hidden_grad(dz, groups, weight, self.centre.u, stand_ins, out)
+        functions(call, dz.device).hidden_grad(dz, groups, weight, self.centre.u, stand_ins, out)
 
     def spread_dropped(self, live: Tensor) -> None:
         """Move ``dropped`` from compact order to the positions ``live``."""
@@ -200,9 +202,23 @@ class Kept:
         return Groups(self.order[at], size, starts, self.columns[chunk, : int(starts[-1])])
 
 
-def functions(call: Call) -> Any:
-    """The functions of ``column_groups.py``, by the backend where it has them."""
-    return call.kernels.filtered or column_groups
+class Functions:
+    """The functions of ``column_groups.py``, by ``own`` where it has them."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name, None) or getattr(column_groups, name)
+
+
+def functions(call: Call, device: torch.device) -> Any:
+    """As the call's backend has them; beside the CUDA kernels, as Triton has."""
+    own = call.kernels.filtered
+    if own is None and call.kernels.NAME == "cuda":
+        triton = backends.get("triton")
+        own = triton.filtered if triton.unusable(device) is None else None
+    return Functions(own)
 
 
 def group_rows(device: torch.device) -> int:

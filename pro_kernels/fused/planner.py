@@ -169,15 +169,16 @@ def make_plan(
 def _filter_copies(numbers: int, size: int, need_hidden: bool, grad_size: int) -> dict[str, int]:
     """Bytes that ``grad_filter`` takes beside a chunk, if it keeps every one of the V H numbers.
 
-    In the forward the kept rows of the weight, for dHidden; at another time those of dW, in its own
-    dtype, in fp32 where chunks are summed (T2, T3). T3's backward also gathers the weight again,
-    before those of dW are made, and holds the fp32 sum of a 16-bit dW throughout.
+    In the forward the kept rows of the weight, for dHidden; at another time those of dW, in fp32 as
+    they are summed, and the fp32 sum of a 16-bit dW, which T2 holds anyway. T3's backward also
+    gathers the weight again, before those of dW are made. Plain PyTorch does so for one group of
+    rows after the other; the C++ kernels need less.
     """
     forward = need_hidden * size
     summed = max(grad_size, 4) if grad_size else 0
     whole = 4 if grad_size in (1, 2) else 0
     return {
-        "T1": numbers * max(forward, grad_size),
+        "T1": numbers * max(forward, whole + summed),
         "T2": numbers * max(forward, summed),
         "T3": numbers * max(forward, whole + max(size, summed)),
     }

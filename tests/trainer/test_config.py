@@ -27,6 +27,8 @@ TWO_WAYS = "tokens_per_batch=64 says which lists are in a batch, and so does .*:
         ({"reward_scale": math.nan}, "reward_scale must be of a size in"),
         ({"ddp_timeout": 0}, "ddp_timeout must be finite and > 0, got 0"),
         ({"budget_mb": 0}, "budget_mb must be finite and > 0"),
+        ({"grad_filter": "1.5"}, r"grad_filter must be a number in \(0, 1\) or auto, got '1.5'"),
+        ({"grad_filter": 0.1, "loss_impl": "reference"}, "grad_filter is an option of the fused"),
         ({"loss_type": "best"}, "unknown loss 'best'"),
         ({"loss_type": "dpo", "compat": "official"}, "compat='official' is a meaning of"),
         ({"beta": 0.1}, "beta=0.1 is no option of loss_type='pro', which has sft_weight"),

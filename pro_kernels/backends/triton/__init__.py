@@ -5,9 +5,9 @@ time, and what they compute is checked under Triton's interpreter (``TRITON_INTE
 
 Files: ``rows.py`` (a program walks rows of logits) on ``elementwise.py``; ``prompts.py`` (one
 program a prompt); ``gather_scatter.py`` (gather, scatter, the target's logit); ``scoring.py``
-(log-probs, no logit written); ``configs.py`` (launch configurations, as data); ``launch.py``
-(checks, allocations, launches); ``aot.py`` (compile without a GPU: registers, shared memory,
-spills).
+(log-probs, no logit written); ``filtered.py`` (passes of ``grad_filter``); ``configs.py`` (launch
+configurations, as data); ``launch.py`` (checks, allocations, launches); ``aot.py`` (compile without
+a GPU: registers, shared memory, spills).
 Contract: ``backends/torch.py``. Importing this package imports no Triton; the first use of one of
 the functions in ``__all__`` does.
 """
@@ -50,7 +50,6 @@ NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One program holds a prompt's scores in registers and walks its (k, i) plane in tiles.
 MAX_CANDIDATES = 1024
-filtered = None  # as PyTorch has them
 # Architecture -> the card of it that the gpu tests passed on.
 VERIFIED: dict[str, str] = {"sm_90": "NVIDIA H200"}
 
@@ -104,6 +103,8 @@ def _cuda_unusable(device: torch.device) -> str | None:
 
 def __getattr__(name: str) -> Any:
     # The launchers import triton, so they load when one is first asked for.
+    if name == "filtered":
+        return importlib.import_module(f"{__name__}.filtered")
     if name in __all__:
         function = getattr(importlib.import_module(f"{__name__}.launch"), name)
         globals()[name] = function  # the next call finds it without coming here

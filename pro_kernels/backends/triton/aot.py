@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 from unittest import mock
 
@@ -51,9 +52,11 @@ _OPTIONAL = {
     "scatter": ("by_row",),
     "target_logits": ("bias",),
     "score": ("bias",),
+    "compact": ("move",),
 }
 _HIDDEN, _WIDE = 1024, 1 << 17
 _SIDES = ("gather", "scatter", "target_logits")
+_FILTER = ("count", "sums", "compact")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ def variants(arch: str, exhaustive: bool = False) -> Iterator[Variant]:
             yield Variant(kernel, arch, dtype, table or score, *flag)
     for kernel, dtype in itertools.product(_SIDES, DTYPES):
         for given, aligned in (((), True), (_OPTIONAL[kernel], False)):
+            yield Variant(kernel, arch, dtype, None, given=given, aligned=aligned)
+    for kernel, dtype in itertools.product(_FILTER, DTYPES):
+        for given, aligned in (((), True), (_OPTIONAL.get(kernel, ()), False)):
             yield Variant(kernel, arch, dtype, None, given=given, aligned=aligned)
     for transform in TRANSFORMS:
         yield Variant("merge", arch, "fp32", None, transform)
@@ -176,7 +182,7 @@ def launches(arch: str) -> Iterator[list[tuple[str, Callable[[], Any]]]]:
 
 def _launch(variant: Variant) -> None:
     """Call the launcher such that it asks for this variant."""
-    from pro_kernels.backends.triton import launch
+    from pro_kernels.backends.triton import filtered, launch
 
     shift = int(not variant.aligned)
     index, number = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
@@ -211,6 +217,14 @@ def _launch(variant: Variant) -> None:
             launch.scatter_rows(x, number, index, x, "by_row" in variant.given)
         case "target_logits":
             launch.target_logits(x, matrix(_HIDDEN, 2), given("bias", x[0]), index)
+        case "count":
+            filtered.count_large(x, 0.5)
+        case "sums":
+            filtered.sums(x, index, 1)
+        case "compact":
+            groups = Namespace(order=index, size=1, starts=index.expand(2), columns=index[:0].int())
+            weights = torch.zeros(2, x.shape[1])
+            filtered.compact_(x, groups, weights, "move" in variant.given)
         case _:  # score, then merge
             weight = matrix(_HIDDEN, _HIDDEN - shift)
             launch.score(
@@ -223,6 +237,9 @@ def describe(variant: Variant) -> str:
     config = variant.config
     if config is None:
         block = configs.SIDE_BLOCK if variant.kernel in _SIDES else configs.MERGE_BLOCK
+        if variant.kernel in _FILTER:
+            block, warps = configs.FILTER_BLOCK, 8 if variant.kernel == "compact" else 4
+            return f"BLOCK={block} warps={warps}"
         return f"BLOCK={block} warps=4"
     if isinstance(config, configs.RankingConfig):
         return f"BLOCK_N={config.block_n} BLOCK_K={config.block_k} warps={config.num_warps}"

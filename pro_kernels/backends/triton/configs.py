@@ -166,6 +166,7 @@ SCORE_UP_TO_HIDDEN: dict[tuple[str, int], int] = {}
 
 SIDE_BLOCK = 1024  # columns of a thin side in a tile
 MERGE_BLOCK = 256  # pairs of a row that the score's second kernel merges at a time
+FILTER_BLOCK = 2048  # vocabulary columns that a pass of grad_filter reads at a time
 
 # One binary each. Up to 32 candidates the whole (k, i) plane is one tile.
 RANKING = (

@@ -380,6 +380,8 @@ def _function(config: LossOptions, name: str) -> Callable[..., Any]:
     how = {"backend": config.loss_impl, "head_dtype": config.head_dtype}
     if config.budget_mb is not None:
         how["budget"] = config.budget_mb << 20
+    if config.grad_filter is not None:
+        how["grad_filter"] = config.grad_filter
     return partial(getattr(pk, name), **how)
 
 

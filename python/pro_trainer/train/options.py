@@ -54,9 +54,30 @@ class LossOptions(LossSettings):
         "float32: logits are fp32 sums, whatever the dtype of the weights, and mixed precision "
         "leaves the LM head alone. Default: that of the weights, or of mixed precision.",
     )
+    grad_filter: str | None = option(
+        None,
+        "Leave vocabulary columns out of the head's gradients: at most this share of a token's "
+        "probability on average, or auto, what 16-bit rounding hides. Default: none.",
+    )
     budget_mb: int | None = option(
         None, "MiB the fused loss may take beyond the gradients. Default: an eighth of the memory."
     )
+
+    def _check_grad_filter(self) -> None:
+        if self.grad_filter != "auto":
+            share = float("nan")
+            with contextlib.suppress(ValueError):
+                share = float(self.grad_filter)  # type: ignore[arg-type]
+            if not 0 < share < 1:
+                raise ValueError(
+                    f"grad_filter must be a number in (0, 1) or auto, got {self.grad_filter!r}"
+                )
+            self.grad_filter = share  # type: ignore[assignment]
+        if self.loss_impl == "reference":
+            raise ValueError(
+                "grad_filter is an option of the fused loss, got loss_impl='reference' and "
+                f"grad_filter={self.grad_filter!r}"
+            )
 
     def check_loss_options(self) -> None:
         """Raise ValueError for an option out of range, or of another loss."""
@@ -66,6 +87,8 @@ class LossOptions(LossSettings):
                 f"compat='official' is a meaning of loss_type='pro', got {self.loss_type!r}"
             )
         check_positive(self, "budget_mb")
+        if self.grad_filter is not None:
+            self._check_grad_filter()
         if self.loss_type != "kto" and self.kto_kl != "other_prompts":
             raise ValueError(f"kto_kl is an option of loss_type='kto', got {self.loss_type!r}")
         for name in MIXED:
