@@ -118,10 +118,10 @@ def table(found: Mapping[str, Any]) -> str:
         [
             markdown_table(header, rows),
             f"{found['prompts']} prompts to train on and {found['base']['prompts']} held out. "
-            f"{facts['machine']}; fp32, {facts['threads']} thread; "
+            f"{facts['machine']}; fp32; "
             + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-            + f"; {facts['date'][:10]}. The first answers to the held-out prompt "
-            f"*{example['prompt']}* (64 tokens at most):",
+            + f"; commit {(facts['commit'] or 'unknown')[:12]}; {facts['date'][:10]}."
+            f" The first answers to the held-out prompt *{example['prompt']}* (64 tokens at most):",
             *(part for name, text in zip(names, said, strict=True) for part in (f"{name}:", text)),
         ]
     )
