@@ -100,9 +100,9 @@ def altered(tmp_path_factory):
             "it has RankingOptions 56 bytes, this package RankingOptions 48 bytes",
         ),
         (
-            "STRUCT(TreeAttention, PK_TREE_ATTENTION)",
+            "STRUCT(ColumnFilter, PK_COLUMN_FILTER)",
             "",
-            "it has nothing more, this package TreeAttention 176 bytes",
+            "it has nothing more, this package ColumnFilter 192 bytes",
         ),
     ],
     ids=["number", "name", "type", "more fields", "no struct"],
