@@ -169,15 +169,15 @@ def distinct() -> Picture:
 def terms() -> Picture:
     """The terms of the ranking loss of four answers: what each one sums."""
     picture = Picture(700, 236, "Each ranking term compares one answer with all that rank below it")
-    picture.text(20, 28, "Four answers, best first. Each term wants its first box to win.")
+    picture.text(20, 28, "Four answers, best first")
     for column, name in enumerate(("best", "second", "third", "worst")):
         picture.text(190 + 90 * column, 60, name, 12, "soft", "middle")
     for k in range(3):
         y = 74 + 46 * k
-        picture.text(20, y + 21, f"term {k + 1}: lse of", 12, "soft")
+        picture.text(20, y + 21, f"term {k + 1} compares", 12, "soft")
         for i in range(4):
             picture.box(150 + 90 * i, y, 80, 32, "off" if i < k else "a" if i == k else "p")
-        picture.text(525, y + 21, f"minus box {k + 1}", 12, "soft")
+        picture.text(525, y + 21, f"answer {k + 1} is to win", 12, "soft")
     picture.text(20, 226, "A term is near 0 when its answer is far likelier than all below it.", 12)
     return picture
 
