@@ -12,7 +12,7 @@ import pytest
 from bench.cli import main
 from bench.engine import record
 from bench.engine.step import TrainingCase
-from bench.report import frameworks, pages, tables, targets
+from bench.report import pages, tables, targets
 from bench.suites import filter, loss, step
 from bench.suites.frameworks import measure
 from bench.suites.frameworks.table import FRAMEWORKS
