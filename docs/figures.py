@@ -188,7 +188,7 @@ def rows() -> Picture:
     picture.text(20, 28, "hidden states of a batch")
     picture.text(330, 28, "scored rows")
     picture.text(470, 28, "log-probs")
-    picture.text(590, 28, "one S an answer")
+    picture.text(590, 28, "sum S")
     own = ((5, 4), (5, 6), (3, 7), (3, 3))
     top = 44
     for y, (prompt, answer) in enumerate(own):
