@@ -135,7 +135,7 @@ def test_together_with_entropies_and_a_filter(tier, force_tier):
         run(pk.linear_token_logps, case, torch.float64, up, **LSE, **more)
         for more in ({"grad_filter": 0.1, "return_dropped": True}, {})
     )
-    *_, (mass, _, bound) = found.output
+    *_, (mass, _, bound, _) = found.output
     off = (found.grads["hidden"] - want.grads["hidden"]).norm(dim=-1)
     assert mass.max() > 0 and (off <= (up[0] - up[1]).abs() * bound + 1e-12).all()
 

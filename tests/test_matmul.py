@@ -254,9 +254,7 @@ def test_where_addmm_is_refused_sums_are_added_by_blocks(asked, monkeypatch):
     assert heights == [64, 64, 22]
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"grad_filter": 0.03}, {"budget": 1}, {"grad_filter": 0.03, "budget": 1},
-])  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"budget": 1}], ids=str)
 @pytest.mark.parametrize("head_dtype", [None, "float32"], ids=["same", "fp32"])
 def test_no_matmul_has_nan_between_the_rows_of_its_operands(
     monkeypatch, poison, options, head_dtype

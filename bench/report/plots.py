@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -296,11 +297,14 @@ def _filter(data: dict) -> dict[str, Figure | None]:
         own = [r for r in data["results"] if (r["batch"], r["dtype"]) == which]
         rows = [r for r in own if isinstance(r["tau"], float)]
         label = f"{', '.join(which)} (top-1 {rows[0]['top1']:.2f})"
-        axes[0].plot([r["tau"] for r in rows], [r["of_floor"] for r in rows], "o-", label=label)
-        moved = [r for r in rows if certified(r) > 0]
-        axes[1].plot([certified(r) for r in moved], [r["of_floor"] for r in moved], "o-")
+        times = np.array([r["of_floor"] for r in rows])
+        axes[0].plot(np.array([r["tau"] for r in rows]), times, "o-", label=label)
+        bound = np.array([certified(r) for r in rows])
+        told = (bound > 0) & np.isfinite(bound)
+        axes[1].plot(bound[told], times[told], "o-")
     for axis, text in zip(axes, ("tau", "certified relative error"), strict=True):
-        axis.set_xscale("log", base=2)
+        if any(len(line.get_xdata()) for line in axis.lines):
+            axis.set_xscale("log", base=2)
         axis.set_xlabel(text)
         axis.axhline(1, color=_FLOOR, linewidth=1)
     axes[0].set_ylabel("time / dense floor")

@@ -17,6 +17,7 @@ from bench.report.tables import (
 )
 from bench.report.targets import PEERS, Outcome, linear_misfit
 from bench.suites.filter import best as best_filter
+from bench.suites.filter import shown
 from bench.suites.gpu.parts import PARTS
 
 Rows = list[dict]
@@ -121,7 +122,7 @@ _NUMBERS: list[Column] = [
     ("ms", number("seconds", ".4g", 1e3)),
     ("predicted, ms", number("predicted", ".4g", 1e3)),
     ("TB/s", number("bytes_per_second", ".3g", 1e-12)),
-    ("tau", number("tau", ".2g")),
+    ("tau", lambda row: shown(row) if row.get("tau") else ""),
     ("of floor", number("of_floor", ".2f")),
     ("times the others", lambda r: ", ".join(f"{k} {v:.3f}" for k, v in r.get("over", {}).items())),
     *((k, lambda row, k=k: row.get(k, "")) for k in ("found", "note")),
