@@ -13,7 +13,7 @@
 #                    FRAMEWORKS_ARGS='--only trl' runs some
 #   make gpu-round   what a card must tell us, offline, with the Python that is there, in nine minutes;
 #                    the same call goes on where the last stopped. ROUND_ARGS=--dry rehearses it on a CPU
-#   make docs        the documentation site, into site/; make walk looks at every page of it (needs Chromium)
+#   make docs        the documentation site, into site/
 #   make lint        ruff, mypy, clang-format
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks gpu-round docs walk lint env clean extras
+.PHONY: demo test test-fast test-models zero zero-launch study bench frameworks gpu-round docs lint env clean extras
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -89,6 +89,8 @@ gpu-round:
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
+# Every page of the site in Chromium: what overflows, is broken, or asks another machine.
+.PHONY: walk
 walk: docs
 	$(BIN)/python docs/walk.py
 
