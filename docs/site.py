@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_NO_PAGE = re.compile(r"(?<!!)\[([^]]+)\]\((?!https?:|#|LICENSE|[\w/-]+\.md)[^)]+\)")
 _REMOTE = re.compile(r"(?:https://|git@|ssh://git@)([\w.-]+)[:/]([\w./-]+?)(?:\.git)?/?")
 
 
@@ -31,12 +32,14 @@ def on_config(config: Any, **_: Any) -> Any:
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
     """Add what lies outside ``docs``: README.md as the first page, reports and their plots."""
-    home = (_ROOT / "README.md").read_text().replace("](docs/", "](")
-    files.append(File.generated(config, "index.md", content=home))
-    for pattern in (
-        *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
-        *("bench/results/**/*.md", "bench/results/**/*.png"),
-    ):
+    pages = {"README.md": "index.md", "CHANGELOG.md": "", "CONTRIBUTING.md": ""}
+    for source, name in pages.items():
+        if (_ROOT / source).is_file():
+            text = (_ROOT / source).read_text().replace("](docs/", "](")
+            # A file that is no page of the site is named, without a link.
+            text = _NO_PAGE.sub(r"\1", text)
+            files.append(File.generated(config, name or source, content=text))
+    for pattern in ("LICENSE", "bench/results/**/*.md", "bench/results/**/*.png"):
         for path in sorted(_ROOT.glob(pattern)):
             name = path.relative_to(_ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
