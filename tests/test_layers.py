@@ -157,7 +157,8 @@ def test_backends_never_import_each_other():
 
 # The way of a record, after what all of it stands on; imports go to the left.
 JOURNEY = (
-    "errors options files demo_data models data text batch prepare evaluate train cli demo __init__"
+    "errors options files demo_data models data text batch prepare evaluate train rounds cli demo "
+    "__init__"
 ).split()
 IMPORTS = {name: imported(path, TRAINER) for name, path in modules(TRAINER).items()}
 

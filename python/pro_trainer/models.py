@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,27 @@ def base_of(path: str, recorded: str | None) -> str | None:
     """The model that the one at ``path`` was trained from, where that is known."""
     base = _base(path)
     return recorded or None if base == path else base
+
+
+def merge_adapters(adapters: Path, target: Path, options: ModelOptions) -> None:
+    """Write the model that adapters in a folder make of their base; ``target`` appears whole.
+
+    ``options``: how the base is loaded, whose path ``options.model`` is.
+
+    Raises:
+        ValueError: as of ``load``.
+    """
+    from peft import PeftModel
+
+    assert options.model is not None
+    writing = target.with_name(target.name + ".writing")
+    shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed
+    base, _ = load(options.model, options)
+    merged = PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()
+    with quiet():
+        merged.save_pretrained(writing)
+        load_tokenizer(str(adapters), options.trust_remote_code).save_pretrained(writing)
+    os.replace(writing, target)
 
 
 def check_causal(opened: pk.OpenModel, input_ids: Tensor) -> None:

@@ -285,13 +285,13 @@ def interrupted(arguments, monkeypatch, index):
 
 def spy(monkeypatch):
     """The first index of every group that is computed from here on."""
-    seen, plain = [], recipe.Recipe._extend
+    seen, plain = [], recipe.Recipe.samples
 
-    def extend(self, pools, generator, first_index):
+    def samples(self, generator, lists, first_index):
         seen.append(first_index)
-        return plain(self, pools, generator, first_index)
+        return plain(self, generator, lists, first_index)
 
-    monkeypatch.setattr(recipe.Recipe, "_extend", extend)
+    monkeypatch.setattr(recipe.Recipe, "samples", samples)
     return seen
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from pro_trainer.options import ModelOptions, check_choices, check_positive, option
 from pro_trainer.prepare.options import ServerOptions
 from pro_trainer.prepare.rewards.options import RewardOptions
+from pro_trainer.rounds.options import RoundOptions
 from pro_trainer.text.options import TemplateOptions
 
 _DATA = "Ranked lists: JSON Lines (plain, .gz, .zst), Parquet, folders, hub names[:split]."
@@ -132,7 +133,22 @@ class EvalArguments(ModelOptions):
 
 
 @dataclass
-class PrepareArguments(RewardOptions, ServerOptions, TemplateOptions):
+class SampleOptions:
+    """How candidates are sampled, but for their temperature: losses have one, too."""
+
+    group: ClassVar[str] = "prepare"
+
+    num_samples: int = option(2, "Samples for each prompt from each generator and server_model.")
+    top_p: float = option(
+        0.95, "Only the likeliest tokens that reach this share together are drawn from."
+    )
+    max_new_tokens: int = option(128, "Most tokens of a sample.")
+    stop: list[str] = option(["\n\nHuman:"], "A sample ends before the first of these strings.")
+    batch_size: int = option(16, "Sequences run together, and lists between two saves.")
+
+
+@dataclass
+class PrepareArguments(SampleOptions, RewardOptions, ServerOptions, TemplateOptions):
     """Flags of ``pro-kernels prepare``."""
 
     group: ClassVar[str] = "prepare"
@@ -150,22 +166,15 @@ class PrepareArguments(RewardOptions, ServerOptions, TemplateOptions):
     generator_tokenizer: list[str] = option(
         [], "Their tokenizers, as many as generators. Default: each generator's own."
     )
-    num_samples: int = option(2, "Samples for each prompt from each generator and server_model.")
     temperature: list[float] = option(
         [1.0], "Sampling temperature. Several: a prompt's samples have them in turn."
     )
-    top_p: float = option(
-        0.95, "Only the likeliest tokens that reach this share together are drawn from."
-    )
-    max_new_tokens: int = option(128, "Most tokens of a sample.")
     max_prompt_length: int | None = option(
         None,
         "Tokens of the prompt a generator sees; a longer one loses its start there (never in the "
         "output). Default: what its context leaves.",
     )
-    stop: list[str] = option(["\n\nHuman:"], "A sample ends before the first of these strings.")
     seed: int = option(42, "Of the samples.")
-    batch_size: int = option(16, "Sequences run together, and lists between two saves.")
     limit: int | None = option(None, "Only the first so many lists.")
     on_bad_line: Literal["error", "skip"] = option(
         "error", "A malformed record stops the run (error), or is counted and reported (skip)."
@@ -224,3 +233,29 @@ class PrepareArguments(RewardOptions, ServerOptions, TemplateOptions):
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not all(self.stop):
             raise ValueError("stop: an empty string would end every sample at once")
+
+
+@dataclass
+class RoundsArguments(
+    RoundOptions, SampleOptions, RewardOptions, ServerOptions, LoraOptions, ModelOptions
+):
+    """Flags of ``pro-kernels rounds``; how a round trains is ``PROConfig``."""
+
+    def check(self) -> None:
+        """Raise ValueError for arguments out of range or at odds; the rest is for its parts."""
+        self.check_rounds()
+        if not self.model:
+            raise ValueError("model: the folder or hub name of the model to begin with is missing")
+        if not self.reward:
+            raise ValueError("reward: samples have no reward of their own, so give one")
+        if self.sft != "best":
+            raise ValueError("sft must be best: prompts alone prefer no candidate")
+        if self.server and not self.reload_command:
+            raise ValueError(
+                "server: a round's samples come from the model that was trained last, so the "
+                "server must load it: give a reload_command (true, where something else does that)"
+            )
+        if self.reload_command and not self.server:
+            raise ValueError("reload_command is for a server: give one as server, or leave it out")
+        if len(self.server_model) > 1:
+            raise ValueError(f"server_model: one is trained, got {self.server_model}")

@@ -1,4 +1,4 @@
-"""``train``, ``inspect``, ``eval``, ``prepare``: from a command line to options and an exit code.
+"""The commands ``train``, ``inspect``, ``eval``, ``prepare``, ``rounds``: options and exit codes.
 
 Every field of a command's dataclasses is a flag; ``--config run.yaml`` gives them from a file, and
 flags win over the file. What the user can put right (options, data, model, folder) is one line
@@ -23,11 +23,13 @@ from pro_trainer.cli.arguments import (
     EvalArguments,
     InspectArguments,
     PrepareArguments,
+    RoundsArguments,
     TrainArguments,
 )
 from pro_trainer.cli.evaluate import evaluate_files
 from pro_trainer.cli.inspect import inspect as inspect_lists
 from pro_trainer.cli.prepare import prepare as prepare_lists
+from pro_trainer.cli.rounds import rounds as run_rounds
 from pro_trainer.cli.train import train as train_model
 from pro_trainer.models import base_of
 from pro_trainer.text.options import ListOptions
@@ -61,7 +63,18 @@ def prepare(argv: Sequence[str] | None = None) -> int:
     return _run("prepare", (PrepareArguments,), prepare_lists, argv)
 
 
-COMMANDS = {"train": train, "eval": evaluate, "inspect": inspect, "prepare": prepare}
+def rounds(argv: Sequence[str] | None = None) -> int:
+    """``pro-kernels rounds``: ``RoundsArguments`` and ``PROConfig``. Returns the exit code."""
+    return _run("rounds", (RoundsArguments, PROConfig), run_rounds, argv)
+
+
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "inspect": inspect,
+    "prepare": prepare,
+    "rounds": rounds,
+}
 
 
 class _Parser(HfArgumentParser):
@@ -129,10 +142,10 @@ def _options(
             raise ValueError(f"--{option} is no option of {name}{flags.near(option, actions)}")
     if name == "eval":
         given = run_flags(given) + given
-    if name in ("train", "eval") and flags.last(given, "output_dir") is None:
-        folder = _folder_name(given, ("model", "data", "loss_type"))
-        if name == "eval":
-            folder = _folder_name(given, ("model",)) + "-eval"
+    parts = {"train": ("model", "data", "loss_type"), "eval": ("model",)}
+    parts["rounds"] = ("model", "prompts")
+    if name in parts and flags.last(given, "output_dir") is None:
+        folder = _folder_name(given, parts[name]) + ("" if name == "train" else f"-{name}")
         given.append(("output_dir", [folder]))
         _say(f"output_dir: {folder}")
     switches = {o for o, a in actions.items() if a.type is string_to_bool}

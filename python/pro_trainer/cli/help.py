@@ -12,6 +12,7 @@ from pro_trainer.cli.arguments import (
     EvalArguments,
     InspectArguments,
     PrepareArguments,
+    RoundsArguments,
     TrainArguments,
 )
 from pro_trainer.cli.flags import RENAMED, near
@@ -93,6 +94,22 @@ COMMANDS = {
             "ranking_length": "4",
         },
         ("prepare", "rewards", "server", "text"),
+    ),
+    "rounds": Command(
+        "From prompts to a better model: sample, score, train, evaluate, and again.",
+        (RoundsArguments, *_RUN),
+        {
+            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "prompts": "prompts.jsonl",
+            "reward": "my_rewards.py:short",
+            "output_dir": "runs/rounds",
+            "rounds": "3",
+            "num_samples": "8",
+            "ranking_length": "4",
+            "learning_rate": "1e-5",
+            "num_train_epochs": "2",
+        },
+        ("rounds", "prepare", "rewards", "server", "data", "text", "loss", "batch", "model", "run"),
     ),
 }
 
@@ -211,7 +228,7 @@ def options(command: str) -> dict[str, list[Option]]:
             group = _group(kind, field.name)
             if group in groups:
                 groups[group].append(_option(field, hints[field.name]))
-    if command == "train":
+    if command in ("train", "rounds"):
         for group, listed in _OF_TRANSFORMERS.items():
             groups[group] = [*listed, *groups[group]]
     else:  # of these, what a command without steps reads

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice, tee
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -29,7 +29,7 @@ from pro_trainer.cli.arguments import PrepareArguments
 from pro_trainer.cli.recipe import recipe_of, rewards_of, try_out_servers
 from pro_trainer.cli.stop import advising
 from pro_trainer.data.lists import read_lists
-from pro_trainer.data.options import DataOptions
+from pro_trainer.data.options import DataOptions, PromptOptions
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.prepare.output import (
@@ -51,12 +51,17 @@ _WITHOUT_EFFECT = (  # on the records
 )
 
 
+class NothingRankedError(ValueError):
+    """No list has candidates of different rewards."""
+
+
 def prepare(arguments: PrepareArguments) -> PrepareReport:
     """Write ``arguments.output`` and ``<output>.report.json``, print and return the report.
 
     Raises:
         ValueError: bad arguments, data, models; an output that exists or that was begun with other
             settings (``overwrite`` aside).
+        NothingRankedError: every list was dropped.
     """
     arguments.check()
     output = Path(arguments.output)
@@ -95,7 +100,7 @@ def _prepare(arguments: PrepareArguments, output: Path) -> PrepareReport:
         report = PrepareReport.of(partial.lines(), data_report, arguments.ranking_length)
         if not report.kept:
             samples = {name: dict(counts) for name, counts in report.samples.items()}
-            raise ValueError(
+            raise NothingRankedError(
                 f"every list was dropped: {dict(report.dropped)}; nothing to write (samples: "
                 f"{'; '.join([str(samples or 'none'), *report.losses()])})"
             )
@@ -153,16 +158,9 @@ def _fill(partial: PartialFile, recipe: Recipe, arguments: PrepareArguments, tot
             progress.update(len(group))
 
 
-@dataclass
-class _AlsoPrompts(DataOptions):
-    """Lists that samples are added to may have no candidates yet."""
-
-    fewest: ClassVar[int] = 0
-
-
 def _lists(arguments: PrepareArguments, report: DataReport) -> Iterator[RankedList]:
     """The lists of the data, the same ones at every call."""
-    kind = _AlsoPrompts if arguments.generator or arguments.server else DataOptions
+    kind = PromptOptions if arguments.generator or arguments.server else DataOptions
     all_equal = "order" if arguments.reward else "drop"
     options = kind(on_bad_line=arguments.on_bad_line, all_equal=all_equal)
     return islice(read_lists(arguments.data, report, options), arguments.limit)

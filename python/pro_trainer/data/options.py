@@ -40,3 +40,10 @@ class DataOptions:
     def reward_fault(self, rewards: Sequence[float]) -> str | None:
         """Why the loss cannot take these rewards of a list; None, where no loss is known."""
         return None
+
+
+@dataclass
+class PromptOptions(DataOptions):
+    """Lists that samples are added to may have no candidates yet."""
+
+    fewest: ClassVar[int] = 0

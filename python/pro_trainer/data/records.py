@@ -37,6 +37,14 @@ class RankedList:
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     where: str = field(default="", compare=False)
 
+    def beside(self) -> dict[str, Any]:
+        """What a record says of its list beside prompt and candidates: weight and template."""
+        found: dict[str, Any] = {} if self.weight == 1 else {"prompt_weight": self.weight}
+        template = dict(self.template)
+        if tools := template.pop("tools", None):
+            found["tools"] = tools
+        return found | ({"chat_template_kwargs": template} if template else {})
+
 
 @dataclass(frozen=True)
 class ParsedRecord:

@@ -60,7 +60,7 @@ def compare(
         weights = torch.ones_like(losses[0]) if weights is None else weights
         measures["loss"] = (losses[0] * weights, losses[1] * weights, weights)
     return {
-        name: found for name, sums in measures.items() if (found := _difference(*sums, seed=seed))
+        name: found for name, sums in measures.items() if (found := difference(*sums, seed=seed))
     }
 
 
@@ -85,7 +85,16 @@ def as_rows(found: Mapping[str, Difference]) -> dict[str, dict[str, float]]:
     }  # fmt: skip
 
 
-def _difference(base: Tensor, tuned: Tensor, weight: Tensor, seed: int) -> Difference | None:
+def difference(
+    base: Tensor,  # (L,)
+    tuned: Tensor,  # (L,)
+    weight: Tensor,  # (L,)
+    seed: int = 0,
+) -> Difference | None:
+    """Of sums over lists, divided by that of ``weight``; None where no list defines both.
+
+    A list of weight 0, or with a number that is not finite, does not count.
+    """
     base, tuned, weight = base.double(), tuned.double(), weight.double()
     counts = (weight > 0) & base.isfinite() & tuned.isfinite()
     base, tuned, weight = base[counts], tuned[counts], weight[counts]

@@ -54,7 +54,7 @@ class Pool:
         counts = self.samples[source]
         for text in texts:
             counts["made"] += 1
-            completion = self._in_form(text)
+            completion = self.in_form(text)
             if not text.strip():
                 counts["empty"] += 1
             elif _key(completion) in seen:
@@ -87,7 +87,7 @@ class Pool:
             return list(indices)
         return sorted(indices, key=lambda i: -self.rewards[i])
 
-    def _in_form(self, text: str) -> Text:
+    def in_form(self, text: str) -> Text:
         """A sample in the form of what is there: text, or one message."""
         if isinstance((*self.completions, self.prompt)[0], str):
             return text.rstrip()

@@ -10,6 +10,7 @@ prefers (its ``sft_index``, else the best by its own ranking) is called chosen.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -88,33 +89,37 @@ class Recipe:
         """
         pools = [Pool.of(ranked) for ranked in lists]
         for generator in self.generators:
-            self._extend(pools, generator, first_index)
+            made = self.samples(generator, lists, first_index)
+            for pool, (texts, counts) in zip(pools, made, strict=True):
+                pool.extend(texts, generator.name)
+                pool.samples[generator.name].update(counts)
         if (share := self.selection.near_duplicates) is not None:
             for pool in pools:
                 kept = without_near_duplicates(pool.completions, share, pool.chosen)
                 pool.keep(kept, NEAR)
         if self.rewards:
-            self._score(pools)
+            self.score(pools)
         return [self._line(pool) for pool in pools]
 
-    def _extend(
-        self, pools: Sequence[Pool], generator: Generator | Served, first_index: int
-    ) -> None:
+    def samples(
+        self, generator: Generator | Served, lists: Sequence[RankedList], first_index: int
+    ) -> list[tuple[list[str], Counter[str]]]:
+        """Of each list's prompt, and counts of what befell them."""
+        made: list[tuple[list[str], Counter[str]]] = []
         if not isinstance(generator, Generator):
-            for pool in pools:
+            for ranked in lists:
                 texts, counts = generator.take()
-                if is_transcript(pool.prompt) and generator.servers.api == "chat":
+                if is_transcript(ranked.prompts[0]) and generator.servers.api == "chat":
                     texts = [f" {text.strip()}" for text in texts]
-                pool.extend(texts, generator.name)
-                pool.samples[generator.name].update(counts)
-            return
+                made.append((texts, counts))
+            return made
         options = self.sampling
         model, encoder = generator.model, generator.encoder
-        indices = range(first_index, first_index + len(pools))
+        indices = range(first_index, first_index + len(lists))
         samples = sample(
             model,
             encoder.tokenizer,
-            [pool.ranked for pool in pools],
+            lists,
             num_samples=options.num_samples,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperatures,
@@ -126,14 +131,14 @@ class Recipe:
             encoder=encoder,
         )
         limit = prompt_limit(model, options.max_new_tokens, options.max_prompt_length)
-        for pool, texts in zip(pools, samples, strict=True):
-            if is_transcript(pool.prompt) and encoder.writer.under_template(pool.ranked):
+        for ranked, texts in zip(lists, samples, strict=True):
+            if is_transcript(ranked.prompts[0]) and encoder.writer.under_template(ranked):
                 texts = [f" {text.strip()}" for text in texts]  # as replies of transcripts begin
-            pool.extend(texts, generator.name)
-            _, cut = encoder.prompt(pool.ranked, limit)
-            pool.samples[generator.name]["prompts_cut"] += cut is not None
+            _, cut = encoder.prompt(ranked, limit)
+            made.append((texts, Counter(prompts_cut=int(cut is not None))))
+        return made
 
-    def _score(self, pools: Sequence[Pool]) -> None:
+    def score(self, pools: Sequence[Pool]) -> None:
         """Rewards of all candidates; those that a reward gives no score are lost."""
         texts = [(pool.ranked, text) for pool in pools for text in pool.completions]
         for pool in pools:
@@ -199,13 +204,7 @@ class Recipe:
             del record["rewards"]
         if not pool.raw:
             del record["raw_rewards"]
-        if pool.ranked.weight != 1:
-            record["prompt_weight"] = pool.ranked.weight
-        template = dict(pool.ranked.template)
-        if tools := template.pop("tools", None):
-            record["tools"] = tools
-        if template:
-            record["chat_template_kwargs"] = template
+        record |= pool.ranked.beside()
         taken = {name for reward in self.rewards for name in reward.taken} - record.keys()
         others = {name: x for name, x in pool.ranked.columns.items() if name in taken}
         return record | defined(json.loads(json.dumps(others, default=str))), None

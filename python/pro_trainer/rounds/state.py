@@ -1,0 +1,124 @@
+"""``rounds.json``: what a run of rounds was begun with, and what its rounds came to.
+
+It is replaced as a whole. Which parts of a round are complete is not written there: the last file
+of each part appears whole or not at all, so that file says it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pro_trainer.prepare.output import write_json
+
+STATE = "rounds.json"
+
+
+class Round(NamedTuple):
+    """The files of a round; round 0 is the base model, which only answers."""
+
+    number: int
+    folder: Path
+
+    @classmethod
+    def of(cls, output: Path, number: int) -> Round:
+        """The one of this number."""
+        return cls(number, output / (f"round-{number}" if number else "base"))
+
+    @property
+    def sampled(self) -> Path:
+        """Ranked lists of the policy's samples."""
+        return self.folder / "sampled.jsonl"
+
+    @property
+    def lists(self) -> Path:
+        """What was trained on: these and what was mixed in."""
+        return self.folder / "lists.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The model that was trained."""
+        return self.folder / "checkpoint"
+
+    @property
+    def adapters(self) -> Path:
+        """What was trained where only adapters are; the checkpoint holds them merged."""
+        return self.folder / "adapters"
+
+    @property
+    def answers(self) -> Path:
+        """Of the model to the held-out prompts."""
+        return self.folder / "answers.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """Of these answers."""
+        return self.folder / "metrics.json"
+
+
+def complete(path: Path) -> bool:
+    """Whether a file is there; then what it was made from goes, if a kill left that."""
+    if not path.exists():
+        return False
+    for end in (".partial", ".partial.json"):
+        path.with_name(path.name + end).unlink(missing_ok=True)
+    return True
+
+
+def check(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether ``output`` holds a run with these settings to go on with.
+
+    ``overwrite``: False, where it is none.
+
+    Raises:
+        ValueError: it holds one with others, or something that says of no settings.
+    """
+    file = output / STATE
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {output} is a file")
+    if not file.exists():
+        if (
+            not overwrite
+            and output.exists()
+            and (others := sorted(p.name for p in output.iterdir() if p.name != ".lock"))
+        ):
+            raise ValueError(
+                f"output_dir {output} holds {others[0]} and no {STATE}: give another output_dir, "
+                "or replace what is there with overwrite"
+            )
+        return False
+    try:
+        before = json.loads(file.read_bytes())["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        if overwrite:
+            return False
+        raise ValueError(f"{file} cannot be read ({error!r}): start over with overwrite") from None
+    now = json.loads(json.dumps(settings, default=str))
+    changes = [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if changes and not overwrite:
+        raise ValueError(
+            f"output_dir {output} was begun with other settings: {'; '.join(changes)}. Go on with "
+            "those, give another output_dir, or start over with overwrite"
+        )
+    return not changes
+
+
+def clear(output: Path) -> None:
+    """Remove what an earlier run of rounds wrote, and nothing else."""
+    (output / STATE).unlink(missing_ok=True)
+    rounds = [p for p in output.glob("round-*") if p.name.removeprefix("round-").isdigit()]
+    for folder in (output / "base", *rounds):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in ("prompts.jsonl", "held-out.jsonl", "reference.jsonl", "rounds.png"):
+        (output / name).unlink(missing_ok=True)
+
+
+def write(output: Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
+    """Replace the file."""
+    write_json(output / STATE, {**found, "settings": json.loads(json.dumps(settings, default=str))})
