@@ -376,7 +376,9 @@ def _pro(
     out = make_output(value, per_rank, sums, lists, loss)
     if call.grad_filter is None or dropped is None:
         return out
-    lost = GradFilter(call.grad_filter, *dropped, layout.rows, row_weights)
+    mass, of_weight, of_hidden, kept = dropped
+    of_rows = layout.rows, row_weights
+    lost = GradFilter(call.grad_filter, mass, of_weight, of_hidden, kept, *of_rows)
     return out._replace(grad_filter=lost)
 
 
