@@ -135,6 +135,11 @@ hub: $(VENV)/.installed
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
+# Every page of the site in Chromium: what overflows, is broken, or asks another machine.
+.PHONY: walk
+walk: docs
+	$(BIN)/python docs/walk.py
+
 lint: $(VENV)/.installed $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,32 @@ from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_NO_PAGE = re.compile(r"(?<!!)\[([^]]+)\]\((?!https?:|#|LICENSE|[\w/-]+\.md)[^)]+\)")
+_REMOTE = re.compile(r"(?:https://|git@|ssh://git@)([\w.-]+)[:/]([\w./-]+?)(?:\.git)?/?")
+
+
+def on_config(config: Any, **_: Any) -> Any:
+    """Link to the repository that the site is built from: REPOSITORY_URL, or git's origin."""
+    url = os.environ.get("REPOSITORY_URL", "")
+    if not url:
+        command = ["git", "-C", str(_ROOT), "remote", "get-url", "origin"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        url = found.stdout.strip()
+    if remote := _REMOTE.fullmatch(url):
+        config.repo_url, config.repo_name = f"https://{remote[1]}/{remote[2]}", "Repository"
+    return config
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
     """Add what lies outside ``docs``: README.md as the first page, reports and their plots."""
-    home = (_ROOT / "README.md").read_text().replace("](docs/", "](")
-    files.append(File.generated(config, "index.md", content=home))
-    for pattern in ("CHANGELOG.md", "LICENSE", "bench/results/**/*.md", "bench/results/**/*.png"):
+    pages = {"README.md": "index.md", "CHANGELOG.md": "", "CONTRIBUTING.md": ""}
+    for source, name in pages.items():
+        if (_ROOT / source).is_file():
+            text = (_ROOT / source).read_text().replace("](docs/", "](")
+            # A file that is no page of the site is named, without a link.
+            text = _NO_PAGE.sub(r"\1", text)
+            files.append(File.generated(config, name or source, content=text))
+    for pattern in ("LICENSE", "bench/results/**/*.md", "bench/results/**/*.png"):
         for path in sorted(_ROOT.glob(pattern)):
             name = path.relative_to(_ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))

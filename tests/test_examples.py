@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import gzip
-import importlib
+import importlib.util
 import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,8 +117,11 @@ def code_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "docs/attach.md"])
-def test_code_of_the_pages_runs(page, example):
+RUN = ["README.md", *(f"docs/{x}.md" for x in ("api", "attach", "distinct", "losses"))]
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_code_of_the_pages_runs(page, example, request):
     """Against the small model of the examples; those with ``...`` are lists of what there is."""
     tiny = example("tiny")
     batch = tiny.collate(tiny.ranked_lists(3))
@@ -126,6 +130,7 @@ def test_code_of_the_pages_runs(page, example):
     hidden = model.model(batch["input_ids"]).last_hidden_state
     names = {
         "pk": pk,
+        "torch": torch,
         "ids": batch["input_ids"],
         "mask": batch["attention_mask"],
         "labels": batch["labels"],
@@ -133,15 +138,33 @@ def test_code_of_the_pages_runs(page, example):
         "hidden": hidden.detach().view(*shape, -1).requires_grad_(),
         "weight": model.lm_head.weight.detach(),
         "targets": batch["labels"].view(shape),
+        "trainer": SimpleNamespace(
+            train=lambda: names["model"](batch["input_ids"], batch["attention_mask"])
+        ),
+        "ref_model": pk.attach(tiny.model()),
+        "inputs": {key: batch[key] for key in ("input_ids", "attention_mask")},
+        "n": 3,
         "ranking_loss": lambda logits, labels, rewards: (
             pk.reference.pro_loss(
                 logits.view(*shape, -1), labels.view(shape), rewards, shift=True
             ).loss
         ),
     }
+    scores = torch.randn(shape[:2])
+    names |= {"logps": scores, "lengths": torch.full(shape[:2], 7), "ref_logps": scores + 1}
+    names |= {"ref_hidden": names["hidden"].detach(), "ref_weight": names["weight"]}
+    names["old_logps"] = torch.zeros(shape[0] * 3, shape[2])
+    if page == "docs/losses.md":  # its rows are those of the batch
+        names |= {x: names[x].flatten(0, 1) for x in ("hidden", "ref_hidden", "targets")}
     losses = []
     blocks = [code for code in code_blocks(page) if "pro_trainer" not in code]
     assert blocks
+    if page == "README.md":  # its first block has the code before and after
+        blocks[:1] = blocks[0].split("\n# after\n")
+    if importlib.util.find_spec("trl"):
+        request.addfinalizer(importlib.import_module("pro_kernels.models.trl").restore_trl)
+    else:
+        blocks = [code for code in blocks if "accelerate_trl" not in code]
     for code in blocks:
         if "..." in code:
             for name in re.findall(r"^pk\.([\w.]+)", code, re.MULTILINE):
@@ -150,9 +173,12 @@ def test_code_of_the_pages_runs(page, example):
         if "attach(" in code or "model" not in names:
             names["model"] = tiny.model()
         exec(code, names)
-        losses += [names["loss"]] if "loss =" in code else []
-    assert torch.isfinite(names["loss"] if losses else names["out"].loss)
-    if page == "README.md":  # before and after
+        losses += [names["loss"]] if re.search(r"^loss =", code, re.M) else []
+    if page == "docs/distinct.md":
+        assert names["rows"].saved > 0.2
+    else:
+        assert torch.isfinite(names["loss"] if losses else names["out"].loss)
+    if page == "README.md":
         torch.testing.assert_close(losses[0], losses[1])
 
 

@@ -140,7 +140,7 @@ def ranking(
     *,
     options: RankingOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ranking loss and its closed-form gradient (DESIGN: docs/design.md, "The loss").
+    """The ranking loss and its closed-form gradient (docs/loss.md).
 
     A token may stand for several, their sum, with their number in ``lengths``. Without prompts
     (B = 0) the sums alone are made.

@@ -138,8 +138,7 @@ def test_the_table_of_the_docs_has_every_loss_and_what_it_needs():
         name for name, loss in LOSSES.items() if loss.body.__module__.startswith("pro_kernels.")
     }
     assert {name for name, *_ in rows} == ours
-    readme = PAGE.parents[1].joinpath("README.md").read_text()
-    assert all(f"`{name}`" in readme for name in ours)
+    assert f"[{len(ours)} losses](docs/losses.md)" in (PAGE.parents[1] / "README.md").read_text()
 
 
 def result(ranked):
