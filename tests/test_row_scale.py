@@ -155,9 +155,15 @@ def test_what_a_filter_drops_is_what_it_drops_for_a_number(dtype, size, budget):
         grads = torch.autograd.grad((logps * upstreams(case)[0]).sum(), leaves)
         results.append([logps, dropped, *grads])
     assert dropped.amin(0)[targets >= 0].gt(0).all()
-    for i, (a, b) in enumerate(zip(*results, strict=True)):
-        rounded = 0.0 if i < 2 else torch.finfo(dtype).eps
-        torch.testing.assert_close(a, b, rtol=1e-5 + rounded, atol=1e-6 + rounded)
+    (logps, lost, *grads), (others, told, *same) = results
+    torch.testing.assert_close(logps, others, rtol=1e-5, atol=1e-6)
+    # A column at the limit may fall on either side of it.
+    torch.testing.assert_close(lost, told, rtol=0.05, atol=1e-6)
+    up = upstreams(case)[0]
+    for a, b, of in zip(grads, same, (2, 1), strict=True):
+        room = (up * (lost[of] + told[of])).norm() + 4 * torch.finfo(dtype).eps * b.norm()
+        assert (a - b).norm() <= room
+        torch.testing.assert_close(a, b, rtol=0.05, atol=float(b.abs().max()) / 100)
 
 
 LOGITS = Case("logits", T=5, V=301)
