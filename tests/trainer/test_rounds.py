@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -247,6 +248,11 @@ def test_it_stops_where_the_win_rate_falls_and_where_nothing_is_ranked(
     assert "no round won against it" in capsys.readouterr().out
 
 
+# Without bitsandbytes that is what is missing first.
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+QUANTISED = "quantised weights cannot" if HAS_BITSANDBYTES else "load_in_4bit needs bitsandbytes"
+
+
 def test_bad_input_is_refused_before_any_work(begin, plain, tmp_path, capsys):
     absent, few = str(tmp_path / "absent.jsonl"), tmp_path / "few.jsonl"
     few.write_text('{"prompt": "one", "letter": "a"}\n')
@@ -274,7 +280,7 @@ def test_bad_input_is_refused_before_any_work(begin, plain, tmp_path, capsys):
         ({}, ["--eval_strategy", "steps", "--eval_steps", "1"], "eval_strategy 'steps'"),
         ({}, ["--resume_from_checkpoint", "auto"], "resume_from_checkpoint 'auto'"),
         ({}, ["--sampling_temperature", "0"], "temperature must be finite and > 0"),
-        ({}, ["--load_in_4bit", "true"], "quantised weights cannot be trained"),
+        ({}, ["--load_in_4bit", "true"], QUANTISED),
         ({}, ["--launch", " "], "launch: a command was expected"),
         ({}, ["--launch", "no-such-launcher -n 2"], "launch: there is no command no-such-launcher"),
     ]
