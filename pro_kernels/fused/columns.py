@@ -49,12 +49,13 @@ from pro_kernels.fused.column_groups import Groups, split
 # Rows of a group: few, so that they need the same columns; enough for a matmul.
 _ROWS = {"cpu": 72}
 _GPU_ROWS = 256
-# An entry above this part of tau counts as needed where rows are sorted (1/128 to 1/1024: the same
-# to 2 % of the kept columns on SmolLM2 and Gemma 3).
+# An entry above this part of tau counts as needed where rows are sorted. Of 1/64 to 1/4096 this one
+# keeps fewest columns on SmolLM2, the worst 3 % more; on Gemma 3 all keep the same to 6 %.
 _NEEDED = 2.0**-8
 # "auto": rows that tell how large dHidden is; root mean square of what rows lose over its mean.
 _SAMPLED, _SPREAD = 64, 1.4
-# Leaving out fewer than a quarter of the columns costs more than it saves (measured on a CPU).
+# Leaving out fewer than a quarter of the columns is not tried: by the times of ``bench filter`` the
+# passes then take about what the matmuls save.
 _WORTH_KEEPING = 3 / 4
 # Relative error of a sum over a row: of fp32, or of TF32, which a GPU may be told to multiply in.
 _SUMS = 4 * 2.0**-11
@@ -301,9 +302,8 @@ def bounds(
 ) -> Tensor:
     """``Kept.dropped`` of a chunk's rows, (3, R), rounded up.
 
-    ``lost``: of ``compact_``, of entries of ``dtype``; ``factors``: of the root of its last
-    sum; ``held``:
-    dtype of the stand-ins.
+    ``lost``: of ``compact_``, of entries of ``dtype``; ``factors``: of the root of its last sum;
+    ``held``: dtype of the stand-ins.
     """
     up = 1 + max(4 * torch.finfo(dtype).eps, _SUMS)
     total, reach, overlap = lost
