@@ -17,12 +17,13 @@ from texts import assistant, classifier, pair, save, user
 from trainer_runs import held
 
 from pro_trainer.cli import commands as cli
-from pro_trainer.cli.prepare import PrepareArguments, prepare
+from pro_trainer.cli.prepare import prepare
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.models import tiny_llama
 from pro_trainer.prepare import output, recipe
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.pool import Pool
 from pro_trainer.prepare.scoring import RewardModel
 from pro_trainer.text.options import ListOptions
@@ -285,13 +286,13 @@ def interrupted(arguments, monkeypatch, index):
 
 def spy(monkeypatch):
     """The first index of every group that is computed from here on."""
-    seen, plain = [], recipe.Recipe.samples
+    seen, plain = [], recipe.Recipe.lines
 
-    def samples(self, generator, lists, first_index):
+    def lines(self, lists, first_index):
         seen.append(first_index)
-        return plain(self, generator, lists, first_index)
+        return plain(self, lists, first_index)
 
-    monkeypatch.setattr(recipe.Recipe, "samples", samples)
+    monkeypatch.setattr(recipe.Recipe, "lines", lines)
     return seen
 
 
@@ -521,7 +522,7 @@ def test_an_interrupted_command_says_how_to_go_on(arguments, models, monkeypatch
     assert names(tmp_path) == PARTIAL
     redone = spy(monkeypatch)
     prepare(full)  # of the settings that the flags gave
-    assert redone == [2, 2]  # by each generator
+    assert redone == [2]
 
 
 @pytest.mark.parametrize(("at", "kept"), [("settings", []), ("line", []), ("output", PARTIAL)])

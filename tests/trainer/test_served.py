@@ -17,12 +17,12 @@ from test_generation import TEMPLATE
 from texts import classifier, pair, save, system, user
 
 from pro_trainer.cli import commands as cli
-from pro_trainer.cli.prepare import PrepareArguments, prepare
+from pro_trainer.cli.prepare import prepare
 from pro_trainer.data.records import RankedList
 from pro_trainer.models import tiny_llama
 from pro_trainer.prepare import client, served
 from pro_trainer.prepare.answers import ServerError
-from pro_trainer.prepare.options import SamplingOptions
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.served import Served, Servers, read_answer
 
 LISTS = 13
@@ -412,7 +412,10 @@ def test_malformed_answers(answer, message):
         ({"server_fields": "{"}, "server_fields must be a JSON object: "),
         ({"server_fields": "[1]"}, r"server_fields must be a JSON object, got \[1\]"),
         ({"server_fields": '{"n": 3}'}, r"server_fields names \['n'\], which other options"),
-        ({"server_retries": -1}, "retries must be at least 0, got -1"),
+        ({"server_retries": -1}, "server_retries must be at least 0, got -1"),
+        ({"concurrency": 0}, "concurrency must be finite and > 0, got 0"),
+        ({"concurrency": 1.5}, "concurrency must be an integer, got 1.5"),
+        ({"server_timeout": float("nan")}, "server_timeout must be finite and > 0, got nan"),
         ({"requests_per_second": 0}, "requests_per_second must be finite and > 0, got 0"),
         ({"max_prompt_length": 9}, "max_prompt_length cuts the prompts of a generator, and none"),
         ({"temperature": []}, "temperature: none was given"),
@@ -425,7 +428,7 @@ def test_malformed_answers(answer, message):
 )
 def test_bad_arguments(arguments, tmp_path, changes, message):
     built = arguments(None, **{"server": ["http://h.invalid"], **changes})
-    with pytest.raises((ValueError, ServerError), match=message):
+    with pytest.raises((ValueError, TypeError, ServerError), match=message):
         prepare(built)
     assert not list(tmp_path.glob("out*"))
 
@@ -452,16 +455,14 @@ def test_servers_that_list_no_model_or_several(arguments, monkeypatch):
 
 
 def test_what_a_request_asks_for_depends_on_its_list_alone():
-    options = SamplingOptions(5, 8, (0.5, 1.0), 0.9, (), None, 2, 7)
-    servers = Servers(("http://h/v1",), ("m",), "chat", {})
+    options = PrepareArguments(num_samples=5, temperature=[0.5, 1.0], seed=7)
+    servers = Servers(("http://h/v1",), ("m",), options)
     lists = [RankedList((f"p{i}",), ()) for i in range(4)]
-    made = [
-        list(Served("m", "m", servers, None, options, True)._requests(lists[k:], k)) for k in (0, 2)
-    ]
+    made = [list(Served("m", "m", servers, None)._requests(lists[k:], k)) for k in (0, 2)]
     assert made[0][4:] == made[1] and [x[1]["n"] for x in made[1]] == [3, 2, 3, 2]
     assert made[0][1][1]["seed"] == made[0][0][1]["seed"] + 3  # those between are of its samples
-    alone = Servers(("http://h/v1",), ("m",), "chat", {}, left_out=("n", "seed"))
-    bodies = list(Served("m", "m", alone, None, options, True)._requests(lists[:1], 0))
+    alone = Servers(("http://h/v1",), ("m",), options, left_out=("n", "seed"))
+    bodies = list(Served("m", "m", alone, None)._requests(lists[:1], 0))
     assert len(bodies) == 5 and not any({"n", "seed"} & body.keys() for _, body in bodies)
     assert [body["temperature"] for _, body in bodies] == [0.5] * 3 + [1.0] * 2
     assert served._plan(options, True) == [(0.5, [0, 2, 4]), (1.0, [1, 3])]

@@ -22,7 +22,6 @@ from pro_trainer.cli import flags, stop
 from pro_trainer.cli.arguments import (
     EvalArguments,
     InspectArguments,
-    PrepareArguments,
     RoundsArguments,
     TrainArguments,
 )
@@ -32,6 +31,7 @@ from pro_trainer.cli.prepare import prepare as prepare_lists
 from pro_trainer.cli.rounds import rounds as run_rounds
 from pro_trainer.cli.train import train as train_model
 from pro_trainer.models import base_of
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.text.options import ListOptions
 from pro_trainer.train import distributed
 from pro_trainer.train.checkpoints import IDENTITY, read_identity

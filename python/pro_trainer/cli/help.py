@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from pro_trainer.cli.arguments import (
     EvalArguments,
     InspectArguments,
-    PrepareArguments,
     RoundsArguments,
     TrainArguments,
 )
 from pro_trainer.cli.flags import RENAMED, near
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.text.options import ListOptions
 from pro_trainer.train.options import LossOptions, StepOptions
 
