@@ -61,11 +61,10 @@ def test_curves_hold_what_was_logged_without_a_display(tmp_path, figures, monkey
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails
     monkeypatch.setenv("MPLBACKEND", "TkAgg")
     log = history()
-    assert draw_curves(tmp_path / "curves.png", log, title="a run")
+    assert draw_curves(tmp_path / "curves.png", log)
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
     (figure,) = figures
-    assert figure.get_suptitle() == "a run"
     found = panels(figure)
     by_rank = "Loss of each rank (dashed: held out)"
     assert list(found) == ["Loss", by_rank, "SFT loss", "Held-out ranking", "Margin"]
@@ -114,7 +113,7 @@ def test_only_panels_with_finite_numbers(tmp_path, figures, log, drawn):
 
 def test_runs_share_their_panels(tmp_path, figures):
     runs = {"fused": history(), "reference": history(offset=0.01)}
-    draw_runs(tmp_path / "runs.png", runs, title="the same twice")
+    draw_runs(tmp_path / "runs.png", runs)
     found = panels(figures[0])
     assert list(found) == ["Training loss", "Held-out pairwise accuracy"]
     loss = lines(found["Training loss"])
