@@ -184,6 +184,14 @@ def test_only_a_reward_model_to_which_equal_rewards_of_the_data_do_not_matter(
     assert made[1]["rewards"][0] > made[1]["rewards"][1]
 
 
+def test_near_duplicates_of_lists_with_rewards(arguments, write_lines, tmp_path):
+    data = write_lines({"prompt": "p", "completions": ["a long way off", "a long way of", "b"],
+                        "rewards": [2, 1, 0]})  # fmt: skip
+    report = prepare(arguments(data=data, near_duplicates=0.8))
+    assert report.lost == {"near-duplicates": 1}
+    assert len(records(tmp_path / "out.jsonl")[0]["completions"]) == 5
+
+
 def test_the_marked_candidate_of_the_data_is_the_chosen_one():
     ranked = RankedList(("p",), ("a", "b", "c"), (1.0, 3.0, 2.0), sft_index=2)
     assert Pool.of(ranked).chosen == 2

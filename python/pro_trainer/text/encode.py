@@ -24,7 +24,7 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from pro_trainer.data.fields import DataError, Text
-from pro_trainer.data.lists import best_first, select
+from pro_trainer.data.lists import select
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.text.cut import cut_prompt
@@ -413,7 +413,7 @@ def _as_list(prompt: Text | RankedList, completion: Text | None = None) -> Ranke
 def _first_of_each(ranked: RankedList, ends: Sequence[list[int]]) -> list[int]:
     """Indices of the best of each group of completions with equal ids."""
     first: dict[tuple[int, ...], int] = {}
-    for i in best_first(ranked):
+    for i in ranked.best_first():
         first.setdefault(tuple(ends[i]), i)
     return sorted(first.values())
 
