@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from pro_trainer.data.fields import Text
 from pro_trainer.data.records import RankedList
 from pro_trainer.models import causal_lm, evaluating
-from pro_trainer.prepare.draws import StopAtText, TokenPicker, decode, token_uniforms
+from pro_trainer.prepare.draws import StopAtText, TokenPicker, decode, token_uniforms, up_to
 from pro_trainer.text.encode import Encoder
 
 if TYPE_CHECKING:
@@ -183,9 +183,7 @@ def _continue(
     for row, new in enumerate(output[:, length:].tolist()):
         new = new[: stop[0].ends[row]] if stop else new
         new = new[: next((i for i, token in enumerate(new) if token in ends), None)]
-        text = _new_text(tokenizer, ids[row], new)
-        cuts = [at for at in map(text.find, stop_strings) if at >= 0]
-        texts.append(text[: min(cuts, default=None)])
+        texts.append(up_to(stop_strings, _new_text(tokenizer, ids[row], new)))
     return texts
 
 
