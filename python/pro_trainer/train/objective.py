@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_trainer.batch.collate import Preferences
+from pro_trainer.batch.collate import Preferences, best_candidates
 from pro_trainer.evaluate.metrics import ranking_metrics
 from pro_trainer.train.options import LossOptions
 
@@ -112,8 +112,7 @@ def _marks(preferences: Preferences) -> tuple[Tensor, Tensor]:
     if weights is None:
         weights = torch.ones(len(rewards), dtype=torch.float64)
     if desirable is None:
-        ranked = rewards.masked_fill(~mask, -torch.inf)
-        desirable = mask & (ranked == ranked.amax(1, keepdim=True))
+        desirable = best_candidates(rewards, mask)
     return weights, desirable
 
 
