@@ -147,7 +147,7 @@ def test_several_generators_and_their_names(arguments, recipe_models, tmp_path):
 def test_empty_and_repeated_samples_are_dropped_and_counted(arguments, monkeypatch, tmp_path):
     texts = [" fresh ", "\n", " bad 0  ", "fresh", " fresh two"]
     monkeypatch.setattr(
-        recipe, "sample", lambda model, tokenizer, prompts, **_: [list(texts) for _ in prompts]
+        recipe, "sample", lambda model, encoder, prompts, *_: [list(texts) for _ in prompts]
     )
     report = prepare(arguments(limit=1, num_samples=5))
     (record,) = records(tmp_path / "out.jsonl")
@@ -383,6 +383,8 @@ SERVED = {"generator": [], "server": ["http://h.invalid"]}
         ({"reward": []}, "a generator needs a reward"),
         ({"generator_tokenizer": ["a", "b"]}, "one for each of the 1 generators, got 2"),
         ({"num_samples": 0}, "num_samples must be finite and > 0, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be finite and > 0, got 0"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be finite and > 0, got 0"),
         ({"batch_size": 0}, "batch_size must be finite and > 0, got 0"),
         ({"limit": 0}, "limit must be finite and > 0, got 0"),
         ({"top_p": 1.1}, r"top_p must lie in \(0, 1\], got 1.1"),

@@ -54,20 +54,8 @@ class Generator:
         """Of each list's prompt, and counts of what befell them."""
         options, encoder = self.options, self.encoder
         indices = range(first_index, first_index + len(lists))
-        samples = sample(
-            self.model,
-            encoder.tokenizer,
-            lists,
-            num_samples=options.num_samples,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seeds=[list_seed(options.seed, self.name, index) for index in indices],
-            batch_size=options.batch_size,
-            stop_strings=options.stop,
-            max_prompt_length=options.max_prompt_length,
-            encoder=encoder,
-        )
+        seeds = [list_seed(options.seed, self.name, index) for index in indices]
+        samples = sample(self.model, encoder, lists, options, seeds)
         limit = prompt_limit(self.model, options.max_new_tokens, options.max_prompt_length)
         made = []
         for ranked, texts in zip(lists, samples, strict=True):
