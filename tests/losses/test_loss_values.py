@@ -17,7 +17,7 @@ from loss_oracles import (
 from mpmath import exp, log, mpf
 
 from pro_kernels.losses import LOSSES, get_loss
-from pro_kernels.losses.orpo import log1mexp
+from pro_kernels.losses.free import log1mexp
 
 CASES = [
     *((name, {}) for name in LOSSES),
