@@ -253,10 +253,7 @@ class CallOptions(Checked):
     inplace_backward: Annotated[
         bool, "Write the gradient over the logits; nothing else may use them afterwards."
     ] = False
-    backend: Annotated[
-        str,
-        '"auto" or a backend\'s name; a named one never falls back.',
-    ] = "auto"
+    backend: Annotated[str, '"auto" or a backend\'s name; a named one never falls back.'] = "auto"
     budget: Annotated[
         int | None, "Bytes this call may take beyond the inputs' gradients; None for a default."
     ] = None

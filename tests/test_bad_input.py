@@ -161,10 +161,7 @@ LOGITS, STRAY = torch.randn(1, 1, 3, 7), torch.tensor([[[3, -100, 5]]])
             lambda: pk.linear_token_logps(torch.randn(3, 8), torch.randn(5, 8), zeros(4)),
             "hidden.shape[:-1] = (3,), got (4,)",
         ),
-        (
-            lambda: pk.token_logps(torch.randn(3, 8), zeros(4)),
-            "logits.shape[:-1] = (3,), got (4,)",
-        ),
+        (lambda: pk.token_logps(torch.randn(3, 8), zeros(4)), "logits.shape[:-1] = (3,), got (4,)"),
         (
             lambda: pk.token_logps(torch.randn(3), zeros()),
             "logits must have shape (..., V), got (3,)",

@@ -20,11 +20,7 @@ from .registry import register
 
 @register(sft_weight=1.0)
 def cpo(
-    ranked: Ranked,
-    *,
-    beta: Beta = 0.1,
-    label_smoothing: LabelSmoothing = 0.0,
-    pairs: Pairs = "all",
+    ranked: Ranked, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing = 0.0, pairs: Pairs = "all"
 ) -> Result:
     """Contrastive Preference Optimization.
 

@@ -20,13 +20,7 @@ from pro_kernels.layout import Layout
 from pro_kernels.losses import LOSSES, get_loss
 from pro_kernels.models.head import HeadInputs
 from pro_kernels.models.opened import FIELDS, Opened
-from pro_kernels.options import (
-    IGNORE_INDEX,
-    CallOptions,
-    CrossEntropyOptions,
-    Options,
-    PROOptions,
-)
+from pro_kernels.options import IGNORE_INDEX, CallOptions, CrossEntropyOptions, Options, PROOptions
 from pro_kernels.validate import check_tensor
 
 STATE = "_pro_kernels"  # the attribute of an attached model that holds its ``Opened``

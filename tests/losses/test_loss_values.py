@@ -140,11 +140,12 @@ SFT = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"pro"}))
+@pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_has_an_sft_term_and_prompt_weights(name):
     batch = random_batch(8, name=name)
     weights = torch.tensor([0.5, 2.0, 7.0, 0.0, 1.5, 3.0])  # prompt 2 has no candidate
-    for options in (*SFT, {"sft_weight": 0.0}):
+    own = [{"sft_weight": 0.3}] if name == "pro" else SFT  # PRO has sft_index for sft_on
+    for options in (*own, {"sft_weight": 0.0}):
         loss, metrics = LOSSES[name](
             batch.logps, batch.lengths, **batch.inputs(), prompt_weights=weights, **options
         )
@@ -253,11 +254,7 @@ def test_metrics_average_over_pairs_then_prompts(name, pairs, rewards):
     batch = random_batch(9, rewards=rewards)
     options = {"pairs": pairs} if name != "pro" else {"equal_rewards": "keep"}
     _, metrics = LOSSES[name](batch.logps, batch.lengths, **batch.inputs(), **options)
-    implicit = {
-        "simpo": lambda c: 2 * c.s,
-        "dpo": lambda c: 0.1 * c.d,
-        "pro": lambda c: c.s,
-    }[name]
+    implicit = {"simpo": lambda c: 2 * c.s, "dpo": lambda c: 0.1 * c.d, "pro": lambda c: c.s}[name]
     prompts = [pairs_of(p, pairs) for p in batch.prompts()]
     prompts = [p for p in prompts if p]
     for key, value in {
