@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mpmath import exp, log, mpf
+
 from loss_oracles import (
     OF_GAINS,
     ORACLES,
@@ -14,8 +16,6 @@ from loss_oracles import (
     pairs_of,
     random_batch,
 )
-from mpmath import exp, log, mpf
-
 from pro_kernels.losses import LOSSES, get_loss
 from pro_kernels.losses.free import log1mexp
 

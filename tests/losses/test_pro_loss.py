@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_oracles import expected, random_batch
 
+from loss_oracles import expected, random_batch
 from pro_kernels import reference
 from pro_kernels.losses import LOSSES
 
