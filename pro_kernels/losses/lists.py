@@ -182,10 +182,9 @@ def exo(
     if alpha > 0:
         log_p = ranked.log_softmax(ranked.gaps() / alpha)
     else:
-        best, counts = ranked.best(), ranked.counts[:, None]
-        chosen = best.sum(1, keepdim=True)
-        wrong = e / (counts - chosen).clamp(min=1).to(log_q.dtype)
-        right = (1 - e) / chosen.clamp(min=1).to(log_q.dtype)
+        best, counts = ranked.best(), ranked.counts[:, None].to(log_q.dtype)
+        chosen = best.to(log_q.dtype).sum(1, keepdim=True)
+        wrong, right = e / (counts - chosen).clamp(min=1), (1 - e) / chosen.clamp(min=1)
         # Where no candidate is worse, the whole of p is shared by the best.
         right = torch.where(counts == chosen, 1 / counts.clamp(min=1), right)
         log_p = torch.where(best, right, wrong).log()
