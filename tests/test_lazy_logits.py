@@ -377,9 +377,10 @@ def test_plain_where_it_is_compiled_generates_or_is_told_to(llama):
     kinds = []
     handle = llama.register_forward_hook(lambda m, a, out: kinds.append(type(out.logits)))
     try:
-        llama.generate(IDS[:, :3], max_new_tokens=3, do_sample=False)
+        found = llama.generate(IDS[:, :3], max_new_tokens=3, do_sample=False)
     finally:
         handle.remove()
+    assert found.equal(make().double().generate(IDS[:, :3], max_new_tokens=3, do_sample=False))
     hooked = pk.attach(make())
     hooked.lm_head.register_forward_hook(lambda m, a, out: out + 1)
     off = pk.attach(make(), lazy_logits=False)

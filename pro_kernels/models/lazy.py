@@ -37,24 +37,14 @@ NO_TARGET = -(1 << 31)  # no id of a token, so that -100 is refused as plain log
 # Attributes and methods of a tensor that do not look at its values.
 _VALUES = {"T", "mT", "H", "mH", "real", "imag", "data"}
 _METADATA = {
-    "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset",
-    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device",
-    "__len__", "__hash__", "__format__", "is_inference", "is_shared", "is_conj",
-    "is_neg", "_is_view",
-}  # fmt: skip
+    *"size dim ndimension numel nelement element_size stride storage_offset is_contiguous".split(),
+    *"is_floating_point is_complex is_signed is_same_size get_device is_inference".split(),
+    *"is_shared is_conj is_neg _is_view __len__ __hash__ __format__".split(),
+}
 # By the name of an operation; what it cannot answer, it answers with NotImplemented.
 ANSWERS: dict[str, Callable[..., Any]] = {}
 _said: set[str] = set()
-_OF_SHAPE = {
-    "squeeze_",
-    "unsqueeze_",
-    "transpose_",
-    "t_",
-    "detach_",
-    "resize_",
-    "set_",
-    "swapaxes_",
-}
+_OF_SHAPE = {*"squeeze_ unsqueeze_ transpose_ t_ detach_ resize_ set_ swapaxes_".split()}
 _NOT_IN_PLACE = (
     "cannot be done in place to the logits of an attached model; do it out of place, or "
     "attach(model, lazy_logits=False)"
