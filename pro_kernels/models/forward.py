@@ -147,11 +147,7 @@ def after_call(lm: nn.Module, args: tuple, output: Any) -> None:
 
 
 def _of_both(opened: Opened, head: HeadInputs, asked: Asked) -> dict[str, Any]:
-    """Arguments of either loss.
-
-    Raises:
-        ValueError: the model was attached with a process group and its head is whole.
-    """
+    """Arguments of either loss; ValueError with a process group and a head that is whole."""
     split = is_dtensor(head.weight)
     if opened.tried and opened.process_group is not None and not split:
         raise ValueError(
