@@ -387,18 +387,33 @@ def test_what_the_fused_path_would_not_repeat_is_refused(name):
     assert set(vars(model)) == before
 
 
-def test_arguments_that_are_refused(llama, inputs):
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (None, {}, TypeError, "model must be a torch.nn.Module, got dict"),
+        (
+            "Llama",
+            {"temprature": 1.0},
+            TypeError,
+            r"attach got options \['temprature'\]; there are",
+        ),
+        ("Llama", {"loss": "ranking", "z_loss": 0.1}, TypeError, "attach got options"),
+        ("Llama", {"ties": "no"}, ValueError, "ties"),
+        ("Llama", {"loss": "sft"}, ValueError, "loss must be one of .*, got 'sft'"),
+        ("Llama", {"example": {"extra": 1}}, ValueError, "must hold input_ids, got .'extra'."),
+        ("Llama", {"class_weight": torch.ones(V - 1)}, ValueError, r"must have shape \(V,\)"),
+        ("Llama", {"z_loss": -1.0}, ValueError, "z_loss must be >= 0"),
+        ("Gemma2", {"label_smoothing": 0.1}, ValueError, "cannot be had with a softcap"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_refused(name, options, error, message):
+    with pytest.raises(error, match=message):
+        pk.attach(make(name) if name else {}, **options)
+
+
+def test_arguments_by_position_are_given_once(llama, inputs):
     ids = inputs["input_ids"]
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
-        pk.attach({})
-    with pytest.raises(TypeError, match=r"attach got options \['temprature'\]; there are"):
-        pk.attach(llama, temprature=1.0)
-    with pytest.raises(ValueError, match="ties"):
-        pk.attach(llama, ties="no")
-    with pytest.raises(ValueError, match="loss must be one of .*, got 'sft'"):
-        pk.attach(llama, loss="sft")
-    with pytest.raises(ValueError, match="example must hold input_ids, got .'extra'."):
-        pk.attach(llama, example={"extra": 1})
     pk.attach(llama, example={"input_ids": ids, "labels": ids})
     with pytest.raises(TypeError, match="by position, each once, got 1"):
         llama(ids, input_ids=ids, labels=ids)
@@ -488,21 +503,6 @@ def test_classes_of_a_labels_cross_entropy(own, items, inputs):
     assert_close(out.loss, want)
     assert_same_grads(grads(model, out.loss), expected)
     assert out.token_logps.shape == inputs["labels"].shape
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("Llama", {"class_weight": torch.ones(V - 1)}, r"class_weight must have shape \(V,\)"),
-        ("Llama", {"z_loss": -1.0}, "z_loss must be >= 0"),
-        ("Gemma2", {"label_smoothing": 0.1}, "label_smoothing cannot be had with a softcap"),
-    ],
-)
-def test_classes_that_a_model_cannot_have(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        pk.attach(make(name), **options)
-    with pytest.raises(TypeError, match="attach got options"):
-        pk.attach(make(), loss="ranking", z_loss=0.1)
 
 
 # ---- what is noticed in a call
