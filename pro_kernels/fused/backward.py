@@ -203,6 +203,10 @@ def _kept_backward(
     chunks = chunks_of(n, call.plan.chunk, min(saved.kept.shape[0], n))
     sums = [_sum_for(x, len(chunks) > 1) for x in out[1:]]
     w, xw = weighted
+    if not n:  # no chunk writes into them
+        for total in sums:
+            if total is not None:
+                total.zero_()
     for i, (start, stop) in enumerate(chunks):
         at = slice(start, stop)
         groups = saved.filter.of(i, at)
