@@ -5,7 +5,6 @@ Nothing is counted on the way, so a run that was cut short reports the same as o
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -108,10 +107,6 @@ class PrepareReport:
         counts = {item.name: getattr(self, item.name) for item in fields(self)}
         counts["candidates"] = {str(n): c for n, c in sorted(self.candidates.items())}
         return counts | {"rankings": self.rankings.as_dict(), "data": self.data.as_dict()}
-
-    def json_bytes(self) -> bytes:
-        """The report as the file beside the output holds it."""
-        return json.dumps(self.as_dict(), indent=1, ensure_ascii=False).encode() + b"\n"
 
     def losses(self) -> list[str]:
         """Lines on candidates that were dropped, and on what rewards said."""
