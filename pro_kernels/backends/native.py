@@ -21,6 +21,7 @@ from typing import get_type_hints
 import torch
 from torch import Tensor
 
+from pro_kernels.backends import protocol
 from pro_kernels.options import LogitOptions, RankingOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -254,64 +255,39 @@ class Kernels:
     call: Callable[..., None]
     max_columns: int | None = None
 
-    def logp(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        *,
-        target_logits: Tensor | None = None,
-        options: LogitOptions,
-        entropy: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def logp(self, rows: protocol.Rows, entropy: bool = False) -> protocol.Statistics:
         """Statistics of each row, which is only read."""
-        self._check_columns(logits)
-        logits = unit_stride(logits)
-        return self._statistics("logp", logits, targets, target_logits, options, entropy)
+        self._check_columns(rows.logits)
+        return self._statistics("logp", rows._replace(logits=unit_stride(rows.logits)), entropy)
 
-    def residual_(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        *,
-        target_logits: Tensor | None = None,
-        options: LogitOptions,
-    ) -> tuple[Tensor, Tensor]:
-        """The first two of them, and in place of ``logits`` the gradient of the log-probs."""
-        self._check_columns(logits)
-        check_writable("logits", logits)
-        return self._statistics("residual", logits, targets, target_logits, options, False)[:2]
+    def residual_(self, rows: protocol.Rows) -> tuple[Tensor, Tensor]:
+        """The first two of them, and in place of the logits the gradient of the log-probs."""
+        self._check_columns(rows.logits)
+        check_writable("logits", rows.logits)
+        return self._statistics("residual", rows, False)[:2]
 
-    def _statistics(
-        self,
-        name: str,
-        logits: Tensor,
-        targets: Tensor,
-        target_logits: Tensor | None,
-        options: LogitOptions,
-        entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        index = vector(targets, torch.int64, logits)
-        exact = vector(target_logits, torch.float32, logits)
+    def _statistics(self, name: str, rows: protocol.Rows, entropy: bool) -> protocol.Statistics:
+        logits = rows.logits
+        index = vector(rows.targets, torch.int64, logits)
+        exact = vector(rows.exact, torch.float32, logits)
         logps, lse = empty(logits), empty(logits)
         value = empty(logits) if entropy else None
-        rows = Rows(*matrix(logits), *pointers(index, exact, logps, lse, value))
-        self.call(name, logits, rows, in_c(options))
+        struct = Rows(*matrix(logits), *pointers(index, exact, logps, lse, value))
+        self.call(name, logits, struct, in_c(rows.options))
         return logps, lse, value
 
     def logits_grad(
         self,
-        logits: Tensor,
+        rows: protocol.Rows,
         lse: Tensor,
-        targets: Tensor,
         weights: Tensor | None,
         *,
-        target_logits: Tensor | None = None,
         first_column: int = 0,
-        options: LogitOptions,
         out: Tensor | None = None,
         entropy: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """The gradient of logits; rows with a negative target become 0."""
+        logits = rows.logits
         self._check_columns(logits)
         if out is None:
             out = logits.new_empty(logits.shape)
@@ -322,35 +298,27 @@ class Kernels:
                 f"{tuple(out.shape)} {out.dtype}"
             )
         logits = unit_stride(logits)
-        index = vector(targets, torch.int64, logits)
-        numbers = target_logits, lse, weights, *(entropy or (None, None))
+        index = vector(rows.targets, torch.int64, logits)
+        numbers = rows.exact, lse, weights, *(entropy or (None, None))
         exact, sums, factors, value, by = (vector(x, torch.float32, logits) for x in numbers)
         read = pointers(index, exact, None, sums, value, factors, by)
-        rows = Rows(*matrix(logits), *read, first_column, out.data_ptr(), out.stride(0))
-        self.call("logits_grad", logits, rows, in_c(options))
+        struct = Rows(*matrix(logits), *read, first_column, out.data_ptr(), out.stride(0))
+        self.call("logits_grad", logits, struct, in_c(rows.options))
         return out
 
     def ranking(
-        self,
-        logps: Tensor,
-        offsets: Tensor,
-        lengths: Tensor,
-        order: Tensor,
-        rewards: Tensor | None,
-        sft_rank: Tensor,
-        prompt_weights: Tensor,
-        *,
-        options: RankingOptions,
+        self, logps: Tensor, candidates: protocol.Candidates, options: RankingOptions
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The ranking loss and its gradient; unscored tokens of ``logps`` hold 0."""
-        logps, prompt_weights = (dense(x, torch.float32) for x in (logps, prompt_weights))
-        offsets, lengths = dense(offsets, torch.int64), dense(lengths, torch.int64)
-        order, sft_rank = dense(order, torch.int64), dense(sft_rank, torch.int64)
+        logps, (prompts, n) = dense(logps, torch.float32), candidates.order.shape
+        offsets, lengths, order, rewards, sft_rank, weights = candidates
+        integers = offsets, lengths, order, sft_rank
+        offsets, lengths, order, sft_rank = (dense(x, torch.int64) for x in integers)
+        weights = dense(weights, torch.float32)
         rewards = None if rewards is None else dense(rewards, torch.float32)
-        prompts, n = order.shape
         sequences = lengths.shape[0]
         assert offsets.shape == (sequences + 1,), (offsets.shape, lengths.shape)
-        assert sft_rank.shape == prompt_weights.shape == (prompts,), (sft_rank.shape, order.shape)
+        assert sft_rank.shape == weights.shape == (prompts,), (sft_rank.shape, order.shape)
         assert rewards is None or rewards.shape == order.shape, order.shape
         # Made like logps, whatever torch's default dtype and device are.
         terms, sums = logps.new_empty(prompts, n), logps.new_empty(sequences)
@@ -358,7 +326,7 @@ class Kernels:
         tokens = logps.data_ptr(), logps.shape[0]
         spans = *pointers(offsets, lengths), sequences
         ranks = order.data_ptr(), prompts, n
-        rest = pointers(rewards, sft_rank, prompt_weights, terms, sums, row_weights)
+        rest = pointers(rewards, sft_rank, weights, terms, sums, row_weights)
         self.call("ranking", logps, RankingBatch(*tokens, *spans, *ranks, *rest), in_c(options))
         return terms, sums, row_weights
 

@@ -14,6 +14,7 @@ import torch
 
 from cuda_emulation import build
 from pro_kernels.backends import cpu, cuda, native
+from pro_kernels.backends.protocol import Rows
 from pro_kernels.options import LogitOptions, RankingOptions
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -135,7 +136,7 @@ def test_a_library_that_is_not_there_or_does_not_load_tells_why(backend, monkeyp
         assert "no compiler found" in backend.unusable(here)
         assert "no compiler found" in backend.details()["reason"]
         with pytest.raises(RuntimeError, match="no compiler found"):
-            backend.logp(torch.randn(1, 3), torch.zeros(1).long(), options=LogitOptions())
+            backend.logp(Rows(torch.randn(1, 3), torch.zeros(1).long(), LogitOptions()))
         backend.library_path().write_text("not a library")
         backend._load.cache_clear()
         assert "does not load" in backend.unusable(here)

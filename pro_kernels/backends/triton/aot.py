@@ -31,6 +31,7 @@ from unittest import mock
 
 import torch
 
+from pro_kernels.backends.protocol import Candidates, Rows
 from pro_kernels.backends.triton import configs, interpreted
 from pro_kernels.options import LogitOptions, RankingOptions
 
@@ -195,22 +196,23 @@ def _launch(variant: Variant) -> None:
     def given(name: str, value: Any) -> Any:
         return value if name in variant.given else None
 
-    common = {"target_logits": given("exact", number), "options": TRANSFORMS[variant.transform]}
+    options = TRANSFORMS[variant.transform]
     config, x, weights = variant.config, matrix(_HIDDEN), given("weights", number)
     if isinstance(config, configs.RowConfig):
         x = matrix(config.max_columns or _WIDE)
+    rows = Rows(x, index, options, given("exact", number))
     match variant.kernel:
         case "logp":
-            launch.logp(x, index, entropy="entropy" in variant.given, **common)
+            launch.logp(rows, entropy="entropy" in variant.given)
         case "residual":
-            launch.residual_(x, index, **common)
+            launch.residual_(rows)
         case "logits_grad":
             entropy = given("entropy", (number, number))
-            launch.logits_grad(x, number, index, weights, out=x, entropy=entropy, **common)
+            launch.logits_grad(rows, number, weights, out=x, entropy=entropy)
         case "ranking":
             order, rewards = (t.expand(1, config.block_n) for t in (index, number))
             rest = (index.expand(2), index, order, given("rewards", rewards), index, number)
-            launch.ranking(number, *rest, options=RankingOptions())
+            launch.ranking(number, Candidates(*rest), RankingOptions())
         case "gather":
             launch.gather_rows(x, index, weights, x.dtype)
         case "scatter":
@@ -227,9 +229,8 @@ def _launch(variant: Variant) -> None:
             filtered.compact_(x, groups, weights, "move" in variant.given)
         case _:  # score, then merge
             weight = matrix(_HIDDEN, _HIDDEN - shift)
-            launch.score(
-                x, weight, given("bias", x[0]), index, **common | {"target_logits": number}
-            )
+            bias = given("bias", x[0])
+            launch.score(x, weight, bias, index, target_logits=number, options=options)
 
 
 def describe(variant: Variant) -> str:
