@@ -10,7 +10,6 @@ then run on one OpenMP pool (``libgomp.so.1`` is already in the process).
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from ctypes import POINTER, c_char_p, c_int32
 from pathlib import Path
@@ -29,52 +28,50 @@ MAX_CANDIDATES = None  # any n
 VERIFIED = None  # every machine that builds it runs the tests
 only_when_named = None
 
-_LIB = native.LIB
-_SIGNATURES: native.Signatures = {
-    "isa": (c_char_p, ()),
-    "set_isa": (c_int32, (c_char_p,)),
-    **native.signatures(None, c_int32),  # the last: threads
-    "tree_attention": (None, (POINTER(native.TreeAttention), c_int32)),
-    "tree_attention_backward": (None, (POINTER(native.TreeAttention), c_int32)),
-    **{
-        f"filter_{name}": (None, (POINTER(native.ColumnFilter), c_int32))
-        for name in (
-            "centre",
-            "distances",
-            "count",
-            "sums",
-            "compact",
-            "hidden_grad",
-            "weight_grad",
-        )
+_ON_FILTERS = "centre", "distances", "count", "sums", "compact", "hidden_grad", "weight_grad"
+
+
+class Library(native.Library):
+    """Loaded with the instruction set that the environment asks for."""
+
+    def open(self, path: Path) -> tuple[ctypes.CDLL | None, str | None]:
+        """The library at ``path``, or why it cannot be used."""
+        found, reason = super().open(path)
+        if found is not None and os.environ.get("PRO_KERNELS_CPU_ISA"):
+            here = [x for x in self.info["isas"] if not found.set_isa(x.encode())]
+            found.set_isa(setting("PRO_KERNELS_CPU_ISA", here, "").encode())
+        return found, reason
+
+
+_TREE = None, (POINTER(native.TreeAttention), c_int32)
+_FILTER = None, (POINTER(native.ColumnFilter), c_int32)
+library = Library(
+    NAME,
+    {
+        "isa": (c_char_p, ()),
+        "set_isa": (c_int32, (c_char_p,)),
+        **native.signatures(None, c_int32),  # the last: threads
+        **dict.fromkeys(("tree_attention", "tree_attention_backward"), _TREE),
+        **{f"filter_{name}": _FILTER for name in _ON_FILTERS},
     },
-}
+)
 
 
 def unusable(device: torch.device) -> str | None:
     """Why this backend cannot serve ``device`` (None: it can)."""
     if device.type != "cpu":
         return f"tensors are on {device.type}, not on the CPU"
-    return _load()[1]
-
-
-def library_path() -> Path:
-    """Where the library is, or would be."""
-    return native.library_path(_LIB, NAME)
-
-
-def build_info() -> dict:
-    """How the library was built, or why not: compiler, flags, instruction sets, reason."""
-    return native.build_info(_LIB, NAME)
+    return library.load()[1]
 
 
 def details() -> dict[str, str]:
     """What ``pro-kernels env`` shows: the library, how it was built, what it runs on."""
-    info = build_info()
-    if _load()[1] is not None:
-        return {"library": "none", "reason": str(_load()[1])}
+    found, reason = library.load()
+    if found is None:
+        return {"library": "none", "reason": str(reason)}
+    info = library.info
     return {
-        "library": str(library_path()),
+        "library": str(library.path),
         "compiler": info.get("version", "unknown"),
         "instruction set": f"{isa()} (built: {', '.join(info.get('isas', []))})",
         "openmp": str(info.get("openmp")),
@@ -83,7 +80,7 @@ def details() -> dict[str, str]:
 
 def isa() -> str:
     """The instruction set in use."""
-    return _library().isa().decode()
+    return library.get().isa().decode()
 
 
 def set_isa(name: str | None) -> None:
@@ -92,33 +89,16 @@ def set_isa(name: str | None) -> None:
     Raises:
         ValueError: this machine or this build does not have it.
     """
-    if _library().set_isa(name.encode() if name is not None else None):
+    if library.get().set_isa(name.encode() if name is not None else None):
         raise ValueError(
-            f"instruction set {name!r} is not available: built {build_info().get('isas')}, and this"
+            f"instruction set {name!r} is not available: built {library.info.get('isas')}, and this"
             " processor may lack it"
         )
 
 
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library with its signatures, or why there is none."""
-    library, reason = native.load(_LIB, NAME, _SIGNATURES)
-    if library is not None and os.environ.get("PRO_KERNELS_CPU_ISA"):
-        here = [x for x in build_info()["isas"] if not library.set_isa(x.encode())]
-        library.set_isa(setting("PRO_KERNELS_CPU_ISA", here, "").encode())
-    return library, reason
-
-
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    return library
-
-
 def _call(name: str, x: Tensor, *arguments: object) -> None:
     """Run on as many threads as torch does."""
-    getattr(_library(), name)(*arguments, torch.get_num_threads())
+    getattr(library.get(), name)(*arguments, torch.get_num_threads())
 
 
 _kernels = native.Kernels(_call)

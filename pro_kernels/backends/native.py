@@ -157,46 +157,68 @@ def layout() -> list[str]:
     return lines
 
 
-def build_info(folder: Path, part: str) -> dict:
-    """How a library was built, or why not: what setup.py wrote about ``part``."""
-    try:
-        return json.loads((folder / "build.json").read_text())[part]
-    except (FileNotFoundError, KeyError):
-        command = "python setup.py build_native --inplace"
-        return {"reason": f"never built ({command}, or pip install)"}
+class Library:
+    """A library of csrc: how it was built, and its functions, of which each begins ``pk_<part>_``.
 
+    Attributes:
+        folder: where it is, or would be.
+    """
 
-def library_path(folder: Path, part: str) -> Path:
-    """Where the library of ``part`` is, or would be."""
-    return folder / f"libpro_kernels_{part}.so"
+    def __init__(self, part: str, functions: Signatures) -> None:
+        self.part, self.functions, self.folder = part, functions, LIB
+        self._loaded: tuple[ctypes.CDLL | None, str | None] | None = None
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / f"libpro_kernels_{self.part}.so"
 
-def load(folder: Path, part: str, functions: Signatures) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library of ``part`` with its signatures, or why there is none."""
-    path = library_path(folder, part)
-    if not path.exists():
-        reason = build_info(folder, part).get("reason", "unknown reason")
-        return None, f"{path.name} was not built: {reason}"
-    return open_library(path, part, functions)
+    @property
+    def info(self) -> dict:
+        """How it was built, or why not: compiler, flags, targets, reason (of setup.py)."""
+        try:
+            return json.loads((self.folder / "build.json").read_text())[self.part]
+        except (FileNotFoundError, KeyError):
+            command = "python setup.py build_native --inplace"
+            return {"reason": f"never built ({command}, or pip install)"}
 
+    def load(self) -> tuple[ctypes.CDLL | None, str | None]:
+        """The library with its signatures, or why there is none; asked for once."""
+        if self._loaded is None:
+            if self.path.exists():
+                self._loaded = self.open(self.path)
+            else:
+                reason = self.info.get("reason", "unknown reason")
+                self._loaded = None, f"{self.path.name} was not built: {reason}"
+        return self._loaded
 
-def open_library(
-    path: Path, part: str, functions: Signatures
-) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library at ``path``, or why it cannot be used; its functions begin ``pk_<part>_``."""
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in {"layout": (c_char_p, ()), **functions}.items():
-            function = getattr(library, f"pk_{part}_{name}")
-            function.restype, function.argtypes = result, arguments
-            setattr(library, name, function)
-    except (OSError, AttributeError) as error:
-        return None, f"{path} does not load: {error}"
-    found = library.layout().decode().splitlines()
-    for theirs, ours in itertools.zip_longest(found, layout(), fillvalue="nothing more"):
-        if theirs != ours:
-            return None, f"{path} is of another version: it has {theirs}, this package {ours}"
-    return library, None
+    def get(self) -> ctypes.CDLL:
+        """The library.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        library, reason = self.load()
+        if library is None:
+            raise RuntimeError(reason)
+        return library
+
+    def open(self, path: Path) -> tuple[ctypes.CDLL | None, str | None]:
+        """The library at ``path``, or why it cannot be used."""
+        try:
+            library = ctypes.CDLL(str(path))
+            functions = {"layout": (c_char_p, ()), **self.functions}
+            for name, (result, arguments) in functions.items():
+                function = getattr(library, f"pk_{self.part}_{name}")
+                function.restype, function.argtypes = result, arguments
+                setattr(library, name, function)
+        except (OSError, AttributeError) as error:
+            return None, f"{path} does not load: {error}"
+        found = library.layout().decode().splitlines()
+        for theirs, ours in itertools.zip_longest(found, layout(), fillvalue="nothing more"):
+            if theirs != ours:
+                return None, f"{path} is of another version: it has {theirs}, this package {ours}"
+        return library, None
 
 
 def unit_stride(x: Tensor) -> Tensor:

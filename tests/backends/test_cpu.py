@@ -59,4 +59,4 @@ def test_a_process_of_its_own():
     assert done.returncode == 0, done.stderr
     name, pools = done.stdout.split()
     assert name == "generic"
-    assert pools == "1" or not cpu.build_info().get("openmp")
+    assert pools == "1" or not cpu.library.info.get("openmp")

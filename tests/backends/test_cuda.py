@@ -121,7 +121,7 @@ def test_a_device_needs_code_for_its_capability(capability, monkeypatch):
         error = staticmethod(lambda code: b"no kernel image is available")
         targets = staticmethod(lambda: b"sm_90a")
 
-    monkeypatch.setattr(cuda, "_load", lambda: (Library(), None))
+    monkeypatch.setattr(cuda.library, "_loaded", (Library(), None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
