@@ -28,8 +28,7 @@ reference: layout options output
 backends: backends options
 backends.torch: backends.protocol options ranking
 backends.native: backends.protocol options
-backends.native_filter: backends.native
-backends.cpu: backends.native backends.native_filter options
+backends.cpu: backends.native options
 backends.cuda: backends.native options
 backends.triton: backends.protocol backends.triton options
 fused.matmul: options

@@ -19,17 +19,7 @@ from pro_kernels.backends.triton import aot, configs  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 ROW_KERNELS = {"logp", "residual", "logits_grad"}
-OTHERS = {
-    "count",
-    "sums",
-    "compact",
-    "ranking",
-    "gather",
-    "scatter",
-    "target_logits",
-    "score",
-    "merge",
-}
+OTHERS = {*"count sums compact ranking gather scatter target_logits score merge".split()}
 
 
 def run_python(*arguments: str) -> str:
