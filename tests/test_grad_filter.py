@@ -209,12 +209,13 @@ def test_a_row_that_is_not_finite_keeps_every_column(bad):
 def test_tiny_and_empty(shape, poison):
     b, n, t, h, v = shape
     hidden = torch.randn(b, n, t, h, requires_grad=True)
-    weight = torch.randn(v, h, requires_grad=True)
+    weight, bias = (torch.randn(size, requires_grad=True) for size in ((v, h), (v,)))
     targets = torch.zeros(b, n, t, dtype=torch.int64)
     rewards = torch.arange(b * n).view(b, n).float()
-    out = pk.linear_pro_loss(hidden, weight, targets, rewards, grad_filter=0.1)
+    out = pk.linear_pro_loss(hidden, weight, targets, rewards, bias=bias, grad_filter=0.1)
     out.loss.backward()
-    assert weight.grad.isfinite().all() and out.grad_filter.dropped_mass.shape == (b * n * t,)
+    assert weight.grad.isfinite().all() and bias.grad.isfinite().all()
+    assert out.grad_filter.dropped_mass.shape == (b * n * t,)
     assert all(bound.isfinite() for bound in out.grad_filter.error_bounds())
 
 

@@ -25,13 +25,13 @@ import torch
 
 import pro_kernels as pk
 from pro_trainer import files
-from pro_trainer.cli.arguments import PrepareArguments
-from pro_trainer.cli.recipe import recipe_of, rewards_of, try_out_servers
 from pro_trainer.cli.stop import advising
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.options import DataOptions, PromptOptions
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
+from pro_trainer.prepare.build import build_rewards, recipe_of, try_out_servers
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.output import (
     REPORT,
     PartialFile,
@@ -75,15 +75,10 @@ def _prepare(arguments: PrepareArguments, output: Path) -> PrepareReport:
     device = _device(arguments.device)
     data_report = DataReport()
     total = _check_lists(arguments, data_report)
-    rewards = rewards_of(arguments, device)
-    others = [name for name in data_report.unused if "[]." not in name]
-    for reward in rewards:
-        reward.columns(others)
-        for column in reward.taken:
-            data_report.unused.pop(column, None)
-    servers = None
-    if arguments.server:
-        servers = try_out_servers(arguments)
+    rewards = build_rewards(arguments, device, data_report.unused)
+    for column in {column for reward in rewards for column in reward.taken}:
+        data_report.unused.pop(column, None)
+    servers = try_out_servers(arguments)
     partial = PartialFile(
         output,
         _settings(arguments, device, servers, rewards),
@@ -115,11 +110,7 @@ def _prepare(arguments: PrepareArguments, output: Path) -> PrepareReport:
 
 
 def _check_lists(arguments: PrepareArguments, report: DataReport) -> int:
-    """Read all lists before any work; how many there are. A bad line shows now, not after hours.
-
-    Raises:
-        ValueError: there is none, or one that cannot be used with these arguments.
-    """
+    """Read all lists before any work; how many there are. A bad line shows now, not after hours."""
     total = 0
     for ranked in _lists(arguments, report):
         total += 1

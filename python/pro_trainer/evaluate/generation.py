@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from pro_trainer.data.fields import plain
 from pro_trainer.prepare.sampling import bleu, sample
 from pro_trainer.text.encode import Encoder
 
@@ -71,7 +72,7 @@ def generate_answers(
     ]
     found: dict[str, Any] = {
         "prompts": len(prompts),
-        "bleu": bleu([x.strip() for x in answers], [_text(x).strip() for x in completions]),
+        "bleu": bleu([x.strip() for x in answers], [plain(x).strip() for x in completions]),
     }
     if reward_model is not None:
         reward_model.model.to(next(model.parameters()).device)
@@ -89,9 +90,3 @@ def generate_answers(
 def _best(rewards: Sequence[float] | None) -> int:
     """Place of the highest reward; lists without rewards are in order, best first."""
     return 0 if rewards is None else max(range(len(rewards)), key=rewards.__getitem__)
-
-
-def _text(completion: str | Sequence[dict[str, str]]) -> str:
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(message["content"] for message in completion)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 from pro_trainer.data.fields import Text
@@ -13,34 +12,25 @@ from pro_trainer.data.similarity import overlap, pieces
 Normalize = Literal["none", "zscore", "rank"]
 
 
-@dataclass(frozen=True)
-class Combination:
-    """How the scores of a list become its rewards.
+def combined(
+    raw: Mapping[str, Sequence[float]],
+    weights: Mapping[str, float],
+    lengths: Sequence[int],
+    normalize: Normalize = "none",
+    length_penalty: float = 0.0,
+) -> list[float]:
+    """One number for each candidate: the weighted sum of the scores in ``raw``, less the penalty.
 
-    Attributes:
-        weights: of each reward, by its name.
-        normalize: what is made of the scores that a reward gives to a list before they are
-            weighted: nothing, (x - mean) / standard deviation, or the share of the other
-            candidates that a candidate beats (ties count half).
-        length_penalty: taken off for each character of a completion.
+    ``normalize``: what is made of the scores that a reward gives to a list before they are
+    weighted: nothing, (x - mean) / standard deviation, or the share of the other candidates that a
+    candidate beats (ties count half). ``length_penalty``: taken off for each of the ``lengths``.
     """
-
-    weights: Mapping[str, float] = field(default_factory=dict)
-    normalize: Normalize = "none"
-    length_penalty: float = 0.0
-
-    def rewards(self, raw: Mapping[str, Sequence[float]], lengths: Sequence[int]) -> list[float]:
-        """One number for each candidate: the weighted sum, less the penalty."""
-        parts = {name: _NORMALIZED[self.normalize](scores) for name, scores in raw.items()}
-        return [
-            sum(self.weights[name] * part[i] for name, part in parts.items())
-            - (self.length_penalty * length if self.length_penalty else 0.0)
-            for i, length in enumerate(lengths)
-        ]
-
-
-def _as_it_is(scores: Sequence[float]) -> Sequence[float]:
-    return scores
+    parts = {name: _NORMALIZED[normalize](scores) for name, scores in raw.items()}
+    return [
+        sum(weights[name] * part[i] for name, part in parts.items())
+        - (length_penalty * length if length_penalty else 0.0)
+        for i, length in enumerate(lengths)
+    ]
 
 
 def _zscore(scores: Sequence[float]) -> list[float]:
@@ -59,7 +49,7 @@ def _rank(scores: Sequence[float]) -> list[float]:
     ]
 
 
-_NORMALIZED = {"none": _as_it_is, "zscore": _zscore, "rank": _rank}
+_NORMALIZED = {"none": list, "zscore": _zscore, "rank": _rank}
 
 
 def without_near_duplicates(texts: Sequence[Text], share: float, first: int | None) -> list[int]:

@@ -13,16 +13,15 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from pro_trainer.data.choose import choose
-from pro_trainer.data.options import Select
 from pro_trainer.data.records import RankedList
-from pro_trainer.data.transcripts import is_transcript
-from pro_trainer.prepare.combine import Combination, without_near_duplicates
-from pro_trainer.prepare.options import SamplingOptions, list_seed
+from pro_trainer.prepare.combine import Normalize, combined, without_near_duplicates
+from pro_trainer.prepare.draws import Samples, as_replies, list_seed
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.output import defined
 from pro_trainer.prepare.pool import DATA, Pool
 from pro_trainer.prepare.rewards.base import Scorer
@@ -41,33 +40,41 @@ LINE_KEYS = ("record", "dropped", "samples", "lost", "notes", "scored", "chosen_
              "chosen_first_of_data")  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generator:
     """A causal LM that candidates are sampled from, under the name it has in ``sources``."""
 
     name: str
     model: nn.Module
     encoder: Encoder
+    options: PrepareArguments
 
-
-@dataclass(frozen=True)
-class Selection:
-    """Which candidates are kept; see ``choose``.
-
-    Attributes:
-        near_duplicates: share of common pieces from which on a candidate repeats an earlier one;
-            None: only equal ones do.
-        length: how many are kept; None: all.
-        select: which.
-        bottom: how many of them are the worst.
-        sft: what ``sft_index`` marks: the best, or the chosen one, which is then always kept.
-    """
-
-    near_duplicates: float | None = None
-    length: int | None = None
-    select: Select = "spread"
-    bottom: int = 0
-    sft: Literal["best", "chosen"] = "best"
+    def samples(self, lists: Sequence[RankedList], first_index: int) -> list[Samples]:
+        """Of each list's prompt, and counts of what befell them."""
+        options, encoder = self.options, self.encoder
+        indices = range(first_index, first_index + len(lists))
+        samples = sample(
+            self.model,
+            encoder.tokenizer,
+            lists,
+            num_samples=options.num_samples,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seeds=[list_seed(options.seed, self.name, index) for index in indices],
+            batch_size=options.batch_size,
+            stop_strings=options.stop,
+            max_prompt_length=options.max_prompt_length,
+            encoder=encoder,
+        )
+        limit = prompt_limit(self.model, options.max_new_tokens, options.max_prompt_length)
+        made = []
+        for ranked, texts in zip(lists, samples, strict=True):
+            if encoder.writer.under_template(ranked):
+                texts = as_replies(ranked, texts)
+            _, cut = encoder.prompt(ranked, limit)
+            made.append((texts, Counter(prompts_cut=int(cut is not None))))
+        return made
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,8 @@ class Recipe:
     """Makes lines of the output (with their counts) from ranked lists."""
 
     generators: Sequence[Generator | Served]
-    sampling: SamplingOptions
     rewards: Sequence[Scorer]
-    combination: Combination
-    selection: Selection
+    options: PrepareArguments
 
     def lines(self, lists: Sequence[RankedList], first_index: int) -> list[dict[str, Any]]:
         """One line a list: its record, or why it was dropped, and its counts.
@@ -89,54 +94,17 @@ class Recipe:
         """
         pools = [Pool.of(ranked) for ranked in lists]
         for generator in self.generators:
-            made = self.samples(generator, lists, first_index)
+            made = generator.samples(lists, first_index)
             for pool, (texts, counts) in zip(pools, made, strict=True):
                 pool.extend(texts, generator.name)
                 pool.samples[generator.name].update(counts)
-        if (share := self.selection.near_duplicates) is not None:
+        if (share := self.options.near_duplicates) is not None:
             for pool in pools:
                 kept = without_near_duplicates(pool.completions, share, pool.chosen)
                 pool.keep(kept, NEAR)
         if self.rewards:
             self.score(pools)
         return [self._line(pool) for pool in pools]
-
-    def samples(
-        self, generator: Generator | Served, lists: Sequence[RankedList], first_index: int
-    ) -> list[tuple[list[str], Counter[str]]]:
-        """Of each list's prompt, and counts of what befell them."""
-        made: list[tuple[list[str], Counter[str]]] = []
-        if not isinstance(generator, Generator):
-            for ranked in lists:
-                texts, counts = generator.take()
-                if is_transcript(ranked.prompts[0]) and generator.servers.api == "chat":
-                    texts = [f" {text.strip()}" for text in texts]
-                made.append((texts, counts))
-            return made
-        options = self.sampling
-        model, encoder = generator.model, generator.encoder
-        indices = range(first_index, first_index + len(lists))
-        samples = sample(
-            model,
-            encoder.tokenizer,
-            lists,
-            num_samples=options.num_samples,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperatures,
-            top_p=options.top_p,
-            seeds=[list_seed(options.seed, generator.name, index) for index in indices],
-            batch_size=options.batch_size,
-            stop_strings=options.stop_strings,
-            max_prompt_length=options.max_prompt_length,
-            encoder=encoder,
-        )
-        limit = prompt_limit(model, options.max_new_tokens, options.max_prompt_length)
-        for ranked, texts in zip(lists, samples, strict=True):
-            if is_transcript(ranked.prompts[0]) and encoder.writer.under_template(ranked):
-                texts = [f" {text.strip()}" for text in texts]  # as replies of transcripts begin
-            _, cut = encoder.prompt(ranked, limit)
-            made.append((texts, Counter(prompts_cut=int(cut is not None))))
-        return made
 
     def score(self, pools: Sequence[Pool]) -> None:
         """Rewards of all candidates; those that a reward gives no score are lost."""
@@ -155,7 +123,13 @@ class Recipe:
             scored = [i for i in range(len(pool.completions)) if (p, i) not in unscored]
             pool.rewards = None
             pool.keep(scored, "without a score")
-            pool.rewards = self.combination.rewards(pool.raw, pool.lengths()) if scored else []
+            pool.rewards = self.combined(pool, self.options.normalize) if scored else []
+
+    def combined(self, pool: Pool, normalize: Normalize) -> list[float]:
+        """One reward of each candidate."""
+        weights = {reward.name: reward.weight for reward in self.rewards}
+        penalty = self.options.length_penalty
+        return combined(pool.raw, weights, pool.lengths(), normalize, penalty)
 
     def _line(self, pool: Pool) -> dict[str, Any]:
         record, dropped = self._record(pool)
@@ -173,18 +147,18 @@ class Recipe:
 
     def _record(self, pool: Pool) -> tuple[dict[str, Any] | None, str | None]:
         """What is written of a list, or None and why nothing is."""
-        selection = self.selection
+        options, by_data = self.options, self.options.sft == "chosen"
         if len(pool.completions) < 2:
             return None, TOO_FEW
-        if selection.sft == "chosen" and pool.chosen is None:
+        if by_data and pool.chosen is None:
             return None, CHOSEN_LOST
         kept = choose(
             pool.order(),
             pool.rewards,
-            selection.length,
-            pool.chosen if selection.sft == "chosen" else None,
-            select=selection.select,
-            bottom=selection.bottom,
+            options.ranking_length,
+            pool.chosen if by_data else None,
+            select=options.select,
+            bottom=options.bottom,
             texts=pool.completions,
         )
         rewards = None if pool.rewards is None else [pool.rewards[i] for i in kept]
@@ -196,7 +170,7 @@ class Recipe:
             "completions": [pool.completions[i] for i in kept],
             "rewards": rewards,
             "raw_rewards": {name: [of_all[i] for i in kept] for name, of_all in pool.raw.items()},
-            "sft_index": chosen if selection.sft == "chosen" else 0,
+            "sft_index": chosen if by_data else 0,
             "chosen_index": chosen,
             "sources": [pool.sources[i] for i in kept],
         }

@@ -23,8 +23,8 @@ from transformers import GenerationConfig
 
 from pro_trainer.data.fields import Text
 from pro_trainer.data.records import RankedList
-from pro_trainer.models import causal_lm
-from pro_trainer.prepare.draws import StopAtText, TokenPicker, decode, token_uniforms
+from pro_trainer.models import causal_lm, evaluating
+from pro_trainer.prepare.draws import StopAtText, TokenPicker, decode, token_uniforms, up_to
 from pro_trainer.text.encode import Encoder
 
 if TYPE_CHECKING:
@@ -108,6 +108,18 @@ def sample(
     return texts
 
 
+def greedy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+) -> list[str]:
+    """The likeliest continuation of prompts that are token ids, in one batch."""
+    lm = causal_lm(model)
+    with torch.no_grad(), _for_generation(lm, tokenizer, max_new_tokens):
+        return _continue(lm, tokenizer, prompts, [], ())
+
+
 def prompt_limit(
     model: PreTrainedModel, max_new_tokens: int, max_prompt_length: int | None = None
 ) -> int:
@@ -171,9 +183,7 @@ def _continue(
     for row, new in enumerate(output[:, length:].tolist()):
         new = new[: stop[0].ends[row]] if stop else new
         new = new[: next((i for i, token in enumerate(new) if token in ends), None)]
-        text = _new_text(tokenizer, ids[row], new)
-        cuts = [at for at in map(text.find, stop_strings) if at >= 0]
-        texts.append(text[: min(cuts, default=None)])
+        texts.append(up_to(stop_strings, _new_text(tokenizer, ids[row], new)))
     return texts
 
 
@@ -190,7 +200,6 @@ def _for_generation(
 ) -> Iterator[None]:
     """Evaluation mode and a generation config with nothing but the ends; both are put back."""
     before = model.generation_config
-    modes = {module: module.training for module in model.modules()}
     of_model = before.eos_token_id if before is not None else None
     of_model = of_model if isinstance(of_model, (list, tuple)) else [of_model]
     ends = sorted({end for end in (*of_model, tokenizer.eos_token_id) if end is not None})
@@ -209,13 +218,11 @@ def _for_generation(
         use_cache=True,
     )
     model.generation_config = config
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = before
-        for module, training in modes.items():
-            module.training = training
 
 
 def _check_options(

@@ -9,53 +9,32 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pro_trainer.prepare.output import write_json
+from pro_trainer.prepare.output import changes, write_json
 
 STATE = "rounds.json"
 
 
-class Round(NamedTuple):
-    """The files of a round; round 0 is the base model, which only answers."""
+class Round:
+    """The files of a round; round 0 is the base model, which only answers.
 
-    number: int
-    folder: Path
+    Attributes:
+        sampled: ranked lists of the policy's samples.
+        lists: what was trained on: these and what was mixed in.
+        checkpoint: the model that was trained.
+        adapters: what was trained where only adapters are; the checkpoint holds them merged.
+        answers: of the model to the held-out prompts.
+        metrics: of these answers.
+    """
 
-    @classmethod
-    def of(cls, output: Path, number: int) -> Round:
-        """The one of this number."""
-        return cls(number, output / (f"round-{number}" if number else "base"))
-
-    @property
-    def sampled(self) -> Path:
-        """Ranked lists of the policy's samples."""
-        return self.folder / "sampled.jsonl"
-
-    @property
-    def lists(self) -> Path:
-        """What was trained on: these and what was mixed in."""
-        return self.folder / "lists.jsonl"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The model that was trained."""
-        return self.folder / "checkpoint"
-
-    @property
-    def adapters(self) -> Path:
-        """What was trained where only adapters are; the checkpoint holds them merged."""
-        return self.folder / "adapters"
-
-    @property
-    def answers(self) -> Path:
-        """Of the model to the held-out prompts."""
-        return self.folder / "answers.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        """Of these answers."""
-        return self.folder / "metrics.json"
+    def __init__(self, output: Path, number: int) -> None:
+        self.number = number
+        self.name = f"round {number}" if number else "base"
+        self.folder = output / self.name.replace(" ", "-")
+        self.sampled, self.lists = self.folder / "sampled.jsonl", self.folder / "lists.jsonl"
+        self.checkpoint, self.adapters = self.folder / "checkpoint", self.folder / "adapters"
+        self.answers, self.metrics = self.folder / "answers.jsonl", self.folder / "metrics.json"
 
 
 def complete(path: Path) -> bool:
@@ -79,11 +58,8 @@ def check(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file")
     if not file.exists():
-        if (
-            not overwrite
-            and output.exists()
-            and (others := sorted(p.name for p in output.iterdir() if p.name != ".lock"))
-        ):
+        others = sorted(p.name for p in output.glob("*") if p.name != ".lock")
+        if others and not overwrite:
             raise ValueError(
                 f"output_dir {output} holds {others[0]} and no {STATE}: give another output_dir, "
                 "or replace what is there with overwrite"
@@ -95,18 +71,13 @@ def check(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         if overwrite:
             return False
         raise ValueError(f"{file} cannot be read ({error!r}): start over with overwrite") from None
-    now = json.loads(json.dumps(settings, default=str))
-    changes = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-    if changes and not overwrite:
+    changed = changes(before, _plain(settings))
+    if changed and not overwrite:
         raise ValueError(
-            f"output_dir {output} was begun with other settings: {'; '.join(changes)}. Go on with "
-            "those, give another output_dir, or start over with overwrite"
+            f"output_dir {output} was begun with other settings: {changed}. Go on with those, give "
+            "another output_dir, or start over with overwrite"
         )
-    return not changes
+    return not changed
 
 
 def clear(output: Path) -> None:
@@ -121,4 +92,9 @@ def clear(output: Path) -> None:
 
 def write(output: Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
     """Replace the file."""
-    write_json(output / STATE, {**found, "settings": json.loads(json.dumps(settings, default=str))})
+    write_json(output / STATE, {**found, "settings": _plain(settings)})
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they are read back."""
+    return json.loads(json.dumps(settings, default=str))

@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing.util
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,13 @@ from pro_trainer.models import (
     quiet,
 )
 from pro_trainer.train import card, checkpoints, faults, reference
-from pro_trainer.train.callbacks import CurvesCallback, ProgressLine, SamplesCallback, TermHint
+from pro_trainer.train.callbacks import (
+    CurvesCallback,
+    ProgressBar,
+    ProgressLine,
+    SamplesCallback,
+    TermHint,
+)
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.distributed import (
     call_through,
@@ -203,7 +210,9 @@ class PROTrainer(Trainer):
         self.data_names = names  # for the model card
         for shown_by_transformers in (PrinterCallback, ProgressCallback):
             self.remove_callback(shown_by_transformers)
-        for callback in (ProgressLine(), TermHint(), CurvesCallback()):
+        on_terminal = sys.stderr.isatty() and not args.disable_tqdm
+        progress = ProgressBar() if on_terminal else ProgressLine()
+        for callback in (progress, TermHint(), CurvesCallback()):
             self.add_callback(callback)
         if args.sample_steps:
             self.add_callback(SamplesCallback(self))
