@@ -248,13 +248,13 @@ def check_recipe(group) -> None:
     hidden = model.hidden(ids, torch.arange(16))
     want = REFERENCE(hidden, model.head, labels, rewards, shift=True)
     expected = torch.autograd.grad(want.loss, list(model.parameters()))
-    loss = DistributedDataParallel(model)(ids, labels, rewards)
+    wrapped = DistributedDataParallel(model)
+    loss = wrapped(ids, labels, rewards)
     ranks = dist.get_world_size(group)
     torch.testing.assert_close(loss, ranks * want.loss, rtol=1e-5, atol=1e-5)
     loss.backward()
-    close(
-        "recipe", {i: p.grad for i, p in enumerate(model.parameters())}, dict(enumerate(expected))
-    )
+    grads = {i: p.grad for i, p in enumerate(model.parameters())}
+    close("recipe", grads, dict(enumerate(expected)))
 
 
 def check_repeats_and_traffic(group) -> None:
