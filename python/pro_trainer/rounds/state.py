@@ -58,7 +58,8 @@ def check(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file")
     if not file.exists():
-        others = sorted(p.name for p in output.glob("*") if p.name != ".lock")
+        own = (".lock", f"{STATE}.writing")  # of a run that was killed at once
+        others = sorted(p.name for p in output.glob("*") if p.name not in own)
         if others and not overwrite:
             raise ValueError(
                 f"output_dir {output} holds {others[0]} and no {STATE}: give another output_dir, "
