@@ -16,7 +16,7 @@ PACKAGE, TRAINER = ROOT / "pro_kernels", ROOT / "python" / "pro_trainer"
 # Modules that import nothing of the package, and what the others may import.
 NOTHING = """
 _version option_types output ranking fused fused.shards distinct distinct.tree
-models models.counts integrations integrations.names
+models models.counts integrations integrations.switch
 """
 TABLE = """
 validate: option_types ranking
@@ -75,12 +75,13 @@ models.attach: distinct.decoder fused.shards losses models.forward models.head m
 models.loaded: models.attach models.counts models.forward models.opened
 hook: models.loaded
 models.official: models.attach options reference
-models.trl: api distinct.decoder models.attach models.head models.opened validate
-integrations.liger: api cross_entropy integrations.names models.head
-integrations.verl: api integrations.names models.head
+models.trl: api distinct.decoder integrations.switch models.attach models.head
+    models.opened validate
+integrations.liger: api cross_entropy integrations.switch models.head
+integrations.verl: api integrations.switch models.head
 integrations.verl_workers: integrations.verl
 integrations.axolotl: models.loaded
-integrations.swift: models.loaded
+integrations.swift: integrations.switch models.loaded
 integrations.lists: losses
 integrations.trl: integrations.lists models.attach
 integrations.llamafactory: integrations.lists models.attach

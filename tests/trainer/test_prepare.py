@@ -147,7 +147,7 @@ def test_several_generators_and_their_names(arguments, recipe_models, tmp_path):
 def test_empty_and_repeated_samples_are_dropped_and_counted(arguments, monkeypatch, tmp_path):
     texts = [" fresh ", "\n", " bad 0  ", "fresh", " fresh two"]
     monkeypatch.setattr(
-        recipe, "sample", lambda model, tokenizer, prompts, **_: [list(texts) for _ in prompts]
+        recipe, "sample", lambda model, encoder, prompts, *_: [list(texts) for _ in prompts]
     )
     report = prepare(arguments(limit=1, num_samples=5))
     (record,) = records(tmp_path / "out.jsonl")
@@ -182,6 +182,14 @@ def test_only_a_reward_model_to_which_equal_rewards_of_the_data_do_not_matter(
     assert [record["sources"] for record in made] == [["data"] * 2] * 2
     assert report.samples == {} and report.chosen_first == report.chosen_first_of_data
     assert made[1]["rewards"][0] > made[1]["rewards"][1]
+
+
+def test_near_duplicates_of_lists_with_rewards(arguments, write_lines, tmp_path):
+    data = write_lines({"prompt": "p", "completions": ["a long way off", "a long way of", "b"],
+                        "rewards": [2, 1, 0]})  # fmt: skip
+    report = prepare(arguments(data=data, near_duplicates=0.8))
+    assert report.lost == {"near-duplicates": 1}
+    assert len(records(tmp_path / "out.jsonl")[0]["completions"]) == 5
 
 
 def test_the_marked_candidate_of_the_data_is_the_chosen_one():
@@ -375,6 +383,8 @@ SERVED = {"generator": [], "server": ["http://h.invalid"]}
         ({"reward": []}, "a generator needs a reward"),
         ({"generator_tokenizer": ["a", "b"]}, "one for each of the 1 generators, got 2"),
         ({"num_samples": 0}, "num_samples must be finite and > 0, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be finite and > 0, got 0"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be finite and > 0, got 0"),
         ({"batch_size": 0}, "batch_size must be finite and > 0, got 0"),
         ({"limit": 0}, "limit must be finite and > 0, got 0"),
         ({"top_p": 1.1}, r"top_p must lie in \(0, 1\], got 1.1"),

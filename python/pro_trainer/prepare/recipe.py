@@ -12,18 +12,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pro_trainer.data.choose import choose
+from pro_trainer.data.choose import choose, without_near_duplicates
+from pro_trainer.data.lists import select
 from pro_trainer.data.records import RankedList
-from pro_trainer.prepare.combine import Normalize, combined, without_near_duplicates
 from pro_trainer.prepare.draws import Samples, as_replies, list_seed
 from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.output import defined
-from pro_trainer.prepare.pool import DATA, Pool
+from pro_trainer.prepare.pool import DATA, Normalize, Pool, combined
 from pro_trainer.prepare.rewards.base import Scorer
 from pro_trainer.prepare.sampling import prompt_limit, sample
 from pro_trainer.text.encode import Encoder
@@ -53,20 +53,8 @@ class Generator:
         """Of each list's prompt, and counts of what befell them."""
         options, encoder = self.options, self.encoder
         indices = range(first_index, first_index + len(lists))
-        samples = sample(
-            self.model,
-            encoder.tokenizer,
-            lists,
-            num_samples=options.num_samples,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seeds=[list_seed(options.seed, self.name, index) for index in indices],
-            batch_size=options.batch_size,
-            stop_strings=options.stop,
-            max_prompt_length=options.max_prompt_length,
-            encoder=encoder,
-        )
+        seeds = [list_seed(options.seed, self.name, index) for index in indices]
+        samples = sample(self.model, encoder, lists, options, seeds)
         limit = prompt_limit(self.model, options.max_new_tokens, options.max_prompt_length)
         made = []
         for ranked, texts in zip(lists, samples, strict=True):
@@ -100,7 +88,7 @@ class Recipe:
                 pool.samples[generator.name].update(counts)
         if (share := self.options.near_duplicates) is not None:
             for pool in pools:
-                kept = without_near_duplicates(pool.completions, share, pool.chosen)
+                kept = without_near_duplicates(pool.ranked.completions, share, pool.chosen)
                 pool.keep(kept, NEAR)
         if self.rewards:
             self.score(pools)
@@ -108,28 +96,28 @@ class Recipe:
 
     def score(self, pools: Sequence[Pool]) -> None:
         """Rewards of all candidates; those that a reward gives no score are lost."""
-        texts = [(pool.ranked, text) for pool in pools for text in pool.completions]
-        for pool in pools:
-            pool.raw = {}
+        texts = [(pool.given, text) for pool in pools for text in pool.ranked.completions]
+        raw: list[dict[str, tuple[float, ...]]] = [{} for _ in pools]
         unscored: set[tuple[int, int]] = set()
         for reward in self.rewards:
             scores = iter(reward.score(texts))
             for p, pool in enumerate(pools):
-                found = [next(scores) for _ in pool.completions]
+                found = [next(scores) for _ in pool.sources]
                 pool.notes[reward.name].update(note for score in found for note in score.notes)
                 unscored |= {(p, i) for i, score in enumerate(found) if score.value is None}
-                pool.raw[reward.name] = [score.value or 0.0 for score in found]
+                raw[p][reward.name] = tuple(score.value or 0.0 for score in found)
         for p, pool in enumerate(pools):
-            scored = [i for i in range(len(pool.completions)) if (p, i) not in unscored]
-            pool.rewards = None
+            pool.ranked = replace(pool.ranked, rewards=None, raw_rewards=raw[p])
+            scored = [i for i in range(len(pool.sources)) if (p, i) not in unscored]
             pool.keep(scored, "without a score")
-            pool.rewards = self.combined(pool, self.options.normalize) if scored else []
+            rewards = self.combined(pool, self.options.normalize) if scored else ()
+            pool.ranked = replace(pool.ranked, rewards=tuple(rewards))
 
     def combined(self, pool: Pool, normalize: Normalize) -> list[float]:
         """One reward of each candidate."""
         weights = {reward.name: reward.weight for reward in self.rewards}
         penalty = self.options.length_penalty
-        return combined(pool.raw, weights, pool.lengths(), normalize, penalty)
+        return combined(pool.ranked.raw_rewards, weights, pool.lengths(), normalize, penalty)
 
     def _line(self, pool: Pool) -> dict[str, Any]:
         record, dropped = self._record(pool)
@@ -140,54 +128,44 @@ class Recipe:
             "lost": pool.lost,
             "notes": pool.notes,
             "scored": {
-                "rewards": pool.rewards, "lengths": pool.lengths(), "sources": pool.sources
+                "rewards": pool.ranked.rewards, "lengths": pool.lengths(), "sources": pool.sources
             },
             **self._agreement(pool),
         }  # fmt: skip
 
     def _record(self, pool: Pool) -> tuple[dict[str, Any] | None, str | None]:
         """What is written of a list, or None and why nothing is."""
-        options, by_data = self.options, self.options.sft == "chosen"
-        if len(pool.completions) < 2:
+        options, ranked, by_data = self.options, pool.ranked, self.options.sft == "chosen"
+        if len(ranked.completions) < 2:
             return None, TOO_FEW
         if by_data and pool.chosen is None:
             return None, CHOSEN_LOST
         kept = choose(
-            pool.order(),
-            pool.rewards,
+            ranked.best_first(),
+            ranked.rewards,
             options.ranking_length,
             pool.chosen if by_data else None,
             select=options.select,
             bottom=options.bottom,
-            texts=pool.completions,
+            texts=ranked.completions,
         )
-        rewards = None if pool.rewards is None else [pool.rewards[i] for i in kept]
-        if rewards is not None and len(set(rewards)) == 1:
-            return None, ALL_EQUAL if len(set(pool.rewards or ())) == 1 else KEPT_EQUAL
-        chosen = kept.index(pool.chosen) if pool.chosen in kept else None
-        record = {
-            "prompt": pool.prompt,
-            "completions": [pool.completions[i] for i in kept],
-            "rewards": rewards,
-            "raw_rewards": {name: [of_all[i] for i in kept] for name, of_all in pool.raw.items()},
-            "sft_index": chosen if by_data else 0,
-            "chosen_index": chosen,
+        written = select(ranked, kept)
+        if written.rewards is not None and len(set(written.rewards)) == 1:
+            return None, ALL_EQUAL if len(set(ranked.rewards or ())) == 1 else KEPT_EQUAL
+        record = written.record() | {
+            "sft_index": written.sft_index if by_data else 0,
+            "chosen_index": written.sft_index,
             "sources": [pool.sources[i] for i in kept],
         }
-        if rewards is None:
-            del record["rewards"]
-        if not pool.raw:
-            del record["raw_rewards"]
-        record |= pool.ranked.beside()
         taken = {name for reward in self.rewards for name in reward.taken} - record.keys()
-        others = {name: x for name, x in pool.ranked.columns.items() if name in taken}
+        others = {name: x for name, x in ranked.columns.items() if name in taken}
         return record | defined(json.loads(json.dumps(others, default=str))), None
 
     def _agreement(self, pool: Pool) -> dict[str, Any]:
         """Whether the rewards prefer what the data prefers; None where that is unknown."""
-        if not self.rewards or pool.chosen is None or len(pool.completions) < 2:
+        if not self.rewards or pool.chosen is None or len(pool.sources) < 2:
             return {"chosen_first": None, "chosen_first_of_data": None}
-        order = pool.order()
+        order = pool.ranked.best_first()
         of_data = [i for i in order if pool.sources[i] == DATA]
         return {
             "chosen_first": order[0] == pool.chosen,

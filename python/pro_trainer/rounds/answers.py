@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,18 +63,19 @@ def _lines(
 ) -> list[Line]:
     pools = []
     for i, (ranked, (texts, _)) in enumerate(zip(group, made, strict=True)):
-        before = base[i]["completions"] if base else []
-        pool = Pool(ranked.prompts[0], [], [], None, None, ranked)
-        pool.completions = [*before, *map(pool.in_form, texts)]
-        pool.sources = ["base"] * len(before) + [_NAME] * len(texts)
+        pool = Pool.of(ranked)
+        pool.add(base[i]["completions"] if base else (), "base")
+        pool.add([pool.in_form(text) for text in texts], _NAME)
         pools.append(pool)
     recipe.score(pools)
     lines = []
     for pool, (_, counts) in zip(pools, made, strict=True):
         win_rate = _win_rate(pool) if base else 0.5
-        pool.rewards = recipe.combined(pool, "none") if pool.completions else []
+        rewards = recipe.combined(pool, "none") if pool.sources else ()
+        pool.ranked = replace(pool.ranked, rewards=tuple(rewards))
         pool.keep([i for i, source in enumerate(pool.sources) if source == _NAME], "of the base")
-        found = (pool.prompt, pool.completions, pool.rewards, pool.raw, pool.lengths())
+        own = pool.ranked
+        found = (own.prompts[0], own.completions, own.rewards, own.raw_rewards, pool.lengths())
         lines.append(dict(zip(KEYS, (*found, win_rate, counts), strict=True)))
     return lines
 
@@ -81,7 +83,7 @@ def _lines(
 def _win_rate(pool: Pool) -> float | None:
     """None where one of the models has no answer with a score."""
     by_source: dict[str, list[float]] = {"base": [], _NAME: []}
-    for source, reward in zip(pool.sources, pool.rewards or (), strict=True):
+    for source, reward in zip(pool.sources, pool.ranked.rewards or (), strict=True):
         by_source[source].append(reward)
     pairs = [(x > y) + (x == y) / 2 for x in by_source[_NAME] for y in by_source["base"]]
     return sum(pairs) / len(pairs) if pairs else None
