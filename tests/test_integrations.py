@@ -15,9 +15,8 @@ from torch import nn
 
 import pro_kernels as pk
 from pro_kernels.distinct.decoder import Distinct
-from pro_kernels.models import official
+from pro_kernels.models import COUNTS, official
 from pro_kernels.models import trl as swap
-from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.lazy import LazyLogits
 from pro_trainer.train.official import official_batch, official_loss
 from tiny_models import V, assert_same_grads, grads, make
