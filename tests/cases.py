@@ -111,7 +111,7 @@ class Result:
 def run(
     function,
     case: Case,
-    dtype: torch.dtype,
+    dtype: torch.dtype | tuple[torch.dtype, torch.dtype],  # of all, or of hidden and of the head
     upstream=1.7,
     freeze: tuple[str, ...] = (),
     kind: torch.dtype | None = None,
@@ -125,10 +125,10 @@ def run(
     here = torch.get_default_device()
     hidden, weight, bias, targets, rewards = case.tensors()
     options = {**case.options, **options}
-    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    own, head = dtype if isinstance(dtype, tuple) else (dtype, dtype)
     leaves = {
-        k: v.to(here, dtype).to(kind or dtype).requires_grad_(k not in freeze)
-        for k, v in leaves.items()
+        k: v.to(here, to).to(kind or to).requires_grad_(k not in freeze)
+        for k, v, to in (("hidden", hidden, own), ("weight", weight, head), ("bias", bias, head))
         if v is not None
     }
     targets = None if targets is None else targets.to(here)
