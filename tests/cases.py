@@ -17,11 +17,11 @@ import pro_kernels as pk
 from pro_kernels import backends
 from pro_kernels.fused import matmul
 from pro_kernels.options import LogitOptions
+from pro_kernels.selfcheck.trust.measure import FLOOR, allowance
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = ["fp32", "bf16", "fp16"]
-FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 
 
 def usable_backends(dtype: torch.dtype = torch.float32) -> list[str]:
@@ -212,21 +212,6 @@ def fp32_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_upcasts", lambda *_: False)
     monkeypatch.setattr(matmul, "leaves_sums", lambda dtype, _: dtype.itemsize == 2)
     monkeypatch.setattr(matmul, "mm_fp32", mm_fp32)
-
-
-def allowance(what: str, dtype: torch.dtype, device: str) -> float:
-    """How many times plain PyTorch's error a gradient may have, by the roundings to 16 bits.
-
-    Plain PyTorch rounds the gradient of the logits and the result. With fp32 matmuls so do we, and
-    with fp32 sums for dHidden and dbias; dW then has one rounding more, of w X (independent, of the
-    same size: sqrt(3/2)). Native matmuls without fp32 sums round dZ0 W too, and plain PyTorch's
-    share may be down to one of three: sqrt(3).
-    """
-    if dtype.itemsize > 2 or matmul.upcasts(dtype, device):
-        return 1.0
-    if matmul.leaves_sums(dtype, device):
-        return 1.5**0.5 if "weight" in what else 1.0
-    return 3**0.5
 
 
 def assert_no_worse(
