@@ -17,7 +17,7 @@ from pro_kernels.fused import matmul
 from pro_kernels.models.lazy import LazyLogits, real
 from pro_kernels.selfcheck.trust.measure import threads
 from subjects import every_subject
-from tiny_models import V, make
+from tiny_models import V, make, next_logps
 
 FP32 = {"head_dtype": "float32"}
 # Of hidden states and of the head, and autocast's.
@@ -94,7 +94,7 @@ def test_an_attached_model(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         heads = []
         plain.run(lambda head: heads.append(head) or (ids.sum(), {"logps": ids}), input_ids=ids)
-    exact = heads[0].exact_logits().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    exact = next_logps(heads[0].exact_logits(), ids)
     attached, out, logits = run(**FP32)
     _, rounded, _ = run()
     near = {"rtol": 0, "atol": 2e-6, "check_dtype": False}
@@ -103,12 +103,10 @@ def test_an_attached_model(autocast):
     for z in (out.logits, logits):
         assert isinstance(z, LazyLogits) and z.dtype == torch.float32
         for way in (torch.clone, real):  # lazy, and made
-            log_p = way(z)[:, :-1].log_softmax(-1)
-            torch.testing.assert_close(log_p.gather(-1, ids[:, 1:, None])[..., 0], exact, **near)
-        hot = torch.rand(2, 8, 1) + 0.5
-        cooled = (z[:, :-1] / hot).log_softmax(-1).gather(-1, ids[:, 1:, None])
-        want = (heads[0].exact_logits()[:, :-1] / hot).log_softmax(-1).gather(-1, ids[:, 1:, None])
-        torch.testing.assert_close(cooled, want, **near)
+            torch.testing.assert_close(next_logps(way(z), ids), exact, **near)
+        hot = torch.rand(2, 9, 1) + 0.5
+        want = next_logps(heads[0].exact_logits() / hot, ids)
+        torch.testing.assert_close(next_logps(z / hot, ids), want, **near)
         top = z[:, :-1].topk(2).values
         torch.testing.assert_close(top, heads[0].exact_logits()[:, :-1].topk(2).values, **near)
     with torch.no_grad():  # of a few rows, too
@@ -120,9 +118,8 @@ def test_an_fp32_weight_behind_16_bits_of_hidden_states():
     model.lm_head.float()
     model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
     ids = torch.randint(0, V, (2, 9))
-    exact = model(input_ids=ids).logits.double().log_softmax(-1)[:, :-1]
+    exact = next_logps(model(input_ids=ids).logits.double(), ids).float()
     out = pk.attach(model, **FP32)(input_ids=ids, labels=ids)
-    exact = exact.gather(-1, ids[:, 1:, None])[..., 0].float()
     torch.testing.assert_close(out.token_logps[:, :-1], exact, rtol=0, atol=2e-6)
 
 
