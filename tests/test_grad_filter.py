@@ -16,6 +16,7 @@ from pro_kernels.backends import cpu
 from pro_kernels.fused import column_groups, columns, matmul
 from pro_kernels.fused.call import Call
 from pro_kernels.fused.column_groups import Groups
+from pro_kernels.fused.gather_scatter import Inputs
 from pro_kernels.fused.planner import Plan, make_plan
 from pro_kernels.options import LogitOptions
 from subjects import isa, isas
@@ -270,7 +271,8 @@ def chosen(dz, weight, targets, tau, x=None):
     kept.centre = columns.Centre.of(call, weight)
     x = torch.ones(n, weight.shape[1], dtype=weight.dtype) if x is None else x
     at = slice(0, n)
-    stand_ins = kept.choose(call, 0, dz.clone(), x, targets, weight, at)
+    given = Inputs(call, x, weight, None, torch.arange(n), targets)
+    stand_ins = kept.choose(0, dz.clone(), x, given, at)
     assert stand_ins is not None
     gone = torch.ones(n, vocab, dtype=torch.bool)
     for rows, some in kept.of(0, at):

@@ -13,13 +13,14 @@ from trainer_runs import QUICK
 
 from pro_trainer.cli import commands
 from pro_trainer.cli.prepare import prepare
+from pro_trainer.data.choose import without_near_duplicates
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.prepare import recipe
 from pro_trainer.prepare.build import build_rewards
-from pro_trainer.prepare.combine import combined, without_near_duplicates
 from pro_trainer.prepare.options import PrepareArguments
+from pro_trainer.prepare.pool import combined
 from pro_trainer.prepare.report import PrepareReport
 from pro_trainer.prepare.rewards.base import parse
 from pro_trainer.prepare.rewards.judge import Judge

@@ -15,7 +15,7 @@ import pytest
 from servers import FAULTS, MODEL, FakeServer, words
 from texts import assistant, pair, records, row, system, user
 
-from pro_trainer.cli.prepare import prepare
+from pro_trainer.cli.prepare import Progress, prepare
 from pro_trainer.data.records import RankedList
 from pro_trainer.prepare import client, served
 from pro_trainer.prepare.answers import ServerError
@@ -273,7 +273,8 @@ def test_the_key_is_in_no_file_and_no_line(arguments, monkeypatch, tmp_path, cap
         files = [path.read_bytes() for path in tmp_path.iterdir()]
         server.dies_at = len(server.asked) + 15
         with pytest.raises(ServerError) as error:
-            prepare(arguments(server, "x.jsonl", api_key_env="THE_KEY", server_patience=0.1))
+            options = {"api_key_env": "THE_KEY", "server_patience": 0.1, "concurrency": 2}
+            prepare(arguments(server, "x.jsonl", **options))
         assert (tmp_path / "x.jsonl.partial.json").exists()
         files += [path.read_bytes() for path in tmp_path.iterdir()]
         server.live()
@@ -409,11 +410,9 @@ def test_what_a_request_asks_for_depends_on_its_list_alone():
 
 
 def test_the_progress_tells_what_is_left(capsys, monkeypatch):
-    from pro_trainer.prepare import progress
-
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    with progress.Progress(100, 1000, lambda: 5000) as shown:
+    with Progress(100, 1000, lambda: 5000) as shown:
         now = 50.0
         shown.update(100)
         now = 111.0

@@ -15,13 +15,16 @@ and ends with the same bytes (see ``partial``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import pro_kernels as pk
 from pro_trainer import files
@@ -39,7 +42,6 @@ from pro_trainer.prepare.output import (
     file_identity,
     write_atomically,
 )
-from pro_trainer.prepare.progress import Progress
 from pro_trainer.prepare.recipe import LINE_KEYS, Recipe
 from pro_trainer.prepare.report import PrepareReport
 from pro_trainer.prepare.rewards.base import Scorer
@@ -49,6 +51,9 @@ _WITHOUT_EFFECT = (  # on the records
     *("output", "overwrite", "trust_remote_code", "api_key_env", "reward_api_key_env"),
     *("concurrency", "requests_per_second", "server_timeout", "server_retries", "server_patience"),
 )
+
+_LINES_A_MESSAGE = 100
+_SECONDS_A_MESSAGE = 60.0
 
 
 class NothingRankedError(ValueError):
@@ -183,3 +188,55 @@ def _device(name: str | None) -> torch.device:
         first = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used: {first}") from error
     return device
+
+
+class Progress:
+    """A bar on a terminal, else a line now and then, on standard error: lists, and known tokens."""
+
+    def __init__(self, done: int, total: int, tokens: Callable[[], int]) -> None:
+        self.start = self.done = done
+        self.total = total
+        self.tokens = tokens
+        self.terminal = sys.stderr.isatty()
+        self.began = self.said = time.monotonic()
+        self.bar = tqdm(
+            total=total, initial=done, unit="list", file=sys.stderr, disable=not self.terminal
+        )
+
+    def __enter__(self) -> Progress:
+        if self.start:
+            self.say(f"going on after {self.start} of {self.total} lists")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self, count: int) -> None:
+        """Count lists that are done."""
+        before, self.done = self.done, self.done + count
+        now = time.monotonic()
+        rate = (self.done - self.start) / max(1e-9, now - self.began)
+        tokens = self.tokens() / max(1e-9, now - self.began)
+        if tokens:
+            self.bar.set_postfix_str(f"{tokens:.0f} tokens/s", refresh=False)
+        self.bar.update(count)
+        due = before // _LINES_A_MESSAGE < self.done // _LINES_A_MESSAGE
+        if due or self.done == self.total or now - self.said > _SECONDS_A_MESSAGE:
+            self.said = now
+            left = (self.total - self.done) / rate
+            self.say(
+                f"{self.done} of {self.total} lists, {rate:.3g} a second"
+                + (f", {tokens:.0f} tokens a second" if tokens else "")
+                + (f", about {_duration(left)} left" if left else "")
+            )
+
+    def say(self, message: str) -> None:
+        """A line, where no bar says the same."""
+        if not self.terminal:
+            print(f"prepare: {message}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -29,8 +29,7 @@ from pro_trainer.prepare.build import build_rewards, recipe_of, try_out_servers
 from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.output import PartialFile, write_atomically, write_json
 from pro_trainer.rounds import answers, lists
-from pro_trainer.rounds.report import told
-from pro_trainer.rounds.state import Round, complete
+from pro_trainer.rounds.state import Round, complete, told
 from pro_trainer.train import checkpoints
 from pro_trainer.train.config import PROConfig
 

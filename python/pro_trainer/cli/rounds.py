@@ -28,8 +28,7 @@ from pro_trainer.data.report import DataReport
 from pro_trainer.prepare.build import build_rewards
 from pro_trainer.prepare.output import file_identity, write_atomically
 from pro_trainer.rounds import lists, state
-from pro_trainer.rounds.report import draw, summary, with_best
-from pro_trainer.rounds.state import Round
+from pro_trainer.rounds.state import Round, draw, summary, with_best
 from pro_trainer.train import checkpoints
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.inputs import check_lists

@@ -1,17 +1,20 @@
-"""The candidates of one list on their way through the recipe."""
+"""The candidates of one list on their way through the recipe, and one reward of several scores."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from pro_trainer.data.fields import Text, plain
 from pro_trainer.data.lists import select
 from pro_trainer.data.records import RankedList
 
 DATA = "data"  # the source of candidates that no generator made
+Normalize = Literal["none", "zscore", "rank"]
 Counts = defaultdict[str, Counter[str]]
 
 
@@ -92,3 +95,43 @@ def _key(completion: Text) -> object:
     if isinstance(completion, str):
         return completion.strip()
     return json.dumps([m | {"content": m["content"].strip()} for m in completion], sort_keys=True)
+
+
+def combined(
+    raw: Mapping[str, Sequence[float]],
+    weights: Mapping[str, float],
+    lengths: Sequence[int],
+    normalize: Normalize = "none",
+    length_penalty: float = 0.0,
+) -> list[float]:
+    """One number for each candidate: the weighted sum of the scores in ``raw``, less the penalty.
+
+    ``normalize``: what is made of the scores that a reward gives to a list before they are
+    weighted: nothing, (x - mean) / standard deviation, or the share of the other candidates that a
+    candidate beats (ties count half). ``length_penalty``: taken off for each of the ``lengths``.
+    """
+    parts = {name: _NORMALIZED[normalize](scores) for name, scores in raw.items()}
+    return [
+        sum(weights[name] * part[i] for name, part in parts.items())
+        - (length_penalty * length if length_penalty else 0.0)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def _zscore(scores: Sequence[float]) -> list[float]:
+    if min(scores) == max(scores):  # their mean may be off by rounding, which is no deviation
+        return [0.0] * len(scores)
+    mean = math.fsum(scores) / len(scores)
+    deviation = math.hypot(*(score - mean for score in scores)) / math.sqrt(len(scores))
+    return [(score - mean) / deviation for score in scores]
+
+
+def _rank(scores: Sequence[float]) -> list[float]:
+    others = max(1, len(scores) - 1)
+    return [
+        (sum(x < score for x in scores) + (sum(x == score for x in scores) - 1) / 2) / others
+        for score in scores
+    ]
+
+
+_NORMALIZED = {"none": list, "zscore": _zscore, "rank": _rank}

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pro_trainer.data.choose import choose
+from pro_trainer.data.choose import choose, without_near_duplicates
 from pro_trainer.data.lists import select
 from pro_trainer.data.records import RankedList
-from pro_trainer.prepare.combine import Normalize, combined, without_near_duplicates
 from pro_trainer.prepare.draws import Samples, as_replies, list_seed
 from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.output import defined
-from pro_trainer.prepare.pool import DATA, Pool
+from pro_trainer.prepare.pool import DATA, Normalize, Pool, combined
 from pro_trainer.prepare.rewards.base import Scorer
 from pro_trainer.prepare.sampling import prompt_limit, sample
 from pro_trainer.text.encode import Encoder

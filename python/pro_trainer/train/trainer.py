@@ -397,7 +397,8 @@ class PROTrainer(Trainer):
             self._check_finite(logs)
             parts = [Scores.of_batch(*waiting) for waiting in self._waiting if waiting]
             self._waiting.clear()
-            metrics = score_metrics(self._of_all_processes(parts), self.args)
+            parts = gather_object(parts) if self.args.world_size > 1 else parts
+            metrics = score_metrics(Scores.cat(parts), self.args)
             del metrics["loss"], metrics["prompts"], metrics["pairs"]
             logs |= metrics | self._usage.take(self.accelerator)
         super().log(logs, start_time)
@@ -417,11 +418,6 @@ class PROTrainer(Trainer):
             return ""
         bad = self.accelerator.gather(self._not_finite[None]).nonzero().flatten().tolist()
         return f", losses that are not finite on ranks {bad}" if bad else ""
-
-    def _of_all_processes(self, parts: list[Scores]) -> Scores:
-        if self.args.world_size > 1:
-            parts = gather_object(parts)
-        return Scores.cat(parts)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial))
