@@ -171,19 +171,12 @@ class States:
 
 
 class _Call(NamedTuple):
-    """Some segments, a line each.
+    """Some segments, a line each."""
 
-    Attributes:
-        tokens: (b, t) int64, which of the S.
-        kept: which of the b * t outputs are the segments', in the order of their tokens.
-        starts: of each line, the segment whose state it starts from; all -1: none.
-        leaves: the segment whose state is kept; None where no other starts from it.
-    """
-
-    tokens: Tensor
-    kept: Tensor
-    starts: list[int]
-    leaves: int | None
+    tokens: Tensor  # (b, t) int64, which of the S
+    kept: Tensor  # which of the b * t outputs are the segments', in the order of their tokens
+    starts: list[int]  # of each line, the segment whose state it starts from; all -1: none
+    leaves: int | None  # the segment whose state is kept; None where no other starts from it
 
 
 class _Line(NamedTuple):

@@ -129,12 +129,10 @@ class TokenTree:
     def check_positions(
         self, position_ids: Tensor | None, attention_mask: Tensor | None, relative: bool
     ) -> None:
-        """Whether tokens of a padded batch stand at the tree's positions.
+        """Whether tokens of a padded batch, (R, T) both, stand at the tree's positions.
 
-        Args:
-            position_ids: (R, T), or None: each token's column.
-            attention_mask: (R, T) or None.
-            relative: rows may as a whole stand further on.
+        Without ``position_ids`` each stands at its column. ``relative``: rows may as a whole stand
+        further on.
 
         Raises:
             ValueError: they do not.
