@@ -146,8 +146,7 @@ def test_dropped_columns_get_no_gradient_and_targets_always_do():
 def test_nothing_negligible_is_the_plain_result(small_chunks, tier):
     _, less, exact, filtered, _, bounds = compare(tau=1e-15, budget=BUDGETS[tier])
     assert less.grad_filter.dropped_mass.max() == 0 and bounds == [0, 0, 0]
-    for a, b in zip(filtered, exact, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(filtered, exact, rtol=1e-13, atol=1e-15)
 
 
 def test_token_logps_tell_what_each_row_lost():
@@ -365,8 +364,7 @@ def test_kernels_do_what_plain_pytorch_does(name, dtypes, shape):
                 kernels.sums(dz, order, size), lost, *front, side, grad, narrow,
             ])  # fmt: skip
     eps = max(torch.finfo(x).eps for x in dtypes)
-    for ours, plain in zip(*reversed(found), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=8 * eps, atol=16 * eps * (1 + rows / 20))
+    torch.testing.assert_close(*reversed(found), rtol=8 * eps, atol=16 * eps * (1 + rows / 20))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32", "bf16", "fp16"])

@@ -172,8 +172,7 @@ def same_compiled(function, h, w, *rest, backend="aot_eager"):
     eager = function(h, w, *rest)
     torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
     grads = (torch.autograd.grad(x, (h, w)) for x in (compiled, eager))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
