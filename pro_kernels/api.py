@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pro_kernels import validate
 from pro_kernels.backends import resolve
+from pro_kernels.backends.protocol import Candidates
 from pro_kernels.fused import autograd, ranks, shards
-from pro_kernels.fused.call import Call, Candidates, planned
+from pro_kernels.fused.call import Call, planned
 from pro_kernels.fused.planner import Plan
 from pro_kernels.fused.rank_order import make_output, rank_candidates
 from pro_kernels.layout import Layout, mark_unscored, shift_targets

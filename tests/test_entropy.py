@@ -12,6 +12,7 @@ import pro_kernels as pk
 from cases import CPU, DTYPES, IDS, Case, assert_no_worse, compare, fp32_sums, upstreams
 from pro_kernels import backends
 from pro_kernels.api import linear_token_stats
+from pro_kernels.backends.protocol import Rows
 from pro_kernels.fused.planner import make_plan
 from pro_kernels.options import LogitOptions
 from subjects import every_case, every_subject_and_dtype
@@ -39,10 +40,10 @@ def test_the_formula_is_what_autograd_derives(options):
     keywords = {"softcap": options.softcap, "logit_scale": options.logit_scale}
     logp, entropy = pk.reference.token_logps(x, targets, **keywords, **WITH)
     (logp * weights + entropy * by).sum().backward()
-    logits = x.detach()
-    _, lse, value = reference.logp(logits, targets, options=options, entropy=True)
+    rows = Rows(x.detach(), targets, options)
+    _, lse, value = reference.logp(rows, entropy=True)
     torch.testing.assert_close(value, entropy.detach(), rtol=1e-12, atol=1e-12)
-    got = reference.logits_grad(logits, lse, targets, weights, options=options, entropy=(value, by))
+    got = reference.logits_grad(rows, lse, weights, entropy=(value, by))
     torch.testing.assert_close(got, x.grad, rtol=1e-10, atol=1e-12)
 
 

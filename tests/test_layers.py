@@ -15,7 +15,7 @@ PACKAGE, TRAINER = ROOT / "pro_kernels", ROOT / "python" / "pro_trainer"
 
 # Modules that import nothing of the package, and what the others may import.
 NOTHING = """
-_version option_types output ranking fused fused.shards fused.pages distinct distinct.tree
+_version option_types output ranking fused fused.shards distinct distinct.tree
 models models.counts integrations integrations.switch
 """
 TABLE = """
@@ -26,39 +26,39 @@ losses: losses option_types ranking validate
 policy: option_types options validate
 reference: layout options output
 backends: backends options
-backends.torch: options ranking
-backends.native: options
-backends.native_filter: backends.native
-backends.cpu: backends.native backends.native_filter options
+backends.torch: backends.protocol options ranking
+backends.native: backends.protocol options
+backends.cpu: backends.native options
 backends.cuda: backends.native options
-backends.triton: backends.triton options
+backends.triton: backends.protocol backends.triton options
 fused.matmul: options
 fused.planner: fused.matmul options validate
 fused.call: backends fused.matmul fused.planner fused.shards layout options validate
-fused.rank_order: fused.call layout option_types options output ranking validate
+fused.rank_order: backends layout option_types options output ranking validate
 fused.registry: fused.call
-fused.gather_scatter: fused.call fused.matmul fused.pages
+fused.gather_scatter: fused.call fused.matmul
 fused.column_groups: fused.matmul
-fused.columns: backends fused.call fused.column_groups fused.matmul
+fused.columns: backends fused.call fused.column_groups fused.gather_scatter fused.matmul
 fused.head: fused.call fused.columns fused.gather_scatter fused.matmul
-fused.target_columns: fused.call fused.gather_scatter fused.head
+fused.target_columns: fused.gather_scatter fused.head
 fused.backward: fused.call fused.column_groups fused.columns fused.gather_scatter fused.head
     fused.matmul fused.target_columns
-fused.prompts: fused.backward fused.call fused.columns fused.gather_scatter fused.head
-fused.ops: fused.backward fused.call fused.columns fused.gather_scatter fused.head fused.matmul
-    fused.pages fused.prompts fused.registry fused.target_columns layout options
+fused.prompts: backends fused.backward fused.call fused.columns fused.gather_scatter fused.head
+    fused.matmul
+fused.ops: backends fused.backward fused.call fused.columns fused.gather_scatter
+    fused.head fused.matmul fused.prompts fused.registry fused.target_columns layout options
 fused.autograd: fused.call fused.ops fused.registry fused.shards layout
-fused.ranks: fused.autograd fused.call fused.ops fused.planner fused.rank_order fused.shards
-    layout options output validate
+fused.ranks: backends fused.autograd fused.call fused.ops fused.planner fused.rank_order
+    fused.shards layout options output validate
 api: backends fused.autograd fused.call fused.columns fused.planner fused.rank_order fused.ranks
     fused.shards layout options output validate
 fused.thin: fused.autograd fused.gather_scatter options
 cross_entropy: api fused.shards fused.thin options output validate
-distinct.attention: backends.cpu
+distinct.attention: backends.cpu distinct.tree
 distinct.gpu: distinct.attention distinct.tree
 distinct.interface: distinct.attention distinct.gpu
 distinct.row: distinct.interface distinct.tree
-distinct.states: distinct.interface models.probe
+distinct.states: distinct.interface distinct.tree models.probe
 distinct.tryout: distinct.interface distinct.row distinct.states distinct.tree models.probe
 distinct.decoder: distinct.interface distinct.row distinct.states distinct.tryout models.counts
     models.opened

@@ -16,6 +16,7 @@ from bench.engine.timing import Refused, Step, backward_step
 from bench.engine.truth import Inputs, case_loss
 from bench.providers.base import Provider
 from pro_kernels import backends
+from pro_kernels.backends.protocol import Candidates
 from pro_kernels.fused.planner import make_plan
 from pro_kernels.options import RankingOptions
 
@@ -125,7 +126,7 @@ def _ranking_kernel(inputs: Inputs, backend: str) -> Step:
     case, logps = inputs.case, inputs.logps
     assert logps is not None
     module, device, S = backends.get(backend), inputs.device, case.B * case.n
-    arguments = (
+    candidates = Candidates(
         torch.arange(S + 1, device=device) * case.T,
         torch.full((S,), case.T, device=device),
         torch.arange(S, device=device).view(case.B, case.n),
@@ -136,7 +137,7 @@ def _ranking_kernel(inputs: Inputs, backend: str) -> Step:
     flat = logps.detach().reshape(-1)
 
     def run() -> Tensor:
-        terms, _, gradient = module.ranking(flat, *arguments, options=RankingOptions())
+        terms, _, gradient = module.ranking(flat, candidates, RankingOptions())
         logps.grad = gradient.view(logps.shape)
         return terms.sum() / case.B
 

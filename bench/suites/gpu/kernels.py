@@ -20,6 +20,7 @@ from torch import Tensor
 from bench.engine.rounds import timed
 from bench.engine.timing import Refused, Step, describe, paired, summary
 from pro_kernels import backends
+from pro_kernels.backends.protocol import Candidates, Rows
 from pro_kernels.options import LogitOptions, RankingOptions
 
 
@@ -113,20 +114,20 @@ class Setting:
 
 def rows(s: Setting, backend: str, N: int, V: int) -> Iterator[dict]:
     """The row kernels against a copy; no row is unscored."""
-    module, options = s.module(backend), LogitOptions()
-    x, targets = s.randn(N, V), s.tokens(V, N)
+    module, x = s.module(backend), s.randn(N, V)
+    given = Rows(x, s.tokens(V, N), LogitOptions())
     lse, weights = (torch.rand(N, device=s.device) + 10 for _ in range(2))
     out = torch.empty_like(x)
 
     def grad() -> Tensor:
-        return module.logits_grad(x, lse, targets, weights, options=options, out=out)
+        return module.logits_grad(given, lse, weights, out=out)
 
     steps = {
         "copy": s.copy(),
-        "logp": Step(lambda: module.logp(x, targets, options=options)),
+        "logp": Step(lambda: module.logp(given)),
         "logits_grad": Step(grad),
         # On its own output from the second call on: other numbers, the same bytes.
-        "residual": Step(lambda: module.residual_(x, targets, options=options)),
+        "residual": Step(lambda: module.residual_(given)),
     }
     size = N * V * 2
     moved = {"copy": 2 * s.copy_bytes, "logp": size, "logits_grad": 2 * size}
@@ -136,8 +137,8 @@ def rows(s: Setting, backend: str, N: int, V: int) -> Iterator[dict]:
 def ranking(s: Setting, backend: str, B: int, n: int, tokens: int) -> Iterator[dict]:
     """The ranking kernel, many calls in one graph."""
     module = s.module(backend, n)
-    arguments = (
-        -torch.rand(B * n * tokens, device=s.device),
+    logps = -torch.rand(B * n * tokens, device=s.device)
+    candidates = Candidates(
         torch.arange(B * n + 1, device=s.device) * tokens,
         torch.full((B * n,), tokens, device=s.device),
         torch.arange(B * n, device=s.device).view(B, n),
@@ -145,7 +146,7 @@ def ranking(s: Setting, backend: str, B: int, n: int, tokens: int) -> Iterator[d
         torch.zeros(B, dtype=torch.int64, device=s.device),
         torch.full((B,), 1 / B, device=s.device),
     )
-    call = partial(module.ranking, *arguments, options=RankingOptions())
+    call = partial(module.ranking, logps, candidates, RankingOptions())
     case = f"{backend}, n={n}, {B} prompts, {tokens} tokens a candidate"
     yield from s.rows(case, {"ours": Step(_repeated(s, call))}, s.inner)
 

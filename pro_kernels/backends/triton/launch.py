@@ -1,8 +1,7 @@
 """Launchers: check strides, allocate outputs, pick a configuration, launch.
 
-Contract: ``backends/torch.py``. Nothing here waits for the device or looks at its data.
-Legend: ``N`` rows, ``V`` columns, ``H`` hidden, ``R`` rows of the hidden states, ``S`` sequences,
-``B`` prompts, ``n`` candidates.
+Contract and legend: ``backends/protocol.py``. Nothing here waits for the device or looks at its
+data.
 """
 
 from __future__ import annotations
@@ -17,77 +16,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pro_kernels.backends.triton import configs, gather_scatter, prompts, rows, scoring
+from pro_kernels.backends.protocol import Candidates, Rows, Statistics
+from pro_kernels.backends.triton import configs, gather_scatter, prompts, scoring
+from pro_kernels.backends.triton import rows as row_kernels
 from pro_kernels.options import LogitOptions, RankingOptions, setting
 
 
-def logp(
-    logits: Tensor,  # (N, V)
-    targets: Tensor,  # (N,)
-    *,
-    target_logits: Tensor | None = None,  # (N,) fp32, raw
-    options: LogitOptions,
-    entropy: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Read-only statistics of each row: ``(logp, lse, entropy or None)``, each ``(N,)`` fp32."""
-    logps, lse = _per_row(logits, 2)
+def logp(rows: Rows, entropy: bool = False) -> Statistics:
+    """Read-only statistics of each row."""
+    logps, lse = _per_row(rows.logits, 2)
     extra = torch.empty_like(lse) if entropy else None
-    _launch_rows("logp", (_read(logits),), (targets, target_logits, logps, lse, extra), options)
+    vectors = rows.targets, rows.exact, logps, lse, extra
+    _launch_rows("logp", (_read(rows.logits),), vectors, rows.options)
     return logps, lse, extra
 
 
-def residual_(
-    logits: Tensor,  # (N, V), overwritten
-    targets: Tensor,  # (N,)
-    *,
-    target_logits: Tensor | None = None,
-    options: LogitOptions,
-) -> tuple[Tensor, Tensor]:
-    """Overwrite ``logits`` with ``d logp / d raw`` (unweighted); return ``(logp, lse)``."""
-    matrices = (_written("logits", logits),)
-    logps, lse = _per_row(logits, 2)
-    _launch_rows("residual", matrices, (targets, target_logits, logps, lse), options)
+def residual_(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The first two of them, and the gradient over the logits."""
+    matrices = (_written("logits", rows.logits),)
+    logps, lse = _per_row(rows.logits, 2)
+    _launch_rows("residual", matrices, (rows.targets, rows.exact, logps, lse), rows.options)
     return logps, lse
 
 
 def logits_grad(
-    logits: Tensor,  # (N, V): columns first_column ... first_column + V of the vocabulary
-    lse: Tensor,  # (N,) fp32, over the whole vocabulary
-    targets: Tensor,  # (N,), in terms of the whole vocabulary
-    weights: Tensor | None,  # (N,) fp32; None = 1
+    rows: Rows,
+    lse: Tensor,
+    weights: Tensor | None,
     *,
-    target_logits: Tensor | None = None,
     first_column: int = 0,
-    options: LogitOptions,
-    out: Tensor | None = None,  # may be ``logits`` itself
-    entropy: tuple[Tensor, Tensor] | None = None,  # (N,) fp32 each: entropy, its weights
+    out: Tensor | None = None,
+    entropy: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0.
-
-    With ``entropy``, plus the second weights times ``d entropy / d raw``.
-    """
+    """The gradient for these columns; rows with a negative target become 0."""
+    logits = rows.logits
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     matrices = _read(logits), _written("out", out)
-    vectors = (lse, targets, weights, target_logits, *(entropy or (None, None)))
-    _launch_rows("logits_grad", matrices, vectors, options, first_column)
+    vectors = (lse, rows.targets, weights, rows.exact, *(entropy or (None, None)))
+    _launch_rows("logits_grad", matrices, vectors, rows.options, first_column)
     return out
 
 
 def ranking(
-    logps: Tensor,  # (N,) fp32
-    offsets: Tensor,  # (S + 1,) int64
-    lengths: Tensor,  # (S,) int64
-    order: Tensor,  # (B, n) int64
-    rewards: Tensor | None,  # (B, n) fp32
-    sft_rank: Tensor,  # (B,) int64
-    prompt_weights: Tensor,  # (B,) fp32
-    *,
-    options: RankingOptions,
+    logps: Tensor, candidates: Candidates, options: RankingOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ranking loss and its closed-form gradient: ``(terms, sums, row_weights)``."""
-    batch, n = order.shape
-    sequences = lengths.shape[0]
+    batch, n = candidates.order.shape
+    sequences = candidates.lengths.shape[0]
     terms = logps.new_empty((batch, n), dtype=torch.float32)
     sums = logps.new_empty((sequences,), dtype=torch.float32)
     # Zeros: the kernel writes only to sequences that are in ``order``.
@@ -99,7 +75,7 @@ def ranking(
         prompts.ranking_kernel,
         logps.device,
         (batch + -(-sequences // config.block_n),),
-        vectors=(logps, offsets, lengths, order, rewards, sft_rank, prompt_weights, sums),
+        vectors=(logps, *candidates, sums),
         numbers=((terms, row_weights), sequences, n, _ranking_numbers(options)),
         CONFIG=config,
         num_warps=config.num_warps,
@@ -107,12 +83,7 @@ def ranking(
     return terms, sums, row_weights
 
 
-def gather_rows(
-    source: Tensor,  # (R, H)
-    rows: Tensor,  # (N,) int64
-    weights: Tensor | None,  # (N,) fp32; None = 1
-    dtype: torch.dtype,
-) -> Tensor:
+def gather_rows(source: Tensor, rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``weights * source[rows]`` (N, H), computed in fp32 and rounded once to ``dtype``."""
     count, hidden = rows.shape[0], source.shape[1]
     out = source.new_empty((count, hidden), dtype=dtype)
@@ -121,13 +92,7 @@ def gather_rows(
     return out
 
 
-def scatter_rows(
-    side: Tensor,  # (N, H)
-    weights: Tensor,  # (N,) fp32
-    rows: Tensor,  # (N,) int64
-    out: Tensor,  # (R, H), zeros on entry, or sums of earlier calls where rows are shared
-    shared: bool,
-) -> None:
+def scatter_rows(side: Tensor, weights: Tensor, rows: Tensor, out: Tensor, shared: bool) -> None:
     """``out[rows] += weights * side``: fp32 sums in the order of ``rows``, rounded once to out.
 
     Without ``shared`` all rows are distinct and what ``out`` holds in them is overwritten.
@@ -141,12 +106,7 @@ def scatter_rows(
     _launch_side(gather_scatter.scatter_kernel, grid, matrices, vectors, (count, hidden))
 
 
-def target_logits(
-    x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) int64; negative = 0
-) -> Tensor:
+def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """The raw logit of each row's target as an fp32 dot product, (N,) fp32."""
     (out,) = _per_row(x, 1)
     matrices, vectors = (_read(x), _read(weight)), (bias, targets, out)
@@ -247,7 +207,7 @@ def _ranking_numbers(options: RankingOptions) -> tuple:
     return _RankingNumbers(*numbers, log_eps)
 
 
-_ROW_KERNELS = {name: getattr(rows, f"{name}_kernel") for name in configs.KERNELS}
+_ROW_KERNELS = {name: getattr(row_kernels, f"{name}_kernel") for name in configs.KERNELS}
 
 
 def _launch_rows(
