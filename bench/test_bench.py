@@ -58,7 +58,7 @@ def test_bench(benchmark, case: Case, provider: Provider) -> None:
     ratio = paired(floors[-len(taken) :], taken) if taken else None
     benchmark.extra_info |= {"provider": provider.name, "of_floor": ratio}
     if not provider.is_floor:
-        row = loss.blank(case, provider)
+        row = loss.SUITE.blank(case, provider)
         loss.check(row, make_truth(inputs), float(value), step)
         benchmark.extra_info |= {k: v for k, v in row.items() if k.endswith("_error")}
         assert not row["wrong"], row

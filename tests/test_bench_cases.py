@@ -94,7 +94,7 @@ def test_a_wrong_gradient_is_flagged_though_the_loss_is_near():
         (backward_step(sft_only, inputs.leaves), True),
         (official.build(inputs), False),
     ):
-        row = loss.blank(CASE, official)
+        row = loss.SUITE.blank(CASE, official)
         loss.check(row, truth, float(made.run()), made)
         assert row["wrong"] is wrong and (row["input_grad_error"] > 0.2) is wrong
         made.clear()
@@ -145,7 +145,7 @@ def test_hidden_states_of_real_models(model, shared, monkeypatch):
     truth = make_truth(inputs)
     assert truth.logps.mean() > -0.5 * torch.tensor(float(case.V)).log()
     made = base.all_providers(CPU)[base.ours_name(CPU)].build(inputs)
-    row = loss.blank(case, base.all_providers(CPU)["floor"])
+    row = loss.SUITE.blank(case, base.all_providers(CPU)["floor"])
     loss.check(row, truth, float(made.run()), made)
     assert not row["wrong"] and row["loss_error"] < 1e-3
 

@@ -18,9 +18,9 @@ from bench import cli, roofline
 from bench.cli import main
 from bench.engine import isolate, memory, record
 from bench.engine.case import Case
-from bench.engine.record import COMMON, NO_TIME
+from bench.engine.record import NO_TIME
 from bench.engine.rounds import Clock, Settings, interleaved, timed
-from bench.engine.run import DeviceLost, Run, run
+from bench.engine.run import COMMON, DeviceLost, Run, run
 from bench.engine.step import TrainingCase
 from bench.engine.timing import Step
 from bench.providers import base
@@ -87,7 +87,7 @@ def check_loss(data: dict, text: str) -> None:
         rows = [r for r in data["results"] if r["case"] == case.name]
         assert {r["provider"] for r in rows} == expected
         for row in rows:
-            assert set(row) == set(loss.blank(case, base.all_providers(CPU)["floor"]))
+            assert set(row) == set(loss.SUITE.blank(case, base.all_providers(CPU)["floor"]))
             numbers = row["seconds"] is not None and row["seconds"] > 0
             assert numbers or row["note"] or case.kind == "memory", row
             if numbers and not row["provider"].startswith("floor"):

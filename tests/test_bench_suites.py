@@ -17,8 +17,7 @@ from bench.cli import main
 from bench.engine import record
 from bench.engine.isolate import DEVICE_LOST
 from bench.engine.timing import Step
-from bench.report import ranks as ranks_report
-from bench.report import round as round_report
+from bench.report import round, suites
 from bench.report.pages import write_report
 from bench.report.tables import marks
 from bench.suites import attach, filter
@@ -128,8 +127,8 @@ def test_a_run_beside_others_is_not_clean():
     stolen = measure.judged(start, Clock(10.0, 115.0, 1.3, 15.0))
     assert stolen["stolen"] == pytest.approx(0.03) and not stolen["clean"]
     unknown = measure.judged(start, Clock(10.0, None, None, 15.0))
-    assert not unknown["clean"] and "Not a clean run" in ranks_report.load_line(unknown)
-    assert "Not a clean run" in ranks_report.load_line({**busy, "load_before": 1.0})
+    assert not unknown["clean"] and "Not a clean run" in suites.load_line(unknown)
+    assert "Not a clean run" in suites.load_line({**busy, "load_before": 1.0})
     before = Clock.now()
     if before.busy is not None:
         while Clock.now().ours < before.ours + 0.3:
@@ -261,8 +260,17 @@ def test_a_dry_run_goes_through_every_part_and_on_where_it_stopped(tmp_path, mon
     assert logp["predicted"] > 0 and "predicted" not in named["rows", "copy"]
     assert residual["bytes"] == 2 * logp["bytes"] == 2 * 8 * 211 * 2
     assert "0 failed, 0 did not run" in named["tests", None]["found"]
+    found = {o.what for o in round.outcomes(data | {"device": "cuda"}) if o.met is not None}
+    assert found >= {
+        "comparisons that fail",
+        "tests marked gpu that did not run",
+        "frozen head",
+        "the least memory (T3)",
+        "logits in",
+        "a sharded head of one rank",
+    }
     text = (out / "report.md").read_text()
-    assert text == round_report.report(data) and "its numbers mean nothing" in page.read_text()
+    assert text == round.report(data) and "its numbers mean nothing" in page.read_text()
     assert main([*call, "--parts", "dtensor", "--seconds", "0.001"]) == 0
     assert record.load(out / "results.json")["results"] == data["results"]
 
@@ -278,14 +286,13 @@ def test_targets_of_a_round_are_met_missed_or_not_measured():
         {"part": "peers", "case": "b", "provider": "trl", "vs_ours": 0.5, "wrong": True},
     ]  # fmt: skip
     data = {"device": "cuda", "results": rows}
-    found = {t.what: t.outcome(data).met for t in round_report.TARGETS}
-    assert {what: met for what, met in found.items() if met is not None} == {
+    found = {o.what: o.met for o in round.outcomes(data) if o.met is not None}
+    assert found == {
         "the least memory (T3)": False, "scoring 6528 rows, device": True, "logits in": True,
         "QuACK or Liger for sm_90, 4096 rows, 16.7 ms as published": True,
         "the best peer measured, in any case": False,
     }  # fmt: skip
-    assert {t.part for t in round_report.TARGETS} <= {part.name for part in parts.PARTS}
-    dry = [t.outcome({**data, "device": "cpu"}) for t in round_report.TARGETS]
+    dry = round.outcomes({**data, "device": "cpu"})
     assert {(o.measured, o.met) for o in dry} == {("not measured", None)}
 
 

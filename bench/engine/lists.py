@@ -45,22 +45,13 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Lists:
-    """An entry: lists of n candidates each.
+    """An entry: lists of n candidates each."""
 
-    Attributes:
-        source: file that they are from, without its ending.
-        model: key of ``MODELS``, whose tokenizer counted.
-        start: tokens that all lists begin with.
-        prompts: of each list, tokens that its candidates share, those of the start included.
-        completions: of each list, tokens of each candidate after that; best first.
-        rewards: of each list.
-    """
-
-    source: str
-    model: str
-    start: int
-    prompts: list[int]
-    completions: list[list[int]]
+    source: str  # file that they are from, without its ending
+    model: str  # key of MODELS, whose tokenizer counted
+    start: int  # tokens that all lists begin with
+    prompts: list[int]  # tokens that the candidates of a list share, those of the start included
+    completions: list[list[int]]  # tokens of each candidate after that; best first
     rewards: list[list[float]]
 
     def head(self, count: int) -> Lists:

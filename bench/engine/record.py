@@ -81,10 +81,8 @@ class Record:
 
     def put(self, **facts: object) -> None:
         """Set what is said of the whole run and save; None takes it away."""
-        for key, value in facts.items():
-            self.data[key] = value
-            if value is None:
-                del self.data[key]
+        known = {**self.data, **facts}
+        self.data = {key: value for key, value in known.items() if value is not None}
         self.save()
 
     def add(self, rows: list[dict]) -> None:
@@ -143,26 +141,6 @@ def facts(device: torch.device, packages: tuple[str, ...] = PACKAGES, **settings
         "commit": _git(root, "rev-parse", "HEAD"),
         "modified": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
         "settings": settings,
-    }
-
-
-# What every suite measures, in a row of its own for each (case, provider); None where it was not.
-COMMON = ("seconds", "q1", "q3", "of_floor", "peak_bytes", "gradient_bytes", "loss", "loss_error")
-
-
-def empty_row(
-    case: str, provider: str, label: str, fields: dict, measured: tuple[str, ...]
-) -> dict:
-    """A row without numbers: every key is always there. ``fields`` describe the case."""
-    return {
-        "case": case,
-        **fields,
-        "provider": provider,
-        "label": label,
-        **dict.fromkeys((*COMMON, *measured)),
-        "rounds": 0,
-        "wrong": False,
-        "note": "",
     }
 
 

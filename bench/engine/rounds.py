@@ -20,31 +20,19 @@ Taken = TypeVar("Taken")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is made.
-
-    Attributes:
-        preset: name of the case table.
-        cases: substrings of case names, or group names; empty for all.
-        providers: provider names; empty for all.
-        without: provider names to leave out.
-        repeats: rounds, None for each case's own.
-        memory: weigh the cases marked for it.
-        peer_seconds: a peer leaves a case's rounds once it has run this long; if its first call
-            took longer, and nothing was compiled in it, that call is its one round. Floors and ours
-            take part in all.
-        seconds: start nothing more after this time; None for no limit.
-        seed: of the data and of the order.
-    """
+    """How a run is made."""
 
     preset: str = "cpu-small"
-    cases: tuple[str, ...] = ()
-    providers: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    repeats: int | None = None
-    memory: bool = True
+    cases: tuple[str, ...] = ()  # substrings of case names, or group names; empty for all
+    providers: tuple[str, ...] = ()  # empty for all
+    without: tuple[str, ...] = ()  # providers to leave out
+    repeats: int | None = None  # rounds; None for each case's own
+    memory: bool = True  # weigh the cases marked for it
+    # A peer leaves a case's rounds once it has run this long. If its first call took longer, and
+    # nothing was compiled in it, that call is its one round. Floors and ours take part in all.
     peer_seconds: float = 12.0
-    seconds: float | None = None
-    seed: int = 0
+    seconds: float | None = None  # start nothing more after this time
+    seed: int = 0  # of the data and of the order
 
 
 class Clock:
@@ -76,15 +64,9 @@ def interleaved(
 ) -> dict[str, list[Taken]]:
     """What ``take(name)`` gave of every contender, round by round.
 
-    Args:
-        names: the contenders.
-        rounds: how many rounds; fewer where the clock is over and ``least`` are done.
-        take: runs one contender once.
-        seed: of the order within a round.
-        clock: ends the rounds.
-        least: rounds that are made whatever the clock says.
-        skip: whether one sits out this round, given what it gave so far.
-        failed: told of one that raised, which leaves; None lets the exception through.
+    ``least`` rounds are made whatever the clock says. ``skip``: whether one sits out this round,
+    given what it gave so far. ``failed`` is told of one that raised, which leaves; without it the
+    exception goes through. ``seed`` is of the order within a round.
     """
     order, taken = random.Random(seed), {name: [] for name in names}
     for turn in range(rounds):

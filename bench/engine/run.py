@@ -20,37 +20,38 @@ class DeviceLost(Exception):
     """A provider left the GPU unusable; whoever goes on needs a new process."""
 
 
+# What every suite measures, in a row of its own for each (case, provider); None where it was not.
+COMMON = ("seconds", "q1", "q3", "of_floor", "peak_bytes", "gradient_bytes", "loss", "loss_error")
+
+
 @dataclass(frozen=True)
 class Suite:
-    """Cases and how one is measured.
+    """Cases and how one is measured."""
 
-    Attributes:
-        name: as on the command line.
-        case_type: class of the cases; each has name, only, repeats, memory, dtype.
-        presets: name -> the cases on a GPU (True) or a CPU.
-        measure: rows of one case, one a provider.
-        line: a row in the log.
-        weigh: peak_bytes and more of a provider on a case, in a process made for it.
-        blank: a row without numbers.
-        about: what the file says of the run, beside its rows.
-        in_process: whether a device's memory is weighed where it is timed.
-        check: raises ValueError where the suite cannot run.
-    """
-
-    name: str
-    case_type: type
-    presets: dict[str, Callable[[bool], list]]
-    measure: Callable[[Any, list[Provider], Run], list[dict]]
-    line: Callable[[dict], str]
+    name: str  # as on the command line
+    case_type: type  # of the cases; each has name, only, repeats, memory, dtype, facts
+    presets: dict[str, Callable[[bool], list]]  # the cases on a GPU (True) or a CPU
+    measure: Callable[[Any, list[Provider], Run], list[dict]]  # rows of a case, one a provider
+    line: Callable[[dict], str]  # a row in the log
+    # peak_bytes and more of a provider on a case, in a process made for it.
     weigh: Callable[[Provider, Any, torch.device], dict]
-    blank: Callable[[Any, Provider], dict]
+    measured: tuple[str, ...]  # what its rows have beside COMMON
+    # What the file says of the run, beside its rows; ValueError where the suite cannot run.
     about: Callable[[Settings, list, torch.device], dict] = lambda *_: {}
+    # Whether a device's memory is weighed where it is timed.
     in_process: Callable[[torch.device], bool] = lambda _: False
-    check: Callable[[], None] = lambda: None
 
     def providers(self, device: torch.device) -> dict[str, Provider]:
         """Its providers by name."""
         return all_providers(device, self.name)
+
+    def blank(self, case: Any, provider: Provider) -> dict:
+        """A row without numbers: every key is always there."""
+        return {
+            "case": case.name, **case.facts, "provider": provider.name,
+            "label": provider.label_of(case), "loss_type": provider.loss_type,
+            **dict.fromkeys((*COMMON, *self.measured)), "rounds": 0, "wrong": False, "note": "",
+        }  # fmt: skip
 
     def cases(self, preset: str, patterns: tuple[str, ...] = (), on_gpu: bool = False) -> list:
         """The cases of a preset whose name or group contains one of ``patterns`` (none: all).
@@ -83,6 +84,11 @@ class Run:
         """Rounds of a case."""
         return self.settings.repeats or case.repeats
 
+    def running(self, *case_and_provider: str) -> None:
+        """The record says who runs, or that nobody does: whoever runs as it dies is left out."""
+        if self.record is not None:
+            self.record.put(running=list(case_and_provider) or None)
+
 
 def run(
     suite: Suite,
@@ -102,19 +108,14 @@ def run(
         ValueError: a case or provider that there is not.
         DeviceLost: a provider left the GPU unusable; start again with ``resume``.
     """
-    suite.check()
     cases = suite.cases(settings.preset, settings.cases, device.type == "cuda")
-    table = suite.providers(device)
-    chosen = {
-        case.name: select(table, case.only, settings.providers, settings.without) for case in cases
-    }
-    about = {
-        "benchmark": suite.name,
-        **suite.about(settings, cases, device),
-        **facts(device, **asdict(settings)),
-    }
+    table, names = suite.providers(device), (settings.providers, settings.without)
+    chosen = {case.name: select(table, case.only, *names) for case in cases}
+    about = suite.about(settings, cases, device) | facts(device, **asdict(settings))
+    about["benchmark"] = suite.name
     record = Record.resume(path, about) if resume else Record(path, about)
     clock = Clock(settings.seconds)
+    one = Run(settings, device, clock, record)
     if "ceilings" not in record.data:
         log(f"{clock} ceilings")
         record.put(ceilings=roofline.measure(device, [case.dtype for case in cases]))
@@ -123,29 +124,21 @@ def run(
             continue
         log(f"{clock} {i + 1}/{len(cases)} {case.name}")
         if clock.over:
-            rows = [
-                suite.blank(case, p) | {"note": f"not run: {NO_TIME}"} for p in chosen[case.name]
-            ]
+            late = {"note": f"not run: {NO_TIME}"}
+            rows = [suite.blank(case, provider) | late for provider in chosen[case.name]]
         else:
-            one = Run(settings, device, clock, record)
             rows = suite.measure(case, chosen[case.name], one)
         record.add(rows)
         log("\n".join(f"    {suite.line(row)}" for row in rows))
     if settings.memory and not suite.in_process(device):
-        _weigh(suite, cases, record, device, clock, log)
+        _weigh(suite, cases, one, log)
     record.finish()
     return record.data
 
 
-def _weigh(
-    suite: Suite,
-    cases: list,
-    record: Record,
-    device: torch.device,
-    clock: Clock,
-    log: Callable[[str], None],
-) -> None:
+def _weigh(suite: Suite, cases: list, run: Run, log: Callable[[str], None]) -> None:
     """Memory of what ran, one process a provider."""
+    record = run.record
     by_name = {case.name: case for case in cases if case.memory}
     groups: dict[str, list] = {}
     for row in record.data["results"]:
@@ -159,12 +152,12 @@ def _weigh(
         def put(answer: dict, name: str = name) -> None:
             record.update(answer.pop("case"), name, answer)
 
-        if clock.over:
+        if run.clock.over:
             for case in group:
                 put({"case": case.name, "note": f"not weighed: {NO_TIME}"})
             continue
-        log(f"{clock} memory of {name}")
-        isolate.weigh(suite.name, name, group, device, put)
+        log(f"{run.clock} memory of {name}")
+        isolate.weigh(suite.name, name, group, run.device, put)
 
 
 def collect(

@@ -26,17 +26,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One timed unit.
+    """One timed unit."""
 
-    Attributes:
-        run: does the work; returns the detached loss, or for a floor what it made.
-        leaves: tensors whose ``.grad`` it fills; cleared outside the timing.
-        logps: its log-prob of every position (B, n, T), any value where nothing is scored; for the
-            errors, never timed. None where it gives none.
-    """
-
-    run: Callable[[], Any]
-    leaves: tuple[Tensor, ...] = ()
+    run: Callable[[], Any]  # returns the detached loss, or for a floor what it made
+    leaves: tuple[Tensor, ...] = ()  # whose .grad it fills; cleared outside the timing
+    # Its log-prob of every position (B, n, T), any value where nothing is scored. Never timed.
     logps: Callable[[], Tensor] | None = None
 
     def clear(self) -> None:
@@ -123,18 +117,15 @@ class Timer:
         if self.events is None:
             wait(self.device)
             start = time.perf_counter()
-            value = step.run()
+            _ = step.run()
             wait(self.device)
-            seconds = time.perf_counter() - start
-        else:
-            torch.cuda._sleep(_LEAD_CYCLES)
-            self.events[0].record()
-            value = step.run()
-            self.events[1].record()
-            torch.cuda.synchronize()
-            seconds = self.events[0].elapsed_time(self.events[1]) / 1e3
-        del value
-        return seconds
+            return time.perf_counter() - start
+        torch.cuda._sleep(_LEAD_CYCLES)
+        self.events[0].record()
+        _ = step.run()
+        self.events[1].record()
+        torch.cuda.synchronize()
+        return self.events[0].elapsed_time(self.events[1]) / 1e3
 
 
 def paired(numerator: list[float], denominator: list[float]) -> float | None:

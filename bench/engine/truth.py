@@ -130,34 +130,21 @@ def _make_rewards(case: Case, g: torch.Generator) -> Tensor:
 
 @dataclass
 class Truth:
-    """The loss and the log-probs in fp64, and samples of the gradients: rows of both.
-
-    Attributes:
-        loss: of the case.
-        rows: (N,) flat positions that are scored.
-        logps: (N,) their log-probs; None where log-probs are the input.
-        row_ids: some of ``rows``, and the rows of the input's gradient there (dlogps: one column).
-        unscored: some positions whose gradient is 0.
-        column_ids: some of the vocabulary, and the rows of dW there.
-    """
+    """The loss and the log-probs in fp64, and samples of the gradients: rows of both."""
 
     loss: float
-    rows: Tensor
-    logps: Tensor | None
-    row_ids: Tensor
-    row_grads: Tensor
-    unscored: Tensor
-    column_ids: Tensor | None = None
-    column_grads: Tensor | None = None
+    rows: Tensor  # (N,) flat positions that are scored
+    logps: Tensor | None  # (N,); None where log-probs are the input
+    row_ids: Tensor  # some of rows
+    row_grads: Tensor  # of the input's gradient there (dlogps: one column)
+    unscored: Tensor  # some positions whose gradient is 0
+    column_ids: Tensor | None = None  # some of the vocabulary
+    column_grads: Tensor | None = None  # the rows of dW there
 
     def errors(self, loss: float, step: Step) -> dict[str, float | None]:
         """Relative error of loss and gradients, largest error of a log-prob; None: not there."""
-        found = {
-            "loss_error": abs(loss - self.loss) / abs(self.loss),
-            "logp_error": None,
-            "input_grad_error": None,
-            "weight_grad_error": None,
-        }
+        names = ("logp_error", "input_grad_error", "weight_grad_error")
+        found = dict.fromkeys(names) | {"loss_error": abs(loss - self.loss) / abs(self.loss)}
         if step.logps is not None and self.logps is not None:
             got = step.logps().detach().reshape(-1)[self.rows].double()
             found["logp_error"] = float((got - self.logps).abs().max())

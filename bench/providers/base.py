@@ -35,27 +35,18 @@ _SHARE = 0.7
 
 @dataclass(frozen=True)
 class Provider:
-    """One contender.
+    """One contender."""
 
-    Attributes:
-        name: as on the command line and in the JSON.
-        label: as in tables and plots.
-        build: ``Inputs`` -> ``Step`` for the loss, ``Workload`` -> ``TrainingStep`` for a step;
-            raises Refused where it does not apply.
-        logit_bytes: bytes it holds at its peak for each logit of every token, for fp32 and for
-            16-bit inputs; to refuse a case that this machine cannot hold. 0 where it holds few.
-        compiles: uses torch.compile (first call takes long).
-        suite: "loss" or "step".
-        loss_type: of a step, "pro" or "dpo"; only rows of one loss are compared.
-    """
-
-    name: str
-    label: str
+    name: str  # as on the command line and in the JSON
+    label: str  # as in tables and plots
+    # Inputs -> Step for the loss, Workload -> TrainingStep for a step; Refused where it cannot.
     build: Callable[[Any], Any]
+    # Bytes held at its peak for each logit of every token, for fp32 and for 16-bit inputs; to
+    # refuse a case that this machine cannot hold. 0 where it holds few.
     logit_bytes: tuple[int, int] = (0, 0)
-    compiles: bool = False
-    suite: str = "loss"
-    loss_type: str = "pro"
+    compiles: bool = False  # uses torch.compile (first call takes long)
+    suite: str = "loss"  # or "step"
+    loss_type: str = "pro"  # or "dpo", of a step; only rows of one loss are compared
 
     @property
     def is_floor(self) -> bool:
@@ -67,12 +58,14 @@ class Provider:
         """Whether it is pro_kernels."""
         return self.name.startswith("ours-")
 
-    def label_of(self, case: Case) -> str:
-        """The label in a case's table: floors say what they are there."""
-        if self.is_floor and case.flops is None:
+    def label_of(self, case: Any) -> str:
+        """The label in a case's table: floors of the loss say what they are there."""
+        if self.suite == "step" or not self.is_floor:
+            return self.label
+        if case.flops is None:
             made = "gradient buffer made" if case.kind == "logits" else "log-probs copied"
             return f"floor: {made}"
-        return f"{self.label}, {case.dtype}" if self.name == "floor" else self.label
+        return self.label if self.name == "floor-fp32" else f"{self.label}, {case.dtype}"
 
     def refusal_of_size(self, case: Case) -> str | None:
         """Why a case is too large for this provider on this machine."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,7 +16,7 @@ import torch
 from bench import roofline
 from bench.engine import memory
 from bench.engine.case import Case, head_case, native, real_case
-from bench.engine.record import NO_TIME, empty_row, flag_wrong, note
+from bench.engine.record import NO_TIME, flag_wrong, note
 from bench.engine.rounds import interleaved
 from bench.engine.run import DeviceLost, Run, Suite
 from bench.engine.timing import Refused, Step, Timer, describe, paired, summary, wait
@@ -28,24 +26,16 @@ from bench.providers.base import Provider, available_bytes, ours_name
 # A provider further than this from fp64 computes something else: its row is flagged. Gradient rows
 # of the official code's bf16 arithmetic are off by 0.05, a missing rank term by 1.
 TOLERANCES = {"loss_error": 2e-2, "input_grad_error": 0.2, "weight_grad_error": 0.2}
-# What a row has beside ``record.COMMON``: rates of what the maths needs, of the ceiling; ratios
+# What a row has beside ``run.COMMON``: rates of what the maths needs, of the ceiling; ratios
 # floor / this and this / ours; errors against fp64.
 _MEASURED = ("warm_seconds", "rate", "of_ceiling", "of_floor_fp32", "vs_ours", "logp_error",
              "input_grad_error", "weight_grad_error")  # fmt: skip
-_FIELDS = ("group", "kind", "dtype", "H", "V", "B", "n", "T", "masked", "tokens", "scored",
-           "budget", "softcap", "flops", "bytes", "data", "model")  # fmt: skip
-
-
-def blank(case: Case, provider: Provider) -> dict:
-    """A row without numbers."""
-    fields = {key: getattr(case, key) for key in _FIELDS}
-    return empty_row(case.name, provider.name, provider.label_of(case), fields, _MEASURED)
 
 
 def measure(case: Case, providers: list[Provider], run: Run) -> list[dict]:
     """One row a provider: numbers, or why there are none."""
     need, free = case.input_bytes, available_bytes()
-    rows = {p.name: blank(case, p) for p in providers}
+    rows = {p.name: SUITE.blank(case, p) for p in providers}
     if case.kind == "memory" and run.device.type != "cuda":
         return list(rows.values())  # weighed later
     try:
@@ -65,74 +55,74 @@ class _Contest:
         self.case, self.run, self.rows, self.device = case, run, rows, run.device
         self.inputs: Inputs = make_inputs(case, run.device, run.settings.seed)
         self.truth: Truth = make_truth(self.inputs)
-        self.warm = case.fits_cache
-        self.timer = Timer(run.device, flush=self.warm, lead=not self.warm)
+        self.timer = Timer(run.device, flush=case.fits_cache, lead=not case.fits_cache)
+        self.always = {"floor", "floor-fp32", ours_name(run.device)}  # take part in every round
         self.steps: dict[str, Step] = {}
         self.first: dict[str, float] = {}  # seconds of one that takes no part in the rounds
 
     def rows_of(self, providers: list[Provider]) -> list[dict]:
         for provider in providers:
             self._prepare(provider)
-        always = {"floor", "floor-fp32", ours_name(self.device)}
         most = self.run.settings.peer_seconds
         taken = interleaved(
             [name for name in self.steps if name not in self.first],
             self.run.repeats(self.case), self._time,
             seed=self.run.settings.seed, clock=self.run.clock, least=3, failed=self._failed,
-            skip=lambda name, so_far: name not in always and sum(t for t, _ in so_far) > most,
+            skip=lambda name, so_far: name not in self.always and sum(t for t, _ in so_far) > most,
         )  # fmt: skip
         cold = {name: [t for t, _ in times] for name, times in taken.items()}
         cold |= {name: [seconds] for name, seconds in self.first.items()}
         names = [ours_name(self.device), *(n for n in self.rows if n.startswith("ours-"))]
-        ours = next((n for n in names if n in cold and not self.rows[n]["wrong"]), None)
+        ours = next((n for n in names if n in cold and not self.rows[n]["wrong"]), "")
         for name, times in cold.items():
             warm = [w for _, w in taken.get(name, []) if w is not None]
-            self._fill(self.rows[name], cold, times, warm, cold.get(ours or "", []))
+            self._fill(self.rows[name], cold, times, warm, cold.get(ours, []))
         return list(self.rows.values())
 
     def _prepare(self, provider: Provider) -> None:
         """Build, warm up, check and, on a GPU, weigh one provider; a note where it cannot run."""
-        row, record = self.rows[provider.name], self.run.record
-        lost = record.lost(self.case.name, provider.name) if record else None
-        row["note"] = lost or provider.refusal_of_size(self.case) or ""
-        if self.run.clock.over and not row["note"]:
-            row["note"] = f"not run: {NO_TIME}"
+        name, row, record = provider.name, self.rows[provider.name], self.run.record
+        lost = record.lost(self.case.name, name) if record else None
+        late = f"not run: {NO_TIME}" if self.run.clock.over else ""
+        row["note"] = lost or provider.refusal_of_size(self.case) or late
         if row["note"]:
             return
+        self.run.running(self.case.name, name)
         try:
-            with self._named(provider.name):
-                step = provider.build(self.inputs)
-                start = time.perf_counter()
-                value = step.run()
-                wait(self.device)
-                first = time.perf_counter() - start
-                if not provider.is_floor:
-                    check(row, self.truth, float(value), step)
-                step.clear()
-                if in_process(self.device) and self.case.memory and not provider.is_floor:
-                    del value
-                    row["peak_bytes"], _ = memory.peak_extra_bytes(step, self.device)
+            step = provider.build(self.inputs)
+            start = time.perf_counter()
+            value = step.run()
+            wait(self.device)
+            first = time.perf_counter() - start
+            if not provider.is_floor:
+                check(row, self.truth, float(value), step)
+            step.clear()
+            if in_process(self.device) and self.case.memory and not provider.is_floor:
+                del value
+                row["peak_bytes"], _ = memory.peak_extra_bytes(step, self.device)
         except Exception as error:  # a peer may raise anything; its row says what
-            self._failed(provider.name, error)
+            self._failed(name, error)
             return
         finally:
             for leaf in self.inputs.leaves:
                 leaf.grad = None
-        self.steps[provider.name] = step
-        always = provider.is_floor or provider.name == ours_name(self.device) or provider.compiles
-        if not always and first > self.run.settings.peer_seconds:
-            self.first[provider.name] = first
+        self.run.running()
+        self.steps[name] = step
+        may_leave = name not in self.always and not provider.compiles
+        if may_leave and first > self.run.settings.peer_seconds:
+            self.first[name] = first
             note(row, "one call, the first")
 
     def _time(self, name: str) -> tuple[float, float | None]:
         """Seconds with cold caches and, of small cases, with warm ones."""
-        step = self.steps[name]
-        with self._named(name):
-            cold, warm = self.timer(step), None
+        step, warm = self.steps[name], None
+        self.run.running(self.case.name, name)
+        cold = self.timer(step)
+        step.clear()
+        if self.case.fits_cache:
+            warm = self.timer(step, warm=True)
             step.clear()
-            if self.warm:
-                warm = self.timer(step, warm=True)
-                step.clear()
+        self.run.running()
         return cold, warm
 
     def _failed(self, name: str, error: Exception) -> None:
@@ -142,8 +132,7 @@ class _Contest:
             wait(self.device)
         except RuntimeError as lost:
             raise DeviceLost(f"{name}: {describe(lost)}") from None
-        if self.run.record is not None:
-            self.run.record.put(running=None)  # what comes next is not to blame
+        self.run.running()  # what comes next is not to blame
 
     def _fill(
         self, row: dict, cold: dict, times: list[float], warm: list[float], ours: list[float]
@@ -161,15 +150,6 @@ class _Contest:
         known = self.run.record.data.get("ceilings") if self.run.record else None
         ceiling = roofline.of_case(known, self.case)
         row["of_ceiling"] = row["rate"] / ceiling if ceiling else None
-
-    @contextmanager
-    def _named(self, name: str) -> Iterator[None]:
-        """The record says who runs: if the process dies, that one is left out."""
-        if self.run.record is not None:
-            self.run.record.put(running=[self.case.name, name])
-        yield
-        if self.run.record is not None:
-            self.run.record.put(running=None)
 
 
 def check(row: dict, truth: Truth, loss: float, step: Step) -> None:
@@ -479,4 +459,4 @@ PRESETS = {
     "gpu": _gpu,
     **{name: partial(_model, name) for name in MODELS},
 }
-SUITE = Suite("loss", Case, PRESETS, measure, _line, weigh, blank, in_process=in_process)
+SUITE = Suite("loss", Case, PRESETS, measure, _line, weigh, _MEASURED, in_process=in_process)

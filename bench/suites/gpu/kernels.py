@@ -25,29 +25,17 @@ from pro_kernels.options import LogitOptions, RankingOptions
 
 @dataclass
 class Setting:
-    """Where and how the parts run.
+    """Where and how the parts run."""
 
-    Attributes:
-        device: of all tensors.
-        timer: seconds of a step on the device.
-        clock: the same by the clock, with the host's work.
-        results: the results file, of this round and those before.
-        scratch: a folder that outlives a process that dies.
-        rounds: how often each step is timed.
-        inner: calls in one timing where a call takes microseconds.
-        copy_bytes: of the copy that kernels are held against.
-        seconds: that a part may take.
-    """
-
-    device: torch.device
-    timer: Callable[[Step], float]
-    clock: Callable[[Step], float]
-    results: Path
-    scratch: Path
-    rounds: int = 11
-    inner: int = 20
-    copy_bytes: int = 2 << 30
-    seconds: float = 60.0
+    device: torch.device  # of all tensors
+    timer: Callable[[Step], float]  # seconds of a step on the device
+    clock: Callable[[Step], float]  # the same by the clock, with the host's work
+    results: Path  # the results file, of this round and those before
+    scratch: Path  # a folder that outlives a process that dies
+    rounds: int = 11  # how often each step is timed
+    inner: int = 20  # calls in one timing where a call takes microseconds
+    copy_bytes: int = 2 << 30  # of the copy that kernels are held against
+    seconds: float = 60.0  # that a part may take
 
     def module(self, backend: str, candidates: int | None = None) -> Any:
         """The backend; "auto" is the one that is picked here.

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import pro_kernels as pk
 from bench.engine.case import Case, head_case
-from bench.engine.isolate import DEVICE_LOST, MARK, ROOT
+from bench.engine.isolate import DEVICE_LOST, ROOT, say
 from bench.engine.record import Record, facts
 from bench.engine.rounds import Clock, Settings
 from bench.engine.run import Run
@@ -53,25 +53,15 @@ H, V = 4096, 128256
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a round.
+    """One part of a round."""
 
-    Attributes:
-        section: of the list in docs/benchmarks.md.
-        name: as on the command line and in the results.
-        what: it measures.
-        measure: rows of one unit, which is its arguments.
-        sizes: the units.
-        dry: those of a dry run.
-        limit: seconds for each unit.
-    """
-
-    section: int
-    name: str
-    what: str
-    measure: Callable[..., Iterator[dict]]
-    sizes: tuple[tuple, ...]
-    dry: tuple[tuple, ...]
-    limit: float = 45.0
+    section: int  # of the list in docs/benchmarks.md
+    name: str  # as on the command line and in the results
+    what: str  # it measures
+    measure: Callable[..., Iterator[dict]]  # rows of one unit, which is its arguments
+    sizes: tuple[tuple, ...]  # the units
+    dry: tuple[tuple, ...]  # those of a dry run
+    limit: float = 45.0  # seconds for each unit
 
     def units(self, device: torch.device | str) -> dict[str, tuple]:
         """The units by name."""
@@ -385,20 +375,17 @@ def main(kind: str, results: str, scratch: str, *names: str) -> int:
     )  # fmt: skip
     every = {f"{p.name}: {u}": (p, unit) for p in PARTS for u, unit in p.units(device).items()}
 
-    def say(name: str, **said: Any) -> None:
-        print(MARK + json.dumps({"part": name, **said}), flush=True)
-
     for name in names:
         part, unit = every[name]
         status, why = "ok", ""
         try:
             for row in part.measure(replace(setting, seconds=0.9 * part.limit), *unit):
-                say(name, row=row)
+                say(part=name, row=row)
         except Refused as refused:
             status, why = "refused", str(refused)
         except Exception as error:  # a kernel that never ran may raise anything
             status, why = "failed", describe(error)
-        say(name, status=status, note=why)
+        say(part=name, status=status, note=why)
         try:
             wait(device)
             torch.cuda.empty_cache()

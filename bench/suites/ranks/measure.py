@@ -22,7 +22,7 @@ import torch
 
 from bench.engine.isolate import ROOT
 from bench.engine.memory import CHILD_ENV
-from bench.engine.record import Record, facts, load
+from bench.engine.record import Record, facts
 from bench.engine.timing import quartiles
 from bench.suites.ranks import worker
 from bench.suites.ranks.worker import Shape
@@ -106,20 +106,6 @@ def judged(before: Clock, after: Clock) -> dict:
     stolen = (after.stolen - before.stolen) / wall
     clean = others <= _OTHERS and stolen <= _STOLEN
     return {"others": others, "stolen": stolen, "clean": clean}
-
-
-def read(path: Path) -> dict:
-    """A results file of ``run``.
-
-    Raises:
-        ValueError: it is none, or the run did not end.
-    """
-    data = load(path)
-    if data.get("benchmark") != "scaling":
-        raise ValueError(f"{path} is not a results file of bench.suites.ranks")
-    if not data["complete"]:
-        raise ValueError(f"{path}: the run did not end")
-    return data
 
 
 def _launch(
