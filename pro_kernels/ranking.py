@@ -63,7 +63,7 @@ def mean_weights(present: Tensor, prompt_weights: Tensor | None, dtype: torch.dt
     """Each prompt's share of the batch mean, 0 where ``present`` (B,) is not or all are: (B,)."""
     weights = present.to(dtype)
     if prompt_weights is not None:
-        given = prompt_weights.detach().to(present.device, dtype, non_blocking=True)
+        given = prompt_weights.to(present.device, dtype, non_blocking=True)
         weights = torch.where(present, given, 0.0)
     total = weights.sum()
     return weights / torch.where(total > 0, total, 1.0)

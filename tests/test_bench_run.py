@@ -301,7 +301,7 @@ import os, sys
 from bench import cli, roofline
 from bench.providers import official
 official.official_logps = lambda *_: os.kill(os.getpid(), 9)
-official.official_loss = official.official_logps
+official.loss_of_logits = official.official_logps
 roofline.SIZES["cpu"] = roofline.Sizes(1 << 20, (64, 64, 512))
 sys.exit(cli.main())
 """

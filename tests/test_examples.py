@@ -84,17 +84,31 @@ def test_every_example_is_tested():
 # ---- the recipes of the documentation, against a stub of the call they stand in for
 
 
-def recipe(page: str) -> str:
-    """The one python block of a page."""
-    (code,) = re.findall(r"```python\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
-    return code
+def run_page(page: str, **names) -> None:
+    """Run the python blocks of a page, but for those that show a file."""
+    for code in code_blocks(f"docs/integrations/{page}"):
+        if "--8<--" not in code:
+            exec(code, names)
 
 
 def test_verl(monkeypatch):
     functional, _ = stub_verl(monkeypatch)
-    exec(recipe("verl.md"), {})
+    run_page("verl.md")
     assert functional.FusedLinearForPPO.forward is pk.integrations.verl.fused_linear_for_ppo
     pk.integrations.verl.restore()
+
+
+def test_the_switches_of_trl_and_liger(request):
+    trl = pytest.importorskip("trl")
+    dpo_loss = pytest.importorskip("liger_kernel.chunked_loss.dpo_loss")
+    models_trl = importlib.import_module("pro_kernels.models.trl")
+    request.addfinalizer(models_trl.restore_trl)
+    request.addfinalizer(pk.integrations.liger.restore)
+    train, function = trl.DPOTrainer.train, dpo_loss.LigerFusedLinearDPOFunction
+    run_page("trl.md")
+    run_page("liger.md", trl=trl)
+    assert trl.DPOTrainer.train is not train
+    assert dpo_loss.LigerFusedLinearDPOFunction is not function
 
 
 def test_the_pages_name_what_there_is():
@@ -117,12 +131,12 @@ def code_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-RUN = ["README.md", *(f"docs/{x}.md" for x in ("api", "attach", "distinct", "losses"))]
+RUN = ["README.md", *(f"docs/{x}.md" for x in ("api", "attach", "distinct", "logprobs", "losses"))]
 
 
 @pytest.mark.parametrize("page", RUN)
 def test_code_of_the_pages_runs(page, example, request):
-    """Against the small model of the examples; those with ``...`` are lists of what there is."""
+    """Against the small model of the examples; those with ``f(...)`` are lists of what there is."""
     tiny = example("tiny")
     batch = tiny.collate(tiny.ranked_lists(3))
     shape = (len(tiny.PROMPTS), 3, batch["labels"].shape[1])
@@ -153,6 +167,7 @@ def test_code_of_the_pages_runs(page, example, request):
     scores = torch.randn(shape[:2])
     names |= {"logps": scores, "lengths": torch.full(shape[:2], 7), "ref_logps": scores + 1}
     names |= {"ref_hidden": names["hidden"].detach(), "ref_weight": names["weight"]}
+    names["temperature"] = torch.full(shape, 0.7)
     names["old_logps"] = torch.zeros(shape[0] * 3, shape[2])
     if page == "docs/losses.md":  # its rows are those of the batch
         names |= {x: names[x].flatten(0, 1) for x in ("hidden", "ref_hidden", "targets")}
@@ -166,7 +181,7 @@ def test_code_of_the_pages_runs(page, example, request):
     else:
         blocks = [code for code in blocks if "accelerate_trl" not in code]
     for code in blocks:
-        if "..." in code:
+        if re.search(r"\.\.\.\)$", re.sub(r" *#.*", "", code), re.MULTILINE):
             for name in re.findall(r"^pk\.([\w.]+)", code, re.MULTILINE):
                 assert functools.reduce(getattr, name.split("."), pk)
             continue
@@ -176,6 +191,8 @@ def test_code_of_the_pages_runs(page, example, request):
         losses += [names["loss"]] if re.search(r"^loss =", code, re.M) else []
     if page == "docs/distinct.md":
         assert names["rows"].saved > 0.2
+    elif page == "docs/logprobs.md":
+        assert names["top"].ids.shape == (*shape, 8) and names["logps"].isfinite().all()
     else:
         assert torch.isfinite(names["loss"] if losses else names["out"].loss)
     if page == "README.md":

@@ -6,8 +6,6 @@ Columns are best first, as the authors' code has them. Legend: ``B`` prompts, ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -47,42 +45,3 @@ def plain_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """fp32 log_softmax of every token's logits (B, n, T, V), then gather: (B, n, T)."""
     logps = logits.float().log_softmax(-1)
     return logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-
-
-def official_logps(
-    logits_of: Callable[[int], Tensor],  # candidate -> (B, T, V)
-    targets: Tensor,  # (B, n, T)
-) -> list[Tensor]:
-    """The authors' log-probs, candidate by candidate, in the model's dtype: n of (B, T)."""
-    return [
-        torch.log_softmax(logits_of(i), dim=2).gather(2, labels.clamp(min=0)[..., None])[..., 0]
-        for i, labels in enumerate(targets.unbind(1))
-    ]
-
-
-def official_loss(
-    logits_of: Callable[[int], Tensor],  # candidate -> (B, T, V)
-    targets: Tensor,  # (B, n, T)
-    rewards: Tensor,  # (B, n)
-    sft_index: Tensor | None = None,  # (B,)
-) -> Tensor:
-    """The authors' formulation: candidate by candidate, everything in the model's dtype.
-
-    log_softmax over every token, gather, mask, sum, and ``log(eps + exp + sum exp)`` for each
-    rank, each term cast to the model's dtype.
-    """
-    n = targets.shape[1]
-    masks = (targets != -100).unbind(1)
-    logps = official_logps(logits_of, targets)
-    sums = [torch.where(mask, x, 0.0).sum(1) for mask, x in zip(masks, logps, strict=True)]
-    sum_scores = torch.stack(sums, 1)
-    scores = sum_scores / torch.stack([mask.sum(1) for mask in masks], 1)
-    dtype = sum_scores.dtype
-    total = torch.zeros((), dtype=dtype, device=targets.device)
-    for k in range(n - 1):
-        tau = rewards[:, k : k + 1] - rewards[:, k + 1 :]
-        own = scores[:, k] * tau.amax(1)
-        others = torch.exp(scores[:, k + 1 :] * tau).sum(1)
-        total = total + (torch.log(1e-10 + torch.exp(own) + others) - own).mean().to(dtype)
-    best = sum_scores[:, 0] if sft_index is None else sum_scores.gather(1, sft_index[:, None])
-    return total + SFT_WEIGHT * (n - 1) ** 2 * (-best).mean().to(dtype)

@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.engine.losses import official_logps, official_loss
 from bench.engine.step import TrainingStep, Workload
 from bench.engine.timing import Refused, Step, backward_step
 from bench.engine.truth import Inputs, case_loss
 from bench.providers.base import Provider, capped
+from pro_trainer.train.official import (
+    loss_of_logits,
+    official_batch,
+    official_logps,
+    official_loss,
+)
 
 # The authors' forwards return all hidden states, of which only the dtype is read.
 _AS_PUBLISHED = {"output_hidden_states": True, "use_cache": True}
@@ -37,7 +42,7 @@ def providers(_: torch.device) -> list[Provider]:
 
 
 def official(inputs: Inputs, compiled: bool = False) -> Step:
-    """The authors' formulation (``losses.official_loss``)."""
+    """The authors' formulation (``pro_trainer.train.official``)."""
     if inputs.logps is not None:
         raise Refused("makes its own log-probs")
 
@@ -56,7 +61,7 @@ def official(inputs: Inputs, compiled: bool = False) -> Step:
         of = candidates(hidden, weight, logits)
         if inputs.case.kind == "ce":
             return case_loss(inputs, torch.stack(official_logps(of, targets), 1))
-        return official_loss(of, targets, rewards)
+        return loss_of_logits(of, targets, rewards).loss
 
     call = torch.compile(function, dynamic=False) if compiled else function
     arguments = (inputs.hidden, inputs.weight, inputs.logits, inputs.targets, inputs.rewards)
@@ -66,8 +71,6 @@ def official(inputs: Inputs, compiled: bool = False) -> Step:
 
 
 def step(work: Workload, checkpointed: bool = False, **forward: Any) -> TrainingStep:
-    from pro_trainer.train.official import official_batch, official_loss
-
     batch = work.on_device(official_batch(work.features, work.pad))
     forward = {"use_cache": False, **forward}
     return TrainingStep(

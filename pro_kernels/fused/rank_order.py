@@ -69,7 +69,7 @@ def rank_candidates(
         return Candidates(layout.offsets, layout.lengths, order, scaled, first, equal)
     assert rank_of is not None
     sft_rank = _sft_rank(order, rank_of, sft_index)
-    weights = ranking.mean_weights(valid.any(1), prompt_weights, dtype)
+    weights = ranking.mean_weights(valid.any(1), prompt_weights, dtype).detach()
     return Candidates(layout.offsets, layout.lengths, order, scaled, sft_rank, weights)
 
 

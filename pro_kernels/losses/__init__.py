@@ -7,7 +7,7 @@ the n candidates of B prompts, and returns ``(loss, metrics)``:
 
 Arguments that all of them take:
 
-    logps      (B, n) floating point, S_i, the only differentiable input
+    logps      (B, n) floating point, S_i; gradients go to it and to prompt_weights
     lengths    (B, n) integer or float, m_i; 0 = not scored
     rewards    (B, n) or None; candidates are stable-sorted by it, best first. None = the columns
                are already best to worst

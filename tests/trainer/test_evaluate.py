@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_ranking import pad
 from texts import assistant, classifier, save
 
 from pro_trainer.cli.evaluate import EvalArguments, evaluate_files
@@ -44,12 +45,6 @@ def make_records(lists: int = 9) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny, tmp_path_factory) -> str:
-    """The tiny model on disk."""
-    return save(tmp_path_factory.mktemp("model"), *tiny)
-
-
-@pytest.fixture(scope="module")
 def classifiers(tiny, tmp_path_factory) -> dict[int, str]:
     """Sequence classifiers on disk, by their number of labels."""
     made = {labels: classifier(len(tiny[1]), labels) for labels in (1, 2)}
@@ -57,14 +52,14 @@ def classifiers(tiny, tmp_path_factory) -> dict[int, str]:
 
 
 @pytest.fixture
-def evaluate(checkpoint, write_lines, tmp_path):
+def evaluate(tiny_folder, write_lines, tmp_path):
     """Evaluate the checkpoint on some records; options of a config are given as a dict."""
 
     def run(records: list[dict], output: Path = tmp_path, config: dict | None = None, **arguments):
         data = [write_lines(*records)]
         defaults = {"use_cpu": True, "per_device_eval_batch_size": 4, "report_to": "none"}
         options = PROConfig(output_dir=str(output), disable_tqdm=True, **defaults | (config or {}))
-        arguments = {"model": checkpoint, "data": data} | arguments
+        arguments = {"model": tiny_folder, "data": data} | arguments
         return evaluate_files(EvalArguments(**arguments), options)
 
     return run
@@ -87,13 +82,14 @@ def test_scores_of_a_checkpoint_are_those_of_plain_forwards(tiny, evaluate, tmp_
     output.mkdir(parents=True)
     (output / "eval.json").write_text("replaced")
     result = evaluate(records, output)
-    scores, rewards = torch.zeros(len(records), 4), torch.zeros(len(records), 4)
-    mask = torch.zeros(len(records), 4, dtype=torch.bool)
-    for i, record in enumerate(records):
-        for j, completion in enumerate(record["completions"]):
-            scores[i, j] = mean_logp(tiny, record["prompt"], completion)
-            rewards[i, j], mask[i, j] = record["rewards"][j], True
-    for name, value in ranking_metrics(scores, rewards, mask).items():
+    naive = [
+        [
+            (mean_logp(tiny, record["prompt"], completion), reward)
+            for completion, reward in zip(record["completions"], record["rewards"], strict=True)
+        ]
+        for record in records
+    ]
+    for name, value in ranking_metrics(*pad(naive)).items():
         assert result["metrics"][name] == pytest.approx(value, abs=2e-5), name
     terms = {"loss", "sft_loss", "rank_loss_1", "rank_loss_2", "rank_loss_3"}
     assert terms <= set(result["metrics"])
@@ -173,55 +169,48 @@ def test_bleu_of_the_answers_is_against_the_best_completion(tiny, monkeypatch):
         generate_answers(tiny[0], Encoder(tiny[1]), [], max_new_tokens=4)
 
 
-def test_a_loss_with_a_reference_model(checkpoint, evaluate, tmp_path):
-    copied = str(shutil.copytree(checkpoint, tmp_path / "copy"))
+def test_a_loss_with_a_reference_model(tiny_folder, evaluate, tmp_path):
+    copied = str(shutil.copytree(tiny_folder, tmp_path / "copy"))
     result = evaluate(make_records(3), config={"loss_type": "dpo"}, base=copied)
     assert result["metrics"]["loss"] == pytest.approx(math.log(2), rel=1e-5)  # of a model to itself
     # The same weights: nothing to compare, and scored once.
-    assert evaluate(make_records(3), base=checkpoint)["base"] is None
+    assert evaluate(make_records(3), base=tiny_folder)["base"] is None
     with pytest.raises(ValueError, match="'dpo' compares with the model that training started"):
-        evaluate(make_records(3), config={"loss_type": "dpo"}, base=checkpoint)
+        evaluate(make_records(3), config={"loss_type": "dpo"}, base=tiny_folder)
 
 
-def test_kto_is_evaluated_with_the_kl_it_is_trained_with(evaluate, tmp_path):
+@pytest.mark.parametrize("loss_type", ["bco", "kto", "kto batch", "pro"])
+def test_the_loss_is_the_trainers_and_its_interval_of_what_is_shown(loss_type, evaluate, tmp_path):
+    """Lists count by their weight, and what the loss takes from all lists is that of all."""
     models = [tiny_llama(seed) for seed in (0, 1)]  # in this order KL is not below 0
     base, tuned = (save(tmp_path / f"model{i}", *model) for i, model in enumerate(models))
-    (ref_model, _), (model, tokenizer) = models
-    found = {}
-    for kl in ("batch", "other_prompts"):
-        options = {"loss_type": "kto", "kto_kl": kl}
-        result = evaluate(make_records(), config=options, model=tuned, base=base)
-        found[kl] = result["metrics"]["loss"]
-        args = PROConfig(output_dir=str(tmp_path / kl), report_to="none", use_cpu=True, **options)
-        trainer = PROTrainer(model, args, None, make_records(), tokenizer, ref_model=ref_model)
-        assert found[kl] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
-    assert abs(found["batch"] - found["other_prompts"]) > 1e-4
-
-
-@pytest.mark.parametrize("loss_type", ["bco", "kto", "pro"])
-def test_the_interval_is_of_the_loss_that_is_shown(loss_type, evaluate, tmp_path):
-    """Lists count by their weight, and what the loss takes from all lists is that of all."""
-    base, tuned = (save(tmp_path / f"model{seed}", *tiny_llama(seed)) for seed in (0, 1))
     lists = [x | {"prompt_weight": i % 3} for i, x in enumerate(make_records())]
-    config = {"loss_type": loss_type, "beta": None if loss_type == "pro" else 1.0}
+    loss_type, *kl = loss_type.split()
+    config = {"loss_type": loss_type, "kto_kl": kl[0] if kl else "other_prompts"}
+    config["beta"] = None if loss_type == "pro" else 1.0
     found = evaluate(lists, config=config, model=tuned, base=base)
     row = found["comparison"]["loss"]
     assert row["base"] == pytest.approx(found["base_metrics"]["loss"], rel=1e-5)
     assert row["tuned"] == pytest.approx(found["metrics"]["loss"], rel=1e-5)
+    args = PROConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **config)
+    (ref_model, _), (model, tokenizer) = models
+    of_trainer = {"ref_model": ref_model} if args.needs_reference() else {}
+    trainer = PROTrainer(model, args, None, lists, tokenizer, **of_trainer)
+    assert row["tuned"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
 
 
-def test_a_model_beside_its_base(tiny, checkpoint, evaluate, tmp_path, capsys):
+def test_a_model_beside_its_base(tiny, tiny_folder, evaluate, tmp_path, capsys):
     other = copy.deepcopy(tiny[0])
     with torch.no_grad():
         for parameter in other.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     tuned, records = save(tmp_path / "tuned", other, tiny[1]), make_records(6)
-    found = evaluate(records, model=tuned, base=checkpoint, generate=2, max_new_tokens=4)
+    found = evaluate(records, model=tuned, base=tiny_folder, generate=2, max_new_tokens=4)
     printed = capsys.readouterr().out
     for part in ("base |", "tuned |", "95 % interval", "--- prompt 1", "--- base", "--- tuned"):
         assert part in printed, part
     assert "--- prompt 2" in (tmp_path / "eval.md").read_text()
-    alone = [evaluate(records, model=model)["metrics"] for model in (checkpoint, tuned)]
+    alone = [evaluate(records, model=model)["metrics"] for model in (tiny_folder, tuned)]
     assert [found["base_metrics"], found["metrics"]] == alone
     for name in ("pairwise_accuracy", "kendall_tau", "ndcg", "top1_accuracy", "loss"):
         row = found["comparison"][name]
@@ -270,7 +259,7 @@ def test_arguments_out_of_range(options, message, monkeypatch):
 
 
 def test_unusable_models_data_and_folders(
-    tiny, checkpoint, evaluate, classifiers, write_lines, tmp_path
+    tiny, tiny_folder, evaluate, classifiers, write_lines, tmp_path
 ):
     broken = copy.deepcopy(tiny[0])
     torch.nn.init.constant_(broken.model.norm.weight, math.nan)
@@ -296,16 +285,13 @@ def test_unusable_models_data_and_folders(
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_tables():
+def test_a_report_leaves_nothing_out():
     assert [cell(x) for x in (1234567, 0.5, 0.0, 1e-5, 12345.678, math.nan, "a|b\nc")] == [
         "1,234,567", "0.5000", "0.0000", "1e-05", "1.235e+04", "–", "a\\|b c",
     ]  # fmt: skip
     assert markdown_table(["what", "n"], [["lists", 12], ["pairs", 12345]]) == (
         "| what  |      n |\n|-------|-------:|\n| lists |     12 |\n| pairs | 12,345 |"
     )
-
-
-def test_report_leaves_nothing_out():
     metrics = {
         "loss": 1.5, "rank_loss_10": 0.1, "rank_loss_2": 0.2, "rank_loss_1": 0.3, "sft_loss": 2.0,
         "pairwise_accuracy": 0.75, "prompts": 3, "pairs": 8, "a_new_metric": 0.123,

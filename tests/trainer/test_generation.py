@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
+import sys
 
 import pytest
 import torch
@@ -39,6 +39,7 @@ def model(shared_model):
 
 @pytest.fixture
 def tokenizer():
+    """Not the model's own, to be changed."""
     return ByT5Tokenizer(extra_ids=0)
 
 
@@ -83,19 +84,6 @@ def test_several_temperatures_are_those_of_the_samples_in_turn(model, tokenizer)
     assert both == [[a[0], b[1], a[2]] for a, b in zip(cold, hot, strict=True)] != cold
 
 
-def test_greedy_is_the_argmax_of_the_plain_model(model, tokenizer):
-    texts = sample(model, tokenizer, PROMPTS, max_new_tokens=10, do_sample=False)
-    for prompt, found in zip(PROMPTS, texts, strict=True):
-        ids, _ = Encoder(tokenizer).prompt(prompt)
-        expected = []
-        for _ in range(10):
-            logits = model.eval()(torch.tensor([ids + expected])).logits
-            expected.append(int(logits[0, -1].argmax()))
-            if expected[-1] == tokenizer.eos_token_id:
-                break
-        assert found == [tokenizer.decode(expected, True)]
-
-
 def test_tokens_are_drawn_from_the_tempered_and_cut_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
     uniforms = (torch.arange(4000, dtype=torch.float64)[:, None] + 0.5) / 4000
@@ -116,13 +104,6 @@ def test_tokens_are_drawn_from_the_tempered_and_cut_distribution():
     assert TokenPicker(edges, 1.0, 1.0)(None, logits).argmax(-1).tolist() == [1, 2]
 
 
-def test_logits_that_are_not_numbers_are_an_error(model, tokenizer):
-    with torch.no_grad():
-        model.lm_head.weight[5] = torch.nan
-    with pytest.raises(ValueError, match="not finite numbers"):
-        draw(model, tokenizer, ["x"])
-
-
 def test_modes_config_and_tokenizer_are_left_as_they_were(shared_model, model, tokenizer):
     model.train()
     model.model.layers[0].eval()
@@ -133,8 +114,9 @@ def test_modes_config_and_tokenizer_are_left_as_they_were(shared_model, model, t
     assert changed == draw(shared_model, ByT5Tokenizer(extra_ids=0), PROMPTS)
     assert config.repetition_penalty == 1.7 and tokenizer.padding_side == "right"
     assert not model.model.layers[0].training and model.model.layers[1].training
-    with pytest.raises(RuntimeError), torch.no_grad():
-        model.model.embed_tokens.weight.resize_(1, 1)
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(ValueError, match="not finite numbers"):
         draw(model, tokenizer, PROMPTS)
     assert model.generation_config is config and model.training
 
@@ -230,13 +212,6 @@ def test_bleu(monkeypatch):
     )
     with pytest.raises(ValueError, match="2 hypotheses and 1 references"):
         bleu(["a", "b"], ["a"])
-    real = builtins.__import__
-
-    def no_sacrebleu(name, *args, **kwargs):
-        if name.startswith("sacrebleu"):
-            raise ModuleNotFoundError("No module named 'sacrebleu'", name="sacrebleu")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_sacrebleu)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)  # importing it fails
     with pytest.raises(ModuleNotFoundError, match=r"pro-kernels\[train\]"):
         bleu(["a"], ["a"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import random
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +20,32 @@ from pro_trainer.train.official import loss_of_logits, official_batch, official_
 from pro_trainer.train.options import LossOptions
 
 DATA = Path(__file__).parent.parent / "data"
-GOLDEN = ["n2_f64", "n3_f32", "n3_ties_f64", "n5_f64", "n8_f32"]
+BUNDLED, ALL = ["n2_f64", "n3_f32"], ["n3_ties_f64", "n5_f64", "n8_f32"]
 PAD = 1
 
 
-def check_golden(path: Path) -> None:
-    d = {k: torch.from_numpy(v) if v.shape else float(v) for k, v in np.load(path).items()}
+def official_targets(batch: dict) -> torch.Tensor:
+    names = ("input_ids", "attention_mask", "prefix_mask")
+    return pk.reference.official_targets(*(batch[name] for name in names))
+
+
+@pytest.mark.parametrize(
+    "name", [*BUNDLED, *(pytest.param(x, marks=pytest.mark.shared) for x in ALL)]
+)
+def test_outputs_of_the_official_code(name, request):
+    folder = DATA if name in BUNDLED else request.getfixturevalue("shared") / "golden"
+    arrays = np.load(folder / f"{name}.npz").items()
+    d = {k: torch.from_numpy(v) if v.shape else float(v) for k, v in arrays}
     tolerance = 1e-9 if d["logits"].dtype == torch.float64 else 1e-5
     logits = d["logits"].requires_grad_()
-    out = loss_of_logits(lambda i: logits[:, i], d, d["sft_weight"], dtype=logits.dtype)
+    given = official_targets(d), d["rewards"], d["sft_index"], d["sft_weight"]
+    out = loss_of_logits(lambda i: logits[:, i], *given)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(d["loss"], rel=tolerance)
     assert out.sft_loss.item() == pytest.approx(d["sft_loss"], rel=tolerance)
     torch.testing.assert_close(out.rank_losses.double(), d["rank_losses"], rtol=tolerance, atol=0)
     error = (logits.grad - d["grad_logits"]).norm() / d["grad_logits"].norm()
     assert error <= tolerance
-
-
-@pytest.mark.parametrize("name", GOLDEN[:2])
-def test_bundled_outputs_of_the_official_code(name):
-    check_golden(DATA / f"{name}.npz")
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("name", GOLDEN)
-def test_all_outputs_of_the_official_code(shared, name):
-    check_golden(shared / "golden" / f"{name}.npz")
 
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -80,26 +82,18 @@ def models():
 
 def make_features(num_prompts: int, n: int, ties: bool = False, seed: int = 0) -> list[dict]:
     """Lists of uneven lengths, rewards descending; with ``ties`` neighbours share a reward."""
-    g = torch.Generator().manual_seed(seed)
+    rng = random.Random(seed)
 
     def tokens(least: int, most: int) -> list[int]:
-        length = int(torch.randint(least, most + 1, (), generator=g))
-        return torch.randint(2, VOCABULARY, (length,), generator=g).tolist()
+        return rng.choices(range(2, VOCABULARY), k=rng.randint(least, most))
 
-    features = []
-    for _ in range(num_prompts):
-        rewards = torch.rand(n, generator=g).sort(descending=True).values.tolist()
-        if ties:
-            rewards = [rewards[i // 2 * 2] for i in range(n)]
-        features.append(
-            {
-                "prompts": [tokens(3, 9)],
-                "completions": [tokens(1, 7) for _ in range(n)],
-                "rewards": rewards,
-                "sft_index": 0,
-            }
-        )
-    return features
+    def one() -> dict:
+        rewards = sorted((rng.random() for _ in range(n)), reverse=True)
+        rewards = [rewards[i // 2 * 2] for i in range(n)] if ties else rewards
+        completions = [tokens(1, 7) for _ in range(n)]
+        return {"prompts": [tokens(3, 9)], "completions": completions, "rewards": rewards}
+
+    return [{**one(), "sft_index": 0} for _ in range(num_prompts)]
 
 
 def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -110,8 +104,36 @@ def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_same(model, features: list[dict], sft_weight: float = 0.05) -> None:
-    """The trainer's step in each form against the official procedure: loss, every gradient."""
+def every_case() -> dict[str, tuple[str, list[dict], float]]:
+    """A model, lists and a weight of the SFT term, by what is hard about them."""
+    common = make_features(1, 3)[0]["prompts"][0]
+    own_prompts, alike, unpadded, unsorted = (make_features(2, 3) for _ in range(4))
+    own_prompts[0]["prompts"] = [common, [*common, 5, 6], [*common[:2], 7]]
+    alike[1]["completions"] = [[5, 6, 7, 8], [5, 6, 9], [5]]
+    for feature in unpadded:
+        feature |= {"prompts": [[4, 5, 6]], "completions": [[7 + i, 8, 9 + i] for i in range(3)]}
+    unsorted[0]["sft_index"] = 1
+    unsorted[1] |= {"sft_index": 2, "rewards": [0.2, 0.7, 0.4]}
+    sizes = itertools.product(MODELS, (1, 3), (2, 3, 5))
+    return {
+        **{f"{x}: {b} x {n}": (x, make_features(b, n), 0.05) for x, b, n in sizes},
+        "all rewards equal: only the SFT term": ("llama", make_features(2, 2, ties=True), 0.05),
+        **{f"ties of {n}": ("llama", make_features(2, n, ties=True), 0.05) for n in (3, 4, 5)},
+        **{f"{x} without SFT": (x, make_features(3, 4), 0.0) for x in ("llama", "gpt2")},
+        "another sft_index, unsorted rewards": ("qwen2", unsorted, 0.05),
+        "a prompt for each candidate": ("llama", own_prompts, 0.05),
+        "completions that begin alike": ("llama", alike, 0.05),
+        "no row is padded": ("llama", unpadded, 0.05),
+    }
+
+
+CASES = every_case()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_trainers_step_equals_the_official_one(models, name):
+    """In each form: loss, every gradient."""
+    model, features, sft_weight = models[CASES[name][0]], *CASES[name][1:]
     official = official_loss(model, official_batch(features, PAD), sft_weight)
     expected = gradients(model, official.loss)
     config = LossOptions(compat="official", sft_weight=sft_weight)
@@ -124,45 +146,6 @@ def check_same(model, features: list[dict], sft_weight: float = 0.05) -> None:
         for name, grad in found.items():
             error = (grad - expected[name]).norm() / expected[name].norm()
             assert error <= 1e-5, f"{form}: {name}: {error:.1e}"
-
-
-@pytest.mark.parametrize("n", [2, 3, 5])
-@pytest.mark.parametrize("num_prompts", [1, 3])
-@pytest.mark.parametrize("name", MODELS)
-def test_the_trainers_step_equals_the_official_one(models, name, num_prompts, n):
-    check_same(models[name], make_features(num_prompts, n))
-
-
-def hard_lists() -> dict[str, tuple[str, list[dict], float]]:
-    """A model, lists and a weight of the SFT term by what is hard about them."""
-    common = make_features(1, 3)[0]["prompts"][0]
-    own_prompts, alike, unpadded, unsorted = (make_features(2, 3) for _ in range(4))
-    own_prompts[0]["prompts"] = [common, [*common, 5, 6], [*common[:2], 7]]
-    alike[1]["completions"] = [[5, 6, 7, 8], [5, 6, 9], [5]]
-    for feature in unpadded:
-        feature |= {"prompts": [[4, 5, 6]], "completions": [[7 + i, 8, 9 + i] for i in range(3)]}
-    unsorted[0]["sft_index"] = 1
-    unsorted[1] |= {"sft_index": 2, "rewards": [0.2, 0.7, 0.4]}
-    return {
-        "all rewards equal: only the SFT term": ("llama", make_features(2, 2, ties=True), 0.05),
-        **{f"ties of {n}": ("llama", make_features(2, n, ties=True), 0.05) for n in (3, 4, 5)},
-        **{f"{x} without SFT": (x, make_features(3, 4), 0.0) for x in ("llama", "gpt2")},
-        "another sft_index, unsorted rewards": ("qwen2", unsorted, 0.05),
-        "a prompt for each candidate": ("llama", own_prompts, 0.05),
-        "completions that begin alike": ("llama", alike, 0.05),
-        "no row is padded": ("llama", unpadded, 0.05),
-    }
-
-
-@pytest.mark.parametrize("name", hard_lists())
-def test_the_step_equals_the_official_one_on_hard_lists(models, name):
-    model, features, sft_weight = hard_lists()[name]
-    check_same(models[model], features, sft_weight)
-
-
-def official_targets(batch: dict) -> torch.Tensor:
-    names = ("input_ids", "attention_mask", "prefix_mask")
-    return pk.reference.official_targets(*(batch[name] for name in names))
 
 
 def test_batch_is_laid_out_as_the_authors_collator_does():
@@ -187,32 +170,13 @@ def test_batch_is_laid_out_as_the_authors_collator_does():
     assert scored.tolist() == [[2, 2], [4, 2]]
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_loss_of_logits_is_the_reference_with_compat_official(n):
-    batch = official_batch(make_features(3, n), PAD)
-    logits = torch.randn(*batch["input_ids"].shape, VOCABULARY, requires_grad=True)
-    out = loss_of_logits(lambda i: logits[:, i], batch, dtype=logits.dtype)
-    (ours,) = torch.autograd.grad(out.loss, logits)
-    if n == 1:  # nothing is ranked
-        assert out.loss == 0 and out.rank_losses.numel() == 0 and (ours == 0).all()
-        return
-    expected = pk.reference.pro_loss(
-        logits,
-        official_targets(batch),
-        batch["rewards"],
-        sft_index=batch["sft_index"],
-        compat="official",
-    ).loss
-    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
-    (gradient,) = torch.autograd.grad(expected, logits)
-    torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-9)
-
-
 def test_terms_are_cast_to_the_hidden_states_dtype_and_forward_arguments_change_nothing(models):
     batch, model = official_batch(make_features(2, 3), PAD), models["llama"]
     exact = official_loss(model, batch, use_cache=False)
     published = official_loss(model, batch, use_cache=True, output_hidden_states=True)
     assert exact.loss == published.loss and exact.loss.dtype == torch.float32
+    one = official_loss(model, official_batch(make_features(3, 1), PAD))
+    assert one.loss == 0 and one.rank_losses.numel() == 0  # nothing is ranked
     rounded = official_loss(copy.deepcopy(model).bfloat16(), batch)
     assert rounded.loss.dtype == rounded.rank_losses.dtype == torch.bfloat16
     assert rounded.loss.item() == pytest.approx(exact.loss.item(), rel=0.1)
@@ -224,7 +188,7 @@ def test_terms_are_cast_to_the_hidden_states_dtype_and_forward_arguments_change_
         (lambda f: f.clear(), "features must hold a list"),
         (lambda f: f[1]["completions"].pop(), r"lists of one length n, got features of n = \[3, 2"),
         (lambda f: f[1].update(rewards=None), r"features\[1\] must have a reward for each"),
-        (lambda f: f[0].update(prompts=[[]]), r"features\[0\] must have 1 or 3 prompts"),
+        (lambda f: f[0].update(prompts=[[]]), "list 0 of the batch: a prompt must be one or more"),
         (lambda f: f[0].update(sft_index=3), r"sft_index in \[0, 3\), got 3"),
     ],
 )

@@ -61,11 +61,10 @@ def test_curves_hold_what_was_logged_without_a_display(tmp_path, figures, monkey
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails
     monkeypatch.setenv("MPLBACKEND", "TkAgg")
     log = history()
-    assert draw_curves(tmp_path / "curves.png", log, title="a run")
+    assert draw_curves(tmp_path / "curves.png", log)
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
     (figure,) = figures
-    assert figure.get_suptitle() == "a run"
     found = panels(figure)
     by_rank = "Loss of each rank (dashed: held out)"
     assert list(found) == ["Loss", by_rank, "SFT loss", "Held-out ranking", "Margin"]
@@ -83,38 +82,27 @@ def test_curves_hold_what_was_logged_without_a_display(tmp_path, figures, monkey
     assert tau == (steps[1::2], [e["eval_kendall_tau"] for e in log if "eval_kendall_tau" in e])
 
 
-@pytest.mark.parametrize(
-    ("log", "drawn"),
-    [
-        ([], None),
-        ([{"step": 1, "train_runtime": 1.0}], None),
-        (
-            [{"step": 3, "loss": 1.0, "learning_rate": 1e-3}, {"step": 6, "loss": 0.5}],
-            ([3, 6], [1.0, 0.5]),
-        ),
-        (
-            [
-                {"step": 2, "loss": math.nan, "eval_kendall_tau": math.nan},
-                {"step": 1, "loss": 2.0, "eval_kendall_tau": math.nan},
-                {"step": 3, "loss": math.inf, "rewards/margins": "none"},
-                {"step": 4, "loss": 1.0},
-            ],
-            ([1, 4], [2.0, 1.0]),
-        ),
-    ],
-)
-def test_only_panels_with_finite_numbers(tmp_path, figures, log, drawn):
-    assert draw_curves(tmp_path / "curves.png", log) == (drawn is not None)
-    if drawn is None:
-        assert not figures and not list(tmp_path.iterdir())
-    else:
-        found = panels(figures[0])
-        assert list(found) == ["Loss"] and lines(found["Loss"])["training"] == drawn
+@pytest.mark.parametrize("log", [[], [{"step": 1, "train_runtime": 1.0, "loss": math.nan}]])
+def test_nothing_is_drawn_without_numbers(tmp_path, figures, log):
+    assert not draw_curves(tmp_path / "curves.png", log)
+    assert not figures and not list(tmp_path.iterdir())
+
+
+def test_only_panels_with_finite_numbers(tmp_path, figures):
+    log = [
+        {"step": 2, "loss": math.nan, "eval_kendall_tau": math.nan},
+        {"step": 1, "loss": 2.0, "eval_kendall_tau": math.nan, "learning_rate": 1e-3},
+        {"step": 3, "loss": math.inf, "rewards/margins": "none"},
+        {"step": 4, "loss": 1.0},
+    ]
+    assert draw_curves(tmp_path / "curves.png", log)
+    found = panels(figures[0])
+    assert list(found) == ["Loss"] and lines(found["Loss"])["training"] == ([1, 4], [2.0, 1.0])
 
 
 def test_runs_share_their_panels(tmp_path, figures):
     runs = {"fused": history(), "reference": history(offset=0.01)}
-    draw_runs(tmp_path / "runs.png", runs, title="the same twice")
+    draw_runs(tmp_path / "runs.png", runs)
     found = panels(figures[0])
     assert list(found) == ["Training loss", "Held-out pairwise accuracy"]
     loss = lines(found["Training loss"])
@@ -139,8 +127,8 @@ def test_evaluation_shows_gaps_ranks_and_taus(tmp_path, figures):
     ranks[-1]["standard_error"] = math.nan
     taus = torch.tensor([1.0, -1.0, math.nan, 0.3, 0.3])
     path = tmp_path / "eval.png"
-    draw_evaluation(path, gaps, ranks, taus, score_label="score (nats)", gap_label="gap")
-    assert path.read_bytes().startswith(PNG)
+    draw_evaluation(path, gaps, ranks, taus, title="one", score_label="nats", gap_label="gap")
+    assert figures[0].get_suptitle() == "one"
     found = panels(figures[0])
     by_gap = found["Accuracy by reward gap"]
     assert [bar.get_height() for bar in by_gap.patches] == [0.5, 0.75]
@@ -149,22 +137,19 @@ def test_evaluation_shows_gaps_ranks_and_taus(tmp_path, figures):
     by_rank = found["Mean score by rank (± standard error)"]
     labels = by_rank.get_legend_handles_labels()[1]
     assert labels == [f"{n} candidates" for n in range(4, 10)]  # the six sizes with most lists
-    assert by_rank.get_ylabel().startswith("score (nats)")
+    assert by_rank.get_ylabel().startswith("nats")
     histogram = found["Rank correlation"]
     assert sum(bar.get_height() for bar in histogram.patches) == 4
     assert histogram.get_legend_handles_labels()[1] == ["mean 0.150"]
 
 
-def test_evaluation_of_little(tmp_path, figures):
-    path, none = tmp_path / "eval.png", torch.tensor([])
+def test_sizes_of_a_few_lists_get_no_line_and_what_has_no_numbers_no_panel(tmp_path, figures):
+    path, none = tmp_path / "eval.png", torch.tensor([math.nan])
     rank = {"rank": 1, "score": 0.0, "standard_error": 0.1}
-    counts = {2: 3, 3: 40, 4: 400}  # sizes of a few lists get no line
-    draw_evaluation(path, [], [rank | {"candidates": n, "count": counts[n]} for n in counts], none)
+    ranks = [rank | {"candidates": n, "count": count} for n, count in ((2, 3), (3, 40), (4, 400))]
+    draw_evaluation(path, [], ranks, none)
     (axes,) = figures[0].axes
     assert axes.get_legend_handles_labels()[1] == ["3 candidates", "4 candidates"]
-    gaps = [{"gap_from": 1.0, "gap_to": 1.0, "pairs": 1, "pairwise_accuracy": 0.0}]
-    draw_evaluation(path, gaps, [], torch.tensor([math.nan]))
-    assert list(panels(figures[1])) == ["Accuracy by reward gap"]
     path.unlink()
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_evaluation(path, [], [], none)

@@ -2,64 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 
 import pytest
 import torch
 from test_generation import TEMPLATE
+from texts import assistant, classifier, save, user
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     ByT5Tokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
 )
 
 from pro_trainer.prepare.scoring import RewardModel
 
-SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+llama = functools.partial(classifier, 259)
 
 
-def llama(kind=LlamaForSequenceClassification, **config):
-    config = {"num_labels": 1, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, **config}
-    torch.manual_seed(0)
-    return kind(LlamaConfig(vocab_size=259, num_attention_heads=2, **SIZE, **config))
-
-
-def gpt2(**config):
+def gpt2():
     torch.manual_seed(0)
     size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
     ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
-    return GPT2ForSequenceClassification(
-        GPT2Config(vocab_size=259, num_labels=1, **ends, **size, **config)
-    )
+    return GPT2ForSequenceClassification(GPT2Config(vocab_size=259, num_labels=1, **ends, **size))
 
 
 def bert():
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=259, num_labels=1, num_attention_heads=2, pad_token_id=0, **SIZE)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = BertConfig(vocab_size=259, num_labels=1, num_attention_heads=2, pad_token_id=0, **size)
     return BertForSequenceClassification(config)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return ByT5Tokenizer(extra_ids=0)
-
-
-@pytest.fixture
-def saved(tmp_path, tokenizer):
-    """Saves a model with the tokenizer and returns the folder."""
-
-    def save(model):
-        for part in (model, tokenizer):
-            part.save_pretrained(tmp_path / "rm")
-        return tmp_path / "rm"
-
-    return save
 
 
 def pairs(n=20):
@@ -72,8 +53,10 @@ def pairs(n=20):
 @pytest.mark.parametrize("build", [llama, lambda: llama(pad_token_id=None), gpt2, bert])
 def test_scores_do_not_depend_on_the_batch(build, tokenizer):
     prompts, completions = pairs()
-    alone = RewardModel(build(), tokenizer, batch_size=1).score(prompts, completions)
-    assert len(set(alone)) == len(alone)
+    alone = RewardModel(build().train(), tokenizer, batch_size=1)
+    assert not alone.model.training
+    alone = alone.score(prompts, completions)
+    assert len(set(alone)) == len(alone) and all(isinstance(score, float) for score in alone)
     together = RewardModel(build(), tokenizer, batch_size=8)
     assert together.score(prompts, completions) == pytest.approx(alone, rel=1e-5, abs=1e-6)
     backwards = together.score(prompts[::-1], completions[::-1])
@@ -89,33 +72,22 @@ def test_a_score_is_the_classifiers_own_at_the_last_token(tokenizer):
         assert score == pytest.approx(plain(input_ids=ids).logits.item(), abs=1e-6)
 
 
-def test_it_is_in_evaluation_mode_and_makes_no_graph(tokenizer):
-    reward_model = RewardModel(llama(attention_dropout=0.5).train(), tokenizer)
-    assert not reward_model.model.training
-    first = reward_model.score(["q"] * 3, ["a", "b", "c"])
-    assert reward_model.score(["q"] * 3, ["a", "b", "c"]) == first
-    assert all(isinstance(score, float) for score in first)
-
-
-def test_messages_are_scored_as_the_template_writes_them(saved):
-    reward_model = RewardModel.from_path(str(saved(llama())))
-    question = ({"role": "user", "content": "hi"},)
-    answer = ({"role": "assistant", "content": "yes"},)
+def test_messages_are_scored_as_the_template_writes_them(tokenizer, tmp_path):
+    reward_model = RewardModel.from_path(save(tmp_path / "rm", llama(), tokenizer))
+    question, answer = (user("hi"),), (assistant("yes"),)
     with pytest.raises(ValueError, match="/rm lacks: set tokenizer.chat_template"):
         reward_model.score([question], [answer])
     reward_model.tokenizer.chat_template = TEMPLATE
     reward_model = RewardModel(reward_model.model, reward_model.tokenizer)
-    text = "<user>hi<assistant>yes"
-    ids = reward_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer("<user>hi<assistant>yes", add_special_tokens=False)["input_ids"]
     assert reward_model.encode(question, answer) == (ids, False)
-    assert reward_model.score([question, question], [answer, "yes"]) == pytest.approx(
-        reward_model.score_ids([ids]) * 2, abs=1e-6
-    )
+    scores = reward_model.score([question, question], [answer, "yes"])
+    assert scores == pytest.approx(reward_model.score_ids([ids]) * 2, abs=1e-6)
     with pytest.raises(TypeError, match="a prompt that is a string"):
         reward_model.score(["hi"], [answer])
 
 
-def test_a_long_text_loses_its_start_and_is_counted(tokenizer):
+def test_a_long_text_loses_its_start_but_for_the_first_special_token_and_is_counted(tokenizer):
     reward_model = RewardModel(llama(), tokenizer, max_length=12)
     long, cut = reward_model.encode("x" * 50 + "end", " answer")
     assert cut and len(long) == 12
@@ -129,14 +101,11 @@ def test_a_long_text_loses_its_start_and_is_counted(tokenizer):
     assert reward_model.truncated == 3
     assert RewardModel(gpt2(), tokenizer).max_length == 256  # the model's own limit
 
-
-def test_the_first_special_token_stays_where_a_text_is_cut(tokenizer):
     class WithStart(ByT5Tokenizer):
         def build_inputs_with_special_tokens(self, ids, other=None):
             return [self.unk_token_id, *ids]
 
-    reward_model = RewardModel(llama(), WithStart(extra_ids=0), max_length=4)
-    ids, cut = reward_model.encode("abcd", "efg")
+    ids, cut = RewardModel(llama(), WithStart(extra_ids=0), max_length=4).encode("abcd", "efg")
     assert cut and ids[0] == tokenizer.unk_token_id and tokenizer.decode(ids[1:]) == "efg"
 
 
@@ -159,15 +128,14 @@ def own_code(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "change", "wrong"),
     [
-        (lambda: llama(num_labels=2), None, r"/rm: .*num_labels=1\), .* has num_labels=2"),
-        (lambda: llama(LlamaForCausalLM), None, r"lacks weights of \w+ \(score.weight\)"),
+        (lambda: llama(2), None, r"/rm: .*num_labels=1\), .* has num_labels=2"),
+        (lambda: LlamaForCausalLM(llama().config), None, r"lacks weights of \w+ \(score.weight\)"),
         (llama, no_safetensors, "not a reward model: .*safetensors"),
         (llama, own_code, "not a reward model: .* contains custom code"),
     ],
-    ids=["two labels", "a language model", "other files than safetensors", "code of its own"],
 )
-def test_a_folder_without_a_safe_reward_model_is_refused(build, change, wrong, saved):
-    folder = saved(build())
+def test_a_folder_without_a_safe_reward_model_is_refused(build, change, wrong, tokenizer, tmp_path):
+    folder = Path(save(tmp_path / "rm", build(), tokenizer))
     if change:
         change(folder)
     with pytest.raises(ValueError, match=wrong):
@@ -186,7 +154,7 @@ def test_what_cannot_be_scored(tokenizer, tmp_path):
         "batch_size must be at least 1, got 0": {"batch_size": 0},
         "max_length must be at least 2, got 1": {"max_length": 1},
         "the tokenizer has 300 tokens, .* only 259": {"tokenizer": ByT5Tokenizer(extra_ids=41)},
-        "num_labels=3": {"model": llama(num_labels=3)},
+        "num_labels=3": {"model": llama(3)},
     }.items():
         with pytest.raises(ValueError, match=wrong):
             RewardModel(**{"model": llama(), "tokenizer": tokenizer, **options})

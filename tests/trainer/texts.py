@@ -75,19 +75,12 @@ def save(folder: Path, model: PreTrainedModel, tokenizer: object) -> str:
     return str(folder)
 
 
-def classifier(vocabulary: int, labels: int = 1) -> LlamaForSequenceClassification:
+def classifier(vocabulary: int, labels: int = 1, **more) -> LlamaForSequenceClassification:
     """A tiny sequence classifier: a reward model where it has one label."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=labels,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        initializer_range=0.5,
-    )
+    options = {
+        **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "initializer_range": 0.5, "num_labels": labels},
+        **{"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1},
+    }
     torch.manual_seed(1)
-    return LlamaForSequenceClassification(config)
+    return LlamaForSequenceClassification(LlamaConfig(vocab_size=vocabulary, **options | more))

@@ -160,14 +160,7 @@ class PROCollator:
             tree = pk.TokenTree.from_packed(sequences.ids, sequences.lengths)
             ids, positions = tree.input_ids[None], tree.position_ids[None]
             return {"input_ids": ids, "position_ids": positions, "tree": tree}, tree.places.numpy()
-        shape = len(sequences.lengths), int(sequences.lengths.max())
-        rows = sequences.sequence * shape[1] + sequences.position
-        input_ids = np.full(shape, self.pad_token_id)
-        mask = np.zeros(shape, dtype=np.int64)
-        input_ids.reshape(-1)[rows] = sequences.ids
-        mask.reshape(-1)[rows] = 1
-        arrays = {"input_ids": input_ids, "attention_mask": mask}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}, rows
+        return padded_rows(sequences, self.pad_token_id)
 
     def _layout(self, sequences: Sequences, rows: np.ndarray, size: int) -> pk.Layout:
         """The scored tokens, each read from the row of the position before it."""
@@ -249,6 +242,17 @@ def read_sequences(features: Sequence[Mapping[str, Any]]) -> Sequences:
         prompt_lengths=np.asarray(prompt_lengths),
         counts=np.asarray(counts),
     )
+
+
+def padded_rows(sequences: Sequences, pad_token_id: int) -> tuple[dict[str, Tensor], np.ndarray]:
+    """``input_ids`` and ``attention_mask``, (R, T) int64, and where each token lies in R * T."""
+    shape = len(sequences.lengths), int(sequences.lengths.max())
+    rows = sequences.sequence * shape[1] + sequences.position
+    input_ids, mask = np.full(shape, pad_token_id), np.zeros(shape, dtype=np.int64)
+    input_ids.reshape(-1)[rows] = sequences.ids
+    mask.reshape(-1)[rows] = 1
+    arrays = {"input_ids": input_ids, "attention_mask": mask}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}, rows
 
 
 def _ids(ids: Any, what: str, number: int) -> np.ndarray:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,56 +27,84 @@ if TYPE_CHECKING:
 
 History = Sequence[Mapping[str, Any]]
 Panel = Callable[["Axes"], None]
+Curves = Mapping[str, tuple[tuple[list[float], list[float]], dict[str, Any]]]  # of steps; a style
 
-_STEPS = "optimizer step"
 _NATS = "loss (nats)"
 _CHANCE = {"color": "grey", "linewidth": 0.8, "linestyle": ":"}
 _RANK_LOSS = re.compile(r"(?:eval_)?rank_loss_(\d+)")
+_RANKING = {
+    "pairwise accuracy": ("eval_pairwise_accuracy", "C0"),
+    "top-1 accuracy": ("eval_top1_accuracy", "C2"),
+    "Kendall's tau-b": ("eval_kendall_tau", "C3"),
+}
 _LINES_AT_MOST = 6  # of score by rank, one for each list size
 
 
-def draw_curves(path: str | Path, log_history: History, title: str = "") -> bool:
+def draw_curves(path: str | Path, log_history: History) -> bool:
     """Draw what ``log_history`` holds of: losses, terms of the loss, held-out ranking, margins.
 
     Returns:
         Whether there was anything to draw; without, no file is written.
     """
+
+    def both(name: str) -> Curves:
+        """In training and on the held-out lists."""
+        held_out = _points(log_history, f"eval_{name}"), {"color": "C1", "linestyle": "--"}
+        return {"training": (_points(log_history, name), {"color": "C0"}), "held out": held_out}
+
+    ranking = {
+        label: (_points(log_history, name), {"color": colour})
+        for label, (name, colour) in _RANKING.items()
+    }
     panels = [
-        panel
-        for panel in (
-            _both_panel(log_history, "loss", _NATS, "Loss"),
-            _rank_panel(log_history),
-            _both_panel(log_history, "sft_loss", "SFT term, weighted (nats)", "SFT loss"),
-            _ranking_panel(log_history),
-            _both_panel(
-                log_history,
-                "rewards/margins",
-                "score of the better minus the worse (nats)",
-                "Margin",
-            ),
-        )
-        if panel is not None
+        _panel("Loss", _NATS, both("loss")),
+        _panel(
+            "Loss of each rank (dashed: held out)",
+            "term of the loss (nats)",
+            _curves_of_ranks(log_history),
+        ),
+        _panel("SFT loss", "SFT term, weighted (nats)", both("sft_loss")),
+        _panel(
+            "Held-out ranking",
+            "accuracy (share), tau-b (-1 to 1)",
+            ranking,
+            chance="chance: accuracy of a pair",
+        ),
+        _panel("Margin", "score of the better minus the worse (nats)", both("rewards/margins")),
     ]
-    if panels:
-        _draw(path, panels, title)
-    return bool(panels)
+    return _draw(path, panels)
 
 
-def draw_runs(path: str | Path, runs: Mapping[str, History], title: str = "") -> None:
+def draw_runs(path: str | Path, runs: Mapping[str, History]) -> None:
     """Draw the training loss and the held-out pairwise accuracy of each named run.
 
     Raises:
         ValueError: no run has either.
     """
-    shown = {"loss": "Training loss", "eval_pairwise_accuracy": "Held-out pairwise accuracy"}
-    panels: list[Panel] = []
-    for name, label in shown.items():
-        curves = {run: _curve(history, name) for run, history in runs.items()}
-        if any(steps for steps, _ in curves.values()):
-            panels.append(_runs_panel(curves, label, is_share=name != "loss"))
-    if not panels:
-        raise ValueError(f"nothing to draw: no run of {list(runs)} has logged {' or '.join(shown)}")
-    _draw(path, panels, title)
+
+    def curves(name: str) -> Curves:
+        """Runs that agree lie on one another: the later ones are dashed and thinner."""
+        return {
+            run: (
+                _points(history, name),
+                {"linestyle": ("-", "--", ":", "-.")[i % 4], "linewidth": max(1.0, 2.4 - 0.6 * i)},
+            )
+            for i, (run, history) in enumerate(runs.items())
+        }
+
+    panels = [
+        _panel("Training loss", _NATS, curves("loss")),
+        _panel(
+            "Held-out pairwise accuracy",
+            "accuracy (share)",
+            curves("eval_pairwise_accuracy"),
+            chance="chance",
+        ),
+    ]
+    if not _draw(path, panels):
+        raise ValueError(
+            f"nothing to draw: no run of {list(runs)} has logged loss or eval_pairwise_accuracy"
+        )
 
 
 def draw_evaluation(
@@ -97,16 +126,13 @@ def draw_evaluation(
         ValueError: there is nothing in any of them.
     """
     taus = [x for x in kendall_tau.tolist() if math.isfinite(x)]
-    panels: list[Panel] = []
-    if by_reward_gap:
-        panels.append(lambda axes: _draw_gaps(axes, by_reward_gap, gap_label))
-    if by_rank:
-        panels.append(lambda axes: _draw_ranks(axes, by_rank, score_label))
-    if taus:
-        panels.append(lambda axes: _draw_taus(axes, taus))
-    if not panels:
+    panels = [
+        partial(_draw_gaps, rows=by_reward_gap, label=gap_label) if by_reward_gap else None,
+        partial(_draw_ranks, rows=by_rank, score_label=score_label) if by_rank else None,
+        partial(_draw_taus, taus=taus) if taus else None,
+    ]
+    if not _draw(path, panels, title):
         raise ValueError("nothing to draw: no pairs of different reward, no scores, no tau")
-    _draw(path, panels, title)
 
 
 def draw_intervals(
@@ -138,14 +164,17 @@ def draw_intervals(
 
         return draw
 
-    _draw(path, [panel_of(measure, rows) for measure, rows in panels.items()], "")
+    _draw(path, [panel_of(measure, rows) for measure, rows in panels.items()])
 
 
-def _draw(path: str | Path, panels: Sequence[Panel], title: str) -> None:
-    """One figure, its panels in rows of at most three."""
+def _draw(path: str | Path, panels: Sequence[Panel | None], title: str = "") -> bool:
+    """One figure, its panels in rows of at most three; whether there is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    panels = [panel for panel in panels if panel is not None]
+    if not panels:
+        return False
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
@@ -164,9 +193,10 @@ def _draw(path: str | Path, panels: Sequence[Panel], title: str) -> None:
     image = io.BytesIO()
     figure.savefig(image, dpi=130, format=Path(path).suffix[1:] or "png")
     write_atomically(Path(path), [image.getvalue()])
+    return True
 
 
-def _curve(history: History, name: str) -> tuple[list[float], list[float]]:
+def _points(history: History, name: str) -> tuple[list[float], list[float]]:
     """Steps, and the finite values logged under ``name`` at them."""
     points = [
         (entry["step"], entry[name])
@@ -181,93 +211,37 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _plot(axes: Axes, steps: Sequence[float], values: Sequence[float], style: str, **how: Any):
-    """A line, with its points marked where they are few."""
-    marker = "o" if len(steps) <= 30 else None
-    return axes.plot(steps, values, style, marker=marker, markersize=3.5, **how)
-
-
-def _both_panel(history: History, name: str, ylabel: str, title: str) -> Panel | None:
-    """One number, in training and on the held-out lists."""
-    curves = {
-        "training": (_curve(history, name), "-", "C0"),
-        "held out": (_curve(history, f"eval_{name}"), "--", "C1"),
-    }
-    return _curves_panel(curves, ylabel, title)
-
-
-def _rank_panel(history: History) -> Panel | None:
-    found = [match for match in map(_RANK_LOSS.fullmatch, _names(history)) if match]
-    ranks = sorted({int(match[1]) for match in found})
-    curves = {}
+def _curves_of_ranks(history: History) -> Curves:
+    names = {name for entry in history for name in entry}
+    ranks = sorted({int(match[1]) for match in map(_RANK_LOSS.fullmatch, names) if match})
+    curves: dict[str, Any] = {}
     for place, k in enumerate(ranks):
-        colour = _shade(place, len(ranks))
-        curves[f"rank {k}"] = (_curve(history, f"rank_loss_{k}"), "-", colour)
-        held_out = _curve(history, f"eval_rank_loss_{k}")
+        style = {"color": _shade(place, len(ranks))}
+        curves[f"rank {k}"] = trained = _points(history, f"rank_loss_{k}"), style
         # One entry of the legend for both, unless there is nothing but held-out lists.
-        label = "_" if curves[f"rank {k}"][0][0] else ""
-        curves[f"{label}rank {k}, held out"] = (held_out, "--", colour)
-    return _curves_panel(curves, "term of the loss (nats)", "Loss of each rank (dashed: held out)")
+        label = "_" if trained[0][0] else ""
+        held_out = _points(history, f"eval_rank_loss_{k}")
+        curves[f"{label}rank {k}, held out"] = held_out, {**style, "linestyle": "--"}
+    return curves
 
 
-def _ranking_panel(history: History) -> Panel | None:
-    curves = {
-        "pairwise accuracy": (_curve(history, "eval_pairwise_accuracy"), "-", "C0"),
-        "top-1 accuracy": (_curve(history, "eval_top1_accuracy"), "-", "C2"),
-        "Kendall's tau-b": (_curve(history, "eval_kendall_tau"), "-", "C3"),
-    }
-    panel = _curves_panel(curves, "accuracy (share), tau-b (-1 to 1)", "Held-out ranking")
-    if panel is None:
-        return None
-
-    def draw(axes: Axes) -> None:
-        panel(axes)
-        axes.axhline(0.5, label="chance: accuracy of a pair", **_CHANCE)
-        low = min((min(values) for (_, values), *_ in curves.values() if values), default=0)
-        axes.set_ylim(min(0, low) - 0.03, 1.03)
-
-    return draw
-
-
-def _curves_panel(
-    curves: Mapping[str, tuple[tuple[list[float], list[float]], str, Any]], ylabel: str, title: str
-) -> Panel | None:
-    """A panel of curves over steps, or None where none has a point."""
+def _panel(title: str, ylabel: str, curves: Curves, chance: str = "") -> Panel | None:
+    """A panel of curves over steps, or None where none has a point; ``chance``: a line at 1/2."""
     found = {label: curve for label, curve in curves.items() if curve[0][0]}
-    if not found:
-        return None
 
     def draw(axes: Axes) -> None:
-        for label, ((steps, values), style, colour) in found.items():
-            _plot(axes, steps, values, style, color=colour, label=label)
-        axes.set(xlabel=_STEPS, ylabel=ylabel, title=title)
-        _whole_steps(axes)
+        for label, ((steps, values), style) in found.items():
+            marker = "o" if len(steps) <= 30 else None
+            axes.plot(steps, values, marker=marker, markersize=3.5, label=label, **style)
+        axes.set(xlabel="optimizer step", ylabel=ylabel, title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlim(left=min(0, axes.get_xlim()[0]))  # where training begins
+        if chance:
+            axes.axhline(0.5, label=chance, **_CHANCE)
+            low = min(min(values) for (_, values), _ in found.values())
+            axes.set_ylim(min(0, low) - 0.03, 1.03)
 
-    return draw
-
-
-def _whole_steps(axes: Axes) -> None:
-    """Steps are whole, and begin where training does."""
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlim(left=min(0, axes.get_xlim()[0]))
-
-
-def _runs_panel(
-    curves: Mapping[str, tuple[list[float], list[float]]], label: str, is_share: bool
-) -> Panel:
-    def draw(axes: Axes) -> None:
-        for i, (run, (steps, values)) in enumerate(curves.items()):
-            # Runs that agree lie on one another: the later ones are dashed and thinner.
-            style, width = ("-", "--", ":", "-.")[i % 4], max(1.0, 2.4 - 0.6 * i)
-            if steps:
-                _plot(axes, steps, values, style, linewidth=width, label=run)
-        axes.set(xlabel=_STEPS, ylabel="accuracy (share)" if is_share else _NATS, title=label)
-        _whole_steps(axes)
-        if is_share:
-            axes.axhline(0.5, label="chance", **_CHANCE)
-            axes.set_ylim(0, 1.03)
-
-    return draw
+    return draw if found else None
 
 
 def _draw_gaps(axes: Axes, rows: Sequence[Row], label: str) -> None:
@@ -285,7 +259,9 @@ def _draw_gaps(axes: Axes, rows: Sequence[Row], label: str) -> None:
 
 
 def _draw_ranks(axes: Axes, rows: Sequence[Row], score_label: str) -> None:
-    counts = {n: max(r["count"] for r in rows if r["candidates"] == n) for n in _sizes(rows)}
+    counts: dict[float, float] = {}
+    for row in rows:
+        counts[row["candidates"]] = max(row["count"], counts.get(row["candidates"], 0))
     # A line of a few lists is noise beside one of hundreds.
     common = [n for n in counts if counts[n] * 10 >= max(counts.values())]
     sizes = sorted(sorted(common, key=lambda n: -counts[n])[:_LINES_AT_MOST])
@@ -323,11 +299,3 @@ def _shade(place: int, of: int) -> Any:
     from matplotlib import colormaps
 
     return colormaps["viridis"](0.85 * place / max(1, of - 1))
-
-
-def _names(history: History) -> Iterable[str]:
-    return {name for entry in history for name in entry}
-
-
-def _sizes(rows: Sequence[Row]) -> list[float]:
-    return sorted({row["candidates"] for row in rows})

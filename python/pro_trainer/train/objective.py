@@ -257,31 +257,26 @@ def score_metrics(scores: Scores, config: LossOptions) -> dict[str, float]:
 
 
 def list_losses(scores: Scores, config: LossOptions) -> Tensor:
-    """(L,) the loss of each list, whatever it weighs; NaN where it has no loss.
+    """(L,) the loss of each list, whatever it weighs; NaN where it has no candidate.
 
-    What a loss takes from all lists, BCO's shift and KTO's KL of other prompts, is that of all.
+    The loss is their mean, so each is the mean and what its weight adds to it. What a loss takes
+    from all lists (BCO's shift, KTO's KL) is that of all.
     """
-    running = torch.zeros(2, dtype=torch.float64)
+    present = (scores.mask & (scores.lengths > 0)).any(1)
+    weights = torch.ones(len(present), dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
-        _loss_of(scores, config, running)
-    kl = None if scores.kl is None else scores.kl.nanmean().expand(len(scores.kl))
-    scores, losses = replace(scores, kl=kl, weights=None), []
-    for i in range(len(scores.logps)):
-        own = {name: x[i : i + 1] for name in _TENSORS if (x := getattr(scores, name)) is not None}
-        with torch.no_grad():
-            losses.append(_loss_of(replace(scores, **own), config, running)[0].item())
-    return torch.tensor(losses, dtype=torch.float64)
+        loss, _ = _loss_of(replace(scores, logps=scores.logps.double(), weights=weights), config)
+        (gains,) = torch.autograd.grad(loss, weights)
+    losses = loss.detach() + gains * present.sum()
+    return losses.masked_fill(~present, torch.nan)
 
 
-def _loss_of(
-    scores: Scores, config: LossOptions, running: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss_of(scores: Scores, config: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
     loss, options = config.loss(), config.given()
     inputs = {
         "sft_index": scores.sft_index,
         "equal_rewards": "keep",
         "desirable": scores.desirable,
-        "running": running,
     }
     if scores.kl is not None and not scores.kl.isnan().all():
         inputs["kl"] = scores.kl.nanmean()

@@ -26,6 +26,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pro_kernels.reference import official_targets
+from pro_trainer.batch.collate import padded_rows, read_sequences
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -58,22 +61,12 @@ def official_batch(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> 
             ``sft_index`` out of range.
     """
     _check(features)
-    rows = [_rows(feature) for feature in features]
-    n = len(rows[0])
-    length = max(len(prompt) + len(completion) for pairs in rows for prompt, completion in pairs)
-    input_ids = torch.full((len(rows), n, length), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    prefix_mask = torch.zeros_like(input_ids)
-    for b, pairs in enumerate(rows):
-        for i, (prompt, completion) in enumerate(pairs):
-            tokens = [*prompt, *completion]
-            input_ids[b, i, : len(tokens)] = torch.tensor(tokens)
-            attention_mask[b, i, : len(tokens)] = 1
-            prefix_mask[b, i, : len(prompt) - 1] = 1
+    sequences = read_sequences(features)
+    batch, _ = padded_rows(sequences, pad_token_id)
+    masked = torch.from_numpy(sequences.prompt_lengths)[:, None] - 1
+    batch["prefix_mask"] = (torch.arange(batch["input_ids"].shape[1]) < masked).long()
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "prefix_mask": prefix_mask,
+        **{name: x.unflatten(0, (len(features), -1)) for name, x in batch.items()},
         "rewards": torch.tensor([list(f["rewards"]) for f in features], dtype=torch.float32),
         "sft_index": torch.tensor([f.get("sft_index") or 0 for f in features]),
     }
@@ -94,58 +87,48 @@ def official_loss(
         forward: further arguments of each forward. The authors ask for all hidden states, of which
             they read the dtype only, and leave the key-value cache on; neither changes the result.
     """
-
-    def logits_of(i: int) -> Tensor:
-        ids, mask = batch["input_ids"][:, i], batch["attention_mask"][:, i]
-        return model(input_ids=ids, attention_mask=mask, **forward).logits
-
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     return loss_of_logits(
-        logits_of, batch, sft_weight, dtype=model.get_input_embeddings().weight.dtype
+        lambda i: model(input_ids=ids[:, i], attention_mask=mask[:, i], **forward).logits,
+        official_targets(ids, mask, batch["prefix_mask"]),
+        batch["rewards"],
+        batch["sft_index"],
+        sft_weight,
+        dtype=model.get_input_embeddings().weight.dtype,
     )
 
 
+def official_logps(
+    logits_of: Callable[[int], Tensor],  # candidate -> (B, T, V)
+    targets: Tensor,  # (B, n, T), -100 where nothing is scored
+) -> list[Tensor]:
+    """Log-probs of each candidate, in the logits' dtype: n of (B, T)."""
+    return [
+        torch.log_softmax(logits_of(i), dim=2).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        for i, labels in enumerate(targets.unbind(1))
+    ]
+
+
 def loss_of_logits(
-    logits_of: Callable[[int], Tensor],
-    batch: Mapping[str, Tensor],
+    logits_of: Callable[[int], Tensor],  # candidate -> (B, T, V)
+    targets: Tensor,  # (B, n, T), -100 where nothing is scored
+    rewards: Tensor,  # (B, n)
+    sft_index: Tensor | None = None,  # (B,)
     sft_weight: float = SFT_WEIGHT,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> OfficialLoss:
-    """The loss, given each candidate's logits.
-
-    Args:
-        logits_of: candidate -> logits ``(B, T, V)``.
-        batch: as ``official_batch`` makes it.
-        sft_weight: w.
-        dtype: of the hidden states; each term is cast to it.
-    """
-    n = batch["input_ids"].shape[1]
-    scored = [
-        _scored_sum(
-            logits_of(i), *(batch[k][:, i] for k in ("input_ids", "attention_mask", "prefix_mask"))
-        )
-        for i in range(n)
-    ]
-    sums = torch.stack([total for total, _ in scored], dim=1)
-    means = sums / torch.stack([count for _, count in scored], dim=1)
-    terms = [_rank_term(means[:, k:], batch["rewards"][:, k:]).to(dtype) for k in range(n - 1)]
-    best = sums.gather(1, batch["sft_index"][:, None])[:, 0]
+    """The loss, given each candidate's logits; ``dtype``: what each term is cast to (theirs)."""
+    masks = (targets != -100).unbind(1)
+    logps = official_logps(logits_of, targets)
+    sums = torch.stack([x.where(live, 0).sum(1) for live, x in zip(masks, logps, strict=True)], 1)
+    means = sums / torch.stack([live.sum(1) for live in masks], 1)
+    dtype, n = dtype or sums.dtype, targets.shape[1]
+    terms = [_rank_term(means[:, k:], rewards[:, k:]).to(dtype) for k in range(n - 1)]
+    best = sums[:, 0] if sft_index is None else sums.gather(1, sft_index[:, None])[:, 0]
     sft = sft_weight * (n - 1) ** 2 * (-best).mean().to(dtype)
     rank_losses = torch.stack(terms).detach() if terms else sft.detach().new_zeros(0)
     return OfficialLoss(sum(terms, sft.new_zeros(())) + sft, rank_losses, sft.detach())
-
-
-def _scored_sum(
-    logits: Tensor,  # (B, T, V)
-    input_ids: Tensor,  # (B, T)
-    attention_mask: Tensor,  # (B, T)
-    prefix_mask: Tensor,  # (B, T)
-) -> tuple[Tensor, Tensor]:
-    """Sum of one candidate's scored log-probs, in the logits' dtype, and their number; ``(B,)``."""
-    logps = torch.log_softmax(logits[:, :-1], dim=2)
-    logps = logps.gather(2, input_ids[:, 1:, None])[..., 0]
-    counts = ((attention_mask == 1) & (prefix_mask == 0))[:, :-1]
-    return logps.masked_fill(~counts, 0.0).sum(1), counts.sum(1)
 
 
 def _rank_term(means: Tensor, rewards: Tensor) -> Tensor:
@@ -154,14 +137,6 @@ def _rank_term(means: Tensor, rewards: Tensor) -> Tensor:
     own = means[:, 0] * tau.amax(1)
     others = (means[:, 1:] * tau).exp().sum(1)
     return (torch.log(EPS + own.exp() + others) - own).mean()
-
-
-def _rows(feature: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """(prompt, completion) of each candidate."""
-    prompts, completions = feature["prompts"], feature["completions"]
-    if len(prompts) == 1:
-        prompts = [prompts[0]] * len(completions)
-    return list(zip(prompts, completions, strict=True))
 
 
 def _check(features: Sequence[Mapping[str, Any]]) -> None:
@@ -182,10 +157,4 @@ def _check(features: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(
                 f"features[{index}] must have an sft_index in [0, {sizes[0]}), got "
                 f"{feature['sft_index']}"
-            )
-        if len(feature["prompts"]) not in (1, sizes[0]) or not all(feature["prompts"]):
-            lengths = [len(prompt) for prompt in feature["prompts"]]
-            raise ValueError(
-                f"features[{index}] must have 1 or {sizes[0]} prompts of a token or more, got "
-                f"prompts of lengths {lengths}"
             )
