@@ -60,7 +60,7 @@ def test_rows_of_the_filter_hold_the_curve(tmp_path, monkeypatch):
     monkeypatch.setattr(filter, "SIZES", dict.fromkeys(("zipf", "trained"), (1, 2, 32, 32, 400)))
     monkeypatch.setattr(filter, "_STEPS", 2)
     monkeypatch.setattr(filter, "REAL", ())
-    data = filter.run(tmp_path / "results.json", rounds=1, log=lambda text: None)
+    data = filter.run(tmp_path / "results.json", rounds=1)
     assert data["complete"] and json.loads((tmp_path / "results.json").read_text()) == data
     plain, wide, narrow = [row for row in data["results"] if row["batch"] == "zipf"]
     assert plain["tau"] is None and plain["error_hidden"] == plain["mean_dropped_mass"] == 0
@@ -140,7 +140,7 @@ def test_a_run_beside_others_is_not_clean():
 def test_tiny_heads_through_real_ranks(tmp_path, capsys):
     shape = (2, 2, 10, 16, 203)
     path = tmp_path / "results.json"
-    data = measure.run(path, 2, lambda _: None, shape, shape)
+    data = measure.run(path, 2, shape, shape)
     assert record.load(path) == json.loads(json.dumps(data)) and data["complete"]
     split, *weak = data["results"]
     assert split["loss_difference"] <= 1e-6 and len(split["part_bytes"]) == 4
@@ -241,7 +241,7 @@ def test_a_dry_run_goes_through_every_part_and_on_where_it_stopped(tmp_path, mon
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv(jobs.WHEELS, str(tmp_path))
     page, call = page_of(tmp_path, "gpu-round"), ["gpu", "--dry", "--out", str(out)]
-    units = [f"{p.name}: {unit}" for p in parts.PARTS for unit in p.units("cpu")]
+    units = [unit for part in parts.PARTS for unit in part.units("cpu")]
     assert main([*call, "--update", str(page)]) == 0
     assert "refused" in capsys.readouterr().out
     monkeypatch.setenv(parts.STATES, str(states))
@@ -335,7 +335,7 @@ CHILD = textwrap.dedent(
 
 def turn_by_turn(path: Path, todo: list[Turn], seconds: float = 60.0) -> dict[str, str]:
     child = (sys.executable, "-c", CHILD)
-    data = jobs.run(todo, path, seconds, CPU, lambda line: None, command=child)
+    data = jobs.run(todo, path, seconds, CPU, command=child)
     assert json.loads(path.read_text()) == data
     assert all(row == {"case": row["unit"], "part": row["unit"], "unit": row["unit"]}
                for row in data["results"])  # fmt: skip

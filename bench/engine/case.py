@@ -65,7 +65,6 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """All positions, R."""
         return self.B * self.n * self.T
 
     @property
@@ -82,7 +81,6 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
         return DTYPES[self.dtype]
 
     @property

@@ -55,7 +55,6 @@ class Lists:
     rewards: list[list[float]]
 
     def head(self, count: int) -> Lists:
-        """The first lists."""
         cut = (x[:count] for x in (self.prompts, self.completions, self.rewards))
         return Lists(self.source, self.model, self.start, *cut)
 
@@ -68,13 +67,11 @@ class Lists:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
         return max(p + max(own) for p, own in zip(self.prompts, self.completions, strict=True))
 
 
 @lru_cache
 def load() -> dict[str, Lists]:
-    """Every entry by name."""
     return {name: Lists(**entry) for name, entry in json.loads(PATH.read_text()).items()}
 
 

@@ -32,14 +32,12 @@ class Settings:
     # nothing was compiled in it, that call is its one round. Floors and ours take part in all.
     peer_seconds: float = 12.0
     seconds: float | None = None  # start nothing more after this time
-    seed: int = 0  # of the data and of the order
 
 
 class Clock:
     """Time since the start, and whether it is over."""
 
     def __init__(self, seconds: float | None = None) -> None:
-        """Start it; None never ends."""
         self.start, self.seconds = time.perf_counter(), seconds
 
     def __str__(self) -> str:
@@ -47,7 +45,6 @@ class Clock:
 
     @property
     def over(self) -> bool:
-        """Whether no time is left."""
         return self.seconds is not None and time.perf_counter() - self.start > self.seconds
 
 
@@ -56,7 +53,6 @@ def interleaved(
     rounds: int,
     take: Callable[[str], Taken],
     *,
-    seed: int = 0,
     clock: Clock | None = None,
     least: int = 1,
     skip: Callable[[str, list[Taken]], bool] | None = None,
@@ -66,9 +62,9 @@ def interleaved(
 
     ``least`` rounds are made whatever the clock says. ``skip``: whether one sits out this round,
     given what it gave so far. ``failed`` is told of one that raised, which leaves; without it the
-    exception goes through. ``seed`` is of the order within a round.
+    exception goes through.
     """
-    order, taken = random.Random(seed), {name: [] for name in names}
+    order, taken = random.Random(0), {name: [] for name in names}
     for turn in range(rounds):
         if turn >= least and clock is not None and clock.over:
             break

@@ -32,7 +32,6 @@ class Suite:
     case_type: type  # of the cases; each has name, only, repeats, memory, dtype, facts
     presets: dict[str, Callable[[bool], list]]  # the cases on a GPU (True) or a CPU
     measure: Callable[[Any, list[Provider], Run], list[dict]]  # rows of a case, one a provider
-    line: Callable[[dict], str]  # a row in the log
     # peak_bytes and more of a provider on a case, in a process made for it.
     weigh: Callable[[Provider, Any, torch.device], dict]
     measured: tuple[str, ...]  # what its rows have beside COMMON
@@ -42,7 +41,6 @@ class Suite:
     in_process: Callable[[torch.device], bool] = lambda _: False
 
     def providers(self, device: torch.device) -> dict[str, Provider]:
-        """Its providers by name."""
         return all_providers(device, self.name)
 
     def blank(self, case: Any, provider: Provider) -> dict:
@@ -81,7 +79,6 @@ class Run:
     record: Record | None = None
 
     def repeats(self, case: Any) -> int:
-        """Rounds of a case."""
         return self.settings.repeats or case.repeats
 
     def running(self, *case_and_provider: str) -> None:
@@ -95,7 +92,6 @@ def run(
     settings: Settings,
     path: Path,
     device: torch.device,
-    log: Callable[[str], None] = print,
     resume: bool = False,
 ) -> dict:
     """Measure a preset into the JSON file ``path``; returns its content.
@@ -113,30 +109,40 @@ def run(
     chosen = {case.name: select(table, case.only, *names) for case in cases}
     about = suite.about(settings, cases, device) | facts(device, **asdict(settings))
     about["benchmark"] = suite.name
-    record = Record.resume(path, about) if resume else Record(path, about)
+    record = Record(path, about, resume)
     clock = Clock(settings.seconds)
     one = Run(settings, device, clock, record)
     if "ceilings" not in record.data:
-        log(f"{clock} ceilings")
+        print(f"{clock} ceilings")
         record.put(ceilings=roofline.measure(device, [case.dtype for case in cases]))
     for i, case in enumerate(cases):
         if record.has(case.name):
             continue
-        log(f"{clock} {i + 1}/{len(cases)} {case.name}")
+        print(f"{clock} {i + 1}/{len(cases)} {case.name}")
         if clock.over:
             late = {"note": f"not run: {NO_TIME}"}
             rows = [suite.blank(case, provider) | late for provider in chosen[case.name]]
         else:
             rows = suite.measure(case, chosen[case.name], one)
         record.add(rows)
-        log("\n".join(f"    {suite.line(row)}" for row in rows))
+        print("\n".join(f"    {_line(row)}" for row in rows))
     if settings.memory and not suite.in_process(device):
-        _weigh(suite, cases, one, log)
+        _weigh(suite, cases, one)
     record.finish()
     return record.data
 
 
-def _weigh(suite: Suite, cases: list, run: Run, log: Callable[[str], None]) -> None:
+def _line(row: dict) -> str:
+    """A row in the log."""
+    if row["seconds"] is None:
+        return f"{row['label']:52} {row['note'] or 'to be weighed'}"
+    names = {"of_floor": "of the floor", "vs_ours": "x ours", "speedup": "x official",
+             "vs_trl": "x TRL", "head_share": "in the head"}  # fmt: skip
+    ratios = [f"{row[key]:6.2f} {name}" for key, name in names.items() if row.get(key) is not None]
+    return "  ".join([f"{row['label']:52} {row['seconds'] * 1e3:10.1f} ms", *ratios, row["note"]])
+
+
+def _weigh(suite: Suite, cases: list, run: Run) -> None:
     """Memory of what ran, one process a provider."""
     record = run.record
     by_name = {case.name: case for case in cases if case.memory}
@@ -156,7 +162,7 @@ def _weigh(suite: Suite, cases: list, run: Run, log: Callable[[str], None]) -> N
             for case in group:
                 put({"case": case.name, "note": f"not weighed: {NO_TIME}"})
             continue
-        log(f"{run.clock} memory of {name}")
+        print(f"{run.clock} memory of {name}")
         isolate.weigh(suite.name, name, group, run.device, put)
 
 
@@ -165,7 +171,6 @@ def collect(
     parts: Iterable[Callable[[], list[dict]]],
     path: Path,
     line: Callable[[dict], str],
-    log: Callable[[str], None] = print,
     **about: Any,
 ) -> dict:
     """Rows of a suite without providers, part after part, into the file ``path``; its content."""
@@ -173,6 +178,6 @@ def collect(
     for part in parts:
         rows = part()
         record.add(rows)
-        log("\n".join(map(line, rows)))
+        print("\n".join(map(line, rows)))
     record.finish()
     return record.data

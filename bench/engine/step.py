@@ -86,17 +86,14 @@ class TrainingCase:
 
     @property
     def group(self) -> str:
-        """Section of the report."""
         return "growth" if self.name.startswith(GROWTH) else ""
 
     @property
     def dtype(self) -> str:
-        """Of the model's weights."""
         return self.shape.dtype
 
     @property
     def shape(self) -> ModelShape:
-        """Of the model."""
         return MODELS[self.model]
 
     @property
@@ -119,12 +116,10 @@ class TrainingCase:
 
     @property
     def tokens(self) -> int:
-        """Positions of all sequences."""
         return sum(prompt + own for prompt, completions in self.lists for own in completions)
 
     @property
     def scored(self) -> int:
-        """Tokens of all completions."""
         return sum(own for _, completions in self.lists for own in completions)
 
     @property
@@ -137,21 +132,20 @@ class TrainingCase:
 class Workload:
     """Model, optimizer and lists of a case, shared by its providers."""
 
-    def __init__(self, case: TrainingCase, device: torch.device, seed: int = 0) -> None:
-        """Make all of it; the same seed gives the same numbers."""
-        self.case, self.device, self.seed = case, device, seed
-        self.features = make_features(case, seed)
-        self.model = make_model(case, seed).to(device)
+    def __init__(self, case: TrainingCase, device: torch.device) -> None:
+        """Make all of it, always the same numbers."""
+        self.case, self.device = case, device
+        self.features = make_features(case)
+        self.model = make_model(case).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
 
     @property
     def pad(self) -> int:
-        """The padding id."""
         return self.model.config.pad_token_id
 
     def reference_model(self):  # noqa: ANN201
         """A new frozen model of other random weights: what DPO's policy is measured against."""
-        model = make_model(self.case, self.seed + 1).to(self.device)
+        model = make_model(self.case, seed=1).to(self.device)
         return model.eval().requires_grad_(False)
 
     @cached_property
@@ -179,16 +173,13 @@ class Workload:
         return self.model if fp32 else copy.deepcopy(self.model).float()
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch where the model is."""
         return {k: x.to(self.device) if hasattr(x, "to") else x for k, x in batch.items()}
 
     def clear(self) -> None:
-        """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients now held."""
         return sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
 
 
@@ -253,8 +244,6 @@ def check_pairs(work: Workload) -> None:
 
 @dataclass(frozen=True)
 class Timed:
-    """What one call gave."""
-
     gradient_seconds: float  # forward and backward
     optimizer_seconds: float = 0.0
     loss: float | None = None
@@ -262,7 +251,6 @@ class Timed:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
         return self.gradient_seconds + self.optimizer_seconds
 
 
@@ -324,7 +312,6 @@ class HeadAlone:
         self.model._modules = {**model._modules, model.base_model_prefix: self.decoder}
 
     def run(self) -> Timed:
-        """Forward and backward once; no optimizer."""
         with self.step.around_head():
             wait(self.step.work.device)
             start = time.perf_counter()
@@ -353,7 +340,6 @@ class _Replay(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     def clear(self) -> None:
-        """Drop the gradients, and begin again with the first."""
         self.calls = 0
         for hidden in self.kept:
             hidden.grad = None
@@ -390,7 +376,6 @@ class Floor:
         return {size: torch.randn(size, generator=g, **options) for size in sizes}
 
     def run(self, keep_gradients: bool = False) -> Timed:
-        """All matmuls once."""
         operands = self.operands
         wait(self.work.device)
         start = time.perf_counter()

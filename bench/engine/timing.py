@@ -34,13 +34,11 @@ class Step:
     logps: Callable[[], Tensor] | None = None
 
     def clear(self) -> None:
-        """Drop the gradients."""
         for leaf in self.leaves:
             leaf.grad = None
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients made."""
         return sum(x.grad.nbytes for x in self.leaves if x.grad is not None)
 
 
@@ -100,7 +98,6 @@ class Timer:
     """
 
     def __init__(self, device: torch.device, flush: bool = False, lead: bool = True) -> None:
-        """Make the events and the flush buffer."""
         self.device, self.events = device, None
         if device.type != "cuda":
             keep_memory()

@@ -18,6 +18,7 @@ from bench.engine.case import Case
 from bench.engine.timing import Refused, Step, backward_step
 from bench.engine.truth import Inputs, case_loss
 from pro_kernels import backends
+from pro_kernels.fused.planner import host_memory
 
 # In the order of the tables.
 _FILES = ("floor", "ours", "torch", "official", "trl", "liger", "cce", "quack", "verl")
@@ -35,8 +36,6 @@ _SHARE = 0.7
 
 @dataclass(frozen=True)
 class Provider:
-    """One contender."""
-
     name: str  # as on the command line and in the JSON
     label: str  # as in tables and plots
     # Inputs -> Step for the loss, Workload -> TrainingStep for a step; Refused where it cannot.
@@ -50,12 +49,10 @@ class Provider:
 
     @property
     def is_floor(self) -> bool:
-        """Whether it is a bound, not a loss."""
         return self.name.startswith("floor")
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is pro_kernels."""
         return self.name.startswith("ours-")
 
     def label_of(self, case: Any) -> str:
@@ -121,14 +118,7 @@ def select(
 
 def available_bytes() -> int:
     """Memory that is free for use now."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as f:
-            line = next(x for x in f if x.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return 1 << 62
+    return (torch.cuda.mem_get_info() if torch.cuda.is_available() else host_memory())[0]
 
 
 def require(package: str) -> None:
@@ -143,9 +133,12 @@ def require(package: str) -> None:
 
 
 def refuse(
-    inputs: Inputs, *kinds: str, softcap: bool = False, scalar: bool = False, gpu: bool = False
-) -> None:
+    inputs: Inputs, *kinds: str, softcap: bool = False, scalar: bool = False, gpu: bool = False,
+    package: str = "",
+) -> None:  # fmt: skip
     """Refuse what a peer cannot do: these kinds, a softcap, per-token weights, a CPU."""
+    if package:
+        require(package)
     case = inputs.case
     reasons = {
         "ranking": "has no ranking loss from log-probs",
@@ -174,6 +167,16 @@ def scored(inputs: Inputs) -> tuple[Tensor, Tensor]:
     mask = inputs.targets != -100
     assert inputs.hidden is not None
     return inputs.hidden[mask], inputs.targets[mask]
+
+
+def mean_step(inputs: Inputs, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """A peer's mean loss of the scored rows and their targets."""
+    return backward_step(lambda: loss(*scored(inputs)), inputs.leaves)
+
+
+def rows_step(inputs: Inputs, logps: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """The case's loss from a peer's log-probs (N,) of the scored rows and their targets."""
+    return logps_step(inputs, lambda: on_scored_rows(inputs, logps))
 
 
 def on_scored_rows(inputs: Inputs, logps: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -123,7 +123,7 @@ def _summary(data: dict) -> str:
     ended = {x["part"]: x for x in data["parts"] if x["status"] != "skipped"}
     lines, notes = [], []
     for part in PARTS:
-        units = [f"{part.name}: {name}" for name in part.units(data["device"])]
+        units = part.units(data["device"])
         mine = [ended[unit] for unit in units if unit in ended]
         well = sum(x["status"] == "ok" for x in mine)
         when = ", ".join(sorted({f"{x['date']} ({x['commit']})" for x in mine}))

@@ -30,7 +30,6 @@ _FILTER: list[Column] = [
 
 
 def filter_report(data: dict, images: Sequence[str]) -> str:
-    """Every row."""
     what = (
         f"Medians of {data['settings']['rounds']} interleaved rounds. Floor: the three dense head "
         "matmuls on the scored rows. Errors are relative to the norm of the gradient without a "

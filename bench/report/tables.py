@@ -12,7 +12,6 @@ Column = tuple[str, Callable[[dict], str]]
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -40,7 +39,6 @@ def joined(*parts: str) -> str:
 
 
 def image(name: str, where: str) -> str:
-    """A plot."""
     return f"![{name.removesuffix('.png')}]({where})"
 
 
@@ -189,7 +187,6 @@ def machine_kind(data: dict) -> str:
 
 
 def command(data: dict) -> str:
-    """What was called."""
     settings = data["settings"]
     words = [f"pro-kernels bench {data['benchmark']} --preset", settings["preset"]]
     for flag, names in (("case", settings["cases"]), ("provider", settings["providers"])):

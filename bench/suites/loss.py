@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -53,7 +53,7 @@ class _Contest:
     def __init__(self, case: Case, run: Run, rows: dict[str, dict]) -> None:
         torch._dynamo.reset()  # or the recompile limit would quietly turn compilation off
         self.case, self.run, self.rows, self.device = case, run, rows, run.device
-        self.inputs: Inputs = make_inputs(case, run.device, run.settings.seed)
+        self.inputs: Inputs = make_inputs(case, run.device)
         self.truth: Truth = make_truth(self.inputs)
         self.timer = Timer(run.device, flush=case.fits_cache, lead=not case.fits_cache)
         self.always = {"floor", "floor-fp32", ours_name(run.device)}  # take part in every round
@@ -67,7 +67,7 @@ class _Contest:
         taken = interleaved(
             [name for name in self.steps if name not in self.first],
             self.run.repeats(self.case), self._time,
-            seed=self.run.settings.seed, clock=self.run.clock, least=3, failed=self._failed,
+            clock=self.run.clock, least=3, failed=self._failed,
             skip=lambda name, so_far: name not in self.always and sum(t for t, _ in so_far) > most,
         )  # fmt: skip
         cold = {name: [t for t, _ in times] for name, times in taken.items()}
@@ -187,14 +187,6 @@ def weigh(provider: Provider, case: Case, device: torch.device) -> dict:
     return answer
 
 
-def _line(row: dict) -> str:
-    if row["seconds"] is None:
-        return f"{row['label']:42} {row['note'] or 'to be weighed'}"
-    of = "" if row["of_floor"] is None else f"  {row['of_floor']:6.2f} of the floor"
-    vs = "" if row["vs_ours"] is None else f"  {row['vs_ours']:6.2f}x ours"
-    return f"{row['label']:42} {row['seconds'] * 1e3:10.1f} ms{of}{vs}  {row['note']}"
-
-
 _FLOORS = ("floor", "floor-fp32")
 _PLAIN = (*_FLOORS, "ours", "plain-fp32", "official")
 _ONE_FLOOR = ("floor", *_PLAIN[2:])
@@ -214,21 +206,13 @@ _RANKING = (*_BOTH, "ours-torch", "ours-cuda", "ours-triton", "plain-fp32", "pla
 MASKED = (0.6, 0.0, 0.9)
 
 
-@dataclass(frozen=True)
-class Head:
-    """The head of a model, as its configuration file has it."""
-
-    H: int
-    V: int
-    softcap: float | None = None
-
-
-MODELS = {
-    "llama3-8b": Head(4096, 128256),
-    "qwen2.5-0.5b": Head(896, 151936),
-    "qwen2.5-7b": Head(3584, 152064),
-    "gemma2-2b": Head(2304, 256000, softcap=30.0),
-    "gemma3-27b": Head(5376, 262208),
+# H, V and the softcap of the head of a model, as its configuration file has it.
+MODELS: dict[str, tuple[int, int, float | None]] = {
+    "llama3-8b": (4096, 128256, None),
+    "qwen2.5-0.5b": (896, 151936, None),
+    "qwen2.5-7b": (3584, 152064, None),
+    "gemma2-2b": (2304, 256000, 30.0),
+    "gemma3-27b": (5376, 262208, None),
 }
 
 
@@ -274,20 +258,22 @@ def _cpu_small(_: bool) -> list[Case]:
 def _cpu(_: bool) -> list[Case]:
     """Half an hour on two slow cores; at the large shapes fewer lists, peers and rounds."""
     few = (*_FLOORS, "ours", "official")
-    pairs = (*_BOTH, "official", "liger")
-    dtype = native()
+    large = {"only": (*few, "cce"), "repeats": 3, "dtype": native()}
+    pairs = {"only": (*_BOTH, "official", "liger"), "repeats": 5, "dtype": native()}
+    models = {**large, "only": (*few, "trl", "cce"), "group": "real"}
+    equal = {**large, "only": (*_PLAIN, "trl", "cce"), "group": "equal"}
+    of_masks = [head_case(1024, 32000, masked, **equal) for masked in MASKED]
     return [
-        real_case("ranked 4", 2, 1024, 32000, repeats=7, memory=True, only=_EVERY, dtype=dtype),
-        real_case("ranked 4", 2, 896, 151936, repeats=3, only=(*few, "trl", "cce"), dtype=dtype),
-        real_case("ranked 4", 1, 2048, 128256, repeats=3, only=(*few, "cce"), dtype=dtype),
-        real_case(
-            "ranked 4", 1, 2304, 256000, repeats=3, softcap=30.0, only=(*few, "cce"), dtype=dtype
-        ),
-        *_hidden_cases(dtype),
-        real_case("HH", 8, 1024, 32000, repeats=5, only=pairs, dtype=dtype),
-        real_case("ranked", 2, 1024, 32000, repeats=5, only=pairs, dtype=dtype),
-        *_equal_cases(dtype),
-        *_entrances(2, 1024, 32000, repeats=5, dtype=dtype),
+        real_case("ranked 4", 2, 1024, 32000, memory=True, only=_EVERY, dtype=native()),
+        real_case("ranked 4", 2, 896, 151936, **{**large, "only": (*few, "trl", "cce")}),
+        real_case("ranked 4", 1, 2048, 128256, **large),
+        real_case("ranked 4", 1, 2304, 256000, softcap=30.0, **large),
+        real_case("ranked 4", 2, 576, 49152, "smollm2-135m-instruct", **models),
+        real_case("ranked, Gemma 3", 2, 640, 262144, "gemma3-270m", **models),
+        real_case("HH", 8, 1024, 32000, **pairs),
+        real_case("ranked", 2, 1024, 32000, **pairs),
+        *(replace(case, name=f"equal lengths, {case.name}") for case in of_masks),
+        *_entrances(2, 1024, 32000, repeats=5, dtype=native()),
         *_logits_cases(512, (32000, 64000, 128256, 256000), 7),
         *(_ranking_case(512, n, 16, 9) for n in (2, 4, 8, 16, 32, 64)),
         *(_small_case(2, n, 64, 256, 41) for n in (2, 4, 8)),
@@ -295,27 +281,6 @@ def _cpu(_: bool) -> list[Case]:
         _prompt_case(896, 151936, 4096, 1 << 30),
         _budget_case(896, 151936, 64 << 20),
     ]
-
-
-def _hidden_cases(dtype: str) -> list[Case]:
-    """Hidden states and heads of real models on real lists."""
-    more = {
-        "repeats": 3,
-        "only": (*_FLOORS, "ours", "official", "trl", "cce"),
-        "dtype": dtype,
-        "group": "real",
-    }
-    return [
-        real_case("ranked 4", 2, 576, 49152, "smollm2-135m-instruct", **more),
-        real_case("ranked, Gemma 3", 2, 640, 262144, "gemma3-270m", **more),
-    ]
-
-
-def _equal_cases(dtype: str) -> list[Case]:
-    """Equal lists, and the share of scored positions from 10 to 100 %."""
-    more = {"repeats": 3, "only": (*_PLAIN, "trl", "cce"), "dtype": dtype, "group": "equal"}
-    cases = [head_case(1024, 32000, masked, **more) for masked in MASKED]
-    return [replace(case, name=f"equal lengths, {case.name}") for case in cases]
 
 
 def _gpu_quick(_: bool) -> list[Case]:
@@ -346,17 +311,16 @@ def _gpu(_: bool) -> list[Case]:
         head_case(H, V, 0.6, n=8, only=(*_BOTH, "official", "trl"), **main),
         *_growth_cases(1024, 32000, 5, points=5, T=512),
         *(
-            head_case(head.H, head.V, 0.6, tokens=4096, repeats=7, softcap=head.softcap,
+            head_case(H, V, 0.6, tokens=4096, softcap=softcap,
                       only=(*_BOTH, "official", *_HEAD_PEERS))
-            for head in MODELS.values()
+            for H, V, softcap in MODELS.values()
         ),
     ]  # fmt: skip
 
 
 def _model(name: str, on_gpu: bool) -> list[Case]:
     """One model's head: masks, candidates, entrances. On a CPU few tokens and peers."""
-    head = MODELS[name]
-    H, V, cap = head.H, head.V, head.softcap
+    H, V, cap = MODELS[name]
     sizes, repeats = ((4096, 16384), 7) if on_gpu else ((512,), 3)
     few = (*_FLOORS, "ours", "official", *_HEAD_PEERS) if on_gpu else (*_FLOORS, "ours", "official")
     cases = []
@@ -459,4 +423,4 @@ PRESETS = {
     "gpu": _gpu,
     **{name: partial(_model, name) for name in MODELS},
 }
-SUITE = Suite("loss", Case, PRESETS, measure, _line, weigh, _MEASURED, in_process=in_process)
+SUITE = Suite("loss", Case, PRESETS, measure, weigh, _MEASURED, in_process=in_process)

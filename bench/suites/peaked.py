@@ -26,8 +26,6 @@ _EXPONENT, _MASKED = 1.5, 0.55
 
 @dataclass
 class Peaked:
-    """One batch."""
-
     name: str  # the model's, "zipf" or "trained"
     hidden: Tensor  # (B, n, T, H)
     weight: Tensor  # (V, H)
@@ -37,7 +35,6 @@ class Peaked:
 
 
 def zipf(B: int, n: int, T: int, H: int, V: int) -> Peaked:
-    """Synthetic Zipf logits."""
     g = torch.Generator().manual_seed(0)
     law = _law(V)
     order = torch.randperm(V, generator=g)

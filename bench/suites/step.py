@@ -119,7 +119,7 @@ def _drifts(row: dict, loss: float) -> bool:
 
 def measure(case: TrainingCase, providers: list[Provider], run: Run) -> list[dict]:
     """One row a provider: build and check each, then the interleaved rounds."""
-    work = Workload(case, run.device, run.settings.seed)
+    work = Workload(case, run.device)
     rows = {p.name: SUITE.blank(case, p) for p in providers}
     losses = sorted({p.loss_type for p in providers if not p.is_floor})
     truths = {name: _truth(work, name) for name in losses}
@@ -160,9 +160,7 @@ def measure(case: TrainingCase, providers: list[Provider], run: Run) -> list[dic
             head_failed(name, error)
         return replace(timed, head_seconds=head)
 
-    times = interleaved(
-        steps, run.repeats(case), take, seed=run.settings.seed, clock=run.clock, failed=failed
-    )
+    times = interleaved(steps, run.repeats(case), take, clock=run.clock, failed=failed)
     for name, taken in times.items():
         _fill(rows[name], taken, times)
     return list(rows.values())
@@ -224,15 +222,6 @@ def weigh(provider: Provider, case: TrainingCase, device: torch.device) -> dict:
     once = Step(partial(step.run, keep_gradients=True))
     peak, _ = memory.peak_extra_bytes(once, device)
     return {"peak_bytes": peak, "gradient_bytes": work.gradient_bytes}
-
-
-def _line(row: dict) -> str:
-    if row["seconds"] is None:
-        return f"{row['label']:52} {row['note']}"
-    ratios = (("speedup", "official"), ("vs_trl", "TRL"))
-    faster = "".join(f"  {row[k]:6.2f}x {name}" for k, name in ratios if row[k] is not None)
-    head = "" if row["head_share"] is None else f"  head {row['head_share']:.0%}"
-    return f"{row['label']:52} {row['seconds'] * 1e3:10.1f} ms{faster}{head}  {row['note']}"
 
 
 _FEW = ("floor", "official", "ours-padded", "ours-lists")
@@ -318,4 +307,4 @@ PRESETS = {
     "gpu-quick": partial(_fitting, _SMALL),
     "gpu": partial(_fitting, _FULL),
 }
-SUITE = Suite("step", TrainingCase, PRESETS, measure, _line, weigh, _MEASURED, _about)
+SUITE = Suite("step", TrainingCase, PRESETS, measure, weigh, _MEASURED, _about)

@@ -23,17 +23,14 @@ class Framework:
 
     @property
     def package(self) -> str:
-        """The package of the framework."""
         return self._pin[1]
 
     @property
     def version(self) -> str:
-        """The version that is installed."""
         return self._pin[2]
 
     @property
     def key(self) -> str:
-        """Names it in the results, and its environment."""
         return f"{self.package}-{self.version}"
 
     @property

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,6 @@ _TRIES = 3  # of a case with providers: the next goes on without who was running
 
 @dataclass(frozen=True)
 class Turn:
-    """One unit's turn."""
-
     name: str  # "part: unit"
     limit: float = 60.0  # seconds
     tries: int = 1  # how often it is started where the process dies
@@ -66,7 +64,7 @@ def turns(device: torch.device, names: Sequence[str] = ()) -> list[Turn]:
             key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
             tries = _TRIES if part.measure is parts.providers else 1
             if not names or part.name in names:
-                found.append(Turn(f"{part.name}: {name}", part.limit, tries, key))
+                found.append(Turn(name, part.limit, tries, key))
     return found
 
 
@@ -77,7 +75,7 @@ def _digest(*folders: str) -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()
 
 
-def prepare(device: torch.device, end: float, log: Callable[[str], None] = print) -> None:
+def prepare(device: torch.device, end: float) -> None:
     """Install wheels that were brought along, and build the native kernels, before ``end``."""
     wheels = sorted(Path(os.environ.get(WHEELS) or os.devnull).glob("*.whl"))
     pip = ("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target")
@@ -86,12 +84,14 @@ def prepare(device: torch.device, end: float, log: Callable[[str], None] = print
     if wheels:
         commands["wheels"] = (*pip, str(SITE), *map(str, wheels))
     else:
-        log(f"no wheels: {WHEELS} names no folder with any; peers that are not installed stay out")
+        print(
+            f"no wheels: {WHEELS} names no folder with any; peers that are not installed stay out"
+        )
     for name, command in commands.items():
         with Child((sys.executable, *command), _environment()) as process:
             until = min(end, time.monotonic() + _PREPARED)
             list(process.said(lambda: until))  # noqa: B023
-            log(f"{name}: {': '.join(process.verdict())[-300:]}")
+            print(f"{name}: {': '.join(process.verdict())[-300:]}")
     sys.path.insert(0, str(SITE))  # whose versions are those of the results
 
 
@@ -100,7 +100,6 @@ def run(
     path: Path,
     seconds: float,
     device: torch.device,
-    log: Callable[[str], None] = print,
     again: bool = False,
     command: Sequence[str] = (sys.executable, "-m", "bench.suites.gpu.parts"),
 ) -> dict:
@@ -116,10 +115,10 @@ def run(
     record.add(old["results"])
     there = {part["part"]: part for part in old["parts"]}
     left = [t for t in todo if again or not _is_done(t, there.get(t.name, {}))]
-    log(f"{len(todo) - len(left)} of {len(todo)} units are measured already")
+    print(f"{len(todo) - len(left)} of {len(todo)} units are measured already")
     with tempfile.TemporaryDirectory() as scratch:
         begin = (*command, str(device), str(path.resolve()), scratch)
-        _measure(left, begin, record, end, log)
+        _measure(left, begin, record, end)
     if all(_is_done(t, p) for t in todo for p in record.data["parts"] if p["part"] == t.name):
         record.finish()
     return record.data
@@ -130,13 +129,11 @@ def _is_done(turn: Turn, part: dict) -> bool:
     return part.get("key") == turn.key and part["status"] not in ("refused", "skipped")
 
 
-def _measure(
-    left: list[Turn], begin: tuple, record: Record, end: float, log: Callable[[str], None]
-) -> None:
+def _measure(left: list[Turn], begin: tuple, record: Record, end: float) -> None:
     tried: Counter[str] = Counter()
 
     def put(status: str, note: str, started: float, rows: Sequence[dict]) -> None:
-        _put(record, left.pop(0), status, note, time.monotonic() - started, rows, log)
+        _put(record, left.pop(0), status, note, time.monotonic() - started, rows)
 
     while left and time.monotonic() < end:
         with Child((*begin, *(turn.name for turn in left)), _environment()) as process:
@@ -165,10 +162,9 @@ def _measure(
 
 def _put(
     record: Record, turn: Turn, status: str, note: str, seconds: float, rows: Sequence[dict],
-    log: Callable[[str], None],
 ) -> None:  # fmt: skip
     last = (note.splitlines() or [""])[-1][:120]
-    log(f"{turn.name[:60]:60} {status:8} {seconds:6.1f} s  {last}")
+    print(f"{turn.name[:60]:60} {status:8} {seconds:6.1f} s  {last}")
     data = record.data
     if status == "skipped" and any(p["part"] == turn.name for p in data["parts"]):
         return  # what was measured before says more

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import roofline
 from bench.engine.rounds import timed
 from bench.engine.timing import Refused, Step, describe, paired, summary
 from pro_kernels import backends
@@ -51,19 +52,11 @@ class Setting:
         return backends.get(backend)
 
     def randn(self, *size: int, scale: float = 1.0, grad: bool = False) -> Tensor:
-        """Random bf16 numbers."""
         x = torch.randn(*size, device=self.device, dtype=torch.bfloat16)
         return x.mul_(scale).requires_grad_(grad)
 
     def tokens(self, V: int, *size: int) -> Tensor:
-        """Random targets."""
         return torch.randint(0, V, size, device=self.device)
-
-    def copy(self) -> Step:
-        """The copy that kernels are held against."""
-        source = torch.randn(self.copy_bytes // 4, device=self.device)
-        target = torch.empty_like(source)
-        return Step(lambda: target.copy_(source))
 
     def rows(
         self,
@@ -110,7 +103,7 @@ def rows(s: Setting, backend: str, N: int, V: int) -> Iterator[dict]:
         return module.logits_grad(x, lse, targets, weights, options=options, out=out)
 
     steps = {
-        "copy": s.copy(),
+        "copy": roofline.copy(s.device, s.copy_bytes),
         "logp": Step(lambda: module.logp(x, targets, options=options)),
         "logits_grad": Step(grad),
         # On its own output from the second call on: other numbers, the same bytes.

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
+from bench import roofline
 from bench.engine.case import Case, head_case
 from bench.engine.isolate import DEVICE_LOST, ROOT, say
 from bench.engine.record import Record, facts
@@ -53,8 +54,6 @@ H, V = 4096, 128256
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a round."""
-
     section: int  # of the list in docs/benchmarks.md
     name: str  # as on the command line and in the results
     what: str  # it measures
@@ -64,9 +63,9 @@ class Part:
     limit: float = 45.0  # seconds for each unit
 
     def units(self, device: torch.device | str) -> dict[str, tuple]:
-        """The units by name."""
         chosen = self.dry if torch.device(device).type == "cpu" else self.sizes
-        return {" ".join(str(getattr(x, "name", x)) for x in unit): unit for unit in chosen}
+        names = (" ".join(str(getattr(x, "name", x)) for x in unit) for unit in chosen)
+        return {f"{self.name}: {name}": unit for name, unit in zip(names, chosen, strict=True)}
 
 
 def check(s: Setting, what: str) -> Iterator[dict]:
@@ -121,7 +120,7 @@ def providers(s: Setting, case: Case | TrainingCase) -> Iterator[dict]:
     about = facts(s.device, preset="round")
     path = s.scratch / f"{re.sub(r'[^a-zA-Z0-9]+', '-', case.name)}.json"
     settings = Settings("round", repeats=1 if s.rounds == 1 else None)
-    run = Run(settings, s.device, Clock(0.6 * s.seconds), Record.resume(path, about))
+    run = Run(settings, s.device, Clock(0.6 * s.seconds), Record(path, about, resume=True))
     yield from suite.measure(case, select(suite.providers(s.device), case.only), run)
 
 
@@ -202,7 +201,7 @@ def scoring(s: Setting, N: int, H: int, V: int) -> Iterator[dict]:
 def logits_in(s: Setting, case: Case) -> Iterator[dict]:
     """The loss from logits and its gradient against a copy of as many bytes."""
     ours = all_providers(s.device)[ours_name(s.device)].build(make_inputs(case, s.device))
-    steps = {"copy": s.copy(), "ours": ours}
+    steps = {"copy": roofline.copy(s.device, s.copy_bytes), "ours": ours}
     yield from s.rows(case.name, steps, copy=2 * s.copy_bytes, ours=case.bytes or 0)
 
 
@@ -352,9 +351,9 @@ PARTS = (
     Part(7, "growth", "time and memory along one axis", providers, _cases("gpu", "growth"),
          _cases("tiny", "growth N", **_TINY), 20),
     Part(7, "heads", "the heads of other models", providers,
-         tuple((head_case(h.H, h.V, 0.6, tokens=4096, softcap=h.softcap,
+         tuple((head_case(H, V, 0.6, tokens=4096, softcap=cap,
                           only=(*_BOTH, "trl", "cce", "liger-ce")),)
-               for h in loss.MODELS.values()), _cases("tiny", "tiny softcap", **_TINY)),
+               for H, V, cap in loss.MODELS.values()), _cases("tiny", "tiny softcap", **_TINY)),
     Part(7, "blocks", "the plain backend's blocks", blocks, ((6528, H, V),), ((8, 16, 64),)),
     Part(7, "dtensor", "heads that are DTensors", dtensor, ((6528, H, V),), ((8, 16, 64),)),
 )  # fmt: skip
@@ -373,7 +372,7 @@ def main(kind: str, results: str, scratch: str, *names: str) -> int:
         device, Timer(device), Timer(device, lead=False), Path(results), Path(scratch),
         **({"rounds": 1, "inner": 1, "copy_bytes": 1 << 12} if dry else {}),
     )  # fmt: skip
-    every = {f"{p.name}: {u}": (p, unit) for p in PARTS for u, unit in p.units(device).items()}
+    every = {name: (part, unit) for part in PARTS for name, unit in part.units(device).items()}
 
     for name in names:
         part, unit = every[name]

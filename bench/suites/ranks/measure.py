@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from bench.suites.ranks import worker
 from bench.suites.ranks.worker import Shape
 from pro_kernels.fused import planner
 
-FOLDER = ROOT / "bench" / "results" / "ranks"
 ROUNDS = 15
 SPLIT_RANKS, WEAK_RANKS = 4, 2
 SPLIT: Shape = (2, 2, 160, 512, 64128)
@@ -64,7 +62,6 @@ class Clock:
 def run(
     path: Path,
     rounds: int = ROUNDS,
-    log: Callable[[str], None] = print,
     split: Shape = SPLIT,
     weak: Shape = WEAK,
 ) -> dict:
@@ -84,13 +81,13 @@ def run(
         one = _launch("split", 1, folder, split, rounds, CHILD_ENV)[0]
         many = _launch("split", SPLIT_RANKS, folder, split, rounds, CHILD_ENV)
         record.add([_split_row(one, many, split)])
-        log(f"split over {SPLIT_RANKS}: {record.data['results'][-1]}")
+        print(f"split over {SPLIT_RANKS}: {record.data['results'][-1]}")
         before = Clock.now()
         ranks = _launch("weak", WEAK_RANKS, folder, weak, rounds, {})
         after = Clock.now()
     record.add([_weak_row(name, ranks) for name in ranks[0]])
     for row in record.data["results"][1:]:
-        log(f"{row['name']}: {row['alone']:.4f} s, {row['both']:.4f} s, {row['efficiency']:.3f}")
+        print(f"{row['name']}: {row['alone']:.4f} s, {row['both']:.4f} s, {row['efficiency']:.3f}")
     record.put(**judged(before, after))
     record.finish()
     return record.data

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -100,22 +99,11 @@ def _peers() -> tuple[Peers | None, str | None]:
 def _facts() -> dict:
     """Machine, versions and commit."""
     found = env.report()
-    commit = _git("rev-parse", "HEAD") or "unknown"
-    if _git("status", "--porcelain", "-uno"):
+    commit = env.git("rev-parse", "HEAD") or "unknown"
+    if env.git("status", "--porcelain", "-uno"):
         commit += ", with uncommitted changes"
     versions = {"python": found["python"], "pro_kernels": found["pro_kernels"], **found["packages"]}
     return {"machine": found["machine"], "commit": commit, "versions": versions}
-
-
-def _git(*arguments: str) -> str:
-    """What git says of this checkout; empty where it is none, as below another's repository."""
-    if not (_ROOT / ".git").exists():
-        return ""
-    command = ["git", "-C", str(_ROOT), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
 
 
 def _not_run() -> list[str]:
