@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from bench.engine import isolate
-from bench.engine.rounds import Settings
-from bench.engine.run import DeviceLost, run
+from bench.engine.run import DeviceLost, Settings, run
 from bench.report.compare import THRESHOLD, compare
 from bench.report.pages import DOCS, write_committed, write_report
 from bench.suites import attach, filter, load

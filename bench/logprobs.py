@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from bench.engine.rounds import timed
-from bench.engine.timing import Step, paired
+from bench.engine.timing import Step, paired, timed
 from bench.report.tables import table
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -13,8 +13,7 @@ import torch
 import pro_kernels as pk
 from bench.engine import lists, losses
 from bench.engine.case import Case, real_case
-from bench.engine.rounds import Settings
-from bench.engine.run import Run
+from bench.engine.run import Run, Settings
 from bench.engine.step import MODELS, HeadAlone, TrainingCase, TrainingStep, Workload, make_features
 from bench.engine.timing import Refused, backward_step
 from bench.engine.truth import make_inputs, make_truth
@@ -167,17 +166,28 @@ def test_a_tier_is_reached_by_its_budget(tier, monkeypatch):
     assert [plan.tier for plan in plans] == [tier]
 
 
-def test_a_step_leaves_the_problem_as_it_was():
-    work = Workload(STEP, CPU)
-    before = {name: p.clone() for name, p in work.model.named_parameters()}
-    made = STEPS["ours-lists"].build(work)
-    first = made.run(keep_gradients=True)
+@pytest.mark.parametrize("name", ["official", "ours-padded", "ours-lists", *DPO])
+def test_a_step_leaves_the_problem_as_it_was_and_its_head_alone_is_its_head(name):
+    work, calls = Workload(PAIRS, CPU), []
+    before = {key: p.clone() for key, p in work.model.named_parameters()}
+    made, weight = STEPS[name].build(work), work.model.lm_head.weight
+    value = made.run(keep_gradients=True).loss
     assert all(p.grad.norm() > 0 for p in work.model.parameters())
     assert len(work.optimizer.state) == len(before), "AdamW did its work"
+    expected = weight.grad.clone()
     work.clear()
-    assert made.run().loss == first.loss
+    assert made.run().loss == pytest.approx(value, rel=1e-6)
     assert all(p.grad is None for p in work.model.parameters())
-    assert all(torch.equal(p, before[name]) for name, p in work.model.named_parameters())
+    assert all(torch.equal(p, before[key]) for key, p in work.model.named_parameters())
+
+    head, gradients = HeadAlone(made), []
+    clear, work.clear = work.clear, lambda: gradients.append(weight.grad.clone())
+    work.model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    assert head.run().loss == pytest.approx(value, rel=1e-6)
+    torch.testing.assert_close(gradients[0], expected)  # the test model is not tied
+    assert not calls, "the decoder does not run"
+    assert all(hidden.grad is None for hidden in head.decoder.kept)
+    clear()
 
 
 def test_a_step_with_another_gradient_or_a_loss_that_changes_is_flagged():
@@ -221,26 +231,6 @@ def test_errors_are_against_the_plain_procedure_and_a_truth_that_fails_is_said(m
     assert row["note"] == "head not measured: RuntimeError: out of memory" and not row["wrong"]
 
 
-@pytest.mark.parametrize("name", ["official", "ours-padded", "ours-lists", *DPO])
-def test_the_head_alone_is_the_steps_head(name):
-    """Same loss; the head's gradient is the step's, as the test model is not tied."""
-    work = Workload(PAIRS, CPU)
-    made = STEPS[name].build(work)
-    value = made.run(keep_gradients=True).loss
-    weight = work.model.lm_head.weight
-    expected = weight.grad.clone()
-    work.clear()
-    head, gradients = HeadAlone(made), []
-    clear, work.clear = work.clear, lambda: gradients.append(weight.grad.clone())
-    calls = []
-    work.model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    assert head.run().loss == pytest.approx(value, rel=1e-6)
-    clear()
-    torch.testing.assert_close(gradients[0], expected)
-    assert not calls, "the decoder does not run"
-    assert all(hidden.grad is None for hidden in head.decoder.kept)
-
-
 def test_trl_and_ours_agree_on_dpo_and_leave_the_model_alone(monkeypatch):
     work = Workload(PAIRS, CPU)
     forward, settings = work.model.forward, work.model.config.to_dict()
@@ -250,7 +240,6 @@ def test_trl_and_ours_agree_on_dpo_and_leave_the_model_alone(monkeypatch):
         values[name] = made.run(keep_gradients=True).loss
         gradients[name] = [p.grad.clone() for p in work.model.parameters()]
         work.clear()
-        assert made.run().loss == pytest.approx(values[name], rel=1e-6)
     assert abs(values["trl-dpo"] - 0.6931) > 1e-3, "policy and reference differ"
     for name in DPO[1:]:
         assert values[name] == pytest.approx(values["trl-dpo"], rel=1e-5)

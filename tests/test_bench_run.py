@@ -19,10 +19,9 @@ from bench.cli import main
 from bench.engine import isolate, memory, record
 from bench.engine.case import Case
 from bench.engine.record import NO_TIME
-from bench.engine.rounds import Clock, Settings, interleaved, timed
-from bench.engine.run import COMMON, DeviceLost, Run, run
+from bench.engine.run import COMMON, DeviceLost, Run, Settings, run
 from bench.engine.step import TrainingCase
-from bench.engine.timing import Step
+from bench.engine.timing import Clock, Step, interleaved, timed
 from bench.providers import base
 from bench.report.tables import marks
 from bench.suites import load, loss, step
@@ -252,9 +251,8 @@ def test_weighing_in_a_child_process(suite):
     other = next((c for c in loss.SUITE.cases("tiny") if c.kind == "memory"), None)
     if suite == "step":
         other = TrainingCase("wide", 4, 64, 16, B=8, model="test")
-    answers, case = [], CASES[suite]
-    isolate.weigh(suite, {"loss": "ours-torch", "step": "ours-lists"}[suite], [case, other], CPU,
-                  answers.append)  # fmt: skip
+    case, provider = CASES[suite], {"loss": "ours-torch", "step": "ours-lists"}[suite]
+    answers = [*isolate.weigh(suite, provider, [case, other], CPU)]
     assert [a["case"] for a in answers] == [case.name, other.name]
     assert all(not a.get("note") and a["peak_bytes"] > 0 for a in answers), answers
     if suite == "loss":

@@ -91,10 +91,8 @@ class Child:
         self._lines.put(None)
 
 
-def weigh(
-    suite: str, provider: str, cases: list, device: torch.device, on_answer: Callable[[dict], None]
-) -> None:
-    """Weigh one provider on several cases of a suite, calling ``on_answer`` as each is done.
+def weigh(suite: str, provider: str, cases: list, device: torch.device) -> Iterator[dict]:
+    """Weigh one provider on several cases of a suite: an answer for each as it is done.
 
     A case that kills the process (out of memory) gets a note; the others go on in a new one.
     """
@@ -106,9 +104,9 @@ def weigh(
         with Child([*begin, json.dumps([dataclasses.asdict(x) for x in left])], env) as child:
             for answer in child.said():
                 left = [case for case in left if case.name != answer["case"]]
-                on_answer(answer)
+                yield answer
         if left:
-            on_answer({"case": left.pop(0).name, "note": "memory: the process died (too large?)"})
+            yield {"case": left.pop(0).name, "note": "memory: the process died (too large?)"}
 
 
 def main(suite_name: str, provider: str, kind: str, cases: str) -> None:

@@ -67,8 +67,10 @@ class Record:
 
     def put(self, **facts: object) -> None:
         """Set what is said of the whole run and save; None takes it away."""
-        known = {**self.data, **facts}
-        self.data = {key: value for key, value in known.items() if value is not None}
+        for key, value in facts.items():
+            self.data[key] = value
+            if value is None:
+                del self.data[key]
         self.save()
 
     def add(self, rows: list[dict]) -> None:

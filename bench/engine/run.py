@@ -12,7 +12,7 @@ import torch
 from bench import roofline
 from bench.engine import isolate
 from bench.engine.record import NO_TIME, Record, facts
-from bench.engine.rounds import Clock, Settings
+from bench.engine.timing import Clock
 from bench.providers.base import Provider, all_providers, select
 
 
@@ -22,6 +22,22 @@ class DeviceLost(Exception):
 
 # What every suite measures, in a row of its own for each (case, provider); None where it was not.
 COMMON = ("seconds", "q1", "q3", "of_floor", "peak_bytes", "gradient_bytes", "loss", "loss_error")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is made."""
+
+    preset: str = "cpu-small"
+    cases: tuple[str, ...] = ()  # substrings of case names, or group names; empty for all
+    providers: tuple[str, ...] = ()  # empty for all
+    without: tuple[str, ...] = ()  # providers to leave out
+    repeats: int | None = None  # rounds; None for each case's own
+    memory: bool = True  # weigh the cases marked for it
+    # A peer leaves a case's rounds once it has run this long. If its first call took longer, and
+    # nothing was compiled in it, that call is its one round. Floors and ours take part in all.
+    peer_seconds: float = 12.0
+    seconds: float | None = None  # start nothing more after this time
 
 
 @dataclass(frozen=True)
@@ -88,11 +104,7 @@ class Run:
 
 
 def run(
-    suite: Suite,
-    settings: Settings,
-    path: Path,
-    device: torch.device,
-    resume: bool = False,
+    suite: Suite, settings: Settings, path: Path, device: torch.device, resume: bool = False
 ) -> dict:
     """Measure a preset into the JSON file ``path``; returns its content.
 
@@ -154,16 +166,13 @@ def _weigh(suite: Suite, cases: list, run: Run) -> None:
     for name, group in groups.items():
         if name.startswith("floor"):
             continue
-
-        def put(answer: dict, name: str = name) -> None:
-            record.update(answer.pop("case"), name, answer)
-
         if run.clock.over:
-            for case in group:
-                put({"case": case.name, "note": f"not weighed: {NO_TIME}"})
-            continue
-        print(f"{run.clock} memory of {name}")
-        isolate.weigh(suite.name, name, group, run.device, put)
+            answers = [{"case": case.name, "note": f"not weighed: {NO_TIME}"} for case in group]
+        else:
+            print(f"{run.clock} memory of {name}")
+            answers = isolate.weigh(suite.name, name, group, run.device)
+        for answer in answers:
+            record.update(answer.pop("case"), name, answer)
 
 
 def collect(

@@ -1,17 +1,24 @@
-"""One timed call, and what is made of its times."""
+"""One timed call, the one interleaved-round loop, and what is made of the times.
+
+Every round runs each contender once, in a random order, so that a slow minute of the machine falls
+on all of them. Ratios are medians over rounds of times taken in the same round (``paired``).
+"""
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Taken = TypeVar("Taken")
 # More than the L2 of any GPU and than most CPUs' caches.
 _FLUSH_BYTES = 256 << 20
 _LEAD_CYCLES = 10_000_000  # of a GPU's clock: some 5 ms, more than the host needs for any step
@@ -123,6 +130,69 @@ class Timer:
         self.events[1].record()
         torch.cuda.synchronize()
         return self.events[0].elapsed_time(self.events[1]) / 1e3
+
+
+class Clock:
+    """Time since the start, and whether it is over."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.start, self.seconds = time.perf_counter(), seconds
+
+    def __str__(self) -> str:
+        return f"[{time.perf_counter() - self.start:6.0f} s]"
+
+    @property
+    def over(self) -> bool:
+        return self.seconds is not None and time.perf_counter() - self.start > self.seconds
+
+
+def interleaved(
+    names: Iterable[str],
+    rounds: int,
+    take: Callable[[str], Taken],
+    *,
+    clock: Clock | None = None,
+    least: int = 1,
+    skip: Callable[[str, list[Taken]], bool] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
+) -> dict[str, list[Taken]]:
+    """What ``take(name)`` gave of every contender, round by round.
+
+    ``least`` rounds are made whatever the clock says. ``skip``: whether one sits out this round,
+    given what it gave so far. ``failed`` is told of one that raised, which leaves; without it the
+    exception goes through.
+    """
+    order, taken = random.Random(0), {name: [] for name in names}
+    for turn in range(rounds):
+        if turn >= least and clock is not None and clock.over:
+            break
+        gc.collect()
+        for name in order.sample(sorted(taken), len(taken)):
+            if skip is not None and skip(name, taken[name]):
+                continue
+            try:
+                taken[name].append(take(name))
+            except Exception as error:  # a peer may raise anything
+                if failed is None:
+                    raise
+                del taken[name]
+                failed(name, error)
+    return taken
+
+
+def timed(
+    steps: dict[str, Step], rounds: int, timer: Callable[[Step], float], warm: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each step by round, after ``warm`` calls each; gradients dropped in between."""
+
+    def take(name: str) -> float:
+        seconds = timer(steps[name])
+        steps[name].clear()
+        return seconds
+
+    for name in [*steps] * warm:
+        take(name)
+    return interleaved(steps, rounds, take)
 
 
 def paired(numerator: list[float], denominator: list[float]) -> float | None:

@@ -66,8 +66,6 @@ def attach_blocks(data: dict, _: Links) -> dict[str, str]:
 
 def load_line(data: dict) -> str:
     """What else ran on the machine, and whether the run may be called clean."""
-    if data.get("others") is None:
-        return "**Not a clean run**: what else ran on the machine is not known."
     said = (
         f"other processes took {data['others']:.2f} cores and the host {data['stolen']:.2f} "
         f"(load before the run {data['load_before']:.2f})"

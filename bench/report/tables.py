@@ -171,8 +171,6 @@ def header(data: dict) -> str:
         f"{data['threads']} threads.",
         f"Versions: {versions}, Python {data['python']}; commit {commit}; {data['date'][:10]}.",
     ]
-    if "remeasured" in data:
-        lines.append(data["remeasured"])
     if not data["complete"]:
         lines.append("**Partial: the run did not end; what is missing was not measured.**")
     return "\n".join(lines)

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 import pro_kernels as pk
 from bench.engine.record import facts
-from bench.engine.rounds import timed
 from bench.engine.run import collect
-from bench.engine.timing import Refused, Step, Timer, backward_step, paired, quartiles
+from bench.engine.timing import Refused, Step, Timer, backward_step, paired, quartiles, timed
 from bench.providers.base import require
 from bench.providers.trl import swapped
 

@@ -18,9 +18,8 @@ from torch import Tensor
 
 import pro_kernels as pk
 from bench.engine.record import facts
-from bench.engine.rounds import timed
 from bench.engine.run import collect
-from bench.engine.timing import Step, Timer, paired
+from bench.engine.timing import Step, Timer, paired, timed
 from bench.suites.peaked import Peaked, real, trained, zipf
 from pro_kernels.fused import matmul
 

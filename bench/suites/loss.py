@@ -17,9 +17,8 @@ from bench import roofline
 from bench.engine import memory
 from bench.engine.case import Case, head_case, native, real_case
 from bench.engine.record import NO_TIME, flag_wrong, note
-from bench.engine.rounds import interleaved
 from bench.engine.run import DeviceLost, Run, Suite
-from bench.engine.timing import Refused, Step, Timer, describe, paired, summary, wait
+from bench.engine.timing import Refused, Step, Timer, describe, interleaved, paired, summary, wait
 from bench.engine.truth import Inputs, Truth, make_inputs, make_truth
 from bench.providers.base import Provider, available_bytes, ours_name
 

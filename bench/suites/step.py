@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from bench.engine import lists, memory
 from bench.engine.case import DTYPES
 from bench.engine.record import flag_wrong, note
-from bench.engine.rounds import Settings, interleaved
-from bench.engine.run import Run, Suite
+from bench.engine.run import Run, Settings, Suite
 from bench.engine.step import (
     BETA,
     GROWTH,
@@ -36,7 +35,7 @@ from bench.engine.step import (
     Workload,
     plain_scores,
 )
-from bench.engine.timing import Step, describe, paired, summary
+from bench.engine.timing import Step, describe, interleaved, paired, summary
 from bench.providers.base import Provider, all_providers
 from pro_kernels import backends
 

@@ -14,7 +14,7 @@ from pro_kernels import backends
 from pro_kernels._version import __version__
 from pro_kernels.fused import matmul, planner
 
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy")
 _LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -107,9 +107,9 @@ def version(package: str) -> str | None:
 
 def git(*arguments: str) -> str:
     """What git says of this checkout; empty where it is none, as below another's repository."""
-    if not (_ROOT / ".git").exists():
+    if not (ROOT / ".git").exists():
         return ""
-    command = ["git", "-C", str(_ROOT), *arguments]
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from bench import roofline
-from bench.engine.rounds import timed
-from bench.engine.timing import Refused, Step, describe, paired, summary
+from bench.engine.timing import Refused, Step, describe, paired, summary, timed
+from bench.providers.ours import ranking_call
 from pro_kernels import backends
-from pro_kernels.options import LogitOptions, RankingOptions
+from pro_kernels.options import LogitOptions
 
 
 @dataclass
@@ -116,17 +115,9 @@ def rows(s: Setting, backend: str, N: int, V: int) -> Iterator[dict]:
 
 def ranking(s: Setting, backend: str, B: int, n: int, tokens: int) -> Iterator[dict]:
     """The ranking kernel, many calls in one graph."""
-    module = s.module(backend, n)
-    arguments = (
-        -torch.rand(B * n * tokens, device=s.device),
-        torch.arange(B * n + 1, device=s.device) * tokens,
-        torch.full((B * n,), tokens, device=s.device),
-        torch.arange(B * n, device=s.device).view(B, n),
-        torch.rand(B, n, device=s.device).sort(1, descending=True).values,
-        torch.zeros(B, dtype=torch.int64, device=s.device),
-        torch.full((B,), 1 / B, device=s.device),
-    )
-    call = partial(module.ranking, *arguments, options=RankingOptions())
+    rewards = torch.rand(B, n, device=s.device).sort(1, descending=True).values
+    logps = -torch.rand(B, n, tokens, device=s.device)
+    call = ranking_call(s.module(backend, n), logps, rewards)
     case = f"{backend}, n={n}, {B} prompts, {tokens} tokens a candidate"
     yield from s.rows(case, {"ours": Step(_repeated(s, call))}, s.inner)
 

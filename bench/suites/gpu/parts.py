@@ -32,10 +32,9 @@ from bench import roofline
 from bench.engine.case import Case, head_case
 from bench.engine.isolate import DEVICE_LOST, ROOT, say
 from bench.engine.record import Record, facts
-from bench.engine.rounds import Clock, Settings
-from bench.engine.run import Run
+from bench.engine.run import Run, Settings
 from bench.engine.step import TrainingCase
-from bench.engine.timing import Refused, Step, Timer, backward_step, describe, wait
+from bench.engine.timing import Clock, Refused, Step, Timer, backward_step, describe, wait
 from bench.engine.truth import make_inputs
 from bench.providers.base import all_providers, ours_name, select
 from bench.report.targets import PEERS

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -36,26 +36,22 @@ _OTHERS, _STOLEN = 0.05, 0.02
 _FP32_FLOOR = 4e-6  # of gradients, relative, beside plain PyTorch's error: tests/cases.py
 
 
-@dataclass(frozen=True)
-class Clock:
+class Clock(NamedTuple):
     """Processor seconds since the machine started, and those of this process and its children."""
 
     wall: float
-    busy: float | None
-    stolen: float | None
+    busy: float
+    stolen: float
     ours: float
 
     @classmethod
     def now(cls) -> Clock:
-        """Read it; None where there is no /proc/stat."""
-        ours = sum(os.times()[:4])  # those of children once they are waited for
-        try:
-            fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
-        except OSError:
-            return cls(time.perf_counter(), None, None, ours)
+        """Read it, from Linux's /proc/stat."""
+        fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
         user, nice, system, _idle, _wait, irq, soft, stolen = (
             int(x) / os.sysconf("SC_CLK_TCK") for x in fields[:8]
         )
+        ours = sum(os.times()[:4])  # those of children once they are waited for
         return cls(time.perf_counter(), user + nice + system + irq + soft, stolen, ours)
 
 
@@ -95,14 +91,9 @@ def run(
 
 def judged(before: Clock, after: Clock) -> dict:
     """Cores that others and the host took, and whether the run may be called clean."""
-    if before.busy is None or after.busy is None:
-        return {"others": None, "stolen": None, "clean": False}
-    wall = after.wall - before.wall
-    others = max(0.0, (after.busy - before.busy) - (after.ours - before.ours)) / wall
-    assert before.stolen is not None and after.stolen is not None
-    stolen = (after.stolen - before.stolen) / wall
-    clean = others <= _OTHERS and stolen <= _STOLEN
-    return {"others": others, "stolen": stolen, "clean": clean}
+    wall, busy, stolen, ours = (b - a for a, b in zip(before, after, strict=True))
+    others, stolen = max(0.0, busy - ours) / wall, stolen / wall
+    return {"others": others, "stolen": stolen, "clean": others <= _OTHERS and stolen <= _STOLEN}
 
 
 def _launch(

@@ -34,7 +34,6 @@ from pro_kernels.selfcheck.trust.measure import (
     measure,
 )
 
-_ROOT = Path(__file__).resolve().parents[3]
 # The report's columns; the gradients of weight and bias share one.
 _COLUMNS = {
     "log-probs": ("log-probs",),
@@ -85,15 +84,15 @@ def run(out: Path, cases: Sequence[Case] = CASES) -> int:
 
 def _peers() -> tuple[Peers | None, str | None]:
     """``bench.trust.compare`` of this checkout; else why peers are not compared."""
-    if not (_ROOT / "bench" / "trust.py").is_file():
+    if not (env.ROOT / "bench" / "trust.py").is_file():
         return None, "not compared: no folder bench/ beside the package (run from a checkout)"
-    sys.path.insert(0, str(_ROOT))
+    sys.path.insert(0, str(env.ROOT))
     try:
         return importlib.import_module("bench.trust").compare, None
     except Exception as error:
         return None, f"not compared: bench/ cannot be imported: {error}"
     finally:
-        sys.path.remove(str(_ROOT))
+        sys.path.remove(str(env.ROOT))
 
 
 def _facts() -> dict:
