@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 import pro_kernels as pk
 from bench.engine import lists
 from bench.engine.case import DTYPES, native
-from bench.engine.timing import Refused, wait
+from bench.engine.timing import Refused, backward_step, clocked
 
 BETA = 0.1  # of DPO
 DPO_NOTE = "another loss: DPO; reference log-probs precomputed"
@@ -272,23 +271,16 @@ class TrainingStep:
 
     def run(self, keep_gradients: bool = False) -> Timed:
         """Forward, backward, AdamW; gradients are dropped afterwards, outside the timing."""
-        model, device = self.work.model, self.work.device
+        model = self.work.model
         with self.around(), contextlib.ExitStack() as at_end:
             if self.checkpointed:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 at_end.callback(model.gradient_checkpointing_disable)  # also where the step fails
-            wait(device)
-            start = time.perf_counter()
-            loss = self.loss(model)
-            loss.backward()
-            wait(device)
-            middle = time.perf_counter()
-            self.work.optimizer.step()
-            wait(device)
-            end = time.perf_counter()
+            both = backward_step(partial(self.loss, model), ()).run, self.work.optimizer.step
+            seconds, (loss, _) = clocked(self.work.device, *both)
         if not keep_gradients:
             self.work.clear()
-        return Timed(middle - start, end - middle, loss.item())
+        return Timed(*seconds, loss.item())
 
 
 class HeadAlone:
@@ -313,12 +305,8 @@ class HeadAlone:
 
     def run(self) -> Timed:
         with self.step.around_head():
-            wait(self.step.work.device)
-            start = time.perf_counter()
-            loss = self.step.loss(self.model)
-            loss.backward()
-            wait(self.step.work.device)
-            seconds = time.perf_counter() - start
+            both = backward_step(partial(self.step.loss, self.model), ()).run
+            (seconds,), (loss,) = clocked(self.step.work.device, both)
         self.decoder.clear()
         self.step.work.clear()
         return Timed(seconds, loss=loss.item())
@@ -377,13 +365,14 @@ class Floor:
 
     def run(self, keep_gradients: bool = False) -> Timed:
         operands = self.operands
-        wait(self.work.device)
-        start = time.perf_counter()
-        for rows, weight in self.shapes:
-            out, into = weight.shape
-            x, gradient = operands[rows, into], operands[rows, out]
-            torch.mm(x, weight.t())
-            torch.mm(gradient, weight)
-            torch.mm(gradient.t(), x)
-        wait(self.work.device)
-        return Timed(time.perf_counter() - start)
+
+        def matmuls() -> None:
+            for rows, weight in self.shapes:
+                out, into = weight.shape
+                x, gradient = operands[rows, into], operands[rows, out]
+                torch.mm(x, weight.t())
+                torch.mm(gradient, weight)
+                torch.mm(gradient.t(), x)
+
+        (seconds,), _ = clocked(self.work.device, matmuls)
+        return Timed(seconds)

@@ -93,6 +93,20 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def clocked(device: torch.device, *calls: Callable[[], Any]) -> tuple[list[float], list[Any]]:
+    """Seconds of each call until the device is idle again, and what they returned."""
+    seconds, values = [], []  # a value is freed after the clock has stopped
+    wait(device)
+    start = time.perf_counter()
+    for call in calls:
+        values.append(call())
+        wait(device)
+        end = time.perf_counter()
+        seconds.append(end - start)
+        start = end
+    return seconds, values
+
+
 class Timer:
     """Seconds of one call, caches cold: the clock on a CPU, events on a GPU.
 
@@ -119,11 +133,7 @@ class Timer:
         if self.buffer is not None and not warm:
             self.buffer.zero_()
         if self.events is None:
-            wait(self.device)
-            start = time.perf_counter()
-            _ = step.run()
-            wait(self.device)
-            return time.perf_counter() - start
+            return clocked(self.device, step.run)[0][0]
         torch.cuda._sleep(_LEAD_CYCLES)
         self.events[0].record()
         _ = step.run()

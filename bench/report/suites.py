@@ -130,8 +130,8 @@ def frameworks_blocks(data: dict, _: Links) -> dict[str, str]:
 
     def name(row: dict) -> str:
         own, versions = frameworks[row["framework"]], row["versions"]
-        text = f"{own.name} {own.version}, transformers {versions['transformers']}"
-        return text if own.package == "trl" else f"{text}, TRL {versions['trl']}"
+        text = f"{own.name} {own.pin[1]}, transformers {versions['transformers']}"
+        return text if own.pin[0] == "trl" else f"{text}, TRL {versions['trl']}"
 
     def typed(row: dict) -> str:
         ours = f"pro-kernels {' '.join(WAYS[row['way']])} -- " if WAYS[row["way"]] else ""

@@ -4,8 +4,6 @@
   decoder with ``linear_pro_loss`` called on its hidden states.
 - *TRL*: the head of TRL's trainers, from hidden states and labels to log-probs and gradients
   (``add_fused_lm_head``), with its own function and after ``accelerate_trl()``.
-
-Rounds are interleaved; ratios are medians over rounds of times taken in the same round.
 """
 
 from __future__ import annotations

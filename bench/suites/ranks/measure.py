@@ -1,8 +1,7 @@
 """Gloo runs on this machine: what a head over ranks weighs, and how two ranks scale.
 
-One and two ranks take turns within each round, times are medians over rounds, ratios are medians of
-ratios within a round, and what other processes took of the machine meanwhile is measured: a run
-that was not alone is kept, and not called clean.
+One and two ranks take turns within each round. What other processes took of the machine meanwhile
+is measured: a run that was not alone is kept, and not called clean.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def _rule(rows: list[Row], compared: bool) -> str:
         floors=", ".join(f"{label(d)} {x:.0e}" for d, x in FLOOR.items()),
         routes=routes,
         allowed=sum(r.by_allowance for r in rows) or "no",
-        official="bench/engine/losses.py, everything in the model's dtype"
+        official="pro_trainer/train/official.py, everything in the model's dtype"
         if compared
         else 'the reference with compat="official"',
     )
