@@ -80,7 +80,7 @@ test-models: $(VENV)/.models
 	PRO_KERNELS_MODELS='$(MODELS)' $(BIN)/python -m pytest -m models $(PYTEST_ARGS)
 
 zero: $(VENV)/.zero
-	$(BIN)/python -m pytest tests/distributed/test_zero.py
+	$(BIN)/python -m pytest tests/distributed -k zero
 
 zero-launch: $(VENV)/.zero
 	$(BIN)/python -m pytest -m slow tests/trainer/test_launch.py -k "deepspeed or zero3"

@@ -26,16 +26,13 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ROOT / "csrc" / "cpu"
-CUDA_SOURCES = ROOT / "csrc" / "cuda"
-LIBRARY = "libpro_kernels_cpu.so"
-CUDA_LIBRARY = "libpro_kernels_cuda.so"
+CSRC = ROOT / "csrc"
 
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fno-math-errno -ffp-contract=on -fno-exceptions -fno-rtti "
     "-fvisibility=hidden -Wall -Wextra"
 ).split()
-# Instruction sets by machine: name -> flags of isa_<name>.cpp. Every machine has "generic".
+# Instruction sets by machine: name -> flags of isa.cpp, the best first. Every one has "generic".
 _AVX2 = "-mavx2 -mfma -mf16c".split()
 _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
 _X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16"], "avx512": _AVX512, "avx2": _AVX2}
@@ -46,6 +43,9 @@ COMMON_SOURCES = ("attention", "dispatch", "filter", "logits", "ranking")
 CUDA_FLAGS = "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden".split()
 # Machine code for these, and PTX (compute_*) for what comes later.
 CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100", "compute_100")
+
+
+Units = dict[str, tuple[Path, str]]  # object -> its source, and flags of its own
 
 
 class BuildError(Exception):
@@ -100,7 +100,7 @@ def output_of(command: list[str]) -> str:
     return done.stdout
 
 
-def plan(work: Path) -> dict:
+def plan(work: Path) -> tuple[dict, Units, str]:
     """What will be built and how; probes the compiler only."""
     if sys.platform == "win32":
         raise BuildError("no native build for Windows yet")
@@ -109,16 +109,14 @@ def plan(work: Path) -> dict:
     machine = output_of([*compiler, "-dumpmachine"]).split("-")[0].strip()
     isas = {n: f for n, f in ISAS.get(machine, {}).items() if accepts(compiler, f, work)}
     isas["generic"] = []
-    openmp = accepts(compiler, ["-fopenmp"], work, link=True)
-    return {
-        "library": LIBRARY,
-        "compiler": shlex.join(compiler),
-        "version": version,
-        "machine": machine,
-        "flags": FLAGS + (["-fopenmp"] if openmp else []),
-        "isas": isas,
-        "openmp": openmp,
-    }
+    openmp = ["-fopenmp"] if accepts(compiler, ["-fopenmp"], work, link=True) else []
+    listed = f"'-DPK_ISAS(F)={' '.join(f'F({name})' for name in isas)}'"
+    units: Units = {name: (CSRC / "cpu" / f"{name}.cpp", listed) for name in COMMON_SOURCES}
+    for name, flags in isas.items():
+        units[f"isa_{name}"] = CSRC / "cpu" / "isa.cpp", " ".join([f"-DPK_ISA={name}", *flags])
+    spec = {"compiler": shlex.join(compiler), "version": version, "machine": machine}
+    spec |= {"flags": FLAGS + openmp, "isas": isas, "openmp": bool(openmp)}
+    return spec, units, " ".join([*openmp, "-lm"])
 
 
 def find_nvcc() -> str:
@@ -147,7 +145,7 @@ def gencode(target: str) -> str:
     return f"-gencode=arch=compute_{number},code={target}"
 
 
-def plan_cuda(work: Path) -> dict:
+def plan_cuda(work: Path) -> tuple[dict, Units, str]:
     """What will be built for CUDA and how; asks nvcc what it knows."""
     if sys.platform == "win32":
         raise NotThereError("no native build for Windows yet")
@@ -161,75 +159,44 @@ def plan_cuda(work: Path) -> dict:
     targets = chosen or [t for t in CUDA_TARGETS if t.rstrip("a") in known.split()]
     if not targets:
         raise BuildError(f"{nvcc} ({version}) knows none of {', '.join(CUDA_TARGETS)}")
-    return {
-        "library": CUDA_LIBRARY,
-        "compiler": nvcc,
-        "version": version,
-        "flags": CUDA_FLAGS,
-        "targets": targets,
-    }
+    extra = [*map(gencode, targets), f"'-DPK_CUDA_TARGETS=\"{' '.join(targets)}\"'"]
+    units = {p.stem: (p, " ".join(extra)) for p in sorted((CSRC / "cuda").glob("*.cu"))}
+    spec = {"compiler": shlex.quote(nvcc), "version": version, "flags": CUDA_FLAGS}
+    return spec | {"targets": targets}, units, "-cudart static"
 
 
-def write_cuda_ninja(spec: dict, work: Path) -> None:
-    """One object per source, then one shared library with the CUDA run-time library inside."""
-    flags = [*spec["flags"], *map(gencode, spec["targets"])]
-    names = " ".join(spec["targets"])
-    flags.append(f"'-DPK_CUDA_TARGETS=\"{names}\"'")
-    units = sorted(p.stem for p in CUDA_SOURCES.glob("*.cu"))
-    lines = [
-        f"compiler = {shlex.quote(spec['compiler'])}".replace("$", "$$"),
-        "rule compile",
-        f"  command = $compiler {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        "  command = $compiler -shared -cudart static $in -o $out",
-        *(f"build {u}.o: compile {escape(str(CUDA_SOURCES / u))}.cu" for u in units),
-        f"build {CUDA_LIBRARY}: link {' '.join(f'{u}.o' for u in units)}",
-    ]
-    (work / "build.ninja").write_text("\n".join(lines) + "\n")
-
-
-def escape(text: str) -> str:
-    """A path as ninja takes it."""
-    return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-def write_ninja(spec: dict, work: Path) -> None:
-    """One object per common source and per instruction set, then one shared library."""
-    have = [f"-DPK_HAVE_{name.upper()}" for name in spec["isas"]]
-    units = {name: have for name in COMMON_SOURCES}
-    units |= {f"isa_{name}": flags for name, flags in spec["isas"].items()}
-
+def write_ninja(library: str, spec: dict, units: Units, link: str, work: Path) -> None:
+    """One object a unit, then one shared library."""
     lines = [
         f"compiler = {spec['compiler']}".replace("$", "$$"),
         "rule compile",
-        f"  command = $compiler {' '.join(spec['flags'])} $extra -MMD -MF $out.d -c $in -o $out",
+        f"  command = $compiler {' '.join(spec['flags'])} $extra -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $compiler -shared {'-fopenmp' if spec['openmp'] else ''} $in -o $out -lm",
+        f"  command = $compiler -shared $in -o $out {link}",
     ]
-    for name, extra in units.items():
-        lines.append(f"build {name}.o: compile {escape(str(SOURCES / name))}.cpp")
-        lines.append(f"  extra = {' '.join(extra)}")
-    lines.append(f"build {LIBRARY}: link {' '.join(f'{name}.o' for name in units)}")
+    for name, (source, extra) in units.items():
+        path = str(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+        lines += [f"build {name}.o: compile {path}", f"  extra = {extra}"]
+    lines.append(f"build {library}: link {' '.join(f'{name}.o' for name in units)}")
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
-# Part of build.json -> its library, what plans it and what writes its build.ninja.
-LIBRARIES = {
-    "cpu": (LIBRARY, plan, write_ninja),
-    "cuda": (CUDA_LIBRARY, plan_cuda, write_cuda_ninja),
-}
+# Part of build.json -> what plans its library.
+PLANS = {"cpu": plan, "cuda": plan_cuda}
+
+
+def library_of(part: str) -> str:
+    """The name of the file."""
+    return f"libpro_kernels_{part}.so"
 
 
 def build_library(part: str, work: Path) -> dict:
     """Build one library in ``work``; returns what ``build.json`` records."""
     work.mkdir(parents=True, exist_ok=True)
-    _, make_plan, write = LIBRARIES[part]
-    spec = make_plan(work)
-    write(spec, work)
+    spec, units, link = PLANS[part](work)
+    write_ninja(library_of(part), spec, units, link, work)
     done = subprocess.run([*find_ninja(), "-C", str(work)], capture_output=True, text=True)
     sys.stderr.write(done.stdout + done.stderr)
     if done.returncode:
@@ -264,15 +231,15 @@ class BuildNative(Command):
         work = Path(self.build_base).resolve() / "native"
         target = self._target()
         target.mkdir(parents=True, exist_ok=True)
-        records = {part: self._build(part, mode, work / part, target) for part in LIBRARIES}
+        records = {part: self._build(part, mode, work / part, target) for part in PLANS}
         self.distribution.native_libraries = [
-            LIBRARIES[part][0] for part, record in records.items() if "reason" not in record
+            library_of(part) for part, record in records.items() if "reason" not in record
         ]
         (target / "build.json").write_text(json.dumps(records, indent=1) + "\n")
 
     def _build(self, part: str, mode: str, work: Path, target: Path) -> dict:
         """Build one library into ``target``; its record."""
-        library = LIBRARIES[part][0]
+        library = library_of(part)
         try:
             if mode == "0":
                 raise BuildError("PRO_KERNELS_BUILD=0")

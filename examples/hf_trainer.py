@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 
-import torch
 from transformers import Trainer, TrainingArguments
 
 import pro_kernels as pk
@@ -16,22 +15,16 @@ def main(steps: int = 20) -> list[float]:
     model = pk.attach(tiny.model(), loss="ranking")
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=2,  # prompts
+            **tiny.arguments(folder, steps),
             gradient_accumulation_steps=2,
             learning_rate=3e-3,
             logging_steps=5,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=False,  # the collator reads all of them
         )
         trainer = Trainer(
             model, arguments, train_dataset=tiny.ranked_lists(), data_collator=tiny.collate
         )
-        trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return tiny.losses(trainer)
 
 
 if __name__ == "__main__":

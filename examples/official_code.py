@@ -21,19 +21,10 @@ def batch() -> dict[str, torch.Tensor]:
     return {**shaped, "prefix_mask": prefix.view(b, n, -1), "rewards": rows["rewards"]}
 
 
-def main(steps: int = 20) -> tuple[float, float]:
-    """Train; return the first and the last loss."""
+def main(steps: int = 20) -> list[float]:
+    """Train and return the losses."""
     model, data = tiny.model(), batch()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(steps):
-        loss = compute_loss(model, data).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    return losses[0], losses[-1]
+    return tiny.fit(lambda: compute_loss(model, data).loss, model, steps, rate=3e-3)
 
 
 if __name__ == "__main__":

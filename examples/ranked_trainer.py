@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import ByT5Tokenizer
@@ -17,15 +16,7 @@ def main(steps: int = 10) -> list[float]:
     """Train LoRA adapters on ranked lists and return the logged losses."""
     with tempfile.TemporaryDirectory() as folder:
         config = PROConfig(
-            output_dir=folder,
-            max_length=64,
-            max_steps=steps,
-            per_device_train_batch_size=2,  # prompts
-            learning_rate=1e-2,
-            logging_steps=2,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=not torch.cuda.is_available(),
+            **tiny.arguments(folder, steps), learning_rate=1e-2, logging_steps=2, max_length=64
         )
         trainer = PROTrainer(
             tiny.model(),
@@ -34,8 +25,7 @@ def main(steps: int = 10) -> list[float]:
             processing_class=ByT5Tokenizer(extra_ids=0),
             peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
         )
-        trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return tiny.losses(trainer)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""What the examples train: a small random Llama on bytes, and ranked lists with known rewards."""
+"""What the examples train, a small random Llama on bytes and ranked lists, and what they share."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,3 +68,35 @@ def collate(items: list[dict]) -> dict[str, torch.Tensor]:
         "labels": padded(labels, -100),
         "rewards": torch.tensor([item["rewards"] for item in items]),
     }
+
+
+def arguments(folder: str, steps: int) -> dict[str, Any]:
+    """Of a ``Trainer``, for a short run that saves nothing."""
+    return {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": 2,  # prompts
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def losses(trainer: Any) -> list[float]:
+    """Train, and return the logged losses."""
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def fit(loss_of: Callable[[], Any], model: torch.nn.Module, steps: int, rate: float) -> list[float]:
+    """Take steps of AdamW, and return their losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    found = []
+    for _ in range(steps):
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    print(f"loss {found[0]:.3f} -> {found[-1]:.3f}")
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 
-import torch
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 from trl import DPOConfig, DPOTrainer
@@ -23,15 +22,7 @@ def main(steps: int = 4) -> list[float]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = DPOConfig(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=2,
-                learning_rate=1e-3,
-                logging_steps=1,
-                report_to=[],
-                save_strategy="no",
-                bf16=False,
-                use_cpu=not torch.cuda.is_available(),
+                **tiny.arguments(folder, steps), learning_rate=1e-3, logging_steps=1, bf16=False
             )
             trainer = DPOTrainer(
                 tiny.model(),
@@ -40,10 +31,9 @@ def main(steps: int = 4) -> list[float]:
                 train_dataset=Dataset.from_list(pairs),
                 processing_class=ByT5Tokenizer(extra_ids=0),
             )
-            trainer.train()
+            return tiny.losses(trainer)
     finally:
         restore_trl()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pro_kernels import validate
 from pro_kernels.backends import resolve
+from pro_kernels.backends.protocol import Candidates
 from pro_kernels.fused import autograd, ranks, shards
-from pro_kernels.fused.call import Call, Candidates, planned
+from pro_kernels.fused.call import Call, planned
 from pro_kernels.fused.planner import Plan
 from pro_kernels.fused.rank_order import make_output, rank_candidates
 from pro_kernels.layout import Layout, mark_unscored, shift_targets
@@ -184,7 +185,7 @@ def token_stats(
     def check() -> ranks.Door:
         """This rank's arguments."""
         *terms, logits, how = taken.split(options)
-        dtypes = _check_head(hidden, weight, bias, how)
+        dtypes = validate.check_head(hidden, weight, bias, how.head_dtype)
         validate.check_targets_of(targets, "hidden", hidden, "hidden.shape[:-1]")
         validate.check_top(top, weight.shape[0])
         vocab = weight.shape[0] if group is None else None
@@ -312,7 +313,7 @@ def linear_pro_loss(
     def check() -> ranks.Door:
         """This rank's arguments."""
         loss, logits, how = _PRO.split(options)
-        dtypes = _check_head(hidden, weight, bias, how)
+        dtypes = validate.check_head(hidden, weight, bias, how.head_dtype)
         vocab = weight.shape[0] if group is None else None
         found = _lists(hidden, targets, layout, candidate_mask, how, vocab)
         _check_scale(scale, "hidden", hidden, bias, found.rows, found.targets)
@@ -426,6 +427,7 @@ def _call(
     layout: Layout | None = None,
 ) -> Call:
     """The description of a call but for its plan."""
+    validate.check_grad_filter(how.grad_filter)
     compute, dtype = dtypes
     ranking: dict[str, Any] = {}
     if loss is not None and layout is not None:
@@ -444,14 +446,6 @@ def _call(
         batch_invariant=how.batch_invariant,
         grad_filter=None if how.grad_filter == "auto" and compute.itemsize > 2 else how.grad_filter,
     )
-
-
-def _check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, how: CallOptions
-) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes of matmuls and logits."""
-    validate.check_grad_filter(how.grad_filter)
-    return validate.check_head(hidden, weight, bias, how.head_dtype)
 
 
 def _check_scale(

@@ -128,24 +128,18 @@ class RankingOptions(Checked):
     """Options of the ranking loss on scores (one prompt: n candidates, best first).
 
     Kernels take these fields: csrc/include/pk_abi.h, and a tuple in Triton.
-
-    Attributes:
-        tau: inverse temperature of every term when no rewards are given.
-        skip_ties: a candidate tied with candidate k leaves term k instead of adding ``exp(0)``.
-        sft_mean: SFT uses ``S / m`` of the best candidate instead of ``S``.
-        single_sft: a prompt with one candidate is pure SFT (factor 1 instead of ``(n-1)**2 = 0``).
     """
 
     length_normalize: LengthNormalize = True
-    tau: Annotated[float, Limits(above=0)] = 1.0
-    skip_ties: bool = False
+    tau: Annotated[float, Limits(above=0)] = 1.0  # inverse temperature where there are no rewards
+    skip_ties: bool = False  # one tied with candidate k leaves term k instead of adding exp(0)
     eps: Eps = 0.0
     sft_weight: Annotated[
         float, "w; the SFT term's factor is ``w (n-1)^2``, or w for a single candidate."
     ] = 0.05
-    sft_mean: bool = False
+    sft_mean: bool = False  # SFT uses S / m of the best candidate instead of S
     top_k: TopK = None
-    single_sft: bool = True
+    single_sft: bool = True  # one candidate is pure SFT (factor 1 instead of (n-1)^2 = 0)
 
 
 @dataclass(frozen=True)
@@ -253,10 +247,7 @@ class CallOptions(Checked):
     inplace_backward: Annotated[
         bool, "Write the gradient over the logits; nothing else may use them afterwards."
     ] = False
-    backend: Annotated[
-        str,
-        '"auto" or a backend\'s name; a named one never falls back.',
-    ] = "auto"
+    backend: Annotated[str, '"auto" or a backend\'s name; a named one never falls back.'] = "auto"
     budget: Annotated[
         int | None, "Bytes this call may take beyond the inputs' gradients; None for a default."
     ] = None

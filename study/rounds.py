@@ -72,7 +72,7 @@ def run(model: str, folder: Path) -> int:
 def results(folder: Path) -> dict[str, Any]:
     """What the run in ``folder`` came to, what each part took, and one prompt's first answers."""
     found = json.loads((folder / STATE).read_text())
-    of_rounds = [Round.of(folder, number) for number in range(len(found["rounds"]) + 1)]
+    of_rounds = [Round(folder, number) for number in range(len(found["rounds"]) + 1)]
     minutes, before = [], (folder / "held-out.jsonl").stat().st_mtime
     for this in of_rounds:
         # A part ends with its last file, so this holds of a run that was not interrupted.

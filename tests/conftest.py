@@ -96,7 +96,6 @@ def subject(request: pytest.FixtureRequest):
 def force_tier(monkeypatch: pytest.MonkeyPatch):
     """Makes calls that want all gradients run in a given tier, in chunks of a few rows."""
     from pro_kernels.fused import call
-    from pro_kernels.fused.planner import Plan
 
     plan = call.make_plan
 
@@ -107,11 +106,12 @@ def force_tier(monkeypatch: pytest.MonkeyPatch):
                 return chosen
             if chosen.tier != "T1":  # less is wanted
                 return dataclasses.replace(chosen, chunk=min(chunk, chosen.chunk))
-            needs = {"need_hidden": chosen.need_hidden, "need_weight": chosen.need_weight}
             prompts = len(kwargs.get("prompt_tokens") or ())
             if tier == "T2" and prompts:
-                return Plan("T2", rows, prompt_chunks=(1,) * prompts, **needs)
-            return Plan("T3", chunk, retained=min(retained, rows // 2), **needs)
+                changes = {"retained": 0, "prompt_chunks": (1,) * prompts}
+                return dataclasses.replace(chosen, tier="T2", **changes)
+            kept = min(retained, rows // 2)
+            return dataclasses.replace(chosen, tier="T3", chunk=chunk, retained=kept)
 
         monkeypatch.setattr(call, "make_plan", forced)
 

@@ -14,7 +14,6 @@ import transformers
 from torch import nn
 
 import pro_kernels as pk
-from pro_kernels.fused import call
 from pro_kernels.models.lazy import LazyLogits
 from tiny_models import CONFIGS, SIZES, SPECIAL, V, assert_close, assert_same_grads, grads, make
 
@@ -110,15 +109,6 @@ def test_a_batch_with_nothing_scored_has_loss_zero(llama, inputs, dtype):
         assert not any(gradient.any() for gradient in found.values())
 
 
-def test_calls_without_labels_and_generate_are_untouched(inputs):
-    model = make("Gemma2")
-    del inputs["labels"]
-    want, generated = model(**inputs).logits, model.generate(**inputs, max_new_tokens=3)
-    pk.attach(model)
-    assert model(**inputs).logits.equal(want)
-    assert model.generate(**inputs, max_new_tokens=3).equal(generated)
-
-
 def test_positional_arguments_tuples_and_other_outputs(attached, inputs):
     ids, mask, labels = inputs.values()
     want = attached(**inputs)
@@ -169,15 +159,6 @@ def test_signature_is_the_models_with_the_ranking_arguments(llama):
     more += "ref_logps desirable"
     assert set(ours) - set(own) == set(more.split())
     assert [p.kind for p in ours.values()][-1] is inspect.Parameter.VAR_KEYWORD
-
-
-def test_no_grad_does_no_gradient_work(attached, inputs, monkeypatch):
-    plans, plan = [], call.make_plan
-    monkeypatch.setattr(call, "make_plan", lambda *a, **k: plans.append(plan(*a, **k)) or plans[-1])
-    with torch.no_grad():
-        attached(**inputs)
-        attached(**inputs, num_candidates=2)
-    assert [made.tier for made in plans] == ["T0", "T0"]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -406,18 +387,33 @@ def test_what_the_fused_path_would_not_repeat_is_refused(name):
     assert set(vars(model)) == before
 
 
-def test_arguments_that_are_refused(llama, inputs):
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (None, {}, TypeError, "model must be a torch.nn.Module, got dict"),
+        (
+            "Llama",
+            {"temprature": 1.0},
+            TypeError,
+            r"attach got options \['temprature'\]; there are",
+        ),
+        ("Llama", {"loss": "ranking", "z_loss": 0.1}, TypeError, "attach got options"),
+        ("Llama", {"ties": "no"}, ValueError, "ties"),
+        ("Llama", {"loss": "sft"}, ValueError, "loss must be one of .*, got 'sft'"),
+        ("Llama", {"example": {"extra": 1}}, ValueError, "must hold input_ids, got .'extra'."),
+        ("Llama", {"class_weight": torch.ones(V - 1)}, ValueError, r"must have shape \(V,\)"),
+        ("Llama", {"z_loss": -1.0}, ValueError, "z_loss must be >= 0"),
+        ("Gemma2", {"label_smoothing": 0.1}, ValueError, "cannot be had with a softcap"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_refused(name, options, error, message):
+    with pytest.raises(error, match=message):
+        pk.attach(make(name) if name else {}, **options)
+
+
+def test_arguments_by_position_are_given_once(llama, inputs):
     ids = inputs["input_ids"]
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
-        pk.attach({})
-    with pytest.raises(TypeError, match=r"attach got options \['temprature'\]; there are"):
-        pk.attach(llama, temprature=1.0)
-    with pytest.raises(ValueError, match="ties"):
-        pk.attach(llama, ties="no")
-    with pytest.raises(ValueError, match="loss must be one of .*, got 'sft'"):
-        pk.attach(llama, loss="sft")
-    with pytest.raises(ValueError, match="example must hold input_ids, got .'extra'."):
-        pk.attach(llama, example={"extra": 1})
     pk.attach(llama, example={"input_ids": ids, "labels": ids})
     with pytest.raises(TypeError, match="by position, each once, got 1"):
         llama(ids, input_ids=ids, labels=ids)
@@ -507,21 +503,6 @@ def test_classes_of_a_labels_cross_entropy(own, items, inputs):
     assert_close(out.loss, want)
     assert_same_grads(grads(model, out.loss), expected)
     assert out.token_logps.shape == inputs["labels"].shape
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("Llama", {"class_weight": torch.ones(V - 1)}, r"class_weight must have shape \(V,\)"),
-        ("Llama", {"z_loss": -1.0}, "z_loss must be >= 0"),
-        ("Gemma2", {"label_smoothing": 0.1}, "label_smoothing cannot be had with a softcap"),
-    ],
-)
-def test_classes_that_a_model_cannot_have(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        pk.attach(make(name), **options)
-    with pytest.raises(TypeError, match="attach got options"):
-        pk.attach(make(), loss="ranking", z_loss=0.1)
 
 
 # ---- what is noticed in a call
@@ -671,9 +652,13 @@ def assert_trained_alike(ours, theirs, rel: float) -> None:
         torch.testing.assert_close(x, y, rtol=rel, atol=1e-5)
 
 
+def collated(items):
+    return {k: torch.cat([x[k] for x in items]) for k in ("input_ids", "labels")}
+
+
 def test_trainer_accumulates_cross_entropy_as_before(tmp_path):
     def collate(items):
-        rows = {k: torch.cat([x[k] for x in items]) for k in ("input_ids", "labels")}
+        rows = collated(items)
         rows["labels"][0, :6] = -100  # micro-batches of different numbers of tokens
         return rows
 
@@ -684,8 +669,7 @@ def test_trainer_accumulates_cross_entropy_as_before(tmp_path):
 
 def test_trainer_accumulates_the_ranking_loss_as_one_batch(tmp_path):
     def collate(items):
-        rows = {k: torch.cat([x[k] for x in items]) for k in ("input_ids", "labels")}
-        return rows | {"rewards": torch.stack([x["rewards"] for x in items])}
+        return collated(items) | {"rewards": torch.stack([x["rewards"] for x in items])}
 
     whole, *parts = (
         trained(pk.attach(make(), loss="ranking"), collate, tmp_path, 4 // steps, steps)

@@ -15,6 +15,7 @@ from pro_kernels import backends
 from pro_kernels.options import PROOptions
 
 NAN, INF = float("nan"), float("inf")
+FP32 = {"head_dtype": "float32"}
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -41,7 +42,15 @@ def of_logits(**changes):
     return {"logits": args.pop("hidden") @ args.pop("weight").T, **args}
 
 
-DOUBLE = torch.randn(2, 3, 4, 8).double()
+def double(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.double)
+
+
+DOUBLE = {"hidden": torch.randn(2, 3, 4, 8).double(), "weight": torch.randn(11, 8).double()}
+CLOSE = (
+    "too close together: the largest gap is 1e-06, which times reward_scale=1e-25 must lie in "
+    "[1e-30, 1e+30]"
+)
 UNSCORED = zeros(2, 3, 4)
 UNSCORED[1, 0] = -100
 TYPES = [
@@ -82,19 +91,9 @@ VALUES = [
     ({"rewards": torch.tensor([[0, 1, 2], [3, 4, NAN]])}, "got nan for prompt 1 candidate 2"),
     ({"rewards": torch.ones(2, 3)}, "all equal in prompts [0, 1]"),
     ({"rewards": torch.tensor([[3e38, -3e38, 0.0]] * 2)}, "too far apart"),
-    (
-        {"rewards": torch.tensor([[1e39, 0, 1]] * 2, dtype=torch.double)},
-        "too far apart: the largest gap is 1e+39",
-    ),
-    (
-        {"rewards": torch.tensor([[1e-6, 0, 0]] * 2), "reward_scale": 1e-25},
-        "too close together: the largest gap is 1e-06, which times reward_scale=1e-25 must lie in "
-        "[1e-30, 1e+30]",
-    ),
-    (
-        {"candidate_mask": torch.ones(3, 2, dtype=torch.bool)},
-        "candidate_mask must have shape (B, n) = (2, 3), got (3, 2)",
-    ),
+    ({"rewards": double([1e39, 0, 1], [1e39, 0, 1])}, "too far apart: the largest gap is 1e+39"),
+    ({"rewards": double([1e-6, 0, 0], [1e-6, 0, 0]), "reward_scale": 1e-25}, CLOSE),
+    ({"candidate_mask": zeros(3, 2) > 0}, "candidate_mask must have shape (B, n) = (2, 3), got (3"),
     ({"prompt_weights": torch.tensor([1.0, -1.0])}, "finite and >= 0"),
     ({"sft_index": torch.tensor([0, 3])}, "sft_index must lie in [0, 3), got [0, 3]"),
     ({"sft_reduction": "max"}, "must be one of [None, 'sum', 'mean'], got 'max'"),
@@ -109,16 +108,10 @@ VALUES = [
     ({"softcap": -1.0}, "softcap must be > 0, got -1.0"),
     ({"logit_scale": 0.0}, "logit_scale must not be 0"),
     ({"head_dtype": torch.float32}, "one of [None, 'float32'], got torch.float32"),
-    (
-        {"hidden": DOUBLE, "weight": torch.randn(11, 8).double(), "head_dtype": "float32"},
-        "head_dtype must be None for float64 hidden or weight, got 'float32'",
-    ),
+    (DOUBLE | FP32, "head_dtype must be None for float64 hidden or weight, got 'float32'"),
     ({"backend": "cudnn"}, "backend must be 'auto' or one of"),
     # An explicit backend never falls back.
-    (
-        {"hidden": DOUBLE, "weight": torch.randn(11, 8).double(), "backend": usable_backends()[0]},
-        "cannot serve this call: logits are float64",
-    ),
+    (DOUBLE | {"backend": usable_backends()[0]}, "cannot serve this call: logits are float64"),
     ({"budget": 0}, "budget must be > 0 bytes, got 0"),
 ]
 SIZES = {  # of numbers that fp32 does not hold, or not with what it multiplies
@@ -130,13 +123,8 @@ SIZES = {  # of numbers that fp32 does not hold, or not with what it multiplies
     "sft_weight": (1e39, NAN),
 }
 VALUES += [({k: x}, "of a size in [1e-30, 1e") for k, values in SIZES.items() for x in values]
-VALUES += [
-    (
-        {"prompt_weights": torch.full((2,), value, dtype=torch.double)},
-        "prompt_weights must be 0 or add up to a number in [1.2e-38, 3.4e+38]",
-    )
-    for value in (3e38, 1e300, 1e-39, 1e-300)
-]
+ADD_UP = "prompt_weights must be 0 or add up to a number in [1.2e-38, 3.4e+38]"
+VALUES += [({"prompt_weights": double(x, x)}, ADD_UP) for x in (3e38, 1e300, 1e-39, 1e-300)]
 REFUSED = [(TypeError, *x) for x in TYPES] + [(ValueError, *x) for x in VALUES]
 
 
@@ -146,41 +134,32 @@ def test_linear_pro_loss(error, changes, message):
         pk.linear_pro_loss(**batch(**changes))
 
 
+HIDDEN, HEAD = torch.randn(3, 8), torch.randn(5, 8)
 LOGITS, STRAY = torch.randn(1, 1, 3, 7), torch.tensor([[[3, -100, 5]]])
+FILTERED = "return_entropy=True needs grad_filter=None"
+ENTROPY = {"return_entropy": True}
+OTHERS = [
+    (pk.pro_loss, (), of_logits(logits=zeros(2, 3, 4).float()), "shape (B, n, T, V)"),
+    (pk.pro_loss, (), of_logits(logits=zeros(2, 3, 4, 5)), "logits must be float64"),
+    (pk.pro_loss, (), of_logits(targets=zeros(2, 3, 3)), "(B, n, T) = (2, 3, 4)"),
+    (pk.pro_loss, (), of_logits(targets=zeros(2, 3, 4) + 11), "[0, 11)"),
+    (pk.pro_loss, (), of_logits(rewards=zeros(2, 3) + INF), "rewards must be finite"),
+    (pk.linear_token_logps, (HIDDEN, HEAD, zeros(4)), {}, "hidden.shape[:-1] = (3,), got (4,)"),
+    (pk.token_logps, (HIDDEN, zeros(4)), {}, "logits.shape[:-1] = (3,), got (4,)"),
+    (pk.token_logps, (HIDDEN[0], zeros()), {}, "logits must have shape (..., V), got (8,)"),
+    (pk.linear_token_logps, (HIDDEN, HEAD, zeros(3)), ENTROPY | {"grad_filter": 0.1}, FILTERED),
+    (pk.linear_token_logps, (HIDDEN, HEAD, zeros(3)), ENTROPY | {"return_dropped": True}, FILTERED),
+    # A stray -100 where another index is ignored.
+    (pk.token_logps, (LOGITS, STRAY), {"ignore_index": -1}, "got -"),
+    (pk.pro_loss, (LOGITS, STRAY, None), {"ignore_index": -1}, "got -"),
+    (pk.linear_pro_loss, (LOGITS, torch.randn(9, 7), STRAY, None), {"ignore_index": -1}, "got -"),
+]
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: pk.pro_loss(**of_logits(logits=zeros(2, 3, 4).float())), "shape (B, n, T, V)"),
-        (lambda: pk.pro_loss(**of_logits(logits=zeros(2, 3, 4, 5))), "logits must be float64"),
-        (lambda: pk.pro_loss(**of_logits(targets=zeros(2, 3, 3))), "(B, n, T) = (2, 3, 4)"),
-        (lambda: pk.pro_loss(**of_logits(targets=zeros(2, 3, 4) + 11)), "[0, 11)"),
-        (lambda: pk.pro_loss(**of_logits(rewards=zeros(2, 3) + INF)), "rewards must be finite"),
-        (
-            lambda: pk.linear_token_logps(torch.randn(3, 8), torch.randn(5, 8), zeros(4)),
-            "hidden.shape[:-1] = (3,), got (4,)",
-        ),
-        (
-            lambda: pk.token_logps(torch.randn(3, 8), zeros(4)),
-            "logits.shape[:-1] = (3,), got (4,)",
-        ),
-        (
-            lambda: pk.token_logps(torch.randn(3), zeros()),
-            "logits must have shape (..., V), got (3,)",
-        ),
-        # A stray -100 where another index is ignored.
-        (lambda: pk.token_logps(LOGITS, STRAY, ignore_index=-1), "got -"),
-        (lambda: pk.pro_loss(LOGITS, STRAY, None, ignore_index=-1), "got -"),
-        (
-            lambda: pk.linear_pro_loss(LOGITS, torch.randn(9, 7), STRAY, None, ignore_index=-1),
-            "got -",
-        ),
-    ],
-)
-def test_other_functions(call, message):
+@pytest.mark.parametrize(("function", "args", "options", "message"), OTHERS)
+def test_other_functions(function, args, options, message):
     with pytest.raises(TypeError if "float64" in message else ValueError, match=re.escape(message)):
-        call()
+        function(*args, **options)
 
 
 @pytest.mark.parametrize("backend", usable_backends())

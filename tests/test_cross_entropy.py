@@ -1,4 +1,4 @@
-"""Log-sum-exps and the cross-entropy of hidden states: every backend, every tier, every option.
+"""The cross-entropy of hidden states: every tier, every option, and with other outputs.
 
 Among them what the suites of the peers state: of Apple's cut-cross-entropy its log-sum-exp, z-loss
 and partial gradients (tests/test_cce_lse.py, test_cce_loss_backward.py, test_compute_z_loss.py). Of
@@ -11,52 +11,15 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from cases import Case, compare, fp32_sums, run, upstreams
+from cases import Case, compare, run, upstreams
 from pro_kernels.fused import matmul
 from pro_kernels.fused.gather_scatter import add_rows
 from pro_kernels.fused.thin import ChosenLogits
 from pro_kernels.options import LogitOptions
-from subjects import every_case
 
-FREEZE = [(), ("weight", "bias"), ("hidden",), ("hidden", "weight")]
 every_tier = pytest.mark.parametrize("tier", ["T1", "T3"])
 F = torch.nn.functional
 LSE = {"return_lse": True}
-CASES = [
-    Case("plain", T=9),
-    Case("nothing masked", masked=0.0),
-    Case("all masked", masked=1.0),
-    Case("bias", T=9, bias=True),
-    Case("bias, softcap", T=9, bias=True, options={"softcap": 5.0, "logit_scale": 0.5}),
-    Case("negative scale", T=9, options={"logit_scale": -0.7}),
-    Case("logits of 50", T=9, scale=25.0),
-    Case("few columns", V=3, T=40, bias=True),  # many tokens of each target
-    Case("odd vocabulary", V=1009, T=4),
-]
-ids = [c.name for c in CASES]
-
-
-def check(case: Case, dtype: torch.dtype, used=(1, 1), **options) -> None:
-    up = [u if on else None for u, on in zip(upstreams(case), used, strict=True)]
-    compare(case, dtype, "linear_token_logps", upstream=up, shared=LSE, **options)
-
-
-@every_case(CASES)
-def test_log_sum_exps_of_every_backend(case, subject, dtype, poison):
-    check(case, dtype, backend=subject.name)
-
-
-@pytest.mark.parametrize("freeze", FREEZE, ids=str)
-@every_tier
-@pytest.mark.parametrize("case", CASES, ids=ids)
-def test_log_sum_exps_of_every_tier(case, tier, freeze, force_tier, poison, monkeypatch):
-    force_tier(tier)
-    check(case, torch.bfloat16, freeze=freeze)
-    check(case, torch.float32, (0, 1), freeze=freeze)
-    fp32_sums(monkeypatch)  # a GPU's matmuls
-    check(case, torch.bfloat16, freeze=freeze, head_dtype="float32")
-
-
 CLASSES = torch.linspace(0.0, 2.0, 37)
 OPTIONS = {
     "plain": {},
@@ -167,7 +130,16 @@ def test_what_targets_share_is_summed_before_it_is_rounded(dtype):
     assert out.equal(torch.tensor([[501.0], [1], [501], [1]]).expand(4, 3).to(dtype))
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+def outputs(name: str, hidden, weight, targets) -> tuple:
+    """The cross-entropy with these options, or log-probs and entropies from hidden or logits."""
+    if name in OPTIONS:
+        return (pk.linear_cross_entropy(hidden, weight, targets, **OPTIONS[name]),)
+    if name == "logits":
+        return pk.token_logps(hidden @ weight.t(), targets, return_entropy=True)
+    return pk.linear_token_logps(hidden, weight, targets, return_entropy=True)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "hidden"])
 def test_no_matmul_more(name, monkeypatch):
     rows = {"logits_into": 0, "hidden_grad": 0, "weight_grad": 0}
     for matmul_name in rows:
@@ -178,18 +150,24 @@ def test_no_matmul_more(name, monkeypatch):
             return function(first, *args, **kwargs)
 
         monkeypatch.setattr(matmul, matmul_name, counted)
-    case = Case("matmuls", T=9)
-    run(pk.linear_cross_entropy, case, torch.bfloat16, [torch.ones(())], **OPTIONS[name])
-    assert rows == dict.fromkeys(rows, int((case.tensors()[3] >= 0).sum()))
+    hidden, weight, _, targets, _ = Case("matmuls", T=9).tensors()
+    tensors = [x.bfloat16().requires_grad_() for x in (hidden, weight)]
+    sum(x.sum() for x in outputs(name, *tensors, targets)).backward()
+    assert rows == dict.fromkeys(rows, int((targets >= 0).sum()))
 
 
-@pytest.mark.parametrize("name", ["z-loss", "all"])
-def test_compiled_whole(name):
+COMPILED = [("z-loss", (0,)), ("all", (0,))]
+COMPILED += [(name, used) for name in ("hidden", "logits") for used in ((0, 1), (0,), (1,))]
+
+
+@pytest.mark.parametrize(("name", "used"), COMPILED, ids=str)
+def test_compiled_whole(name, used):
     hidden, weight, _, targets, _ = Case("compiled", T=9).tensors()
     tensors = [x.float().requires_grad_() for x in (hidden, weight)]
 
     def loss(h, w):
-        return pk.linear_cross_entropy(h, w, targets, **OPTIONS[name])
+        found = outputs(name, h, w, targets)
+        return sum(found[i].sin().sum() for i in used)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     grads = (torch.autograd.grad(f(*tensors), tensors) for f in (loss, compiled))

@@ -16,6 +16,7 @@ from pro_kernels.backends import cpu
 from pro_kernels.fused import column_groups, columns, matmul
 from pro_kernels.fused.call import Call
 from pro_kernels.fused.column_groups import Groups
+from pro_kernels.fused.gather_scatter import Inputs
 from pro_kernels.fused.planner import Plan, make_plan
 from pro_kernels.options import LogitOptions
 from subjects import isa, isas
@@ -205,15 +206,16 @@ def test_a_row_that_is_not_finite_keeps_every_column(bad):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8, 1), (1, 1, 1, 8, 2), (2, 2, 0, 8, 5)])
-def test_tiny_and_empty(shape):
+def test_tiny_and_empty(shape, poison):
     b, n, t, h, v = shape
     hidden = torch.randn(b, n, t, h, requires_grad=True)
-    weight = torch.randn(v, h, requires_grad=True)
+    weight, bias = (torch.randn(size, requires_grad=True) for size in ((v, h), (v,)))
     targets = torch.zeros(b, n, t, dtype=torch.int64)
     rewards = torch.arange(b * n).view(b, n).float()
-    out = pk.linear_pro_loss(hidden, weight, targets, rewards, grad_filter=0.1)
+    out = pk.linear_pro_loss(hidden, weight, targets, rewards, bias=bias, grad_filter=0.1)
     out.loss.backward()
-    assert weight.grad.isfinite().all() and out.grad_filter.dropped_mass.shape == (b * n * t,)
+    assert weight.grad.isfinite().all() and bias.grad.isfinite().all()
+    assert out.grad_filter.dropped_mass.shape == (b * n * t,)
     assert all(bound.isfinite() for bound in out.grad_filter.error_bounds())
 
 
@@ -269,7 +271,8 @@ def chosen(dz, weight, targets, tau, x=None):
     kept.centre = columns.Centre.of(call, weight)
     x = torch.ones(n, weight.shape[1], dtype=weight.dtype) if x is None else x
     at = slice(0, n)
-    stand_ins = kept.choose(call, 0, dz.clone(), x, targets, weight, at)
+    given = Inputs(call, x, weight, None, torch.arange(n), targets)
+    stand_ins = kept.choose(0, dz.clone(), x, given, at)
     assert stand_ins is not None
     gone = torch.ones(n, vocab, dtype=torch.bool)
     for rows, some in kept.of(0, at):

@@ -16,8 +16,8 @@ PACKAGE, TRAINER = ROOT / "pro_kernels", ROOT / "python" / "pro_trainer"
 # Modules that import nothing of the package, and what the others may import. No backend imports
 # another one.
 NOTHING = """
-_version option_types output ranking fused fused.shards fused.pages distinct distinct.tree
-models models.counts integrations integrations.names
+_version option_types output ranking fused fused.shards distinct distinct.tree
+models models.counts integrations integrations.switch
 """
 TABLE = """
 validate: option_types ranking
@@ -27,30 +27,30 @@ losses: losses option_types ranking validate
 policy: option_types options validate
 reference: layout options output
 backends: backends options
-backends.torch: options ranking
-backends.native: options
-backends.native_filter: backends.native
-backends.cpu: backends.native backends.native_filter options
+backends.torch: backends.protocol options ranking
+backends.native: backends.protocol options
+backends.cpu: backends.native options
 backends.cuda: backends.native options
-backends.triton: backends.triton options
+backends.triton: backends.protocol backends.triton options
 fused.matmul: options
 fused.planner: fused.matmul options validate
 fused.call: backends fused.matmul fused.planner fused.shards layout options validate
-fused.rank_order: fused.call layout option_types options output ranking validate
+fused.rank_order: backends layout option_types options output ranking validate
 fused.registry: fused.call
-fused.gather_scatter: fused.call fused.matmul fused.pages
+fused.gather_scatter: fused.call fused.matmul
 fused.column_groups: fused.matmul
-fused.columns: backends fused.call fused.column_groups fused.matmul
+fused.columns: backends fused.call fused.column_groups fused.gather_scatter fused.matmul
 fused.head: fused.call fused.columns fused.gather_scatter fused.matmul
-fused.target_columns: fused.call fused.gather_scatter fused.head
+fused.target_columns: fused.gather_scatter fused.head
 fused.backward: fused.call fused.column_groups fused.columns fused.gather_scatter fused.head
     fused.matmul fused.target_columns
-fused.prompts: fused.backward fused.call fused.columns fused.gather_scatter fused.head
-fused.ops: fused.backward fused.call fused.columns fused.gather_scatter fused.head fused.matmul
-    fused.pages fused.prompts fused.registry fused.target_columns layout options
+fused.prompts: backends fused.backward fused.call fused.columns fused.gather_scatter fused.head
+    fused.matmul
+fused.ops: backends fused.backward fused.call fused.columns fused.gather_scatter
+    fused.head fused.matmul fused.prompts fused.registry fused.target_columns layout options
 fused.autograd: fused.call fused.ops fused.registry fused.shards layout
-fused.ranks: fused.autograd fused.call fused.ops fused.planner fused.rank_order fused.shards
-    layout options output validate
+fused.ranks: backends fused.autograd fused.call fused.ops fused.planner fused.rank_order
+    fused.shards layout options output validate
 api: backends fused.autograd fused.call fused.columns fused.planner fused.rank_order fused.ranks
     fused.shards layout options output validate
 fused.thin: fused.autograd fused.gather_scatter options
@@ -76,12 +76,13 @@ models.attach: distinct.decoder fused.shards losses models.forward models.head m
 models.loaded: models.attach models.counts models.forward models.opened
 hook: models.loaded
 models.official: models.attach options reference
-models.trl: api distinct.decoder models.attach models.head models.opened validate
-integrations.liger: api cross_entropy integrations.names models.head
-integrations.verl: api integrations.names models.head
+models.trl: api distinct.decoder integrations.switch models.attach models.head
+    models.opened validate
+integrations.liger: api cross_entropy integrations.switch models.head
+integrations.verl: api integrations.switch models.head
 integrations.verl_workers: integrations.verl
 integrations.axolotl: models.loaded
-integrations.swift: models.loaded
+integrations.swift: integrations.switch models.loaded
 integrations.lists: losses
 integrations.trl: integrations.lists models.attach
 integrations.llamafactory: integrations.lists models.attach

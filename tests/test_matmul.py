@@ -43,7 +43,8 @@ def test_three_matmuls(route, dtype):
     dz = torch.randn(9, 150).to(dtype)
     hidden = matmul.hidden_grad(dz, w).double()
     exact = dz.double() @ w.double()
-    assert (hidden - exact).norm() <= eps * exact.norm()
+    sums = route != "native" and dtype in LOW  # unrounded, over all blocks
+    assert (hidden - exact).norm() <= (1e-6 if sums else eps) * exact.norm()
 
     exact = dz.double().t() @ x.double()
     weight = matmul.weight_grad(dz, x, torch.empty(150, 21, dtype=dtype), accumulate=False)
@@ -51,15 +52,6 @@ def test_three_matmuls(route, dtype):
     acc = torch.ones(150, 21, dtype=torch.promote_types(dtype, torch.float32))
     matmul.weight_grad(dz, x, acc, accumulate=True)
     assert (acc.double() - 1 - exact).norm() <= eps * exact.norm()
-
-
-def test_the_blocked_route_rounds_once(monkeypatch):
-    """Summed over columns in fp32: no more error than rounding the exact result."""
-    monkeypatch.setattr(matmul, "_upcasts", lambda dtype, _: True)
-    monkeypatch.setattr(matmul, "WORKSPACE", 1)
-    dz, w = torch.randn(4, 640).bfloat16(), torch.randn(640, 8).bfloat16()
-    exact = dz.double() @ w.double()
-    assert (matmul.hidden_grad(dz, w).double() - exact).norm() < 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize(

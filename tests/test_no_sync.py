@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import pro_kernels as pk
 from cases import CPU, Case, fp32_sums
 from pro_kernels import api
-from pro_kernels.fused import call, registry, shards
-from pro_kernels.fused.planner import Plan
+from pro_kernels.fused import registry, shards
 
 ROOT = Path(pk.__file__).parent
 HOT = [
@@ -251,20 +250,13 @@ class NoWait(TorchDispatchMode):
 
 
 class Tier:
-    """One way through the gradients: its plan, its leaves, and what it gives."""
+    """One way through the gradients: its leaves, and what it gives."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, prompts: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, force_tier, name: str) -> None:
         self.learns = name != "T0"
         self.weighs = name in ("T1", "T2", "T3")
-
-        def plan(rows: int, *_, **__) -> Plan:
-            retained = {"T1": rows, "T3": rows // 2}.get(name, 0)
-            chunks = (1,) * prompts if name == "T2" else ()
-            needs = {"need_hidden": self.learns, "need_weight": self.weighs}
-            chunk = rows if name == "T1" else 5
-            return Plan(name, chunk, retained, **needs, prompt_chunks=chunks)
-
-        monkeypatch.setattr(call, "make_plan", plan)
+        monkeypatch.setattr("pro_kernels.fused.planner.default_budget", lambda device: 1 << 30)
+        force_tier(name)
 
     def leaves(self, hidden: torch.Tensor, *head: torch.Tensor) -> list[torch.Tensor]:
         """Copies, of which those have a gradient that it gives one to."""
@@ -298,7 +290,7 @@ OPTIONS = [
         (torch.bfloat16, True, True),
     ],
 )
-def test_linear_pro_loss(tier, dtype, shared, host, monkeypatch):
+def test_linear_pro_loss(tier, dtype, shared, host, monkeypatch, force_tier):
     case = Case("gpu", bias=True)
     hidden, weight, bias, targets, rewards = case.tensors()
     layout = pk.Layout.from_padded(targets.masked_fill(targets < 0, 3))
@@ -306,7 +298,7 @@ def test_linear_pro_loss(tier, dtype, shared, host, monkeypatch):
         rows = layout.rows // 2, layout.targets, layout.offsets, case.n
         layout = pk.Layout.from_rows(*rows, num_rows=layout.num_rows)
     fp32_sums(monkeypatch)
-    tier = Tier(monkeypatch, tier, case.B)
+    tier = Tier(monkeypatch, force_tier, tier)
     per_candidate = {
         "candidate_mask": torch.arange(case.B * case.n).view(case.B, case.n) > 0,
         "prompt_weights": torch.rand(case.B),
@@ -342,14 +334,14 @@ def test_pro_loss(inplace):
 
 @pytest.mark.parametrize("tier", ["T0", "T1", "T1f", "T3"])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_a_sequence_group_waits_in_its_agreement_only(tier, ragged, monkeypatch):
+def test_a_sequence_group_waits_in_its_agreement_only(tier, ragged, monkeypatch, force_tier):
     """A group of one rank, whose collectives do nothing: the loss is that without a group."""
     hidden, weight = torch.randn(12, 8), torch.randn(37, 8)
     counts, rewards = ([3, 1], torch.randn(2, 3)) if ragged else (2, torch.randn(2, 2))
     layout = pk.Layout.from_packed(
         torch.randint(0, 37, (12,)), torch.tensor([0, 3, 4, 7, 12]), counts
     )
-    tier = Tier(monkeypatch, tier, 2)
+    tier = Tier(monkeypatch, force_tier, tier)
     monkeypatch.setattr(shards, "group_of", lambda _, group: group)
     monkeypatch.setattr(shards, "agree", lambda *_: None)
     monkeypatch.setattr(shards, "sum_", lambda x, _: x)
@@ -366,9 +358,9 @@ def test_a_sequence_group_waits_in_its_agreement_only(tier, ragged, monkeypatch)
 
 
 @pytest.mark.parametrize("tier", ["T0", "T1", "T1f", "T3"])
-def test_token_log_probs_wait_for_their_layout_only(tier, monkeypatch):
+def test_token_log_probs_wait_for_their_layout_only(tier, monkeypatch, force_tier):
     """Targets on the device: how many are scored is asked for once, and nothing else."""
-    tier, targets = Tier(monkeypatch, tier, 1), torch.randint(0, 37, (20,))
+    tier, targets = Tier(monkeypatch, force_tier, tier), torch.randint(0, 37, (20,))
     hidden, weight = tier.leaves(torch.randn(20, 8), torch.randn(37, 8))
     classes = {"class_weight": torch.rand(37), "label_smoothing": 0.1, "z_loss": 0.1}
     layout = pk.Layout.from_padded(targets.view(1, 1, -1))
@@ -386,10 +378,12 @@ def test_token_log_probs_wait_for_their_layout_only(tier, monkeypatch):
     assert logps.isfinite().all() and stats.entropy.isfinite().all()
 
 
-@pytest.mark.parametrize(("tier", "chunks"), [("T1", 1), ("T1f", 4), ("T2", 2), ("T3", 4)])
-def test_grad_filter_waits_once_a_chunk(tier, chunks, monkeypatch):
+@pytest.mark.parametrize(("tier", "chunks"), [("T1", 1), ("T1f", 4), ("T2", 2), ("T3", 5)])
+def test_grad_filter_waits_once_a_chunk(tier, chunks, monkeypatch, force_tier):
     """For the number of columns that stay, in the forward; else for nothing."""
-    hidden, weight = Tier(monkeypatch, tier, 2).leaves(torch.randn(20, 8), 3 * torch.randn(301, 8))
+    hidden, weight = Tier(monkeypatch, force_tier, tier).leaves(
+        torch.randn(20, 8), 3 * torch.randn(301, 8)
+    )
     layout = pk.Layout.from_padded(torch.randint(0, 301, (2, 2, 5)))
     options = {"layout": layout, "backend": "torch", "grad_filter": 0.3}
     with Gpu() as gpu:

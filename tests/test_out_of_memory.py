@@ -8,9 +8,7 @@ import torch
 import pro_kernels as pk
 from cases import Case, run
 from pro_kernels import backends
-from pro_kernels.fused import call as call_module
 from pro_kernels.fused import matmul
-from pro_kernels.fused.planner import Plan
 
 CASE = Case("out of memory", B=2, n=3, T=8, bias=True)
 ERRORS = [
@@ -26,12 +24,6 @@ WORDS = [
     MemoryError("a shape of 10**12 numbers"),
     RuntimeError("something else"),  # stays as it is
 ]
-NEEDS = {"need_hidden": True, "need_weight": True, "budget": 123456}
-PLANS = {
-    "T1": lambda rows: Plan("T1", rows, retained=rows, **NEEDS),
-    "T2": lambda rows: Plan("T2", rows, prompt_chunks=(1, 1), **NEEDS),
-    "T3": lambda rows: Plan("T3", 5, retained=7, **NEEDS),
-}
 
 
 def fail_at(monkeypatch, module, name: str, call: int, error: RuntimeError) -> None:
@@ -48,15 +40,15 @@ def fail_at(monkeypatch, module, name: str, call: int, error: RuntimeError) -> N
     monkeypatch.setattr(module, name, failing)
 
 
-def planned(monkeypatch, tier: str) -> list[torch.Tensor]:
-    """The leaves of a call that will be of that tier."""
-    monkeypatch.setattr(call_module, "make_plan", lambda rows, *_, **__: PLANS[tier](rows))
+def leaves_of(tier: str, force_tier) -> list[torch.Tensor]:
+    """Of a call that will be of that tier."""
+    force_tier(tier)
     return [x.float().requires_grad_() for x in CASE.tensors()[:3]]
 
 
-def loss(leaves, **options) -> torch.Tensor:
+def loss(leaves, budget=123456) -> torch.Tensor:
     *_, targets, rewards = CASE.tensors()
-    options = {"bias": leaves[2], "backend": "torch", **options}
+    options = {"bias": leaves[2], "backend": "torch", "budget": budget}
     return 1.7 * pk.linear_pro_loss(*leaves[:2], targets, rewards, **options).loss
 
 
@@ -73,13 +65,13 @@ def loss(leaves, **options) -> torch.Tensor:
     ],
 )
 def test_the_error_names_the_budget_and_a_smaller_one_is_right(
-    tier, where, call, op, error, monkeypatch
+    tier, where, call, op, error, monkeypatch, force_tier
 ):
     error = type(error)(*error.args)
     expected = run(pk.linear_pro_loss, CASE, torch.float32, backend="torch")
+    leaves = leaves_of(tier, force_tier)
+    before = [x.detach().clone() for x in leaves]
     with monkeypatch.context() as patch:
-        leaves = planned(patch, tier)
-        before = [x.detach().clone() for x in leaves]
         fail_at(patch, matmul, where, call, error)
         with pytest.raises(RuntimeError, match="budget of 123456 bytes") as raised:
             loss(leaves).backward()
@@ -98,12 +90,13 @@ def test_the_error_names_the_budget_and_a_smaller_one_is_right(
     ("where", "op"),
     [("logits_into", "head_forward"), ("weight_grad", "head_backward")],
 )
-def test_with_an_entropy_too(where, op, monkeypatch):
-    leaves = planned(monkeypatch, "T3")[:2]
+def test_with_an_entropy_too(where, op, monkeypatch, force_tier):
+    leaves = leaves_of("T3", force_tier)[:2]
     fail_at(monkeypatch, matmul, where, 1, torch.OutOfMemoryError("CUDA out of memory."))
     with pytest.raises(torch.OutOfMemoryError, match=f"{op} ran with a budget of 123456"):
         targets = CASE.tensors()[3]
-        sum(pk.linear_token_logps(*leaves, targets, return_entropy=True)).sum().backward()
+        options = {"return_entropy": True, "budget": 123456}
+        sum(pk.linear_token_logps(*leaves, targets, **options)).sum().backward()
     assert all(x.grad is None for x in leaves)
 
 
@@ -119,9 +112,8 @@ def test_whoever_has_no_memory_is_understood(error, monkeypatch):
         pk.linear_token_logps(hidden, weight, targets, backend="torch", budget=4000)
 
 
-def test_scaling_the_gradients_of_the_forward_names_the_budget_too(monkeypatch):
-    with monkeypatch.context() as patch:
-        value = loss(planned(patch, "T2"))
+def test_scaling_the_gradients_of_the_forward_names_the_budget_too(monkeypatch, force_tier):
+    value = loss(leaves_of("T2", force_tier))
     fail_at(monkeypatch, torch, "empty_like", 1, RuntimeError("can't allocate memory"))
     with pytest.raises(RuntimeError, match="scaled ran with a budget of 123456 bytes"):
         value.backward()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from pro_kernels.integrations import names
+from pro_kernels.integrations.switch import Switch
 from pro_kernels.models.forward import STATE
 from pro_kernels.models.trl import accelerate_trl
 from stubs import stub, stub_verl
@@ -27,13 +27,13 @@ def test_names_are_exchanged_in_modules_loaded_before_and_since(monkeypatch):
     before, since = types.ModuleType("before"), types.ModuleType("since")
     before.a, before.b, before.c = old, other, old
     monkeypatch.setitem(sys.modules, "before", before)
-    pairs = [(old, new)]
-    names.exchange(pairs)
+    switch = Switch("", "", "")
+    switch.exchange([(old, new)])
     assert (before.a, before.b, before.c) == (new, other, new)
     monkeypatch.setitem(sys.modules, "since", since)
     since.a = before.a
-    names.exchange_back(pairs)
-    assert (before.a, before.b, before.c, since.a) == (old, other, old, old) and not pairs
+    switch.restore()
+    assert (before.a, before.b, before.c, since.a) == (old, other, old, old)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_grpo_is_ligers(liger, options, reference):
     ids, mask, safe = targets(4).clamp(min=0), mask.float(), old.clamp(min=-20)
 
     def run():
-        if not liger_switch._exchanged:  # Liger itself, which would give NaN there
+        if not liger_switch._switch.pairs:  # Liger itself, which would give NaN there
             return loss_of(hidden, weight, ids, mask, good, **given | {"old_per_token_logps": safe})
         return loss_of(hidden, weight, ids, mask, good, **given)
 

@@ -17,6 +17,7 @@ from bench.engine.timing import Refused, Step, backward_step
 from bench.engine.truth import Inputs, case_loss
 from bench.providers.base import Provider
 from pro_kernels import backends
+from pro_kernels.backends.protocol import Candidates
 from pro_kernels.fused.planner import make_plan
 from pro_kernels.options import RankingOptions
 
@@ -137,7 +138,7 @@ def _ranking_kernel(inputs: Inputs, backend: str) -> Step:
 def ranking_call(module: Any, logps: Tensor, rewards: Tensor) -> Callable[[], Any]:
     """A call of a backend's ranking kernel on log-probs (B, n, T), all scored, best first."""
     (B, n, T), device = logps.shape, logps.device
-    arguments = (
+    candidates = Candidates(
         torch.arange(B * n + 1, device=device) * T,
         torch.full((B * n,), T, device=device),
         torch.arange(B * n, device=device).view(B, n),
@@ -145,7 +146,7 @@ def ranking_call(module: Any, logps: Tensor, rewards: Tensor) -> Callable[[], An
         torch.zeros(B, dtype=torch.int64, device=device),
         torch.full((B,), 1 / B, device=device),
     )
-    return partial(module.ranking, logps.reshape(-1), *arguments, options=RankingOptions())
+    return partial(module.ranking, logps.reshape(-1), candidates, RankingOptions())
 
 
 def step(

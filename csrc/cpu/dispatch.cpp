@@ -1,5 +1,5 @@
-// Which instruction set runs: the best one that was compiled in (PK_HAVE_*, from setup.py) and
-// that this processor has; pk_cpu_set_isa chooses another.
+// Which instruction set runs: the best one that was compiled in (PK_ISAS, from setup.py: best
+// first) and that this processor has; pk_cpu_set_isa chooses another.
 #include <atomic>
 #include <cstring>
 
@@ -7,63 +7,30 @@
 #include "kernels.h"
 #include "pro_kernels_cpu.h"
 
+#ifndef PK_ISAS
+#define PK_ISAS(F) F(generic)
+#endif
+// Only those compiled in are asked for: not every compiler knows every name. F16C, each processor
+// with AVX2 has it.
+#define PK_HAS(name) __builtin_cpu_supports(name)
+#define PK_RUNS_avx512bf16 PK_RUNS_avx512&& PK_HAS("avx512bf16")
+#define PK_RUNS_avx512 \
+  PK_HAS("avx512f") && PK_HAS("avx512bw") && PK_HAS("avx512vl") && PK_HAS("avx512dq")
+#define PK_RUNS_avx2 PK_HAS("avx2") && PK_HAS("fma")
+#define PK_RUNS_neon true
+#define PK_RUNS_generic true
+
 namespace pk {
 
-extern const Isa kAvx512Bf16Isa;
-extern const Isa kAvx512Isa;
-extern const Isa kAvx2Isa;
-extern const Isa kNeonIsa;
-extern const Isa kGenericIsa;
+#define PK_DECLARE(isa) extern const Isa isa_##isa;
+PK_ISAS(PK_DECLARE)
 
 namespace {
 
-struct Candidate {
-  const Isa* isa;
-  bool (*supported)();
-};
-
-#if defined(PK_HAVE_AVX512) || defined(PK_HAVE_AVX512BF16)
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-#endif
-#ifdef PK_HAVE_AVX512BF16
-bool has_avx512bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
-}
-#endif
-#ifdef PK_HAVE_AVX2
-// F16C is not a name every compiler knows here; each processor with AVX2 has it.
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-#endif
-bool always() {
-  return true;
-}
-
-// Best first.
-const Candidate kCandidates[] = {
-#ifdef PK_HAVE_AVX512BF16
-    {&kAvx512Bf16Isa, has_avx512bf16},
-#endif
-#ifdef PK_HAVE_AVX512
-    {&kAvx512Isa, has_avx512},
-#endif
-#ifdef PK_HAVE_AVX2
-    {&kAvx2Isa, has_avx2},
-#endif
-#ifdef PK_HAVE_NEON
-    {&kNeonIsa, always},
-#endif
-    {&kGenericIsa, always},
-};
-
 const Isa* find_isa(const char* name) {  // null: the best
-  for (const Candidate& c : kCandidates) {
-    if ((name == nullptr || std::strcmp(name, c.isa->name) == 0) && c.supported()) return c.isa;
-  }
+#define PK_TRY(isa) \
+  if ((name == nullptr || std::strcmp(name, #isa) == 0) && PK_RUNS_##isa) return &isa_##isa;
+  PK_ISAS(PK_TRY)
   return nullptr;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace pk {
 
@@ -67,6 +68,20 @@ static inline void from_float(float x, Half& out) {
   half = bits >= 0x477ff000u ? 0x7c00u : half;                         // rounds to infinity
   half = bits > 0x7f800000u ? 0x7e00u | (bits >> 13 & 0x3ffu) : half;  // NaN
   out.bits = uint16_t(half | sign);
+}
+
+// Calls f(p) with a pointer of the type that `dtype` names.
+template <class F>
+static inline void with_type(void* p, int32_t dtype, F&& f) {
+  if (dtype == kFloat32) return f(static_cast<float*>(p));
+  if (dtype == kBFloat16) return f(static_cast<BFloat16*>(p));
+  f(static_cast<Half*>(p));
+}
+
+template <class F>
+static inline void with_type(const void* p, int32_t dtype, F&& f) {
+  with_type(const_cast<void*>(p), dtype,
+            [&](auto* x) { f(static_cast<const std::remove_pointer_t<decltype(x)>*>(x)); });
 }
 
 }  // namespace pk

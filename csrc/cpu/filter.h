@@ -17,16 +17,8 @@
 namespace pk {
 namespace {  // why: rows.h
 
-// Calls f(p) with a pointer of the type that `dtype` names.
-template <class F>
-inline void with_type(const void* p, int32_t dtype, F&& f) {
-  if (dtype == kFloat32) return f(static_cast<const float*>(p));
-  if (dtype == kBFloat16) return f(static_cast<const BFloat16*>(p));
-  f(static_cast<const Half*>(p));
-}
-
 template <class T>
-inline const T* row_of(const ColumnFilter& f, const T* entries, int64_t row) {
+inline T* row_of(const ColumnFilter& f, T* entries, int64_t row) {
   return entries + row * f.stride;
 }
 
@@ -147,11 +139,10 @@ inline void compact(const ColumnFilter& f, int64_t group) {
   const int64_t count = f.starts[group + 1] - f.starts[group];
   for (int64_t k = 0; k < count; ++k) dropped[kept[k]] = 0;
   with_type(f.entries, f.dtype, [&](auto* entries) {
-    using T = std::remove_const_t<std::remove_reference_t<decltype(*entries)>>;
     const GroupRows rows = rows_of(f, group);
     const auto move = [&](int64_t row) {
       if (!f.move) return;
-      T* p = const_cast<T*>(row_of(f, entries, row));
+      auto* p = row_of(f, entries, row);
       for (int64_t k = 0; k < count; ++k) p[k] = p[kept[k]];  // ascending: nothing is overwritten
     };
     int64_t r = 0;
@@ -229,9 +220,7 @@ inline KeptColumns kept_of(const ColumnFilter& f, int64_t group, int64_t from, i
 
 inline void store(const float* from, int64_t count, void* out, int32_t dtype, int64_t at) {
   with_type(out, dtype, [&](auto* p) {
-    using T = std::remove_const_t<std::remove_reference_t<decltype(*p)>>;
-    T* to = const_cast<T*>(p) + at;
-    for (int64_t i = 0; i < count; ++i) from_float(from[i], to[i]);
+    for (int64_t i = 0; i < count; ++i) from_float(from[i], p[at + i]);
   });
 }
 
@@ -244,6 +233,21 @@ inline void end_hidden(const ColumnFilter& f, int64_t i, const float* sums) {
   store(sums, f.hidden, f.out, f.out_dtype, f.order[i] * f.out_stride);
 }
 
+// Rows of some width side by side as products read them, row_of(at) for at < count, zeros behind.
+template <class M, class F>
+void bring(int64_t count, int64_t width, int32_t dtype, typename M::Number* out, int64_t out_row,
+           const F& row_of) {
+  const std::vector<char> zeros(width * 4);
+  for (int64_t k = 0; k * M::kDepth < count; ++k) {
+    const void* of[2];
+    for (int64_t i = 0; i < M::kDepth; ++i) {
+      const int64_t at = k * M::kDepth + i;
+      of[i] = at < count ? row_of(at) : zeros.data();
+    }
+    M::across(of, dtype, width, out + k * out_row);
+  }
+}
+
 // Adds a piece to `sums (rows of the order, width)`.
 template <class I, class M>
 void hidden_grad(const ColumnFilter& f, const HiddenPiece& piece, float* sums, int64_t width) {
@@ -254,7 +258,6 @@ void hidden_grad(const ColumnFilter& f, const HiddenPiece& piece, float* sums, i
   const GroupRows rows = rows_of(f, piece.group);
   const KeptColumns kept = kept_of(f, piece.group, piece.from, piece.to);
   std::vector<Number> a(rows.count * deep), b(deep * padded);
-  const std::vector<char> zeros(f.hidden * 4);
   float* out = sums + piece.group * f.group_rows * width + piece.first;
   for (int64_t start = 0; start < kept.count; start += kDepthBlock) {
     const int64_t some = std::min(kDepthBlock, kept.count - start);
@@ -262,14 +265,8 @@ void hidden_grad(const ColumnFilter& f, const HiddenPiece& piece, float* sums, i
     for (int64_t r = 0; r < rows.count; ++r) {
       M::along(entry(f, rows.at[r], kept.start + start), f.dtype, some, &a[r * deep]);
     }
-    for (int64_t k = 0; k < depth; ++k) {
-      const void* of[2];
-      for (int64_t i = 0; i < M::kDepth; ++i) {
-        const int64_t at = k * M::kDepth + i;
-        of[i] = at < some ? operand(f, kept.columns[start + at], piece.first) : zeros.data();
-      }
-      M::across(of, f.operand_dtype, across, &b[k * padded]);
-    }
+    bring<M>(some, across, f.operand_dtype, b.data(), padded,
+             [&](int64_t at) { return operand(f, kept.columns[start + at], piece.first); });
     product_into<M>(
         a.data(), deep, 1, b.data(), padded, [&](int64_t r) { return out + r * width; }, rows.count,
         padded, depth, true);
@@ -281,17 +278,9 @@ template <class I, class M>
 void bring_together(const ColumnFilter& f, int64_t group, void* out, int64_t width) {
   using Number = typename M::Number;
   const GroupRows rows = rows_of(f, group);
-  const std::vector<char> zeros(f.hidden * 4);
   const int64_t before = group * ((f.group_rows + M::kDepth - 1) / M::kDepth);
-  Number* to = static_cast<Number*>(out) + before * width;
-  for (int64_t k = 0; k * M::kDepth < rows.count; ++k) {
-    const void* of[2];
-    for (int64_t i = 0; i < M::kDepth; ++i) {
-      const int64_t at = k * M::kDepth + i;
-      of[i] = at < rows.count ? operand(f, rows.at[at], 0) : zeros.data();
-    }
-    M::across(of, f.operand_dtype, f.hidden, to + k * width);
-  }
+  bring<M>(rows.count, f.hidden, f.operand_dtype, static_cast<Number*>(out) + before * width, width,
+           [&](int64_t at) { return operand(f, rows.at[at], 0); });
 }
 
 // Vocabulary columns [first, end) of dW = dZ0^T X, all groups together. Only those that a group
@@ -315,20 +304,13 @@ void weight_grad(const ColumnFilter& f, const void* sides, int64_t width, int64_
   std::vector<float> sums(places * width);
   const int64_t a_row = most + 16;  // apart
   std::vector<Number> a(deep * a_row);
-  const std::vector<char> zeros(most * 4);
   for (int64_t group = 0; group < groups; ++group) {
     const KeptColumns kept = kept_of(f, group, first, end);
     if (kept.count == 0) continue;
     const GroupRows rows = rows_of(f, group);
     const int64_t depth = (rows.count + M::kDepth - 1) / M::kDepth;
-    for (int64_t k = 0; k < depth; ++k) {
-      const void* of[2];
-      for (int64_t i = 0; i < M::kDepth; ++i) {
-        const int64_t at = k * M::kDepth + i;
-        of[i] = at < rows.count ? entry(f, rows.at[at], kept.start) : zeros.data();
-      }
-      M::across(of, f.dtype, kept.count, &a[k * a_row]);
-    }
+    bring<M>(rows.count, kept.count, f.dtype, a.data(), a_row,
+             [&](int64_t at) { return entry(f, rows.at[at], kept.start); });
     const Number* b = static_cast<const Number*>(sides) + group * deep * width;
     product_into<M>(
         a.data(), 1, a_row, b, width,

@@ -3,7 +3,7 @@
 //
 // Everything around the rows (threads, masks, the target's own entry, finishing in double) is
 // compiled once, in logits.cpp; what is around the others, in attention.cpp and filter.cpp. A new
-// instruction set is one vec_*.h, one isa_*.cpp and one line in dispatch.cpp.
+// instruction set is one vec_*.h, one line in dispatch.cpp and one in setup.py.
 #pragma once
 
 #include <cstdint>

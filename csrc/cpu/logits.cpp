@@ -27,17 +27,13 @@ struct Logits {
 };
 
 float read(const Logits& x, int64_t i, int64_t column) {
-  const void* row = x.row(i);
-  if (x.dtype == kFloat32) return static_cast<const float*>(row)[column];
-  if (x.dtype == kBFloat16) return to_float(static_cast<const BFloat16*>(row)[column]);
-  return to_float(static_cast<const Half*>(row)[column]);
+  float value;
+  with_type(x.row(i), x.dtype, [&](auto* row) { value = to_float(row[column]); });
+  return value;
 }
 
 void write(const Logits& x, int64_t i, int64_t column, double value) {
-  void* row = x.row(i);
-  if (x.dtype == kFloat32) return from_float(float(value), static_cast<float*>(row)[column]);
-  if (x.dtype == kBFloat16) return from_float(float(value), static_cast<BFloat16*>(row)[column]);
-  from_float(float(value), static_cast<Half*>(row)[column]);
+  with_type(x.row(i), x.dtype, [&](auto* row) { from_float(float(value), row[column]); });
 }
 
 bool any_nan(const Logits& x, int64_t i) {

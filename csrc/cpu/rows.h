@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "attention.h"
 #include "filter.h"
@@ -165,24 +166,12 @@ RowStats stats(const T* row, int64_t columns, const Target& target, const Transf
   return result;
 }
 
-template <class I, class T, bool kTransform, bool kExact>
-void gradient(const T* row, T* out, int64_t columns, float shift, float factor,
-              const Transform& t) {
-  using Reg = typename I::Reg;
-  using RowExp = Exp<I, kExact ? 6 : 4, kExact>;
+// out = one(row), by pairs of registers.
+template <class I, class T, class F>
+inline void map_row(const T* row, T* out, int64_t columns, const F& one) {
   constexpr int64_t step = 2 * I::kLanes;
-  const RowExp exp(shift, float(factor * RowExp::correction(shift)));
-  const auto one = [&](Reg raw) {
-    if constexpr (kTransform) {
-      Reg slope;
-      const Reg z = transform<I>(raw, t, slope);
-      return I::mul(exp.times_factor(z), slope);
-    } else {
-      return exp.times_factor(raw);
-    }
-  };
   const auto one_pair = [&](const T* from, T* to) {
-    Reg a, b;
+    typename I::Reg a, b;
     I::load_pair(from, a, b);
     I::store_pair(to, one(a), one(b));
   };
@@ -195,32 +184,36 @@ void gradient(const T* row, T* out, int64_t columns, float shift, float factor,
   std::copy(rest, rest + (columns - i), out + i);
 }
 
+template <class I, class T, bool kTransform, bool kExact>
+void gradient(const T* row, T* out, int64_t columns, float shift, float factor,
+              const Transform& t) {
+  using Reg = typename I::Reg;
+  using RowExp = Exp<I, kExact ? 6 : 4, kExact>;
+  const RowExp exp(shift, float(factor * RowExp::correction(shift)));
+  map_row<I>(row, out, columns, [&](Reg raw) {
+    if constexpr (kTransform) {
+      Reg slope;
+      const Reg z = transform<I>(raw, t, slope);
+      return I::mul(exp.times_factor(z), slope);
+    } else {
+      return exp.times_factor(raw);
+    }
+  });
+}
+
 // The same with a factor that is linear in z: what an entropy adds.
 template <class I, class T>
 void tilted_gradient(const T* row, T* out, int64_t columns, float shift, float factor, float tilt,
                      const Transform& t) {
   using Reg = typename I::Reg;
-  constexpr int64_t step = 2 * I::kLanes;
   const Exp<I, 6, true> exp(shift);
-  const auto one = [&](Reg raw) {
+  map_row<I>(row, out, columns, [&](Reg raw) {
     Reg slope;
     const Reg z = transform<I>(raw, t, slope);
     // Finite: -inf columns are then 0 * finite. max would drop a NaN, which exp keeps.
     const Reg below = I::max(I::set(-104.0f), I::sub(z, I::set(shift)));
     return I::mul(I::mul(exp(z), I::fma(below, I::set(tilt), I::set(factor))), slope);
-  };
-  const auto one_pair = [&](const T* from, T* to) {
-    Reg a, b;
-    I::load_pair(from, a, b);
-    I::store_pair(to, one(a), one(b));
-  };
-  int64_t i = 0;
-  for (; i + step <= columns; i += step) one_pair(row + i, out + i);
-  if (i == columns) return;
-  T rest[step] = {};
-  std::copy(row + i, row + columns, rest);
-  one_pair(rest, rest);
-  std::copy(rest, rest + (columns - i), out + i);
+  });
 }
 
 template <class I, class T>
@@ -265,10 +258,12 @@ constexpr RowKernels row_kernels() {
   return {stats_entry<I, T>, gradient_entry<I, T>, tilted_gradient_entry<I, T>};
 }
 
-// The table of instruction set I, in the order of DType; M: how it multiplies bf16.
-template <class I, class M = Floats<I>>
-constexpr Isa isa_table() {
-  return {I::kName,
+// The table of instruction set I, in the order of DType.
+template <class I>
+constexpr Isa isa_table(const char* name) {
+  using Pairs = typename I::Pairs;
+  using M = std::conditional_t<std::is_void_v<Pairs>, Floats<I>, PairsOfBf16<Pairs>>;
+  return {name,
           {row_kernels<I, float>(), row_kernels<I, BFloat16>(), row_kernels<I, Half>()},
           attention_kernels<I>(),
           filter_kernels<I, M>()};

@@ -7,8 +7,10 @@
 namespace pk {
 namespace {  // why: rows.h
 
+struct Bf16Dots;
+
 struct Avx512Bf16 : Avx512 {
-  static constexpr const char* kName = "avx512bf16";
+  using Pairs = Bf16Dots;
 
   using Avx512::store_pair;
   static inline void store_pair(BFloat16* p, Reg a, Reg b) {
@@ -38,3 +40,6 @@ struct Bf16Dots {
 
 }  // namespace
 }  // namespace pk
+
+#undef PK_LANES
+#define PK_LANES Avx512Bf16

@@ -1,5 +1,6 @@
-// No particular instruction set: four lanes of the compiler's own vector type, which GCC and Clang
-// turn into whatever the machine has (SSE2, NEON, plain scalars).
+// The operations on vectors of fp32 that the kernels are written in, with the compiler's own vector
+// types, which GCC and Clang turn into whatever the machine has (SSE2, NEON, plain scalars). Those
+// of a particular instruction set (vec_*.h) replace what it does better.
 #pragma once
 
 #include <cstdint>
@@ -10,19 +11,28 @@
 namespace pk {
 namespace {  // why: rows.h
 
-struct Generic {
-  static constexpr const char* kName = "generic";
-  static constexpr int kLanes = 4;
-  typedef float Reg __attribute__((vector_size(16)));
-  typedef int32_t Bits __attribute__((vector_size(16)));
+template <class T, int N>
+struct VectorOf {
+  typedef T Type __attribute__((vector_size(sizeof(T) * N)));
+  typedef T Anywhere __attribute__((vector_size(sizeof(T) * N), aligned(1), may_alias));
+};
+
+template <int N>
+struct Lanes {
+  static constexpr int kLanes = N;
+  using Reg = typename VectorOf<float, N>::Type;
+  using Anywhere = typename VectorOf<float, N>::Anywhere;
+  using Bits = typename VectorOf<int32_t, N>::Type;
+  using Words = typename VectorOf<uint32_t, N>::Type;
   static constexpr bool kHasScaling = false;
-  static constexpr float kExpLow = -87.33f;
+  static constexpr float kExpLow = -87.33f;  // e^x is a normal number above it
+  using Pairs = void;                        // how pairs of bf16 are multiplied, if they are
 
   struct FlushSubnormals {  // not in portable code
     FlushSubnormals() {}
   };
 
-  static inline Reg set(float x) { return Reg{x, x, x, x}; }
+  static inline Reg set(float x) { return x - Reg{}; }
   static inline Reg add(Reg a, Reg b) { return a + b; }
   static inline Reg sub(Reg a, Reg b) { return a - b; }
   static inline Reg mul(Reg a, Reg b) { return a * b; }
@@ -44,56 +54,70 @@ struct Generic {
   static inline Reg copy_sign(Reg magnitude, Reg sign) {
     return select(Bits{} + 0x7fffffff, magnitude, sign);
   }
+  // p * 2^n, with n also in the low bits of `shifted`; 0 at x = kExpLow, NaN for NaN.
   static inline Reg times_pow2(Reg p, Reg, Reg shifted, Reg x) {
     return Reg((Bits(p) + (Bits(shifted) << 23)) & ~(x <= set(kExpLow)));
   }
 
   static inline float max_lane(Reg a) {
-    const float low = a[0] > a[1] ? a[0] : a[1];
-    const float high = a[2] > a[3] ? a[2] : a[3];
-    return low > high ? low : high;
+    float m = a[0];
+    for (int i = 1; i < N; ++i) m = a[i] > m ? a[i] : m;
+    return m;
   }
+  // Halves are added, then neighbours.
   static inline double sum_lanes(Reg a) {
-    return (double(a[0]) + double(a[1])) + (double(a[2]) + double(a[3]));
+    constexpr int count = N > 4 ? N / 2 : N;
+    double lane[count];
+    for (int i = 0; i < count; ++i) lane[i] = double(a[i]) + (N > 4 ? double(a[i + N - count]) : 0);
+    for (int width = count / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) lane[i] = lane[2 * i] + lane[2 * i + 1];
+    }
+    return lane[0];
   }
 
   // Two registers' worth of elements. Their order is the type's own business: a store puts back
   // what a load took apart.
   static inline void load_pair(const float* p, Reg& a, Reg& b) {
-    std::memcpy(&a, p, sizeof a);
-    std::memcpy(&b, p + kLanes, sizeof b);
+    a = *reinterpret_cast<const Anywhere*>(p);
+    b = *reinterpret_cast<const Anywhere*>(p + N);
   }
   static inline void store_pair(float* p, Reg a, Reg b) {
-    std::memcpy(p, &a, sizeof a);
-    std::memcpy(p + kLanes, &b, sizeof b);
+    *reinterpret_cast<Anywhere*>(p) = a;
+    *reinterpret_cast<Anywhere*>(p + N) = b;
   }
 
+  // Even elements in `a`, odd ones in `b`: one shift and one mask instead of shuffles.
   static inline void load_pair(const BFloat16* p, Reg& a, Reg& b) {
-    Bits x;
+    Words x;
     std::memcpy(&x, p, sizeof x);
     a = Reg(x << 16);
-    b = Reg(x & kHighHalf);
+    b = Reg(x & 0xffff0000u);
   }
   static inline void store_pair(BFloat16* p, Reg a, Reg b) {
-    const Bits x = ((rounded_to_bf16(a) >> 16) & 0xffff) | (rounded_to_bf16(b) & kHighHalf);
+    const Words x = (rounded_to_bf16(a) >> 16) | (rounded_to_bf16(b) & 0xffff0000u);
     std::memcpy(p, &x, sizeof x);
   }
-  static constexpr int32_t kHighHalf = int32_t(0xffff0000u);
-  // As in vec_avx2.h.
-  static inline Bits rounded_to_bf16(Reg a) {
-    const Bits bits = Bits(a);
+  // Nearest even, result in the high halves. A NaN stays one: those that get here (made by the
+  // processor, or from 16-bit logits) have low halves that cannot carry into the sign.
+  static inline Words rounded_to_bf16(Reg a) {
+    const Words bits = Words(a);
     return bits + 0x7fff + ((bits >> 16) & 1);
   }
 
+  // Of four lanes.
   static inline void load_pair(const Half* p, Reg& a, Reg& b) {
     a = Reg{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
-    b = Reg{to_float(p[4]), to_float(p[5]), to_float(p[6]), to_float(p[7])};
+    b = Reg{to_float(p[N]), to_float(p[N + 1]), to_float(p[N + 2]), to_float(p[N + 3])};
   }
   static inline void store_pair(Half* p, Reg a, Reg b) {
-    for (int i = 0; i < kLanes; ++i) from_float(a[i], p[i]);
-    for (int i = 0; i < kLanes; ++i) from_float(b[i], p[kLanes + i]);
+    for (int i = 0; i < N; ++i) from_float(a[i], p[i]);
+    for (int i = 0; i < N; ++i) from_float(b[i], p[N + i]);
   }
 };
 
+using Generic = Lanes<4>;
+
 }  // namespace
 }  // namespace pk
+
+#define PK_LANES Generic

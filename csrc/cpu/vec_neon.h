@@ -1,4 +1,4 @@
-// AArch64 NEON: four lanes. The same operations as vec_avx2.h.
+// AArch64 NEON: four lanes. The same operations as vec_generic.h.
 #pragma once
 
 #include <arm_neon.h>
@@ -11,9 +11,9 @@ namespace pk {
 namespace {  // why: rows.h
 
 struct Neon {
-  static constexpr const char* kName = "neon";
   static constexpr int kLanes = 4;
   using Reg = float32x4_t;
+  using Pairs = void;
   static constexpr bool kHasScaling = false;
   static constexpr float kExpLow = -87.33f;
 
@@ -88,3 +88,5 @@ struct Neon {
 
 }  // namespace
 }  // namespace pk
+
+#define PK_LANES Neon

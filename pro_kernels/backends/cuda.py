@@ -11,11 +11,9 @@ the tensors' device; nothing here waits for it or looks at its data.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_int32, c_void_p
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,7 +27,6 @@ MAX_CANDIDATES = 1024  # a block holds a prompt's scores in shared memory
 VERIFIED: dict[str, str] = {"sm_90": "NVIDIA H200"}
 only_when_named = None
 
-_LIB = native.LIB
 _MAX_COLUMNS = (1 << 31) - (1 << 20) - 1  # columns of a row are counted in 32 bits
 _MIN_CAPABILITY = (8, 0)
 
@@ -43,6 +40,7 @@ _SIGNATURES: native.Signatures = {
     "scatter_rows": (c_int32, (_MATRIX, _MATRIX, *[c_void_p] * 4)),
     "target_logits": (c_int32, (_MATRIX, _MATRIX, *[c_void_p] * 4)),
 }
+library = native.Library(NAME, _SIGNATURES)
 
 
 def unusable(device: torch.device) -> str | None:
@@ -53,35 +51,25 @@ def unusable(device: torch.device) -> str | None:
         return "this PyTorch is built for ROCm"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    library, reason = _load()
-    if library is None:
+    found, reason = library.load()
+    if found is None:
         return reason
     index = torch.cuda.current_device() if device.index is None else device.index
     return _no_code(index)
-
-
-def library_path() -> Path:
-    """Where the library is, or would be."""
-    return native.library_path(_LIB, NAME)
-
-
-def build_info() -> dict:
-    """How the library was built, or why not: compiler, flags, targets, reason."""
-    return native.build_info(_LIB, NAME)
 
 
 def details() -> dict[str, str]:
     """What ``pro-kernels env`` shows: state, library, how it was built, for what."""
     ran = ", ".join(f"{card} ({arch})" for arch, card in VERIFIED.items())
     state = {"state": f"tests passed on {ran}; elsewhere compiled, and emulated on the CPU"}
-    library, reason = _load()
-    if library is None:
+    found, reason = library.load()
+    if found is None:
         return {**state, "library": "none", "reason": str(reason)}
     return {
         **state,
-        "library": str(library_path()),
-        "compiler": build_info().get("version", "unknown"),
-        "targets": library.targets().decode(),
+        "library": str(library.path),
+        "compiler": library.info.get("version", "unknown"),
+        "targets": found.targets().decode(),
     }
 
 
@@ -116,27 +104,20 @@ def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library with its signatures, or why there is none."""
-    return native.load(_LIB, NAME, _SIGNATURES)
-
-
-@functools.cache
 def _no_code(index: int) -> str | None:
     """Why the library has nothing for this device (None: it has)."""
     capability = torch.cuda.get_device_capability(index)
     if capability < _MIN_CAPABILITY:
         found, least = (".".join(map(str, c)) for c in (capability, _MIN_CAPABILITY))
         return f"compute capability is {found}; it needs {least} or newer"
-    library, _ = _load()
-    assert library is not None
+    kernels = library.get()
     with torch.cuda.device(index):
-        code = library.ready()
+        code = kernels.ready()
     if not code:
         return None
     return (
         f"the library has no code for compute capability {'.'.join(map(str, capability))} "
-        f"({library.error(code).decode()}); built for {library.targets().decode()}"
+        f"({kernels.error(code).decode()}); built for {kernels.targets().decode()}"
     )
 
 
@@ -149,13 +130,11 @@ def _stream_of(x: Tensor) -> Iterator[int | None]:
 
 def _call(name: str, x: Tensor, *arguments: object) -> None:
     """Launch on the current stream of ``x``'s device."""
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
+    found = library.get()
     with _stream_of(x) as stream:
-        code = getattr(library, name)(*arguments, stream)
+        code = getattr(found, name)(*arguments, stream)
     if code:
-        raise RuntimeError(f"pk_cuda_{name} failed: {library.error(code).decode()} ({code})")
+        raise RuntimeError(f"pk_cuda_{name} failed: {found.error(code).decode()} ({code})")
 
 
 def _matrices(*tensors: Tensor) -> list[native.Matrix]:

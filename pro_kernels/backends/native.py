@@ -21,6 +21,7 @@ from typing import get_type_hints
 import torch
 from torch import Tensor
 
+from pro_kernels.backends import protocol
 from pro_kernels.options import LogitOptions, RankingOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,46 +157,68 @@ def layout() -> list[str]:
     return lines
 
 
-def build_info(folder: Path, part: str) -> dict:
-    """How a library was built, or why not: what setup.py wrote about ``part``."""
-    try:
-        return json.loads((folder / "build.json").read_text())[part]
-    except (FileNotFoundError, KeyError):
-        command = "python setup.py build_native --inplace"
-        return {"reason": f"never built ({command}, or pip install)"}
+class Library:
+    """A library of csrc: how it was built, and its functions, of which each begins ``pk_<part>_``.
 
+    Attributes:
+        folder: where it is, or would be.
+    """
 
-def library_path(folder: Path, part: str) -> Path:
-    """Where the library of ``part`` is, or would be."""
-    return folder / f"libpro_kernels_{part}.so"
+    def __init__(self, part: str, functions: Signatures) -> None:
+        self.part, self.functions, self.folder = part, functions, LIB
+        self._loaded: tuple[ctypes.CDLL | None, str | None] | None = None
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / f"libpro_kernels_{self.part}.so"
 
-def load(folder: Path, part: str, functions: Signatures) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library of ``part`` with its signatures, or why there is none."""
-    path = library_path(folder, part)
-    if not path.exists():
-        reason = build_info(folder, part).get("reason", "unknown reason")
-        return None, f"{path.name} was not built: {reason}"
-    return open_library(path, part, functions)
+    @property
+    def info(self) -> dict:
+        """How it was built, or why not: compiler, flags, targets, reason (of setup.py)."""
+        try:
+            return json.loads((self.folder / "build.json").read_text())[self.part]
+        except (FileNotFoundError, KeyError):
+            command = "python setup.py build_native --inplace"
+            return {"reason": f"never built ({command}, or pip install)"}
 
+    def load(self) -> tuple[ctypes.CDLL | None, str | None]:
+        """The library with its signatures, or why there is none; asked for once."""
+        if self._loaded is None:
+            if self.path.exists():
+                self._loaded = self.open(self.path)
+            else:
+                reason = self.info.get("reason", "unknown reason")
+                self._loaded = None, f"{self.path.name} was not built: {reason}"
+        return self._loaded
 
-def open_library(
-    path: Path, part: str, functions: Signatures
-) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library at ``path``, or why it cannot be used; its functions begin ``pk_<part>_``."""
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in {"layout": (c_char_p, ()), **functions}.items():
-            function = getattr(library, f"pk_{part}_{name}")
-            function.restype, function.argtypes = result, arguments
-            setattr(library, name, function)
-    except (OSError, AttributeError) as error:
-        return None, f"{path} does not load: {error}"
-    found = library.layout().decode().splitlines()
-    for theirs, ours in itertools.zip_longest(found, layout(), fillvalue="nothing more"):
-        if theirs != ours:
-            return None, f"{path} is of another version: it has {theirs}, this package {ours}"
-    return library, None
+    def get(self) -> ctypes.CDLL:
+        """The library.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        library, reason = self.load()
+        if library is None:
+            raise RuntimeError(reason)
+        return library
+
+    def open(self, path: Path) -> tuple[ctypes.CDLL | None, str | None]:
+        """The library at ``path``, or why it cannot be used."""
+        try:
+            library = ctypes.CDLL(str(path))
+            functions = {"layout": (c_char_p, ()), **self.functions}
+            for name, (result, arguments) in functions.items():
+                function = getattr(library, f"pk_{self.part}_{name}")
+                function.restype, function.argtypes = result, arguments
+                setattr(library, name, function)
+        except (OSError, AttributeError) as error:
+            return None, f"{path} does not load: {error}"
+        found = library.layout().decode().splitlines()
+        for theirs, ours in itertools.zip_longest(found, layout(), fillvalue="nothing more"):
+            if theirs != ours:
+                return None, f"{path} is of another version: it has {theirs}, this package {ours}"
+        return library, None
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -254,64 +277,39 @@ class Kernels:
     call: Callable[..., None]
     max_columns: int | None = None
 
-    def logp(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        *,
-        target_logits: Tensor | None = None,
-        options: LogitOptions,
-        entropy: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def logp(self, rows: protocol.Rows, entropy: bool = False) -> protocol.Statistics:
         """Statistics of each row, which is only read."""
-        self._check_columns(logits)
-        logits = unit_stride(logits)
-        return self._statistics("logp", logits, targets, target_logits, options, entropy)
+        self._check_columns(rows.logits)
+        return self._statistics("logp", rows._replace(logits=unit_stride(rows.logits)), entropy)
 
-    def residual_(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        *,
-        target_logits: Tensor | None = None,
-        options: LogitOptions,
-    ) -> tuple[Tensor, Tensor]:
-        """The first two of them, and in place of ``logits`` the gradient of the log-probs."""
-        self._check_columns(logits)
-        check_writable("logits", logits)
-        return self._statistics("residual", logits, targets, target_logits, options, False)[:2]
+    def residual_(self, rows: protocol.Rows) -> tuple[Tensor, Tensor]:
+        """The first two of them, and in place of the logits the gradient of the log-probs."""
+        self._check_columns(rows.logits)
+        check_writable("logits", rows.logits)
+        return self._statistics("residual", rows, False)[:2]
 
-    def _statistics(
-        self,
-        name: str,
-        logits: Tensor,
-        targets: Tensor,
-        target_logits: Tensor | None,
-        options: LogitOptions,
-        entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        index = vector(targets, torch.int64, logits)
-        exact = vector(target_logits, torch.float32, logits)
+    def _statistics(self, name: str, rows: protocol.Rows, entropy: bool) -> protocol.Statistics:
+        logits = rows.logits
+        index = vector(rows.targets, torch.int64, logits)
+        exact = vector(rows.exact, torch.float32, logits)
         logps, lse = empty(logits), empty(logits)
         value = empty(logits) if entropy else None
-        rows = Rows(*matrix(logits), *pointers(index, exact, logps, lse, value))
-        self.call(name, logits, rows, in_c(options))
+        struct = Rows(*matrix(logits), *pointers(index, exact, logps, lse, value))
+        self.call(name, logits, struct, in_c(rows.options))
         return logps, lse, value
 
     def logits_grad(
         self,
-        logits: Tensor,
+        rows: protocol.Rows,
         lse: Tensor,
-        targets: Tensor,
         weights: Tensor | None,
         *,
-        target_logits: Tensor | None = None,
         first_column: int = 0,
-        options: LogitOptions,
         out: Tensor | None = None,
         entropy: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """The gradient of logits; rows with a negative target become 0."""
+        logits = rows.logits
         self._check_columns(logits)
         if out is None:
             out = logits.new_empty(logits.shape)
@@ -322,35 +320,27 @@ class Kernels:
                 f"{tuple(out.shape)} {out.dtype}"
             )
         logits = unit_stride(logits)
-        index = vector(targets, torch.int64, logits)
-        numbers = target_logits, lse, weights, *(entropy or (None, None))
+        index = vector(rows.targets, torch.int64, logits)
+        numbers = rows.exact, lse, weights, *(entropy or (None, None))
         exact, sums, factors, value, by = (vector(x, torch.float32, logits) for x in numbers)
         read = pointers(index, exact, None, sums, value, factors, by)
-        rows = Rows(*matrix(logits), *read, first_column, out.data_ptr(), out.stride(0))
-        self.call("logits_grad", logits, rows, in_c(options))
+        struct = Rows(*matrix(logits), *read, first_column, out.data_ptr(), out.stride(0))
+        self.call("logits_grad", logits, struct, in_c(rows.options))
         return out
 
     def ranking(
-        self,
-        logps: Tensor,
-        offsets: Tensor,
-        lengths: Tensor,
-        order: Tensor,
-        rewards: Tensor | None,
-        sft_rank: Tensor,
-        prompt_weights: Tensor,
-        *,
-        options: RankingOptions,
+        self, logps: Tensor, candidates: protocol.Candidates, options: RankingOptions
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The ranking loss and its gradient; unscored tokens of ``logps`` hold 0."""
-        logps, prompt_weights = (dense(x, torch.float32) for x in (logps, prompt_weights))
-        offsets, lengths = dense(offsets, torch.int64), dense(lengths, torch.int64)
-        order, sft_rank = dense(order, torch.int64), dense(sft_rank, torch.int64)
+        logps, (prompts, n) = dense(logps, torch.float32), candidates.order.shape
+        offsets, lengths, order, rewards, sft_rank, weights = candidates
+        integers = offsets, lengths, order, sft_rank
+        offsets, lengths, order, sft_rank = (dense(x, torch.int64) for x in integers)
+        weights = dense(weights, torch.float32)
         rewards = None if rewards is None else dense(rewards, torch.float32)
-        prompts, n = order.shape
         sequences = lengths.shape[0]
         assert offsets.shape == (sequences + 1,), (offsets.shape, lengths.shape)
-        assert sft_rank.shape == prompt_weights.shape == (prompts,), (sft_rank.shape, order.shape)
+        assert sft_rank.shape == weights.shape == (prompts,), (sft_rank.shape, order.shape)
         assert rewards is None or rewards.shape == order.shape, order.shape
         # Made like logps, whatever torch's default dtype and device are.
         terms, sums = logps.new_empty(prompts, n), logps.new_empty(sequences)
@@ -358,7 +348,7 @@ class Kernels:
         tokens = logps.data_ptr(), logps.shape[0]
         spans = *pointers(offsets, lengths), sequences
         ranks = order.data_ptr(), prompts, n
-        rest = pointers(rewards, sft_rank, prompt_weights, terms, sums, row_weights)
+        rest = pointers(rewards, sft_rank, weights, terms, sums, row_weights)
         self.call("ranking", logps, RankingBatch(*tokens, *spans, *ranks, *rest), in_c(options))
         return terms, sums, row_weights
 

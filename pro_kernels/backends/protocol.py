@@ -11,12 +11,45 @@ sequences, ``B`` prompts, ``n`` candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pro_kernels.options import LogitOptions, RankingOptions
+
+
+class Rows(NamedTuple):
+    """Rows of logits and their targets.
+
+    A negative target marks a row that is not scored: it is never read, and its results are 0. The
+    ``exact`` logit of a target stands in for the rounded one everywhere, also inside the sum.
+    """
+
+    logits: Tensor  # (N, V), unit stride along V
+    targets: Tensor  # (N,) int64
+    options: LogitOptions
+    exact: Tensor | None = None  # (N,) fp32, raw
+
+
+class Candidates(NamedTuple):
+    """The candidates of each prompt in rank order."""
+
+    offsets: Tensor  # (S + 1,) int64: sequence s is tokens offsets[s] : offsets[s + 1]
+    lengths: Tensor  # (S,) int64: scored tokens m_s
+    order: Tensor  # (B, n) int64: the sequence at each rank; -1 after the last one
+    rewards: Tensor | None  # (B, n) fp32 (fp64) at those ranks, scaled; None: all tau equal
+    sft_rank: Tensor  # (B,) int64: the rank that carries the SFT term; -1 for none
+    weights: Tensor  # (B,) fp32, of each prompt in the loss
+
+    def part(self, prompts: slice) -> Candidates:
+        """The same for these prompts."""
+        here = [None if x is None else x[prompts] for x in self[2:]]
+        return Candidates(self.offsets, self.lengths, *here)  # type: ignore[arg-type]
+
+
+# Log-prob, log-sum-exp and, if asked for, entropy of each row, (N,) fp32 each.
+Statistics = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Backend(Protocol):
@@ -62,55 +95,39 @@ class Backend(Protocol):
     def details(self) -> dict[str, str]:
         """What ``pro-kernels env`` shows of it."""
 
-    def logp(
-        self,
-        logits: Tensor,  # (N, V), unit stride along V
-        targets: Tensor,  # (N,) int64; negative = row not scored
-        *,
-        target_logits: Tensor | None = None,  # (N,) fp32, raw
-        options: LogitOptions,
-        entropy: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-prob, log-sum-exp and, if asked for, entropy of each row, ``(N,)`` fp32 each."""
+    def logp(self, rows: Rows, entropy: bool = False) -> Statistics:
+        """Statistics of each row, which is only read."""
 
-    def residual_(
-        self,
-        logits: Tensor,  # (N, V), overwritten
-        targets: Tensor,  # (N,)
-        *,
-        target_logits: Tensor | None = None,
-        options: LogitOptions,
-    ) -> tuple[Tensor, Tensor]:
-        """Overwrite ``logits`` with ``d logp / d raw`` (unweighted); ``(logp, lse)``."""
+    def residual_(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Overwrite the logits with ``d logp / d raw`` (unweighted); ``(logp, lse)``."""
 
     def logits_grad(
         self,
-        logits: Tensor,  # (N, V): columns first_column ... first_column + V of the vocabulary
+        rows: Rows,  # columns first_column ... first_column + V; targets of the whole vocabulary
         lse: Tensor,  # (N,) fp32, over the whole vocabulary
-        targets: Tensor,  # (N,), in terms of the whole vocabulary
         weights: Tensor | None,  # (N,) fp32; None = 1
         *,
-        target_logits: Tensor | None = None,
         first_column: int = 0,
-        options: LogitOptions,
-        out: Tensor | None = None,  # may be ``logits`` itself
+        out: Tensor | None = None,  # may be the logits themselves
         entropy: tuple[Tensor, Tensor] | None = None,  # (N,) fp32 each: entropy, its weights
     ) -> Tensor:
         """``weights * d logp / d raw``, plus the second weights times ``d entropy / d raw``."""
 
     def ranking(
         self,
-        logps: Tensor,  # (N,) fp32; the tokens of a sequence are contiguous
-        offsets: Tensor,  # (S + 1,) int64
-        lengths: Tensor,  # (S,) int64
-        order: Tensor,  # (B, n) int64; -1 after the last candidate
-        rewards: Tensor | None,  # (B, n) fp32
-        sft_rank: Tensor,  # (B,) int64; -1 for none
-        prompt_weights: Tensor,  # (B,) fp32
-        *,
+        logps: Tensor,  # (N,) fp32; the tokens of a sequence are contiguous, unscored ones hold 0
+        candidates: Candidates,
         options: RankingOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss terms (B, n), sequence sums (S,) and ``d loss / d logps`` (N,)."""
+        """The ranking loss and its closed-form gradient (docs/loss.md).
+
+        A token may stand for several, their sum, with their number in ``lengths``. Without prompts
+        (B = 0) the sums alone are made.
+
+        Returns:
+            ``terms`` (B, n): columns 0 ... n-2 are the rank terms, column n-1 the weighted SFT
+            term, before the weights of prompts; ``sums`` (S,); ``d loss / d logps`` (N,).
+        """
 
 
 OPTIONAL = (

@@ -1,7 +1,6 @@
 """The plain PyTorch backend: every device, every float dtype; the fallback and the contract.
 
-Legend: ``N`` token rows, ``V`` vocabulary columns, ``S`` sequences, ``B`` prompts, ``n``
-candidates. The other backends have these functions, with these arguments, and nothing else.
+Arguments and results are those of ``protocol.py``, and so is the legend.
 Arithmetic is fp32 from the logits onward (fp64 for fp64 logits). With ``z`` the logits after scale
 and softcap:
 
@@ -9,9 +8,7 @@ and softcap:
     d logp / d raw_v = (1{v=t} - p_v) dz_v/draw_v
     d entropy / d raw_v = -p_v (log p_v + entropy) dz_v/draw_v
 
-``target_logits`` holds the raw logit of each row's target as an exact fp32 dot product; where given
-it stands in for the rounded one everywhere (also inside the sum, so ``logp <= 0`` holds exactly).
-A negative target marks a row that is not scored: it is never read; its outputs are 0.
+``exact`` logits stand in for the rounded ones inside the sum too, so ``logp <= 0`` holds exactly.
 
 A log-prob that is NaN or infinite reaches its own prompt only. Where it makes a term NaN, which of
 that prompt's gradients are NaN with it is not specified.
@@ -25,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pro_kernels.options import LogitOptions, RankingOptions
+from pro_kernels.backends.protocol import Candidates, Rows, Statistics
+from pro_kernels.options import RankingOptions
 from pro_kernels.ranking import rank_terms, temperatures
 
 NAME = "torch"
@@ -52,67 +50,49 @@ def details() -> dict[str, str]:
     return {}
 
 
-def logp(
-    logits: Tensor,  # (N, V), unit stride along V
-    targets: Tensor,  # (N,) int64; negative = row not scored
-    *,
-    target_logits: Tensor | None = None,  # (N,) fp32, raw
-    options: LogitOptions,
-    entropy: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Read-only statistics of each row: ``(logp, lse, entropy or None)``, each ``(N,)`` fp32."""
+def logp(rows: Rows, entropy: bool = False) -> Statistics:
+    """Read-only statistics of each row."""
     # Tensors of their own, not views of one: an op's outputs may not alias each other.
-    n, acc = logits.shape[0], _acc(logits)
-    out = [logits.new_empty(n, dtype=acc) for _ in range(3 if entropy else 2)]
-    for block in _blocks(logits, targets, target_logits, options, spare=entropy):
+    n, acc = rows.logits.shape[0], _acc(rows.logits)
+    out = [rows.logits.new_empty(n, dtype=acc) for _ in range(3 if entropy else 2)]
+    for block in _blocks(rows, spare=entropy):
         for whole, part in zip(out, _stats_(block), strict=False):
             whole[block.rows] = part
-    logps, lse, *value = (x.masked_fill_(targets < 0, 0.0) for x in out)
+    logps, lse, *value = (x.masked_fill_(rows.targets < 0, 0.0) for x in out)
     return logps, lse, value[0] if entropy else None
 
 
-def residual_(
-    logits: Tensor,  # (N, V), overwritten
-    targets: Tensor,  # (N,)
-    *,
-    target_logits: Tensor | None = None,
-    options: LogitOptions,
-) -> tuple[Tensor, Tensor]:
-    """Overwrite ``logits`` with ``d logp / d raw`` (unweighted); return ``(logp, lse)``."""
+def residual_(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Statistics, and the gradient over the logits."""
+    logits, dead = rows.logits, rows.targets < 0
     stats = logits.new_empty((2, logits.shape[0]), dtype=_acc(logits))
-    for block in _blocks(logits, targets, target_logits, options, out=logits):
+    for block in _blocks(rows, out=logits):
         logp, lse, total = _stats_(block)
         stats[0, block.rows], stats[1, block.rows] = logp, lse
         _store(block, -1 / total, -torch.expm1(logp))
-    _blank(logits, targets)
-    logps, lse = stats.masked_fill_(targets < 0, 0.0)
+    _blank(logits, dead)
+    logps, lse = stats.masked_fill_(dead, 0.0)
     return logps, lse
 
 
 def logits_grad(
-    logits: Tensor,  # (N, V): columns first_column ... first_column + V of the vocabulary
-    lse: Tensor,  # (N,) fp32, over the whole vocabulary
-    targets: Tensor,  # (N,), in terms of the whole vocabulary
-    weights: Tensor | None,  # (N,) fp32; None = 1
+    rows: Rows,
+    lse: Tensor,
+    weights: Tensor | None,
     *,
-    target_logits: Tensor | None = None,
     first_column: int = 0,
-    options: LogitOptions,
-    out: Tensor | None = None,  # may be ``logits`` itself
-    entropy: tuple[Tensor, Tensor] | None = None,  # (N,) fp32 each: entropy, its weights
+    out: Tensor | None = None,
+    entropy: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0.
-
-    With ``entropy``, plus the second weights times ``d entropy / d raw``.
-    """
+    """The gradient for these columns; rows that are not scored become 0."""
     if out is None:
-        out = torch.empty_like(logits)
+        out = torch.empty_like(rows.logits)
     if weights is None:
         weights = torch.ones_like(lse)
     spare = entropy is not None
-    for block in _blocks(logits, targets, target_logits, options, first_column, out, spare):
-        rows = block.rows
-        w, log_p = weights[rows], block.z.sub_(lse[rows, None])
+    for block in _blocks(rows, first_column, out, spare):
+        at = block.rows
+        w, log_p = weights[at], block.z.sub_(lse[at, None])
         at_target = log_p.gather(1, block.index)[:, 0].clamp(_FLOOR, 0)
         # 1 - p as -expm1(log p): exact where p is close to 1.
         target_grad = -w * torch.expm1(at_target)
@@ -120,35 +100,20 @@ def logits_grad(
             log_p.exp_()
             _store(block, -w, target_grad)
             continue
-        value, by = (x[rows] for x in entropy)
+        value, by = (x[at] for x in entropy)
         p = torch.exp(log_p.clamp_min_(_FLOOR), out=block.spare)
         log_p.add_(value[:, None]).mul_(by[:, None]).add_(w[:, None]).mul_(p)
         target_grad -= by * at_target.exp() * (at_target + value)
         _store(block, torch.full_like(w, -1), target_grad)
-    _blank(out, targets)
+    _blank(out, rows.targets < 0)
     return out
 
 
 def ranking(
-    logps: Tensor,  # (N,) fp32; the tokens of a sequence are contiguous, unscored ones hold 0
-    offsets: Tensor,  # (S + 1,) int64: sequence s is tokens offsets[s] : offsets[s + 1]
-    lengths: Tensor,  # (S,) int64: scored tokens m_s
-    order: Tensor,  # (B, n) int64: the sequence at rank k of prompt b; -1 after the last one
-    rewards: Tensor | None,  # (B, n) fp32 (fp64) at those ranks; None = all tau equal
-    sft_rank: Tensor,  # (B,) int64: the rank that carries the SFT term; -1 for none
-    prompt_weights: Tensor,  # (B,) fp32: weight of each prompt in the loss
-    *,
-    options: RankingOptions,
+    logps: Tensor, candidates: Candidates, options: RankingOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ranking loss and its closed-form gradient (docs/loss.md).
-
-    A token may stand for several, their sum, with their number in ``lengths``. Without prompts
-    (B = 0) the sums alone are made.
-
-    Returns:
-        ``terms`` (B, n): columns 0 ... n-2 are the rank terms, column n-1 the weighted SFT term,
-        before ``prompt_weights``; ``sums`` (S,): S_i; ``row_weights`` (N,): d loss / d logps.
-    """
+    """The ranking loss and its gradient, for all prompts at once."""
+    offsets, lengths, order, rewards, sft_rank, weights = candidates
     acc = _acc(logps)
     n = order.shape[1]
     lengths_f = lengths.to(acc)
@@ -183,7 +148,7 @@ def ranking(
     terms[:, n - 1] = -torch.where(is_sft, sft_scale * total, 0.0).sum(1)
 
     d_sums = d_scores / norm if options.length_normalize else d_scores
-    d_sums = (d_sums - sft_scale) * prompt_weights[:, None]
+    d_sums = (d_sums - sft_scale) * weights[:, None]
     # Absent candidates write to one slot past the end: no boolean index, hence no device sync.
     slot = torch.where(valid, seq, sums.shape[0]).flatten()
     per_sequence = sums.new_zeros(sums.shape[0] + 1).scatter_(0, slot, d_sums.flatten())[:-1]
@@ -210,15 +175,10 @@ class _Block:
 
 
 def _blocks(
-    logits: Tensor,
-    targets: Tensor,
-    target_logits: Tensor | None,
-    options: LogitOptions,
-    first_column: int = 0,
-    out: Tensor | None = None,
-    spare: bool = False,
+    given: Rows, first_column: int = 0, out: Tensor | None = None, spare: bool = False
 ) -> Iterator[_Block]:
     """All rows, upcast block by block into the same memory; into ``out`` where that is as wide."""
+    logits, targets, options, exact = given
     n, vocab = logits.shape
     acc = _acc(logits)
     local = targets - first_column
@@ -236,7 +196,7 @@ def _blocks(
         z = to if to is not None and in_place else free.pop()
         if not (in_place and out is logits):
             z.copy_(logits[rows])
-        _put_target(z, index[rows], hit[rows], _at(target_logits, rows))
+        _put_target(z, index[rows], hit[rows], None if exact is None else exact[rows])
         slope = options.logit_scale if options.softcap is None else free.pop()
         z = options.transform(z, z, slope if isinstance(slope, Tensor) else None)
         yield _Block(rows, z, slope, index[rows], hit[rows], free.pop() if spare else None, to)
@@ -280,9 +240,8 @@ def _store(block: _Block, factor: Tensor, target_grad: Tensor) -> None:
         block.out.copy_(z)
 
 
-def _blank(out: Tensor, targets: Tensor) -> None:
+def _blank(out: Tensor, dead: Tensor) -> None:
     """Zeros in rows that are not scored."""
-    dead = targets < 0
     if out.device.type == "cpu":
         out.index_fill_(0, dead.nonzero()[:, 0], 0)
     else:  # counting them would wait for the device
@@ -299,7 +258,3 @@ def _put_target(z: Tensor, index: Tensor, hit: Tensor, value: Tensor | None) -> 
 
 def _acc(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _at(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]

@@ -105,7 +105,9 @@ def tree_attention(
     """(1, S, h, e), as the output projection takes it, and the log-sum-exp (1, S, h) in fp32."""
     segments = segments.view(-1, 4)
     if _takes_cpu(query):
-        found, lse = cpu.tree_attention(query, key, value, segments, scale, softcap, window)
+        found, lse = cpu.tree_attention(
+            query, key, value, cpu.Tree(segments, scale, softcap, window)
+        )
         return _with_sinks(found, lse, sinks, value.dtype)
     out = value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     lse = torch.empty(out.shape[:3], dtype=_wide(query), device=query.device)
@@ -156,9 +158,8 @@ def tree_attention_backward(
     """Gradients of query, key and value."""
     segments = segments.view(-1, 4)
     if _takes_cpu(query):
-        whole = cpu.tree_attention_backward(
-            grad, query, key, value, out, lse, segments, scale, softcap, window
-        )
+        tree = cpu.Tree(segments, scale, softcap, window)
+        whole = cpu.tree_attention_backward(grad, query, key, value, out, lse, tree)
         return tuple(x.to(query.dtype) for x in whole)  # type: ignore[return-value]
     grad, out, lse = (x.transpose(1, 2) for x in (grad, out, lse))
     grads = [

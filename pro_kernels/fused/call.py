@@ -4,7 +4,7 @@
 ``torch.library``, whose ops take plain arguments: as a text of all that is fixed, and as lists of
 the floats and of the integers, which may differ from call to call without another compilation.
 
-Legend: ``N`` scored rows, ``V`` vocabulary, ``S`` sequences, ``B`` prompts, ``n`` candidates.
+Legend: ``N`` scored rows, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pro_kernels import backends
-from pro_kernels.backends.protocol import Backend
+from pro_kernels.backends.protocol import Backend, Candidates, Rows
 from pro_kernels.fused.matmul import INVARIANT_ROWS
 from pro_kernels.fused.planner import Plan, make_plan
 from pro_kernels.fused.shards import Shard
@@ -84,11 +84,15 @@ class Call:
         """The backend's functions."""
         return backends.get(self.backend)
 
+    def rows(self, logits: Tensor, targets: Tensor, exact: Tensor | None = None) -> Rows:
+        """Logits as the backends take them."""
+        return Rows(logits, targets, self.logits, exact)
+
     def rank(self, logps: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor, Tensor]:
         """The backend's ``ranking`` of these candidates."""
         assert self.ranking is not None
         backend = backends.get(self.ranks_with or self.backend)
-        return backend.ranking(logps, *candidates, options=self.ranking)
+        return backend.ranking(logps, candidates, self.ranking)
 
     @property
     def sizes(self) -> list[int]:
@@ -128,22 +132,6 @@ class Call:
     def rounds_logits(self) -> bool:
         """Whether logits are held in 16 bits, so that a target's own is kept exactly beside."""
         return self.logits_dtype.itemsize < 4
-
-
-class Candidates(NamedTuple):
-    """The candidates of each prompt in rank order, as ``ranking`` of the backends takes them."""
-
-    offsets: Tensor  # (S + 1,) int64, tokens of each sequence
-    lengths: Tensor  # (S,) int64
-    order: Tensor  # (B, n) int64, the sequence at each rank
-    rewards: Tensor | None  # (B, n) at those ranks, scaled
-    sft_rank: Tensor  # (B,) int64
-    weights: Tensor  # (B,) summing to 1, or all 0 where nothing is scored
-
-    def part(self, prompts: slice) -> Candidates:
-        """The same for these prompts."""
-        here = [None if x is None else x[prompts] for x in self[2:]]
-        return Candidates(self.offsets, self.lengths, *here)  # type: ignore[arg-type]
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -45,6 +45,7 @@ from pro_kernels import backends
 from pro_kernels.fused import column_groups, matmul
 from pro_kernels.fused.call import Call
 from pro_kernels.fused.column_groups import Groups, split
+from pro_kernels.fused.gather_scatter import Inputs
 
 # Rows of a group: few, so that they need the same columns; enough for a matmul.
 _ROWS = {"cpu": 72}
@@ -121,19 +122,18 @@ class Kept:
 
     def choose(
         self,
-        call: Call,
         chunk: int,
         residual: Tensor,  # (R, V) dZ0
         x: Tensor,  # (R, H), what the head's rows of W multiply
-        targets: Tensor,  # (R,)
-        weight: Tensor,  # (V, H)
-        at: slice,
+        given: Inputs,  # R tokens
+        at: slice,  # their places among all
     ) -> Tensor | None:
         """Choose a chunk's columns, and move them to the front of its dZ0, row by row.
 
         Returns what each row multiplies the centre with, (R,); None where all columns stay.
         """
         assert self.tau is not None and self.centre is not None
+        call, targets, weight = given.call, given.targets, given.weight
         kernels, scale = functions(call, residual.device), call.logits.logit_scale
         distances = self.centre.distances
         if isinstance(self.tau, str):
@@ -161,6 +161,10 @@ class Kept:
         place = torch.arange(len(groups.order), device=lost.device) // groups.size
         shares = (left == 0).float().mean(1)[place]
         self.dropped[3, at] = torch.empty_like(lost[0]).index_copy_(0, groups.order, shares)
+        if given.scale is not None:  # bounds are of gradients of the hidden states as they came
+            self.dropped[2, at] *= given.scale.abs()
+        if given.late is not None:
+            self.dropped[1, at] *= given.late.abs()
         return -lost[0] if scale > 0 else lost[0]
 
     def hidden_grad(

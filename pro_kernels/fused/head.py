@@ -34,7 +34,7 @@ from torch import Tensor
 from pro_kernels.fused import matmul
 from pro_kernels.fused.call import Call, acc_dtype
 from pro_kernels.fused.columns import Centre, Kept
-from pro_kernels.fused.gather_scatter import Rows, clear_behind, empty_rows, rows_of, target_logits
+from pro_kernels.fused.gather_scatter import Inputs, clear_behind, empty_rows
 
 
 class Saved(NamedTuple):
@@ -67,76 +67,38 @@ class Saved(NamedTuple):
         return self.stats[-1, at] if call.rounds_logits else None
 
 
-def forward(
-    call: Call,
-    hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (V, H) in compute_dtype
-    bias: Tensor | None,  # (V,) in compute_dtype
-    rows: Rows,
-    targets: Tensor,  # (N,)
-    values: Tensor,  # (outputs, N) fp32 to fill
-    saved: Saved,  # to fill
-) -> None:
-    """Log-probs of all rows, chunk by chunk, and what the backward will need."""
-    n, plan, out = len(rows), call.plan, call.named(values)
-    if plan.tier == "T0" and _score(call, hidden, weight, bias, rows, targets, out, saved):
+def forward(given: Inputs, values: Tensor, saved: Saved) -> None:
+    """Log-probs of all tokens, chunk by chunk, into values (outputs, N); and what ``saved`` has."""
+    call, n = given.call, given.tokens
+    plan, out = call.plan, call.named(values)
+    if plan.tier == "T0" and _score(given, out, saved):
         return
-    retained = min(saved.kept.shape[0], n)
+    retained, filtered = min(saved.kept.shape[0], n), call.grad_filter is not None
     scratch = None
-    if call.grad_filter is not None and saved.filter.centre is None:
-        saved.filter.centre = Centre.of(call, weight)
-    for i, (start, stop) in enumerate(chunks_of(n, plan.chunk, retained)):
-        keep, at = start < retained, slice(start, stop)
-        here, t = rows[at], _part(targets, at)
-        x = rows_of(call, hidden, here)
-        exact = None if call.shard else target_logits(call, x, weight, bias, t)
+    if filtered and saved.filter.centre is None:
+        saved.filter.centre = Centre.of(call, given.weight)
+    for i, at in enumerate(chunks_of(n, plan.chunk, retained)):
+        keep, here = at.start < retained, given.part(at)
+        x = here.x()
         if keep and saved.kept.dtype == call.logits_dtype:
             logits = _part(saved.kept, at)
         else:
             if scratch is None:
                 shape = min(plan.chunk, n), call.vocab
                 scratch = empty_rows(saved.kept, *shape, call.logits_dtype)
-            logits = scratch[: stop - start]
+            logits = scratch[: at.stop - at.start]
         into = matmul.logits_by_tiles if call.batch_invariant else matmul.logits_into
-        into(logits, x, weight, bias, here.late(call))
-        top = _top(call, logits, t, exact) if "top_ids" in out else None
-        if call.entropy:
-            logp, lse, entropy = call.kernels.logp(
-                logits, t, target_logits=exact, options=call.logits, entropy=True
-            )
-            assert entropy is not None
-            out["entropy"][at] = saved.stats[1, at] = entropy
-            if "mean_logits" in out:
-                extra = _extra(call, logits, t, exact, lse)
-                out["log_sum_sq_probs"][at], out["mean_logits"][at] = extra
-        elif call.shard:
-            write = plan.need_hidden or keep
-            logp, lse, exact = _across_ranks(call, x, weight, bias, t, logits, write)
-        elif plan.need_hidden or keep or call.grad_filter is not None:
-            logp, lse = call.kernels.residual_(logits, t, target_logits=exact, options=call.logits)
-        else:
-            logp, lse, _ = call.kernels.logp(logits, t, target_logits=exact, options=call.logits)
-        out["logps"][at], saved.stats[0, at] = logp, lse
-        if top is not None:  # plus 1, so that 0 is nobody's
-            out["top_ids"][:, at] = top[1] + 1
-            if "top_logps" in out:
-                out["top_logps"][:, at] = (call.logits.transform(top[0]) - lse).clamp_max(0)
-        if call.lse:
-            out["lse"][at], saved.logp(call)[at] = lse, logp
-        if exact is not None:
-            saved.stats[-1, at] = exact
+        into(logits, x, here.weight, here.bias, here.late)
+        write = plan.need_hidden or keep or filtered
+        _statistics(here, x, logits, at, out, saved, write)
         if call.entropy:
             continue
         if call.lse:
-            clear_targets(call, logits, t)
+            clear_targets(call, logits, here.targets)
         dz, groups, stand_ins = logits, None, None
-        if call.grad_filter is not None:
-            stand_ins = saved.filter.choose(call, i, logits, x, t, weight, at)
+        if filtered:
+            stand_ins = saved.filter.choose(i, logits, x, here, at)
             groups = saved.filter.of(i, at)
-            if here.scale is not None:  # bounds are of gradients of the hidden states as they came
-                saved.filter.dropped[2, at] *= here.scale.abs()
-            if (late := here.late(call)) is not None:
-                saved.filter.dropped[1, at] *= late.abs()
         if keep and saved.kept.dtype != call.logits_dtype:
             width = call.vocab if groups is None else groups.widest
             clear_behind(saved.kept[at], width)
@@ -144,61 +106,84 @@ def forward(
             dz[:, :width] = logits[:, :width]
         if plan.need_hidden and groups is not None and stand_ins is not None:
             side = _part(saved.side, at)
-            saved.filter.hidden_grad(call, groups, dz, weight, stand_ins, side)
+            saved.filter.hidden_grad(call, groups, dz, here.weight, stand_ins, side)
         elif plan.need_hidden:
-            matmul.hidden_grad(dz.to(call.compute_dtype), weight, _part(saved.side, at))
+            matmul.hidden_grad(dz.to(call.compute_dtype), here.weight, _part(saved.side, at))
 
 
-def _score(call, hidden, weight, bias, rows, targets, out, saved) -> bool:
+def _statistics(
+    here: Inputs, x: Tensor, logits: Tensor, at: slice, out: dict[str, Tensor], saved: Saved,
+    write: bool,
+) -> None:  # fmt: skip
+    """What ``out`` and ``saved`` are to know of a chunk; ``write``: dZ0 goes over the logits."""
+    call, t = here.call, here.targets
+    exact = None if call.shard else here.target_logits(x, t)
+    top = _top(call, logits, t, exact) if "top_ids" in out else None
+    if call.shard:
+        logp, lse, exact = _across_ranks(here, x, logits, write)
+    elif write and not call.entropy:
+        logp, lse = call.kernels.residual_(call.rows(logits, t, exact))
+    else:
+        logp, lse, entropy = call.kernels.logp(call.rows(logits, t, exact), call.entropy)
+        if entropy is not None:
+            out["entropy"][at] = saved.stats[1, at] = entropy
+        if "mean_logits" in out:
+            extra = _extra(call, logits, t, exact, lse)
+            out["log_sum_sq_probs"][at], out["mean_logits"][at] = extra
+    out["logps"][at], saved.stats[0, at] = logp, lse
+    if top is not None:  # plus 1, so that 0 is nobody's
+        out["top_ids"][:, at] = top[1] + 1
+        if "top_logps" in out:
+            out["top_logps"][:, at] = (call.logits.transform(top[0]) - lse).clamp_max(0)
+    if call.lse:
+        out["lse"][at], saved.logp(call)[at] = lse, logp
+    if exact is not None:
+        saved.stats[-1, at] = exact
+
+
+def _score(given: Inputs, out: dict[str, Tensor], saved: Saved) -> bool:
     """``forward`` without a backward by the backend's fused kernel; False where that is slower."""
-    fused, n = call.kernels.scores_fused, len(rows)
+    call, hidden = given.call, given.hidden
+    fused, sizes = call.kernels.scores_fused, (given.tokens, hidden.shape[1], call.vocab)
     if not fused or call.shard or not {"logps", "lse"}.issuperset(out):
         return False
-    if call.batch_invariant or rows.late(call) is not None:
+    if call.batch_invariant or given.late is not None:
         return False
-    if not fused(n, hidden.shape[1], call.vocab, call.compute_dtype, hidden.device):
+    if not fused(*sizes, call.compute_dtype, hidden.device):
         return False
-    for i in range(0, n, call.plan.chunk):
-        at = slice(i, i + call.plan.chunk)
-        out["logps"][at], out.get("lse", saved.stats[0])[at] = call.kernels.score(
-            rows_of(call, hidden, rows[at]), weight, bias, targets[at], options=call.logits
+    score = call.kernels.score
+    assert score is not None
+    for at in chunks_of(given.tokens, call.plan.chunk, 0):
+        here = given.part(at)
+        out["logps"][at], out.get("lse", saved.stats[0])[at] = score(
+            here.x(), here.weight, here.bias, here.targets, options=call.logits
         )
     return True
 
 
 def _across_ranks(
-    call: Call,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    logits: Tensor,
-    write: bool,  # dZ0 over the logits
+    here: Inputs, x: Tensor, logits: Tensor, write: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-prob and log-sum-exp of each row over the columns of all ranks.
 
     Then the raw logits of the targets where logits are rounded, exact as of ``target_logits``.
     """
-    shard = call.shard
+    call, shard = here.call, here.call.shard
     assert shard is not None
-    local, mine = own_columns(call, targets, logits.shape[1])
+    local, mine = own_columns(call, here.targets, logits.shape[1])
     raw = logits.gather(1, local[:, None])[:, 0].to(acc_dtype(logits.dtype))
-    exact = target_logits(call, x, weight, bias, local)
+    exact = here.target_logits(x, local)
     if exact is not None:  # the first column stands for a target of another rank: as it is
         raw = torch.where(mine, exact, raw)
-    _, own, _ = call.kernels.logp(
-        logits, local, target_logits=None if exact is None else raw, options=call.logits
-    )
+    _, own, _ = call.kernels.logp(call.rows(logits, local, None if exact is None else raw))
     top = shard.max_(own.clone())
     total, raw = shard.sum_(torch.stack([torch.exp(own - top), torch.where(mine, raw, 0.0)]))
     log_total = torch.log(total)
     logp = ((call.logits.transform(raw) - top) - log_total).clamp_max(0)
     lse, exact = top + log_total, None if exact is None else raw
     if write:
-        call.kernels.logits_grad(
-            logits, lse, targets, None,
-            target_logits=exact, first_column=shard.first, options=call.logits, out=logits,
-        )  # fmt: skip
+        rows = call.rows(logits, here.targets, exact)
+        call.kernels.logits_grad(rows, lse, None, first_column=shard.first, out=logits)
     return logp, lse, exact
 
 
@@ -253,10 +238,10 @@ def _extra(
     return out
 
 
-def chunks_of(n: int, chunk: int, retained: int) -> list[tuple[int, int]]:
-    """Row ranges of at most ``chunk`` rows, with a border where retention ends."""
+def chunks_of(n: int, chunk: int, retained: int) -> list[slice]:
+    """Rows of at most ``chunk`` at a time, with a border where retention ends."""
     starts = [*range(0, retained, chunk), *range(retained, n, chunk)]
-    return list(zip(starts, [*starts[1:], n], strict=False)) if n else []
+    return list(map(slice, starts, [*starts[1:], n])) if n else []
 
 
 def _part(x: Tensor, at: slice) -> Tensor:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pro_kernels.backends.protocol import Candidates
 from pro_kernels.fused import backward, head, matmul, prompts
-from pro_kernels.fused.call import Call, Candidates, acc_dtype
+from pro_kernels.fused.call import Call, acc_dtype
 from pro_kernels.fused.columns import Kept
-from pro_kernels.fused.gather_scatter import Rows, empty_rows, side_dtype
-from pro_kernels.fused.pages import in_huge_pages
+from pro_kernels.fused.gather_scatter import Inputs, empty_rows, in_huge_pages
 from pro_kernels.fused.registry import fake, op
 from pro_kernels.fused.target_columns import TargetColumns
 from pro_kernels.layout import raise_bad_target
@@ -37,7 +37,7 @@ def logps(
     """Log-prob of each target, log-sum-exp and entropy (or nothing) of each row, ``(N,)`` fp32."""
     check_range(targets, logits.shape[1])
     found = [
-        call.kernels.logp(z, targets[at], options=call.logits, entropy=call.entropy)
+        call.kernels.logp(call.rows(z, targets[at]), call.entropy)
         for at, z in _times(logits, scale)
     ]
     parts: Any = found[0] if len(found) == 1 else [
@@ -101,8 +101,8 @@ def _(logits, lse, targets, weights, entropy, entropy_weights, scale, call):
 def _logits_grad(logits, lse, targets, weights, entropy, by, scale, call, out):
     if scale is None:
         both = None if entropy is None else (entropy, by)
-        rows = lse, targets, weights
-        return call.kernels.logits_grad(logits, *rows, options=call.logits, out=out, entropy=both)
+        rows = call.rows(logits, targets)
+        return call.kernels.logits_grad(rows, lse, weights, out=out, entropy=both)
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows = lse, targets, weights * scale, entropy, None if by is None else by * scale
@@ -174,18 +174,11 @@ def head_forward(
         if not call.targets_checked:
             check_range(targets, call.shard.vocab if call.shard else call.vocab)
         values, saved = _head_buffers(hidden, targets, call)
-        live, rows, kept_targets = _compact(rows, targets)
-        n = rows.shape[0]
+        live, tokens = _compact(rows, targets)
+        given = _inputs(call, hidden, weight, bias, tokens, scale)
+        n = given.tokens
         compact = values if live is None else values.new_empty(values.shape[0], n)
-        head.forward(
-            call,
-            hidden,
-            *_cast(weight, bias, call),
-            _scaled(rows, scale),
-            kept_targets,
-            compact,
-            saved._replace(stats=saved.stats[:, :n]),
-        )
+        head.forward(given, compact, saved._replace(stats=saved.stats[:, :n]))
         if live is not None:
             values.zero_().index_copy_(1, live, compact)
             saved.filter.spread_dropped(live)
@@ -216,27 +209,25 @@ def head_backward(
     """DHidden (R, H), dW (V, H) and dbias (V,); those not needed are empty."""
     with _autocast_off(hidden):
         grads = _grad_buffers(hidden, call, needs)
-        live, rows, targets = _compact(rows, targets)
-        tokens = _scaled(rows, scale)
-        upstream = [
-            None if x is None else _live(x.to(call.acc_dtype), live)
+        live, tokens = _compact(rows, targets)
+        again = call.needs_head_again(tokens[0].shape[0])
+        given = _inputs(call, hidden, *((weight, bias) if again else (None, None)), tokens, scale)
+        every = slice(None) if live is None else live
+        w, by, of_lse = upstream = [
+            None if x is None else x.to(call.acc_dtype)[every]
             for x in (grad, entropy_grad, lse_grad)
         ]
         kept = head.Saved.of(saved, call)
-        kept = kept._replace(stats=kept.stats[:, : rows.shape[0]])
-        w, by, of_lse = upstream
+        kept = kept._replace(stats=kept.stats[:, : given.tokens])
+        wanted = [x if need else None for x, need in zip(grads, needs, strict=True)]
         columns = None
         if call.lse:
             assert weight is not None and w is not None
-            columns = TargetColumns.of(call, hidden, weight, tokens, targets, kept, upstream)
+            columns = TargetColumns.of(given, weight, kept, upstream)
             w = w if of_lse is None else w - of_lse
-        wanted = [x if need else None for x, need in zip(grads, needs, strict=True)]
-        gradients = backward.backward_of_both if call.entropy else backward.backward
-        again = call.needs_head_again(rows.shape[0])
-        matrix: tuple[Any, Any] = _cast(weight, bias, call) if again else (None, None)
-        if columns is not None and wanted[2] is not None:  # its terms are rounded once
-            wanted[2] = wanted[2].to(call.acc_dtype)
-        gradients(call, hidden, *matrix, tokens, targets, kept, (w, by), columns, wanted)
+            if wanted[2] is not None:  # its terms are rounded once
+                wanted[2] = wanted[2].to(call.acc_dtype)
+        backward.backward(given, kept, (w, by), columns, wanted)
         if columns is not None:
             columns.add_to(*wanted[1:])
         if wanted[2] is not None and wanted[2] is not grads[2]:
@@ -268,34 +259,21 @@ def linear_pro(
     with _autocast_off(hidden):
         if not call.targets_checked:
             check_range(targets, call.vocab)
-        grads = _t2_grads(hidden, call, need_bias, call.acc_dtype)
+        needs = call.plan.need_hidden, True, need_bias
+        grads = _grad_buffers(hidden, call, needs, call.acc_dtype)
         ranked = Candidates(*candidates)  # type: ignore[arg-type]
-        live, rows, kept_targets = _compact(rows, targets)
-        tokens = prompts.chunk_tokens(call)
+        live, tokens = _compact(rows, targets)
+        given = _inputs(call, hidden, weight, bias, tokens, scale)
+        sizes = prompts.chunk_tokens(call)
         if live is not None:  # dense: the token list shrinks, and the offsets with it
             before = torch.nn.functional.pad((targets >= 0).cumsum(0), (1, 0))
-            ends = torch.tensor([0, *tokens], device=before.device).cumsum(0)
+            ends = torch.tensor([0, *sizes], device=before.device).cumsum(0)
             ranked = ranked._replace(offsets=before[ranked.offsets])
-            tokens = before[ends].diff().tolist()
-        kept = Kept.empty(
-            call.grad_filter,
-            len(tokens),
-            max(tokens, default=0),
-            call.vocab,
-            targets.shape[0],
-            hidden,
-        )
-        terms, sums, row_weights = prompts.pro_forward(
-            call,
-            hidden,
-            *_cast(weight, bias, call),
-            _scaled(rows, scale),
-            kept_targets,
-            ranked,
-            tokens,
-            [x.zero_() if x.numel() else None for x in grads],
-            kept,
-        )
+            sizes = before[ends].diff().tolist()
+        chunks = len(sizes), max(sizes, default=0)
+        kept = Kept.empty(call.grad_filter, *chunks, call.vocab, targets.shape[0], hidden)
+        out = [x.zero_() if x.numel() else None for x in grads]
+        terms, sums, row_weights = prompts.pro_forward(given, ranked, sizes, out, kept)
         if live is not None:
             compact, row_weights = row_weights, row_weights.new_zeros(targets.shape[0])
             row_weights.index_copy_(0, live, compact)
@@ -309,7 +287,8 @@ def linear_pro(
 @fake(linear_pro)
 def _(hidden, weight, bias, rows, targets, scale, candidates, need_bias, call):
     acc, n = call.acc_dtype, targets.shape[0]
-    d_hidden, d_weight, d_bias = _t2_grads(hidden, call, need_bias, call.weight_dtype)
+    needs = call.plan.need_hidden, True, need_bias
+    d_hidden, d_weight, d_bias = _grad_buffers(hidden, call, needs)
     ranked = Candidates(*candidates)
     return (
         hidden.new_empty(ranked.order.shape, dtype=acc),
@@ -356,22 +335,17 @@ def check_range(targets: Tensor, vocab: int) -> None:
         torch._assert_async(~bad.any(), f"targets must lie in [0, {vocab})")
 
 
-def _cast(weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Any, Any]:
-    """Weight and bias in the dtype of the matmuls."""
-    dtype = call.compute_dtype
-    return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
 def _head_buffers(hidden: Tensor, targets: Tensor, call: Call) -> tuple[Tensor, head.Saved]:
     n, plan, acc = targets.shape[0], call.plan, call.acc_dtype
     chunks = -(-plan.retained // plan.chunk) - (-n // plan.chunk) + 1
     statistics = 1 + call.entropy + call.lse + call.rounds_logits
     kept_dtype = call.logits_dtype if call.entropy else call.compute_dtype
     side = n if plan.need_hidden and not call.entropy else 0
+    side_dtype = matmul.sums_dtype(call.compute_dtype, hidden.device.type)
     return hidden.new_empty((sum(call.sizes), n), dtype=acc), head.Saved(
         hidden.new_empty((statistics, n), dtype=acc),
         empty_rows(hidden, plan.retained, call.vocab, kept_dtype),
-        hidden.new_empty((side, hidden.shape[1]), dtype=side_dtype(call, hidden)),
+        hidden.new_empty((side, hidden.shape[1]), dtype=side_dtype),
         Kept.empty(call.grad_filter, chunks, min(n, plan.chunk), call.vocab, n, hidden),
     )
 
@@ -388,26 +362,26 @@ def _grad_buffers(
     )
 
 
-def _t2_grads(
-    hidden: Tensor, call: Call, need_bias: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _grad_buffers(hidden, call, (call.plan.need_hidden, True, need_bias), dtype)
-
-
-def _live(x: Tensor, live: Tensor | None) -> Tensor:
-    return x if live is None else x[live]
-
-
-def _compact(rows: Tensor | None, targets: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Positions of live tokens (None: all of them), their rows and their targets."""
+def _compact(rows: Tensor | None, targets: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    """Positions of live tokens (None: all of them); their rows and their targets."""
     if rows is not None:
-        return None, rows, targets
+        return None, (rows, targets)
     live = (targets >= 0).nonzero()[:, 0]
-    return live, live, targets[live]
+    return live, (live, targets[live])
 
 
-def _scaled(rows: Tensor, scale: Tensor | None) -> Rows:
-    return Rows(rows, None if scale is None else scale[rows])
+def _inputs(
+    call: Call,
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tokens: tuple[Tensor, Tensor],  # rows and targets
+    scale: Tensor | None,  # of each row
+) -> Inputs:
+    """Weight and bias in the dtype of the matmuls, the scale of each token."""
+    w: Any = None if weight is None else weight.to(call.compute_dtype)
+    b = None if bias is None else bias.to(call.compute_dtype)
+    return Inputs(call, hidden, w, b, *tokens, None if scale is None else scale[tokens[0]])
 
 
 def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:

@@ -12,26 +12,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pro_kernels.backends.protocol import Candidates
+from pro_kernels.fused import matmul
 from pro_kernels.fused.backward import Gradients, add_columns
-from pro_kernels.fused.call import Call, Candidates
+from pro_kernels.fused.call import Call
 from pro_kernels.fused.columns import Centre, Kept
-from pro_kernels.fused.gather_scatter import (
-    Rows,
-    empty_rows,
-    scatter_rows,
-    side_dtype,
-    weighted_rows,
-)
+from pro_kernels.fused.gather_scatter import Inputs, empty_rows
 from pro_kernels.fused.head import Saved, forward
 
 
 def pro_forward(
-    call: Call,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Rows,
-    targets: Tensor,
+    given: Inputs,
     candidates: Candidates,
     tokens: Sequence[int],  # of each chunk
     out: Gradients,  # zeros; those of the head fp32 or wider
@@ -42,35 +33,38 @@ def pro_forward(
     Returns ``terms`` (B, n), ``sums`` (S,) as the backends' ``ranking`` does, and the row weights
     (N,).
     """
+    call, hidden, weight = given[:3]
     d_hidden, d_weight, d_bias = out
-    most, n = max(tokens, default=0), len(rows)
+    most = max(tokens, default=0)
     buffer = empty_rows(weight, most, call.vocab, weight.dtype)
-    values = torch.zeros((1, n), dtype=call.acc_dtype, device=targets.device)
+    values = weight.new_zeros((1, given.tokens), dtype=call.acc_dtype)
     stats = values.new_empty(2, most)
     terms, sums = [], values.new_zeros(candidates.lengths.shape)
-    weights = values.new_zeros(n)
+    weights = values.new_zeros(given.tokens)
     if kept.tau is not None:
         kept.centre = Centre.of(call, weight)
+    side_dtype = matmul.sums_dtype(call.compute_dtype, hidden.device.type)
     prompt = start = 0
     for i, (count, size) in enumerate(zip(call.plan.prompt_chunks, tokens, strict=True)):
         at = slice(start, start + size)
         wide = 0 if d_hidden is None else size
-        side = buffer.new_empty(wide, hidden.shape[1], dtype=side_dtype(call, hidden))
+        side = buffer.new_empty(wide, hidden.shape[1], dtype=side_dtype)
         own = kept if kept.tau is None else kept.part(i, at)
         saved = Saved(stats[:, :size], buffer[:size], side, own)
         one = call.but(plan=replace(call.plan, chunk=max(1, size)))
-        forward(one, hidden, weight, bias, rows[at], targets[at], values[:, at], saved)
+        here = given._replace(call=one).part(at)
+        forward(here, values[:, at], saved)
         # Later log-probs are still 0: after the last chunk the sums are whole.
         prompts = slice(prompt, prompt + count)
         part, sums, row_weights = call.rank(values[0], candidates.part(prompts))
         terms.append(part)
         if size:
             w = weights[at] = row_weights[at]
-            xw = weighted_rows(call, hidden, rows[at], w)
             groups = own.of(0, slice(0, size))
-            add_columns(call, groups, buffer[:size], xw, w, (d_weight, d_bias), accumulate=True)
+            xw, sums_of = here.weighted(w), (d_weight, d_bias)
+            add_columns(call, groups, buffer[:size], xw, w, sums_of, accumulate=True)
             if d_hidden is not None:
-                scatter_rows(call, side, w, rows[at], d_hidden)
+                here.scatter(side, w, d_hidden)
         prompt, start = prompt + count, start + size
     return torch.cat(terms), sums, weights
 

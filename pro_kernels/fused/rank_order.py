@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pro_kernels import ranking, validate
-from pro_kernels.fused.call import Candidates
+from pro_kernels.backends.protocol import Candidates
 from pro_kernels.layout import Layout
 from pro_kernels.option_types import SIZES
 from pro_kernels.options import PROOptions

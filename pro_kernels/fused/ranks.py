@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pro_kernels import validate
+from pro_kernels.backends.protocol import Candidates
 from pro_kernels.fused import autograd, ops, shards
-from pro_kernels.fused.call import Call, Candidates
+from pro_kernels.fused.call import Call
 from pro_kernels.fused.planner import default_budget
 from pro_kernels.fused.rank_order import check_arguments
 from pro_kernels.layout import Layout, by_token

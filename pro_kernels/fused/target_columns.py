@@ -21,8 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pro_kernels.fused.call import Call
-from pro_kernels.fused.gather_scatter import Rows, add_rows, rows_of
+from pro_kernels.fused.gather_scatter import Inputs, add_rows
 from pro_kernels.fused.head import Saved, own_columns
 
 
@@ -38,15 +37,13 @@ class TargetColumns(NamedTuple):
     @classmethod
     def of(
         cls,
-        call: Call,
-        hidden: Tensor,
-        weight: Tensor,  # (V, H)
-        rows: Rows,
-        targets: Tensor,
+        given: Inputs,
+        weight: Tensor,  # (V, H), as the caller has it
         saved: Saved,
         upstream: Sequence[Tensor | None],  # a, b and c, (N,) each
     ) -> TargetColumns:
         """Those of this rank."""
+        call = given.call
         a, b, c = upstream
         assert a is not None
         lse, logp = saved.stats[0], saved.logp(call)
@@ -59,11 +56,11 @@ class TargetColumns(NamedTuple):
         entries *= call.logits.logit_scale
         if call.logits.softcap is not None:
             entries *= 1 - ((logp + lse) / call.logits.softcap).square()
-        columns, here = own_columns(call, targets, call.vocab)
+        columns, here = own_columns(call, given.targets, call.vocab)
         entries = torch.where(here, entries, 0.0)
         w = weight.index_select(0, columns).to(call.compute_dtype)
-        x = rows_of(call, hidden, Rows(rows.at))
-        return cls(columns, entries, rows.times(entries), x, w)
+        x = given._replace(scale=None).x()
+        return cls(columns, entries, given.times(entries), x, w)
 
     def hidden_side(self, side: Tensor, weights: Tensor) -> Tensor:
         """``weights * side`` (N, H) and this rank's share of dHidden, unrounded."""

@@ -12,7 +12,6 @@ Source: liger-kernel 0.8, ``liger_kernel.chunked_loss`` and ``liger_kernel.ops``
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -24,15 +23,14 @@ from torch import Tensor
 
 from pro_kernels.api import linear_token_logps
 from pro_kernels.cross_entropy import token_losses
-from pro_kernels.integrations.names import Pair, exchange, exchange_back
+from pro_kernels.integrations.switch import Pair, Switch
 from pro_kernels.models.head import head_for
 
 Result = tuple[Any, ...]
 _IGNORED = -100
 # Loss types of GRPO that leave out what the mask does; "luspo" counts every position.
 _MASKED = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")
-# Liger's Functions and functions, and those that stand in their places.
-_exchanged: list[Pair] = []
+_switch = Switch(__name__, "liger-kernel", "Liger's losses are computed here")
 
 
 def apply() -> None:
@@ -54,30 +52,23 @@ def apply() -> None:
         ImportError: liger-kernel is missing.
         ValueError: it was called before.
     """
-    if _exchanged:
-        raise ValueError("Liger's losses are computed here already; call restore() first")
-    try:
-        importlib.import_module("liger_kernel")
-        functional = importlib.import_module("liger_kernel.chunked_loss.functional")
-        modules = {name: importlib.import_module(f"liger_kernel.{name}") for name in _FUNCTIONS}
-    except ImportError as error:
-        raise ImportError(
-            f"pro_kernels.integrations.liger needs liger-kernel (pip install liger-kernel): {error}"
-        ) from error
-    for module, (name, compute, own) in _FUNCTIONS.items():
-        theirs = getattr(modules[module], name)
+    names = ("chunked_loss.functional", *_FUNCTIONS)
+    functional, *modules = _switch.modules(*(f"liger_kernel.{name}" for name in names))
+    pairs: list[Pair] = []
+    for module, (name, compute, own) in zip(modules, _FUNCTIONS.values(), strict=True):
+        theirs = getattr(module, name)
         if (ours := _made_of(theirs, compute, own)) is None:
             continue
-        _exchanged.append((theirs, ours))
+        pairs.append((theirs, ours))
         short = name.removeprefix("LigerFusedLinear").removesuffix("Function").lower()
         if bound := getattr(functional, f"liger_fused_linear_{short}", None):
-            _exchanged.append((bound, ours.apply))
-    exchange(_exchanged)
+            pairs.append((bound, ours.apply))
+    _switch.exchange(pairs)
 
 
 def restore() -> None:
     """Undo ``apply``; nothing happens where it was not called."""
-    exchange_back(_exchanged)
+    _switch.restore()
 
 
 def _made_of(theirs: Any, compute: Callable[..., Result], own: str) -> Any:

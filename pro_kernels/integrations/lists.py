@@ -26,24 +26,15 @@ def why_unusable(rewards: Sequence[float | None]) -> str | None:
 
 
 def collate_lists(
-    collate: Callable[[list[Row]], Mapping[str, Any]],
-    lists: Sequence[Sequence[Row]],
-    rewards: Sequence[Sequence[float | None]],
+    collate: Callable[[list[Row]], Mapping[str, Any]],  # makes a batch of rows, with ``labels``
+    lists: Sequence[Sequence[Row]],  # of each prompt's candidates
+    rewards: Sequence[Sequence[float | None]],  # None for each where the first is the best
 ) -> dict[str, Any]:
-    """A batch for a model of ``attach(loss="ranking")``.
+    """A batch for a model of ``attach(loss="ranking")``: n rows a prompt.
 
-    Args:
-        collate: makes a batch of rows, with ``labels``.
-        lists: the rows of each prompt's candidates.
-        rewards: theirs, or None for each where the first is the best.
-
-    Returns:
-        The batch of n rows a prompt; ``candidate_mask`` (B, n), which comes first, as trainers
-        count a batch by its first tensor; and ``rewards`` (B, n) or ``num_candidates``. A list
-        shorter than n has its last row again, which the mask leaves out.
-
-    Raises:
-        ValueError: lists with rewards and lists without.
+    With ``candidate_mask`` (B, n), which comes first, as trainers count a batch by its first
+    tensor; and ``rewards`` (B, n) or ``num_candidates``. A list shorter than n has its last row
+    again, which the mask leaves out. ValueError: lists with rewards and lists without.
     """
     n = max(map(len, lists))
     present = torch.tensor([[i < len(rows) for i in range(n)] for rows in lists])
@@ -59,12 +50,7 @@ def collate_lists(
 
 
 def list_metrics(out: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The terms of an attached model's loss, and TRL's metrics over the pairs of each list.
-
-    Args:
-        out: the model's output.
-        batch: of ``collate_lists``, on the device of the output.
-    """
+    """The terms of an attached model's loss, and TRL's metrics over the pairs of each list."""
     ranked = ranked_batch(out.logps, out.lengths, batch.get("rewards"), None, None)
     terms = {"rank_loss": out.rank_losses.sum(), "sft_loss": out.sft_loss}
     return {**terms, **preference_metrics(ranked, out.scores)}

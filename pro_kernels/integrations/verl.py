@@ -11,7 +11,6 @@ Source: verl 0.9, ``verl.utils.experimental.torch_functional`` and
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import warnings
 from typing import Any
@@ -20,11 +19,10 @@ import torch
 from torch import Tensor
 
 from pro_kernels.api import linear_token_stats
-from pro_kernels.integrations.names import Pair, exchange, exchange_back
+from pro_kernels.integrations.switch import Switch
 from pro_kernels.models.head import head_for
 
-_exchanged: list[Pair] = []
-_theirs: dict[str, Any] = {}  # what ours stand in the place of
+_switch = Switch(__name__, "verl", "verl's log-probs are computed here")
 
 
 def fused_linear_for_ppo(
@@ -57,7 +55,8 @@ def linear_cross_entropy(
         why = f"reduction={reduction!r}" if reduction != "none" else f"a head over {split} ranks"
         warnings.warn(f"linear_cross_entropy with {why} is computed by verl itself", stacklevel=2)
         args = (hidden, weight, labels, temperature, reduction, dist_process_group)
-        return _theirs["linear_cross_entropy"](*args)
+        ((theirs, _),) = _switch.pairs
+        return theirs(*args)
     rows = hidden.reshape(-1, hidden.shape[-1])
     return fused_linear_for_ppo(None, rows, weight, labels.reshape(-1), temperature)
 
@@ -69,15 +68,9 @@ def apply() -> None:
         ImportError: verl is missing, or has no such functions.
         ValueError: it was called before, or verl's functions take other arguments.
     """
-    if _exchanged:
-        raise ValueError("verl's log-probs are computed here already; call restore() first")
-    try:
-        functional = importlib.import_module("verl.utils.experimental.torch_functional")
-        kernel = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
-    except ImportError as error:
-        raise ImportError(
-            f"pro_kernels.integrations.verl needs verl (pip install verl): {error}"
-        ) from error
+    functional, kernel = _switch.modules(
+        "verl.utils.experimental.torch_functional", "verl.utils.kernel.linear_cross_entropy"
+    )
     module, function = functional.FusedLinearForPPO, kernel.LinearCrossEntropy
     for theirs, ours, first in (
         (module.forward, fused_linear_for_ppo, 0),
@@ -88,17 +81,11 @@ def apply() -> None:
             raise ValueError(
                 f"verl's {theirs.__qualname__} takes {found}, and what is known here is {known}"
             )
-    _theirs.update(forward=module.forward, linear_cross_entropy=kernel.linear_cross_entropy)
-    module.forward = fused_linear_for_ppo
+    _switch.put(module, "forward", fused_linear_for_ppo)
     # An object of its own: whoever holds it has it from there.
-    _exchanged.append((kernel.linear_cross_entropy, functools.partial(linear_cross_entropy)))
-    exchange(_exchanged)
+    _switch.exchange([(kernel.linear_cross_entropy, functools.partial(linear_cross_entropy))])
 
 
 def restore() -> None:
     """Undo ``apply``; nothing happens where it was not called."""
-    if _exchanged:
-        module = importlib.import_module("verl.utils.experimental.torch_functional")
-        module.FusedLinearForPPO.forward = _theirs.pop("forward")
-        exchange_back(_exchanged)
-        _theirs.clear()
+    _switch.restore()

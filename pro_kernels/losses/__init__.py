@@ -1,4 +1,4 @@
-"""Ranking and preference losses on (S_i, m_i): one file a loss, each registered by itself.
+"""Ranking and preference losses on (S_i, m_i): each registered by itself.
 
 Every loss is a function of the summed completion log-probs S and the numbers of scored tokens m of
 the n candidates of B prompts, and returns ``(loss, metrics)``:

@@ -1,15 +1,4 @@
-"""Preference Ranking Optimization (PRO).
-
-"Preference Ranking Optimization for Human Alignment", arXiv 2306.17492. Candidates 1..n best to
-worst, s_i = S_i / m_i, rewards r_1 ≥ … ≥ r_n:
-
-    τ_ki = r_k − r_i  (i > k),   τ_kk = max_{i>k} τ_ki
-    L_rank = Σ_{k<n} [ log( Σ_{i≥k} exp(s_i τ_ki) + eps ) − s_k τ_kk ]
-    L = L_rank + w (n−1)² · (−s_sft)
-
-The temperatures are constants of the gradient. The paper has −S_sft in the last term, which is
-sft_reduction="sum"; eps = 1e-10 is what the official code uses.
-"""
+"""Preference Ranking Optimization (PRO): the formula on scores."""
 
 from __future__ import annotations
 
@@ -58,10 +47,18 @@ def pro(
     reward_scale: RewardScale = 1.0,
     equal_rewards: Literal["error", "keep"] = "error",
 ) -> Result:
-    """PRO loss; see the module's formula and `pro_kernels.losses` for the shared arguments.
+    """Preference Ranking Optimization (PRO).
 
-    Options mean what they mean in ``linear_pro_loss``. With one valid candidate (n−1)² is replaced
-    by 1: the loss is the SFT term.
+    "Preference Ranking Optimization for Human Alignment", arXiv 2306.17492. Candidates 1..n best to
+    worst, s_i = S_i / m_i, rewards r_1 ≥ … ≥ r_n:
+
+        τ_ki = r_k − r_i  (i > k),   τ_kk = max_{i>k} τ_ki
+        L_rank = Σ_{k<n} [ log( Σ_{i≥k} exp(s_i τ_ki) + eps ) − s_k τ_kk ]
+        L = L_rank + w (n−1)² · (−s_sft)
+
+    The temperatures are constants of the gradient. The paper has −S_sft in the last term, which is
+    sft_reduction="sum"; eps = 1e-10 is what the official code uses. Options mean what they mean in
+    ``linear_pro_loss``. With one valid candidate (n−1)² is replaced by 1: the loss is the SFT term.
 
     sft_index: original column of the SFT candidate; default the best-ranked valid one. A prompt
         whose SFT candidate is absent has no SFT term.

@@ -130,6 +130,11 @@ class Ranked:
         """What a loss returns: the mean over prompts of ``losses``, and the metrics."""
         return self.mean(losses), preference_metrics(self, implicit_rewards, pairs)
 
+    def over_pairs(self, losses: Tensor, implicit_rewards: Tensor, pairs: str) -> Result:
+        """``result`` of losses of pairs (B, n, n), "all" or of the "best" with the rest."""
+        selected = self.better(pairs)
+        return self.result(pair_mean(losses, selected), implicit_rewards, selected)
+
 
 def ranked_batch(
     logps: Tensor,  # (B, n)

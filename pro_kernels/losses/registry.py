@@ -36,23 +36,14 @@ LOSSES: dict[str, Loss] = {}
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """A loss on (S_i, m_i), to be called, and what is known of it.
+    """A loss on (S_i, m_i), to be called, and what is known of it."""
 
-    Attributes:
-        name: what it is called in ``LOSSES``.
-        body: the function of a ``Ranked`` batch.
-        needed: function of the options: which of "rewards" and "ref_logps" it cannot do without.
-        shared: those of its options that every loss has (``option_types.SHARED_OPTIONS``).
-        defaults: its options and their defaults.
-        types: what an option takes; other arguments of the body (tensors) are not in it.
-    """
-
-    name: str
-    body: Body
-    needed: Callable[..., Sequence[str]]
-    shared: tuple[str, ...]
-    defaults: Mapping[str, Any]
-    types: Mapping[str, OptionType]
+    name: str  # in ``LOSSES``
+    body: Body  # the function of a ``Ranked`` batch
+    needed: Callable[..., Sequence[str]]  # of the options: see ``needs``
+    shared: tuple[str, ...]  # those options that every loss has
+    defaults: Mapping[str, Any]  # its options and their defaults
+    types: Mapping[str, OptionType]  # what an option takes; not in it: tensors
     gaps: Callable[..., bool]
     fault: Callable[..., str | None] | None
 

@@ -17,24 +17,8 @@ import torch
 from torch import Tensor
 
 from pro_kernels.cross_entropy import class_losses
-from pro_kernels.models.lazy import (
-    ANSWERS,
-    NO_TARGET,
-    LazyLogits,
-    apart,
-    by_blocks,
-    entropy,
-    fix,
-    hidden_of,
-    is_whole,
-    like,
-    log_probs,
-    logits_of,
-    logsumexp,
-    mean,
-    real,
-    target_logits_of,
-)
+from pro_kernels.models import lazy
+from pro_kernels.models.lazy import ANSWERS, LazyLogits, like
 
 _ANY = ("logits", "log_probs", "probs", "p_log_p", "p_logits")
 # Ids a row, above which the products with them are no longer cheap.
@@ -147,7 +131,7 @@ def _indexed(x: LazyLogits, index: Any) -> Any:
         return NotImplemented
     if sum(isinstance(i, Tensor) for i in index) == sum(masks):  # each row at most once
         return like(x, x.rows[tuple(index)])
-    return apart(x, hidden_of(x)[tuple(index)])
+    return lazy.apart(x, lazy.hidden_of(x)[tuple(index)])
 
 
 def _columns(x: LazyLogits, index: list[Any], column: Any) -> Any:
@@ -157,14 +141,14 @@ def _columns(x: LazyLogits, index: list[Any], column: Any) -> Any:
         column = column + x.shape[-1] if column < 0 else column
         if x.what != "logits" or not 0 <= column < x.shape[-1]:
             return NotImplemented
-        found = logits_of(x, torch.full_like(x.rows, column)[..., None])[..., 0]
+        found = lazy.logits_of(x, torch.full_like(x.rows, column)[..., None])[..., 0]
         return x.source.hand_out(_number(x, found))
     if isinstance(column, Tensor) and column.dim() and column.dtype == torch.int64:
         if not all(isinstance(i, int | Tensor) for i in index):
             return NotImplemented
         rows, column = torch.broadcast_tensors(x.rows[tuple(index)], column)
-        if not (is_whole(x) and rows.shape == x.rows.shape and torch.equal(rows, x.rows)):
-            x = apart(x, x.source.at(x.source.head.hidden, rows))
+        if not (lazy.is_whole(x) and rows.shape == x.rows.shape and torch.equal(rows, x.rows)):
+            x = lazy.apart(x, x.source.at(x.source.head.hidden, rows))
     else:
         return NotImplemented
     ids = torch.where(column < 0, column + x.shape[-1], column)
@@ -177,7 +161,7 @@ def _index_select(x: LazyLogits, dim: int, index: Tensor) -> Any:
     at = dim + x.rows.dim() + 1 if dim < 0 else dim
     if at >= x.rows.dim():
         return NotImplemented
-    return apart(x, hidden_of(x).index_select(at, index))
+    return lazy.apart(x, lazy.hidden_of(x).index_select(at, index))
 
 
 def _joined(name: str, tensors: Any, dim: int = 0) -> Any:
@@ -198,7 +182,7 @@ def _joined(name: str, tensors: Any, dim: int = 0) -> Any:
     at = dim + leading + 1 if dim < 0 else dim
     if at >= leading:
         return NotImplemented
-    return apart(first, getattr(torch, name)([hidden_of(x) for x in tensors], at))
+    return lazy.apart(first, getattr(torch, name)([lazy.hidden_of(x) for x in tensors], at))
 
 
 ANSWERS.update({name: functools.partial(_joined, name) for name in ("cat", "stack")})
@@ -241,22 +225,16 @@ def _cpu(x: LazyLogits) -> Any:
     return x if x.device.type == "cpu" else NotImplemented
 
 
-@_answers("float", of=_ANY)
-def _float(x: LazyLogits) -> Any:
-    return _cast(x, torch.float32)
-
-
-@_answers("double", of=_ANY)
-def _double(x: LazyLogits) -> Any:
-    return _cast(x, torch.float64)
-
-
 def _cast(x: LazyLogits, dtype: torch.dtype | None) -> Any:
     """Of a wider dtype: a narrower one would round what no number is rounded to."""
     if dtype is None or dtype == x.dtype:
         return x
     wider = dtype.is_floating_point and torch.promote_types(dtype, x.dtype) == dtype
     return like(x, dtype=dtype) if wider else NotImplemented
+
+
+for _name, _dtype in (("float", torch.float32), ("double", torch.float64)):
+    _answers(_name, of=_ANY)(functools.partial(_cast, dtype=_dtype))
 
 
 @_answers("div", "true_divide", "__truediv__")
@@ -266,7 +244,7 @@ def _divided(x: LazyLogits, other: Any, *, rounding_mode: Any = None) -> Any:
     if isinstance(other, int | float):
         return like(x, divisor=x.divisor * other) if _is_scale(x, other) else NotImplemented
     hidden = _cooled(x, other)
-    return NotImplemented if hidden is None else apart(x, hidden)
+    return NotImplemented if hidden is None else lazy.apart(x, hidden)
 
 
 @_answers("div_", "__itruediv__")
@@ -307,7 +285,7 @@ def _cooled(x: LazyLogits, by: Any) -> Tensor | None:
         return None
     if torch.broadcast_shapes(by.shape, shape) != shape or not bool((by != 0).all()):
         return None
-    cooled = hidden_of(x).to(torch.promote_types(x.dtype, head.hidden.dtype)) / by
+    cooled = lazy.hidden_of(x).to(torch.promote_types(x.dtype, head.hidden.dtype)) / by
     return cooled if x.source.options.get("head_dtype") else cooled.to(head.hidden.dtype)
 
 
@@ -330,23 +308,19 @@ def _multiplied(x: LazyLogits, other: Any) -> Any:
 # ---- distributions
 
 
-@_answers("log_softmax")
-def _log_softmax(x: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-    return _normalised(x, "log_probs", dim, _stacklevel, dtype)
-
-
-@_answers("softmax")
-def _softmax(x: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-    return _normalised(x, "probs", dim, _stacklevel, dtype)
-
-
-def _normalised(x: LazyLogits, what: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:
-    if isinstance(stacklevel, torch.dtype):  # ``torch.softmax(x, dim, dtype)``
-        dtype = stacklevel
+def _normalised(
+    x: LazyLogits, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None, *, what: str
+) -> Any:
+    if isinstance(_stacklevel, torch.dtype):  # ``torch.softmax(x, dim, dtype)``
+        dtype = _stacklevel
     if dtype is None and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32
     x = _cast(x, dtype)
     return like(x, what=what) if x is not NotImplemented and _is_last(x, dim) else NotImplemented
+
+
+_answers("log_softmax")(functools.partial(_normalised, what="log_probs"))
+_answers("softmax")(functools.partial(_normalised, what="probs"))
 
 
 @_answers("exp", of=("log_probs",))
@@ -368,16 +342,16 @@ def _gather(x: LazyLogits, dim: Any, index: Tensor, *, sparse_grad: bool = False
     if index.shape[:-1] != x.rows.shape:
         return NotImplemented
     if index.shape[-1] == 1 and x.what == "log_probs":
-        return _number(x, log_probs(x, index[..., 0])[0], keepdim=True)
+        return _number(x, lazy.log_probs(x, index[..., 0])[0], keepdim=True)
     if index.shape[-1] == 1:
-        return _number(x, target_logits_of(x, index[..., 0]), keepdim=True)
-    chosen = logits_of(x, index)
-    return (chosen if x.what == "logits" else chosen - logsumexp(x)[..., None]).to(x.dtype)
+        return _number(x, lazy.target_logits_of(x, index[..., 0]), keepdim=True)
+    chosen = lazy.logits_of(x, index)
+    return (chosen if x.what == "logits" else chosen - lazy.logsumexp(x)[..., None]).to(x.dtype)
 
 
 @_answers("logsumexp")
 def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
-    return _number(x, logsumexp(x), keepdim) if _is_last(x, dim) else NotImplemented
+    return _number(x, lazy.logsumexp(x), keepdim) if _is_last(x, dim) else NotImplemented
 
 
 @_answers("cross_entropy")
@@ -400,14 +374,14 @@ def _cross_entropy(
         weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.requires_grad
     ):
         return NotImplemented
-    average = mean(x, weight) if eps else None
+    average = lazy.mean(x, weight) if eps else None
     if eps and (average is None or not 0 < eps <= 1):
         return NotImplemented
     if torch.is_autocast_enabled(x.device.type):
         x = _cast(x, torch.promote_types(x.dtype, torch.float32))
     counted = target != ignore_index
     # Rows that do not count are left out.
-    logps, lse = log_probs(x, torch.where(counted, target, NO_TARGET), keep=False)
+    logps, lse = lazy.log_probs(x, torch.where(counted, target, lazy.NO_TARGET), keep=False)
     losses, weights = class_losses(logps, target, counted, weight, eps, lse, average)
     if reduction == "none":
         return losses.to(x.dtype)
@@ -425,9 +399,9 @@ def _sum(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
     if not _is_last(x, dim) or dtype not in (None, x.dtype):
         return NotImplemented
     if x.what == "p_log_p":
-        return _number(x, -entropy(x), keepdim)
+        return _number(x, -lazy.entropy(x), keepdim)
     if x.what == "p_logits":
-        return _number(x, logsumexp(x) - entropy(x), keepdim)
+        return _number(x, lazy.logsumexp(x) - lazy.entropy(x), keepdim)
     average = _average(x)
     return NotImplemented if average is None else _number(x, average * x.shape[-1], keepdim)
 
@@ -444,18 +418,18 @@ def _mean(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any =
 
 def _average(x: LazyLogits) -> Tensor | None:
     """The mean of each row, or None."""
-    average = mean(x)
+    average = lazy.mean(x)
     if average is None and not x.requires_grad:
         wide = torch.promote_types(x.dtype, torch.float32)
-        return by_blocks(x, lambda z: (z.mean(-1, dtype=wide),))[0]
-    return average if average is None or x.what == "logits" else average - logsumexp(x)
+        return lazy.by_blocks(x, lambda z: (z.mean(-1, dtype=wide),))[0]
+    return average if average is None or x.what == "logits" else average - lazy.logsumexp(x)
 
 
 @_answers("argmax", of=("logits", "log_probs", "probs"))
 def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     if not _is_last(x, dim):
         return NotImplemented
-    return by_blocks(x, lambda z: (z.argmax(-1, keepdim),))[0]
+    return lazy.by_blocks(x, lambda z: (z.argmax(-1, keepdim),))[0]
 
 
 @_answers("max")
@@ -475,9 +449,9 @@ def _topk(x: LazyLogits, k: int, dim: Any = -1, largest: bool = True, sorted: bo
 
 def _largest(x: LazyLogits, number: Callable[[Tensor], Any]) -> Any:
     """Values, differentiable, and their indices."""
-    values, ids = by_blocks(x, number)
+    values, ids = lazy.by_blocks(x, number)
     if x.requires_grad and torch.is_grad_enabled():
-        values = logits_of(x, ids).to(x.dtype)
+        values = lazy.logits_of(x, ids).to(x.dtype)
     return values, ids
 
 
@@ -487,16 +461,16 @@ def _register_hook(x: LazyLogits, hook: Callable[[Tensor], Any]) -> Any:
     if not getattr(hook, "__module__", "").startswith("torch.distributed."):
         if x.passes:
             raise RuntimeError("register_hook comes after these logits were used; do it before")
-        return fix(x).register_hook(hook)
+        return lazy.fix(x).register_hook(hook)
     x.source.hooks.append(hook)
     return None
 
 
 @_answers("retain_grad", of=_ANY)
 def _retain_grad(x: LazyLogits) -> None:
-    fix(x).retain_grad()
+    lazy.fix(x).retain_grad()
 
 
 @_answers("requires_grad_", of=_ANY)
 def _requires_grad_(x: LazyLogits, requires_grad: bool = True) -> Tensor:
-    return x if x.requires_grad == requires_grad else real(x).requires_grad_(requires_grad)
+    return x if x.requires_grad == requires_grad else lazy.real(x).requires_grad_(requires_grad)

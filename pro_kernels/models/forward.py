@@ -20,13 +20,7 @@ from pro_kernels.layout import Layout
 from pro_kernels.losses import LOSSES, get_loss
 from pro_kernels.models.head import HeadInputs
 from pro_kernels.models.opened import FIELDS, Opened
-from pro_kernels.options import (
-    IGNORE_INDEX,
-    CallOptions,
-    CrossEntropyOptions,
-    Options,
-    PROOptions,
-)
+from pro_kernels.options import IGNORE_INDEX, CallOptions, CrossEntropyOptions, Options, PROOptions
 from pro_kernels.validate import check_tensor
 
 STATE = "_pro_kernels"  # the attribute of an attached model that holds its ``Opened``
@@ -153,11 +147,7 @@ def after_call(lm: nn.Module, args: tuple, output: Any) -> None:
 
 
 def _of_both(opened: Opened, head: HeadInputs, asked: Asked) -> dict[str, Any]:
-    """Arguments of either loss.
-
-    Raises:
-        ValueError: the model was attached with a process group and its head is whole.
-    """
+    """Arguments of either loss; ValueError with a process group and a head that is whole."""
     split = is_dtensor(head.weight)
     if opened.tried and opened.process_group is not None and not split:
         raise ValueError(

@@ -78,9 +78,7 @@ def resolve(module: Any, hidden: Tensor) -> HeadInputs:
     its meaning to the last bit of W, dropout included, which ``W + s B A`` would lose. DoRA (arXiv
     2402.09353) scales its rows.
 
-    Raises:
-        ValueError: the module is no linear layer, is quantised, or has an adapter whose arithmetic
-            is not known here.
+    ValueError: it is no linear layer, is quantised, or has an adapter that is not known here.
     """
     # PEFT's ``modules_to_save``: the one in use.
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):

@@ -37,24 +37,14 @@ NO_TARGET = -(1 << 31)  # no id of a token, so that -100 is refused as plain log
 # Attributes and methods of a tensor that do not look at its values.
 _VALUES = {"T", "mT", "H", "mH", "real", "imag", "data"}
 _METADATA = {
-    "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset",
-    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device",
-    "__len__", "__hash__", "__format__", "is_inference", "is_shared", "is_conj",
-    "is_neg", "_is_view",
-}  # fmt: skip
+    *"size dim ndimension numel nelement element_size stride storage_offset is_contiguous".split(),
+    *"is_floating_point is_complex is_signed is_same_size get_device is_inference".split(),
+    *"is_shared is_conj is_neg _is_view __len__ __hash__ __format__".split(),
+}
 # By the name of an operation; what it cannot answer, it answers with NotImplemented.
 ANSWERS: dict[str, Callable[..., Any]] = {}
 _said: set[str] = set()
-_OF_SHAPE = {
-    "squeeze_",
-    "unsqueeze_",
-    "transpose_",
-    "t_",
-    "detach_",
-    "resize_",
-    "set_",
-    "swapaxes_",
-}
+_OF_SHAPE = {*"squeeze_ unsqueeze_ transpose_ t_ detach_ resize_ set_ swapaxes_".split()}
 _NOT_IN_PLACE = (
     "cannot be done in place to the logits of an attached model; do it out of place, or "
     "attach(model, lazy_logits=False)"
@@ -89,11 +79,7 @@ class Source:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Autocast as it was when the model ran.
-
-        Raises:
-            RuntimeError: the head has been changed since, or a part that plain logits share.
-        """
+        """Autocast as when the model ran; RuntimeError where head or shared parts changed since."""
         if any(x._version != version for x, version in self.parts):
             raise RuntimeError(
                 "columns of the logits of an attached model were changed in place, which does not "
@@ -210,23 +196,14 @@ def _answer(func: Callable[..., Any], name: str, args: tuple, kwargs: dict[str, 
 
 
 def lazy_logits(
-    head: HeadInputs,
-    options: dict[str, Any],
-    habits: dict[str, Any],
-    made: torch.dtype,
-    dtype: torch.dtype,
-    places: Tensor | None = None,
+    head: HeadInputs,  # of the call; hidden (..., H), of the logits or, with ``places``, (S, H)
+    options: dict[str, Any],  # of the calls that answer for them
+    habits: dict[str, Any],  # of the model, to be kept from call to call
+    made: torch.dtype,  # in which the head would leave them
+    dtype: torch.dtype,  # in which they would be returned; of an fp32 head both are fp32
+    places: Tensor | None = None,  # (...), which hidden state each of the logits' rows is of
 ) -> LazyLogits:
-    """The logits of a head's call, not made.
-
-    Args:
-        head: of the call; hidden (..., H), of the logits or, with ``places``, (S, H).
-        options: of the calls that answer for them: ``backend``, ``budget``, ``head_dtype``, ...
-        habits: of the model, to be kept from call to call.
-        made: the dtype in which the head would leave them.
-        dtype: the one they would be returned in. Of an fp32 head both are fp32, without autocast.
-        places: (...), which hidden state each of the logits' rows is of.
-    """
+    """The logits of a head's call, not made."""
     kind = head.hidden.device.type
     shape = head.hidden.shape[:-1] if places is None else places.shape
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -545,16 +522,12 @@ def mean(x: LazyLogits, by: Tensor | None = None) -> Tensor | None:
 
 
 def run_head(
-    x: LazyLogits, ids: Tensor | None = None, entropy: bool = False, keep: bool = True
+    x: LazyLogits,
+    ids: Tensor | None = None,  # of each row's target; None: any
+    entropy: bool = False,
+    keep: bool = True,  # it may serve later; not where some rows have no target
 ) -> Pass:
-    """A pass over the rows of ``x``, or one of before that serves.
-
-    Args:
-        x: of any kind.
-        ids: of each row's target; None: any.
-        entropy: whether entropies are wanted too.
-        keep: whether it may serve later; not where some rows have no target.
-    """
+    """A pass over the rows of ``x``, or one of before that serves."""
     known, head = _known(x, ids), x.source.head
     for made in known:
         if not entropy or made.entropy is not None:

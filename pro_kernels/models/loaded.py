@@ -35,10 +35,7 @@ _said: Counter[str] = Counter()
 def attach_loaded(model: Any, rows: str | None = None, say: Say | None = None) -> None:
     """Attach a causal LM that was just loaded, or keep the reason why not; pass over others.
 
-    Args:
-        model: any model; PEFT may have wrapped it.
-        rows: as of ``attach``; None: what ``pro-kernels run`` was told.
-        say: is called with a sentence on what became of the model; None: ``--explain`` decides.
+    Without ``rows`` and ``say`` (a sentence on what became of it) as ``pro-kernels run`` was told.
     """
     lm = base_of(model)
     head = getattr(lm, "get_output_embeddings", lambda: None)()

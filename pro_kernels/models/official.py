@@ -21,11 +21,7 @@ _KEYS = ("input_ids", "attention_mask", "prefix_mask", "rewards")
 
 
 def compute_loss(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    *,
-    sft_weight: float = 0.05,
-    **options: Any,
+    model: nn.Module, batch: Mapping[str, Any], *, sft_weight: float = 0.05, **options: Any
 ) -> Any:
     """The authors' loss of one batch; call ``.loss.backward()`` on what it returns.
 

@@ -40,13 +40,7 @@ def base_of(model: Any) -> Any:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The transformers model out of PEFT's wrapper, where there is one.
-
-    Raises:
-        TypeError: not a module.
-        ValueError: a PEFT method that learns a prompt (its wrapper is part of the forward), or a
-            wrapped model.
-    """
+    """``base_of``; TypeError of no module, ValueError of one that is wrapped or learns a prompt."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {name}")
@@ -62,12 +56,7 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The transformers model with the LM head, ``unwrapped``.
-
-    Raises:
-        TypeError: not a module.
-        ValueError: as ``unwrapped``; or no transformers model with an LM head.
-    """
+    """``unwrapped``, a transformers model with an LM head, or the same errors."""
     lm, name = unwrapped(model), type(model).__name__
     if not hasattr(lm, "get_output_embeddings") or not hasattr(lm, "config"):
         raise unfit(f"model must be a causal LM of transformers, got {name}")
@@ -242,10 +231,7 @@ class Opened:
         return result.to_tuple() if as_tuple else result
 
     def run_without_labels(self, kwargs: dict[str, Any]) -> Any:
-        """The original forward, whose logits are not made where that is known to come to the same.
-
-        See ``LazyLogits``.
-        """
+        """The original forward, with ``LazyLogits`` where that is known to come to the same."""
         head = self.lm.get_output_embeddings()
         if not self._stays_lazy(head, kwargs):
             return self.original(**kwargs)

@@ -24,12 +24,9 @@ FACTOR = 4.0
 def allowed(noise: float, size: float, *dtypes: torch.dtype) -> float:
     """By how much two runs of a model may differ: all that is compared is compared by this rule.
 
-    Args:
-        noise: by how much the model's own rounding moves what is compared, measured on it: the same
-            in fp64, or with its input off by the last bit (``last_bits_off``). Never a run that a
-            fault could move as well, such as one beside other rows.
-        size: of what is compared; noise, size and result are in one measure.
-        dtypes: what it is computed in, one rounding of which is the least noise.
+    ``noise`` is by how much the model's own rounding moves what is compared, of this ``size``: the
+    same in fp64, or with its input off by the last bit (``last_bits_off``). Never a run that a
+    fault could move as well, such as one beside other rows. One rounding is the least noise.
     """
     return FACTOR * max(noise, size * max(torch.finfo(x).eps for x in dtypes))
 
@@ -93,15 +90,7 @@ def example_inputs(lm: Any) -> dict[str, Any]:
 
 
 def probe(lm: Any, original: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the model makes of its head's output, checked against its own logits.
-
-    Args:
-        lm: the model, in evaluation mode.
-        original: its forward.
-        inputs: keyword arguments of it.
-
-    Returns:
-        ``softcap`` and ``logit_scale``, of ``HeadInputs``.
+    """The ``softcap`` and ``logit_scale`` of a model in evaluation mode, checked on its own logits.
 
     Raises:
         ValueError: the model cannot be run on the inputs, or does something else to its logits.

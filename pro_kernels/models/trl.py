@@ -23,14 +23,14 @@ from torch import Tensor
 
 from pro_kernels.api import linear_token_logps, linear_token_stats
 from pro_kernels.distinct.decoder import Distinct, distinct_rows
+from pro_kernels.integrations.switch import Switch
 from pro_kernels.models.attach import attach, attached_options, detach
 from pro_kernels.models.head import head_for
 from pro_kernels.models.opened import base_of
 from pro_kernels.validate import check_choice
 
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# What stood where something of ours stands: (thing, name, value), None for what it inherits.
-_saved: list[tuple[Any, str, Any]] = []
+_switch = Switch("accelerate_trl", "TRL", "TRL is accelerated", "restore_trl")
 _REFUSED = "_pro_kernels_refused"  # the attribute of a trainer that says what models cannot
 _RUNS = ("train", "evaluate", "predict")  # methods of a trainer that run its models
 
@@ -102,30 +102,18 @@ def accelerate_trl(
         ValueError: TRL is accelerated already, or ``rows`` is neither.
     """
     check_choice("rows", rows, ("distinct", "padded"))
-    if _saved:
-        raise ValueError("TRL is accelerated already; call restore_trl() first")
     trainer, utils = _parts_of_trl()
     FusedLogProbs.backend, FusedLogProbs.budget = backend, budget
-    new: list[tuple[Any, str, Any]] = []
     if utils is not None:
-        new = [
-            (utils, "_ChunkedLogProbFunction", FusedLogProbs),
-            (utils, "_use_triton", lambda device: True),
-        ]
-    new += [(trainer, name, _on_kernels(getattr(trainer, name), rows)) for name in _RUNS]
-    for thing, name, value in new:
-        _saved.append((thing, name, vars(thing).get(name)))
-        setattr(thing, name, value)
+        _switch.put(utils, "_ChunkedLogProbFunction", FusedLogProbs)
+        _switch.put(utils, "_use_triton", lambda device: True)
+    for name in _RUNS:
+        _switch.put(trainer, name, _on_kernels(getattr(trainer, name), rows))
 
 
 def restore_trl() -> None:
     """Undo ``accelerate_trl``; nothing happens where it was not called."""
-    while _saved:
-        thing, name, value = _saved.pop()
-        if value is None:
-            delattr(thing, name)
-        else:
-            setattr(thing, name, value)
+    _switch.restore()
 
 
 def _on_kernels(method: Callable[..., Any], rows: str) -> Callable[..., Any]:
@@ -202,11 +190,7 @@ def _no_distinct_rows(trainer: Any) -> str | None:
 
 def _parts_of_trl() -> tuple[Any, ModuleType | None]:
     """The class of all trainers, and the module with the function to replace, if there is one."""
-    try:
-        import trl
-        import trl.trainer.utils as utils
-    except ImportError as error:
-        raise ImportError(f"accelerate_trl needs TRL (pip install trl): {error}") from error
+    trl, utils = _switch.modules("trl", "trl.trainer.utils")
     try:
         base: Any = importlib.import_module("trl.trainer.base_trainer")
     except ImportError as error:

@@ -41,10 +41,9 @@ def try_out(opened: Opened, example: Mapping[str, Any] | None) -> None:
 
 
 def _check_losses(opened: Opened, case: dict[str, Any]) -> None:
-    """Compare the model's own loss with the cross-entropy without and, failing that, with classes.
+    """Compare the model's own loss with the cross-entropy without or else with classes.
 
-    Raises:
-        ValueError: it is neither, or these classes cannot be had of this head.
+    ValueError: it is neither, or these classes cannot be had of this head.
     """
     cases = {"labels": case, "padded and partly ignored labels": _padded(opened.lm, case)}
     given, opened.classes = opened.classes, {}
@@ -63,11 +62,7 @@ def _check_losses(opened: Opened, case: dict[str, Any]) -> None:
 
 
 def _check_loss(opened: Opened, what: str, case: dict[str, Any]) -> None:
-    """Compare the loss both ways, with the model's own loss function called and without.
-
-    Raises:
-        ValueError: the fused loss is another one.
-    """
+    """Raise ValueError unless the loss is the same, its own loss function called and not."""
 
     def run(call: Callable[..., Any], **kwargs: Any) -> Any:
         try:

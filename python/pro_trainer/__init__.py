@@ -14,16 +14,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pro_trainer.batch.collate import PROCollator
-    from pro_trainer.data.fields import DataError
-    from pro_trainer.data.lists import read_lists
-    from pro_trainer.data.records import RankedList
-    from pro_trainer.data.report import DataReport
-    from pro_trainer.errors import TrainingError
-    from pro_trainer.text.store import load_dataset, split_held_out
-    from pro_trainer.train.config import PROConfig
-    from pro_trainer.train.objective import Scores, batch_loss, score_metrics
-    from pro_trainer.train.trainer import PROTrainer
+    from pro_trainer.batch.collate import PROCollator as PROCollator
+    from pro_trainer.data.fields import DataError as DataError
+    from pro_trainer.data.lists import read_lists as read_lists
+    from pro_trainer.data.records import RankedList as RankedList
+    from pro_trainer.data.report import DataReport as DataReport
+    from pro_trainer.errors import TrainingError as TrainingError
+    from pro_trainer.text.store import load_dataset as load_dataset
+    from pro_trainer.text.store import split_held_out as split_held_out
+    from pro_trainer.train.config import PROConfig as PROConfig
+    from pro_trainer.train.objective import Scores as Scores
+    from pro_trainer.train.objective import batch_loss as batch_loss
+    from pro_trainer.train.objective import score_metrics as score_metrics
+    from pro_trainer.train.trainer import PROTrainer as PROTrainer
 
 _AT = {
     "PROCollator": "batch.collate",
@@ -41,21 +44,7 @@ _AT = {
     "PROTrainer": "train.trainer",
 }
 
-__all__ = [
-    "DataError",
-    "DataReport",
-    "PROCollator",
-    "PROConfig",
-    "PROTrainer",
-    "RankedList",
-    "Scores",
-    "TrainingError",
-    "batch_loss",
-    "load_dataset",
-    "read_lists",
-    "score_metrics",
-    "split_held_out",
-]
+__all__ = [*_AT]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cases import FLOOR, transformed
 from pro_kernels import backends
+from pro_kernels.backends import protocol
 from pro_kernels.options import LogitOptions
 
 reference = backends.get("torch")
@@ -44,8 +45,8 @@ class Rows:
         return Rows(*of, exact, self.options)
 
     @property
-    def common(self) -> dict:
-        return {"target_logits": self.exact, "options": self.options}
+    def given(self) -> protocol.Rows:
+        return protocol.Rows(self.logits, self.targets, self.options, self.exact)
 
     @property
     def dead(self) -> Tensor:
@@ -88,20 +89,19 @@ NAMES = (*STATS, "logp of residual_", "lse of residual_", *GRADS)
 
 def everything(backend, rows: Rows) -> list[Tensor]:
     """What a backend makes of rows, as ``NAMES`` has it: statistics, then gradients."""
-    logits, targets, same = rows.logits, rows.targets, rows.common
-    *stats, entropy = backend.logp(logits, targets, entropy=True, **same)
-    at = (logits, stats[1], targets, rows.weights)
-    one = backend.logits_grad(*at, **same)
-    both = backend.logits_grad(*at, entropy=(entropy, rows.by), **same)
-    raw = logits.clone()
-    again = backend.residual_(raw, targets, **same)
+    *stats, entropy = backend.logp(rows.given, entropy=True)
+    at = (rows.given, stats[1], rows.weights)
+    one = backend.logits_grad(*at)
+    both = backend.logits_grad(*at, entropy=(entropy, rows.by))
+    raw = rows.logits.clone()
+    again = backend.residual_(rows.given._replace(logits=raw))
     return [*stats, entropy, *again, one, both, raw]
 
 
 def check(subject, rows: Rows, found: list[Tensor] | None = None) -> list[Tensor]:
     """All of it, or what was ``found``, against fp64; returns it."""
     found, wide = found or everything(subject, rows), rows.double()
-    truth = reference.logp(wide.logits, rows.targets, entropy=True, **wide.common)
+    truth = reference.logp(wide.given, entropy=True)
     plain = everything(reference, rows)
     for name, got, want, other in zip(
         NAMES, found[:5], (*truth, *truth[:2]), plain[:5], strict=False
@@ -145,9 +145,7 @@ def check_gradient(
     wide, lse = rows.double(), lse.double()
     w = None if weights is None else weights.double()
     e = None if entropy is None else tuple(x.double() for x in entropy)
-    want = reference.logits_grad(
-        wide.logits, lse, rows.targets, w, first_column=first, entropy=e, **wide.common
-    )
+    want = reference.logits_grad(wide.given, lse, w, first_column=first, entropy=e)
     raw = rows.raw() if first == 0 else wide.logits
     z, slope = transformed(raw, rows.options)
     log_p = (z - lse[:, None]).nan_to_num(0, 0, -1e4)

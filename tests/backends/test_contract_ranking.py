@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_contract_rows import equal
 
+from pro_kernels.backends.protocol import Candidates
 from pro_kernels.options import RankingOptions
 from subjects import every_subject
 
@@ -53,10 +54,11 @@ def prompts_of(counts, lengths, seed=0, scale=2.0, gap=1.0, ties=True):
 
 
 def rank(subject, batch, options=None, with_rewards=True):
-    logps, offsets, lengths, order, rewards, *rest = batch
-    rewards = rewards if with_rewards else None
-    options = options or RankingOptions()
-    return subject.ranking(logps, offsets, lengths, order, rewards, *rest, options=options)
+    logps, *candidates = batch
+    candidates = Candidates(*candidates)
+    if not with_rewards:
+        candidates = candidates._replace(rewards=None)
+    return subject.ranking(logps, candidates, options or RankingOptions())
 
 
 def check(subject, batch, options=None, with_rewards=True):
@@ -146,15 +148,6 @@ def test_scores_of_any_size(subject, with_rewards, eps):
             check(subject, batch, options, with_rewards)
 
 
-def test_forms_agree_when_temperatures_are_equal(subject):
-    """n = 2 and a reward gap of 1 is the order-only form with tau = 1."""
-    batch = prompts_of([2, 2, 2], [5, 9], 0, 3.0, 1.0, False)
-    batch[4][:] = torch.tensor([2.0, 1.0])
-    # tau_22 differs (0 against 1), but the last candidate heads no term.
-    for a, b in zip(rank(subject, batch), rank(subject, batch, None, False), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-
-
 def test_same_bits_on_any_number_of_threads_and_in_any_order(subject):
     few = subject.interpreted
     counts = [16, 3] if few else [5, 70, 2, *torch.randint(0, 65, (300,)).tolist()]
@@ -174,22 +167,13 @@ def test_long_sequences_and_tokens_of_no_sequence(subject):
     logps = -torch.rand(ends[-1] + none)
     offsets = torch.tensor(ends)
     args = offsets.diff(), torch.tensor([[0, 2, 1]]), None, torch.tensor([0]), torch.ones(1)
-    _, sums, weights = subject.ranking(logps, offsets, *args, options=RankingOptions())
+    _, sums, weights = rank(subject, (logps, offsets, *args))
     rtol = {"cpu": EPS, "cuda": EPS, "torch": 1e-4}.get(subject.name, 1e-6)
     assert not weights[: ends[0]].any() and not weights[ends[3] :].any()
     for total, a, b in zip(sums.double(), ends, ends[1:], strict=False):
         want = logps[a:b].double().sum()
         torch.testing.assert_close(total, want, rtol=rtol, atol=0)
         assert a == b or (weights[a] != 0 and (weights[a:b] == weights[a]).all())
-
-
-def test_sequences_in_no_prompt_weigh_nothing(subject):
-    batch = prompts_of([3, 0, 1], [4, 0, 2], 3, 1.0, 1.0, False)
-    _, offsets, _, order, *_ = batch
-    for with_rewards in (True, False):
-        weights = check(subject, batch, None, with_rewards)[2]
-        for s in set(range(6)) - set(order.flatten().tolist()):
-            assert not weights[offsets[s] : offsets[s + 1]].any()
 
 
 def test_a_nan_stays_in_its_prompt(subject):
@@ -210,11 +194,9 @@ def test_nothing_to_rank(subject):
     plain = subject.name == "torch"  # which needs a candidate, and a sequence for each token
     for n in (4,) if plain else (0, 4):
         for tokens in (0,) if plain else (0, 3):
-            terms, sums, weights = subject.ranking(
-                *(torch.ones(tokens), torch.zeros(1, dtype=torch.int64), none),
-                *(none.new_empty(0, n), None, none, torch.empty(0)),
-                options=RankingOptions(),
-            )
+            ends, order = torch.zeros(1, dtype=torch.int64), none.new_empty(0, n)
+            batch = (torch.ones(tokens), ends, none, order, None, none, torch.empty(0))
+            terms, sums, weights = rank(subject, batch)
             assert terms.shape == (0, n) and sums.shape == (0,) and weights.tolist() == [0] * tokens
 
 
@@ -230,10 +212,10 @@ def test_sums_stand_for_tokens(subject):
         *(torch.zeros(2, dtype=torch.int64), torch.tensor([0.75, 0.25])),
     )
     for options in (RankingOptions(sft_mean=True), RankingOptions(length_normalize=False)):
-        terms, sums, weights = subject.ranking(logps, offsets, lengths, *prompts, options=options)
-        empty, alone, unused = subject.ranking(logps, offsets, lengths, *nobody, options=options)
+        terms, sums, weights = rank(subject, (logps, offsets, lengths, *prompts), options)
+        empty, alone, unused = rank(subject, (logps, offsets, lengths, *nobody), options)
         assert empty.shape == (0, 1) and torch.equal(alone, sums) and not unused.any()
-        found = subject.ranking(alone, torch.arange(7), lengths, *prompts, options=options)
+        found = rank(subject, (alone, torch.arange(7), lengths, *prompts), options)
         torch.testing.assert_close(found[0], terms)
         assert torch.equal(found[1], sums) and found[2][2] == 0
         torch.testing.assert_close(found[2].repeat_interleave(lengths), weights)

@@ -20,6 +20,7 @@ from contract import (
     with_exact,
 )
 
+from pro_kernels.backends import protocol
 from pro_kernels.options import LogitOptions
 from subjects import every_subject, every_subject_and_dtype
 
@@ -44,18 +45,14 @@ def equal(first, second) -> bool:
 def test_against_fp64(subject, dtype, options):
     """Widths about vectors of 4 to 32 numbers and blocks of 1024 and more; odd and even ones."""
     few, many = (1, 34, 1024, 2051), (1, 2, 7, 16, 33, 257, 1000, 1024, 4097, 4099, 32003)
-    for v in few if subject.interpreted else many:
+    wide = () if options != PLAIN else (9000,) if subject.interpreted else (151_936,)
+    for v in (*(few if subject.interpreted else many), *wide):
         rows = replace(rows_of(4, v, dtype), options=options)
         rows = rows if v % 2 else with_exact(rows, shift=1.0)
         found = check(subject, rows)
         if not subject.interpreted or v == 1:
-            without = subject.logp(rows.logits, rows.targets, **rows.common)
+            without = subject.logp(rows.given)
             assert without[2] is None and equal(without[:2], found[:2])
-
-
-@every_subject_and_dtype()
-def test_large_vocabulary(subject, dtype):
-    check(subject, rows_of(4, 9000 if subject.interpreted else 151_936, dtype))
 
 
 @every_subject_and_dtype(interpreted=(torch.bfloat16,))
@@ -178,14 +175,14 @@ def test_alignment_strides_and_neighbours(subject, dtype):
             found = check(subject, apart)
             # CUDA splits a row's sums by its address.
             assert subject.name == "cuda" or equal(found, whole)
-            at = (view, whole[1], rows.targets, rows.weights)
+            at = (apart.given, whole[1], rows.weights)
             for shift in (offset, offset + 1):  # aligned like the logits, and not
                 memory = torch.full((n * stride + shift,), torch.nan, dtype=dtype)
                 out = memory.as_strided((n, v), (stride, 1), shift)
-                got = subject.logits_grad(*at, options=PLAIN, out=out)
+                got = subject.logits_grad(*at, out=out)
                 assert got is out and equal([out], [whole[5]])
                 assert memory.isnan().sum() == len(memory) - n * v
-            subject.residual_(view, rows.targets, options=PLAIN)
+            subject.residual_(apart.given)
             assert subject.name == "cuda" or equal([view], [whole[7]])
             assert buffer.isnan().sum() == len(buffer) - n * v
         if subject.name != "cuda" or v == 4992:
@@ -200,16 +197,17 @@ def test_any_strides_are_taken(subject, dtype):
     x, want = rows.logits, everything(subject, rows)
     turned, numbers = x.t().contiguous().t(), torch.stack([rows.weights] * 2, 1).flatten()[::2]
     for logits in (turned, torch.stack([x, x], 1).flatten(0, 1)[::2], torch.cat([x, x], 1)[:, :70]):
-        got = subject.logp(logits, rows.targets.int(), options=PLAIN, entropy=True)
+        given = rows.given._replace(logits=logits)
+        got = subject.logp(given._replace(targets=rows.targets.int()), entropy=True)
         for a, b in zip(got, want, strict=False):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        grad = subject.logits_grad(logits, want[1], rows.targets, numbers, options=PLAIN)
+        grad = subject.logits_grad(given, want[1], numbers)
         check_gradient(subject, grad, rows, want[1], rows.weights)
     if subject.name != "torch":  # which takes them
         with pytest.raises(ValueError, match=r"logits .*unit stride.*\(1, 6\)"):
-            subject.residual_(turned, rows.targets, options=PLAIN)
+            subject.residual_(rows.given._replace(logits=turned))
         with pytest.raises(ValueError, match="out .*unit stride"):
-            subject.logits_grad(x, want[1], rows.targets, None, options=PLAIN, out=turned)
+            subject.logits_grad(rows.given, want[1], None, out=turned)
 
 
 @every_subject_and_dtype(interpreted=(torch.float32,))
@@ -217,22 +215,22 @@ def test_any_strides_are_taken(subject, dtype):
 def test_blocks_of_columns_and_in_place(subject, dtype, options):
     v = 703 if subject.interpreted else 5003
     rows = replace(with_exact(rows_of(4, v, dtype)), options=options)
-    _, lse, entropy = subject.logp(rows.logits, rows.targets, entropy=True, **rows.common)
+    _, lse, entropy = subject.logp(rows.given, entropy=True)
     for extra in ({}, {"entropy": (entropy, rows.by)}):
-        at, same = (lse, rows.targets, rows.weights), rows.common | extra
-        whole = subject.logits_grad(rows.logits, *at, **same)
-        parts = [
-            subject.logits_grad(rows.logits[:, a:b], *at, first_column=a, **same)
-            for a, b in ((0, 1), (1, 350), (350, v))
-        ]
+        at = lse, rows.weights
+        whole = subject.logits_grad(rows.given, *at, **extra)
+        parts = []
+        for a, b in ((0, 1), (1, 350), (350, v)):
+            some = rows.given._replace(logits=rows.logits[:, a:b])
+            parts.append(subject.logits_grad(some, *at, first_column=a, **extra))
         assert torch.equal(torch.cat(parts, 1), whole)
         own = rows.logits.clone()
-        assert subject.logits_grad(own, *at, out=own, **same) is own
+        assert subject.logits_grad(rows.given._replace(logits=own), *at, out=own, **extra) is own
         assert torch.equal(own, whole)
     own = rows.logits.clone()  # the target's stored logit is read before it is overwritten
-    at, options = (lse, rows.targets, None), {"options": options}
-    whole = subject.logits_grad(rows.logits, *at, **options)
-    assert torch.equal(subject.logits_grad(own, *at, out=own, **options), whole)
+    stored = rows.given._replace(exact=None)
+    whole = subject.logits_grad(stored, lse, None)
+    assert torch.equal(subject.logits_grad(stored._replace(logits=own), lse, None, out=own), whole)
 
 
 @every_subject()
@@ -257,10 +255,9 @@ def test_more_than_2_to_the_31_elements(subject):
         pytest.skip(f"no 4 GiB of address space: {error}")
     logits = buffer.as_strided((2, 1000), (stride, 1))
     logits.copy_(torch.randn(2, 1000))
-    small, targets = logits.clone(), torch.tensor([3, 999])
-    got = subject.residual_(logits, targets, options=PLAIN)
-    want = subject.residual_(small, targets, options=PLAIN)
-    assert equal([*got, logits], [*want, small])
+    rows = protocol.Rows(logits.clone(), torch.tensor([3, 999]), PLAIN)
+    got, want = (subject.residual_(x) for x in (rows._replace(logits=logits), rows))
+    assert equal([*got, logits], [*want, rows.logits])
 
 
 @every_subject()
@@ -273,9 +270,9 @@ def test_no_rows_and_wild_targets(subject):
     rows = rows_of(3, 50, torch.float32, masked=0)
     rows.targets[0] = 50
     for function in (subject.logp, subject.residual_):
-        logp = function(rows.logits.clone(), rows.targets, options=PLAIN)[0]
+        logp = function(rows.given._replace(logits=rows.logits.clone()))[0]
         assert logp[0].isnan() and logp[1:].isfinite().all()
-    got = subject.logits_grad(rows.logits, torch.ones(3), rows.targets, None, options=PLAIN)
+    got = subject.logits_grad(rows.given, torch.ones(3), None)
     torch.testing.assert_close(got[0], -torch.exp(rows.logits[0] - 1))
 
 
@@ -289,7 +286,7 @@ def test_a_target_near_certain(subject):
         rows.logits[0, 3] = gap
         rows.exact = torch.tensor([gap + shift]) if shift else None
         logp, *_, raw = everything(subject, rows)
-        truth = reference.logp(rows.logits.double(), rows.targets, **rows.double().common)[0]
+        truth = reference.logp(rows.double().given)[0]
         assert (logp - truth).abs() <= EPS * (5 + 4 * truth.abs())
         assert (raw[0, 3] + torch.expm1(truth)).abs() <= EPS * 8
         if shift:  # 1 - p itself is small
@@ -300,7 +297,7 @@ def test_a_target_near_certain(subject):
 def test_a_wide_softcap_changes_little_and_loses_nothing(subject):
     """The cap is 1000 times the logits: a tanh with an absolute error of EPS would show."""
     rows = replace(rows_of(5, 200, torch.float32, scale=1.0), options=LogitOptions(softcap=1e3))
-    truth = reference.logp(rows.logits.double(), rows.targets, entropy=True, **rows.common)
+    truth = reference.logp(rows.double().given, entropy=True)
     for got, want in zip(everything(subject, rows), truth, strict=False):
         assert ((got - want).abs() <= EPS * (24 + 4 * want.abs())).all()
 
@@ -330,7 +327,7 @@ def test_stores_round_to_nearest_even(subject, dtype):
     payload = payload[:1] if subject.interpreted else payload  # the interpreter overflows on it
     w = torch.cat([torch.randn(n), torch.randn(n) * 1e-6, *halfway, odd, payload])
     w = torch.cat([w, -w])
-    at = torch.zeros(len(w), 70, dtype=dtype), torch.zeros(len(w)), torch.full((len(w),), 10**6)
+    zeros, beyond = torch.zeros(len(w), 70, dtype=dtype), torch.full((len(w),), 10**6)
     want = (-w).to(dtype)[:, None].expand(len(w), 70)
-    got = subject.logits_grad(*at, w, options=PLAIN)
+    got = subject.logits_grad(protocol.Rows(zeros, beyond, PLAIN), torch.zeros(len(w)), w)
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)

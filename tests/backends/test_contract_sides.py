@@ -8,6 +8,7 @@ from contract import EPS, OPTIONS, PLAIN, U, reference
 from test_contract_rows import equal
 
 from cases import DTYPES, IDS
+from pro_kernels.backends.protocol import Rows
 from subjects import every_subject
 
 pytestmark = [
@@ -143,7 +144,7 @@ def test_score(subject, options, dtype):
         shapes.insert(0, (131, 70, 300) if subject.interpreted else (513, 1024, 32_000))
     for shape in shapes:
         x, weight, bias, targets = head(*shape, dtype)
-        want = reference.logp(logits_of(x, weight, bias), targets, options=options)
+        want = reference.logp(Rows(logits_of(x, weight, bias), targets, options))
         # A logit's error moves lse by no more than the largest of them: chains of H roundings.
         size = x.double().abs() @ weight.double().abs().t() + 8
         bound = abs(options.logit_scale) * EPS * (shape[1] + 2) * size.amax(1)
@@ -161,7 +162,7 @@ def test_score(subject, options, dtype):
 @every_dtype
 def test_a_score_is_no_worse_than_plain_pytorch(subject, dtype):
     x, weight, _, targets = head(40, 64, 500, dtype, bias=False)
-    truth = reference.logp(logits_of(x, weight, None), targets, options=PLAIN)[0]
+    truth = reference.logp(Rows(logits_of(x, weight, None), targets, PLAIN))[0]
     plain = torch.log_softmax(x @ weight.t(), 1).gather(1, targets.clamp_min(0)[:, None])[:, 0]
     got, _ = subject.score(x, weight, None, targets, options=PLAIN)
     errors = [(value - truth)[targets >= 0].abs() for value in (got, plain)]
@@ -193,7 +194,7 @@ def test_a_score_of_masked_columns(subject):
     bias[10:190] = -torch.inf  # whole tiles of columns are -inf
     targets[2] = 20
     found = subject.score(x, weight, bias, targets, options=PLAIN)
-    want = reference.logp(logits_of(x, weight, bias), targets, options=PLAIN)
+    want = reference.logp(Rows(logits_of(x, weight, bias), targets, PLAIN))
     assert found[0][2] == -torch.inf
     for got, truth in zip(found, want[:2], strict=True):
         assert ((got == truth) | ((got - truth).abs() <= 64 * EPS * (1 + truth.abs()))).all()

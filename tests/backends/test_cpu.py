@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pro_kernels.backends import cpu
+from pro_kernels.backends.protocol import Rows
 from pro_kernels.options import LogitOptions
 from subjects import isa, isas
 
@@ -23,11 +24,11 @@ def test_exp_is_exact_to_two_ulp(name):
     """logits_grad in fp32 with lse 0 and weight -1 is exp itself."""
     z = torch.cat([torch.linspace(-87, 80, 200_001), torch.linspace(-1, 1, 100_001)])
     z = torch.cat([z, torch.tensor([0.0, -0.0, -87.4, -200.0, -1e30, -torch.inf, torch.nan])])
-    args = torch.zeros(1), torch.tensor([10**9]), -torch.ones(1)
+    rows = Rows(z[None], torch.tensor([10**9]), LogitOptions())
     with isa(name):
         assert cpu.isa() == name
         assert cpu.details()["instruction set"].startswith(f"{name} (built: ")
-        got = cpu.logits_grad(z[None], *args, options=LogitOptions())[0]
+        got = cpu.logits_grad(rows, torch.zeros(1), -torch.ones(1))[0]
     want = torch.exp(z.double())
     ulp = torch.exp2(torch.floor(torch.log2(want[:-7])) - 23)
     error = ((got[:-7].double() - want[:-7]).abs() / ulp).max()
@@ -39,11 +40,11 @@ def test_exp_is_exact_to_two_ulp(name):
 def test_a_process_of_its_own():
     """The environment forces an instruction set; one OpenMP pool is shared with torch."""
     code = (
-        "import torch; from pro_kernels.backends import cpu;"
+        "import torch; from pro_kernels.backends import cpu, protocol;"
         "from pro_kernels.options import LogitOptions;"
         "torch.set_num_threads(2); torch.randn(999, 999) @ torch.randn(999, 999);"
         "x, t = torch.randn(64, 9999), torch.zeros(64, dtype=torch.int64);"
-        "cpu.logp(x, t, options=LogitOptions());"
+        "cpu.logp(protocol.Rows(x, t, LogitOptions()));"
         "maps = open('/proc/self/maps').read().split();"
         "pools = {p for p in maps if 'libgomp' in p or 'libomp' in p or 'libiomp' in p};"
         "print(cpu.isa(), len(pools))"
@@ -58,4 +59,4 @@ def test_a_process_of_its_own():
     assert done.returncode == 0, done.stderr
     name, pools = done.stdout.split()
     assert name == "generic"
-    assert pools == "1" or not cpu.build_info().get("openmp")
+    assert pools == "1" or not cpu.library.info.get("openmp")

@@ -19,14 +19,14 @@ import pytest
 import torch
 from contract import PLAIN, check, rows_of
 from test_contract_ranking import check as check_ranking
-from test_contract_ranking import prompts_of
+from test_contract_ranking import prompts_of, rank
 
 import pro_kernels as pk
 from cases import CPU
 from cuda_emulation import emulation
 from pro_kernels import backends
 from pro_kernels.backends import cuda, native
-from pro_kernels.options import RankingOptions
+from pro_kernels.backends.protocol import Rows
 from subjects import Subject
 
 GPU = torch.device("cuda", 0)
@@ -81,18 +81,16 @@ def test_more_sequences_than_a_marking_block_takes(subject):
 def test_what_cannot_be_launched_is_refused(subject):
     logits, targets = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"out must be \(4, 6\) torch.float32 like logits, got"):
-        cuda.logits_grad(
-            logits, torch.zeros(4), targets, None, options=PLAIN, out=torch.empty(4, 5)
-        )
+        rows = Rows(logits, targets, PLAIN)
+        cuda.logits_grad(rows, torch.zeros(4), None, out=torch.empty(4, 5))
     wide = torch.empty(1).expand(1, cuda._MAX_COLUMNS + 1)
     with pytest.raises(ValueError, match=rf"at most {cuda._MAX_COLUMNS} columns, got"):
-        cuda.logp(wide, targets[:1], options=PLAIN)
+        cuda.logp(Rows(wide, targets[:1], PLAIN))
     for rows in (native.Rows(rows=1, columns=1 << 31), native.Rows(dtype=3)):
         with pytest.raises(RuntimeError, match=r"pk_cuda_logp failed: invalid argument \(1\)"):
             cuda._call("logp", logits, rows, native.in_c(PLAIN))
-    batch = prompts_of([1025], [1], 0, 1.0, 1.0, False)
     with pytest.raises(RuntimeError, match="pk_cuda_ranking failed: invalid argument"):
-        cuda.ranking(*batch, options=RankingOptions())
+        rank(cuda, prompts_of([1025], [1], 0, 1.0, 1.0, False))
     refused = backends.refusal("cuda", CPU, torch.float32, 1025)
     assert refused == "1025 candidates a prompt; it takes at most 1024"
     hidden, targets = torch.randn(1, 1025, 1, 4), torch.zeros(1, 1025, 1, dtype=torch.int64)
@@ -123,7 +121,7 @@ def test_a_device_needs_code_for_its_capability(capability, monkeypatch):
         error = staticmethod(lambda code: b"no kernel image is available")
         targets = staticmethod(lambda: b"sm_90a")
 
-    monkeypatch.setattr(cuda, "_load", lambda: (Library(), None))
+    monkeypatch.setattr(cuda.library, "_loaded", (Library(), None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())

@@ -85,9 +85,9 @@ def _run(command: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def library() -> str:
-    if not cuda.library_path().exists():
-        pytest.skip(cuda.build_info().get("reason", "not built"))
-    return str(cuda.library_path())
+    if not cuda.library.path.exists():
+        pytest.skip(cuda.library.info.get("reason", "not built"))
+    return str(cuda.library.path)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_every_kernel_is_there_for_every_target(kernels):
     variants = {}
     for row in kernels:
         variants.setdefault((row["kernel"], row["config"]), set()).add(row["arch"])
-    chosen = set(cuda.build_info()["targets"]) & TARGETS
+    chosen = set(cuda.library.info["targets"]) & TARGETS
     assert all(archs == chosen for archs in variants.values())
     assert {name for name, _ in variants} == {
         "logp_kernel", "residual_on_chip_kernel", "residual_reread_kernel", "logits_grad_kernel",
@@ -131,11 +131,11 @@ def test_only_the_abi_is_exported(library):
     text = _run(["nm", "-D", "--defined-only", library])
     names = {line.split()[-1].split("@")[0] for line in text.splitlines()}
     assert {n for n in names if not n.startswith("_")} == {
-        f"pk_cuda_{n}" for n in ("layout", *cuda._SIGNATURES)
+        f"pk_cuda_{n}" for n in ("layout", *cuda.library.functions)
     }
 
 
 def test_ptx_is_there_for_later_cards(tool, library):
-    if "compute_100" not in cuda.build_info()["targets"]:
+    if "compute_100" not in cuda.library.info["targets"]:
         pytest.skip("built without compute_100")
     assert "sm_100.ptx" in _run([tool, "-lptx", library])

@@ -14,6 +14,7 @@ import torch
 
 from cuda_emulation import build
 from pro_kernels.backends import cpu, cuda, native
+from pro_kernels.backends.protocol import Rows
 from pro_kernels.options import LogitOptions, RankingOptions
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -40,8 +41,8 @@ def test_signatures_match_the_header(backend):
     text = (CSRC / name / f"pro_kernels_{name}.h").read_text()
     text = re.sub(r"//.*", "", text)
     declared = dict(re.findall(rf"PK_EXPORT [\w ]+\W+pk_{name}_(\w+)\(([^)]*)\);", text))
-    assert set(declared) == {"layout", *backend._SIGNATURES}
-    for function, (_, kinds) in backend._SIGNATURES.items():
+    assert set(declared) == {"layout", *backend.library.functions}
+    for function, (_, kinds) in backend.library.functions.items():
         arguments = [a for a in declared[function].split(",") if a.strip() != "void"]
         assert len(arguments) == len(kinds) <= 13
         for argument, kind in zip(arguments, kinds, strict=True):
@@ -108,14 +109,14 @@ def altered(tmp_path_factory):
     ids=["number", "name", "type", "more fields", "no struct"],
 )
 def test_a_library_of_another_layout_is_refused(altered, old, new, reason):
-    library, said = native.open_library(altered(old, new), "cpu", {})
+    library, said = native.Library("cpu", {}).open(altered(old, new))
     assert library is None and "is of another version: " in said and said.endswith(reason)
 
 
 def test_a_library_of_this_layout_is_taken(altered):
     path = altered()
-    assert native.open_library(path, "cpu", {})[1] is None
-    missing = native.open_library(path, "cpu", cpu._SIGNATURES)[1]
+    assert native.Library("cpu", {}).open(path)[1] is None
+    missing = cpu.library.open(path)[1]
     assert "does not load" in missing and "pk_cpu_isa" in missing
 
 
@@ -125,20 +126,16 @@ def test_a_library_that_is_not_there_or_does_not_load_tells_why(backend, monkeyp
     monkeypatch.setattr(torch.version, "hip", None)
     here, elsewhere = torch.device(backend.NAME, 0), torch.device("meta")
     assert "tensors are on meta, not on" in backend.unusable(elsewhere)
-    monkeypatch.setattr(backend, "_LIB", tmp_path)
-    backend._load.cache_clear()
-    try:
-        assert "never built" in backend.unusable(here)
-        record = {backend.NAME: {"reason": "no compiler found"}}
-        (tmp_path / "build.json").write_text(json.dumps(record))
-        backend._load.cache_clear()
-        assert "no compiler found" in backend.unusable(here)
-        assert "no compiler found" in backend.details()["reason"]
-        with pytest.raises(RuntimeError, match="no compiler found"):
-            backend.logp(torch.randn(1, 3), torch.zeros(1).long(), options=LogitOptions())
-        backend.library_path().write_text("not a library")
-        backend._load.cache_clear()
-        assert "does not load" in backend.unusable(here)
-    finally:
-        monkeypatch.undo()
-        backend._load.cache_clear()
+    monkeypatch.setattr(backend.library, "folder", tmp_path)
+    monkeypatch.setattr(backend.library, "_loaded", None)
+    assert "never built" in backend.unusable(here)
+    record = {backend.NAME: {"reason": "no compiler found"}}
+    (tmp_path / "build.json").write_text(json.dumps(record))
+    backend.library._loaded = None
+    assert "no compiler found" in backend.unusable(here)
+    assert "no compiler found" in backend.details()["reason"]
+    with pytest.raises(RuntimeError, match="no compiler found"):
+        backend.logp(Rows(torch.randn(1, 3), torch.zeros(1).long(), LogitOptions()))
+    backend.library.path.write_text("not a library")
+    backend.library._loaded = None
+    assert "does not load" in backend.unusable(here)

@@ -19,17 +19,7 @@ from pro_kernels.backends.triton import aot, configs  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 ROW_KERNELS = {"logp", "residual", "logits_grad"}
-OTHERS = {
-    "count",
-    "sums",
-    "compact",
-    "ranking",
-    "gather",
-    "scatter",
-    "target_logits",
-    "score",
-    "merge",
-}
+OTHERS = {*"count sums compact ranking gather scatter target_logits score merge".split()}
 
 
 def run_python(*arguments: str) -> str:
@@ -96,6 +86,7 @@ def test_launchers_build_one_binary_a_kernel_with_64_bit_offsets():
 import re
 import torch
 from pro_kernels import backends
+from pro_kernels.backends.protocol import Candidates, Rows
 from pro_kernels.backends.triton import aot
 from pro_kernels.options import LogitOptions, RankingOptions
 backend = backends.get("triton")
@@ -105,17 +96,17 @@ def call(rows, n, first, scale, ranking_options):
     logits = torch.randn(rows, 32000).bfloat16()
     targets = torch.zeros(rows + 5, dtype=torch.int64)[first : first + rows]
     numbers = torch.randn(rows + 5)[first : first + rows]
-    backend.logp(logits, targets, target_logits=numbers, options=options)
-    backend.residual_(logits, targets, target_logits=numbers, options=options)
-    backend.logits_grad(logits, numbers, targets, numbers, first_column=first, options=options)
-    backend.logits_grad(
-        logits, numbers, targets, numbers, first_column=first, options=options,
-        entropy=(numbers, numbers))
+    given = Rows(logits, targets, options, numbers)
+    backend.logp(given)
+    backend.residual_(given)
+    given = given._replace(exact=None)
+    for entropy in (None, (numbers, numbers)):
+        backend.logits_grad(given, numbers, numbers, first_column=first, entropy=entropy)
     lengths = torch.full((2 * n,), 3)
-    backend.ranking(
-        torch.randn(6 * n), torch.arange(2 * n + 1) * 3, lengths, torch.arange(2 * n).view(2, n),
-        torch.randn(2, n), torch.zeros(2, dtype=torch.int64), torch.ones(2),
-        options=ranking_options)
+    candidates = Candidates(
+        torch.arange(2 * n + 1) * 3, lengths, torch.arange(2 * n).view(2, n),
+        torch.randn(2, n), torch.zeros(2, dtype=torch.int64), torch.ones(2))
+    backend.ranking(torch.randn(6 * n), candidates, ranking_options)
 
     source, weight = torch.randn(50, 64).bfloat16(), torch.randn(32000, 64).bfloat16()
     x = backend.gather_rows(source, targets, numbers, torch.bfloat16)

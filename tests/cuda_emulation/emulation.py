@@ -19,7 +19,7 @@ def library() -> ctypes.CDLL:
     Raises:
         build.NoCompiler: there is no C++ compiler.
     """
-    loaded, reason = native.open_library(build.library(), "cuda", cuda._SIGNATURES)
+    loaded, reason = native.Library("cuda", cuda.library.functions).open(build.library())
     assert loaded is not None, reason
     return loaded
 
@@ -51,9 +51,12 @@ def serving(major: int = 9) -> Iterator[None]:
     """The CUDA backend serves CPU tensors."""
     loaded = library(), None
     stand_ins = {
-        "_load": lambda: loaded,
         "unusable": lambda device: None,
         "_stream_of": lambda x: contextlib.nullcontext(),
     }
-    with machine(major=major), mock.patch.multiple(cuda, **stand_ins):
+    with (
+        machine(major=major),
+        mock.patch.object(cuda.library, "_loaded", loaded),
+        mock.patch.multiple(cuda, **stand_ins),
+    ):
         yield

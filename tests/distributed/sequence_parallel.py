@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -49,6 +50,8 @@ CASES = [
     Case("bias, softcap", T=9, bias=True, options={"softcap": 5.0, "logit_scale": 0.5}),
 ]
 LONG = Case("several chunks", V=1009, T=80, bias=True)
+BUDGETS = 450 * LONG.V, 1 << 14  # some rows retained; none
+SPLITS = "parts", "zigzag", "one has none", "candidates", "mixed"
 FUSED, REFERENCE = PRO
 
 
@@ -117,42 +120,34 @@ def judge_part(what, dtype, got, sides, mine, group, rows=slice(None)) -> None:
 
 
 def check_values(group) -> None:
-    """The mixed split of each case and two others in turn, padded where one is of columns."""
+    """The mixed split of each case and two others in turn, padded where one is of columns.
+
+    On two ranks every frozen set and budget of the longest case, and every backend, too.
+    """
+    calls = []  # case, split, dtype, whether padded, options of both sides, options of ours
     for k, case in enumerate(CASES):
         for dtype, chosen in ((torch.float32, (k % 4, (k + 2) % 4, 4)), (torch.bfloat16, (k % 5,))):
-            sides = references(REFERENCE, case, dtype)
-            for i, split in enumerate(owners(case.tensors()[3], 2)):
-                if i not in chosen:
-                    continue
-                padded = i < 3 and dtype == torch.float32
-                mine = held_by_this_rank(case, split, group)
-                got = run(FUSED, part(case, mine, padded), dtype, sequence_group=group)
-                what = f"{case.name} {dtype} {split} padded={padded}"
-                judge_part(what, dtype, got, sides, mine, group)
-
-
-def check_tiers(group) -> None:
-    mine = held_by_this_rank(LONG, "mixed", group)
-    for dtype in (torch.float32, torch.bfloat16):
-        for freeze in FROZEN:
-            sides = references(REFERENCE, LONG, dtype, freeze=freeze)
-            for budget in (None, 450 * LONG.V, 1 << 14):
-                got = run(FUSED, part(LONG, mine), dtype, freeze=freeze, sequence_group=group,
-                          budget=budget)  # fmt: skip
-                what = f"{dtype} {freeze} {budget}"
-                judge_part(what, dtype, got, sides, mine, group)
-    met = set().union(*gathered(plans, group))
-    assert met >= {("T1", "all", False), ("T3", "some", True), ("T3", "none", True)}
-    assert met >= {("T1f", "none", True), ("T0", "none", True)}
-
-
-def check_backends(group) -> None:
-    case = Case("backends", T=9, bias=True, ties=True)
-    mine = held_by_this_rank(case, "mixed", group)
-    sides = references(REFERENCE, case, torch.float32)
-    for name in usable_backends():
-        got = run(FUSED, part(case, mine), torch.float32, sequence_group=group, backend=name)
-        judge_part(name, torch.float32, got, sides, mine, group)
+            for i in chosen:
+                calls.append((case, SPLITS[i], dtype, i < 3 and dtype == torch.float32, {}, {}))
+    if few_ranks():
+        every = itertools.product((torch.float32, torch.bfloat16), FROZEN, (None, *BUDGETS))
+        calls += [
+            (LONG, "mixed", dtype, False, {"freeze": freeze}, {"budget": budget})
+            for dtype, freeze, budget in every
+        ]
+        case = Case("backends", T=9, bias=True, ties=True)
+        for name in usable_backends():
+            calls.append((case, "mixed", torch.float32, False, {}, {"backend": name}))
+    for case, split, dtype, padded, both, own in calls:
+        sides = references(REFERENCE, case, dtype, **both)
+        mine = held_by_this_rank(case, split, group)
+        got = run(FUSED, part(case, mine, padded), dtype, sequence_group=group, **both, **own)
+        what = f"{case.name} {dtype} {split} padded={padded} {both} {own}"
+        judge_part(what, dtype, got, sides, mine, group)
+    if few_ranks():
+        met = set().union(*gathered(plans, group))
+        assert met >= {("T1", "all", False), ("T3", "some", True), ("T3", "none", True)}
+        assert met >= {("T1f", "none", True), ("T0", "none", True)}
 
 
 def check_from_logits(group) -> None:
@@ -195,25 +190,6 @@ def check_with_a_filter(group) -> None:
         assert 0 < lost <= 1.7 * float(bound) + 1e-6 * float(dense.grads[name].norm()), name
 
 
-def check_training(group) -> None:
-    """Through DDP, which averages: the loss times the ranks gives one process's gradients."""
-    case = Case("training", T=9)
-    hidden, weight, _, targets, rewards = case.tensors()
-    x, weight = hidden.float(), weight.float()
-    torch.manual_seed(3)
-    layer = torch.nn.Linear(case.H, case.H)
-    whole = REFERENCE(layer(x).tanh(), weight, targets, rewards)
-    want = torch.autograd.grad(whole.loss, list(layer.parameters()))
-    wrapped = DistributedDataParallel(layer)
-    columns = held_by_this_rank(case, "zigzag", group)[0, 0]
-    out = FUSED(
-        wrapped(x[:, :, columns]).tanh(), weight, targets[:, :, columns], rewards,
-        sequence_group=group,
-    )  # fmt: skip
-    (dist.get_world_size(group) * out.loss).backward()
-    close("DDP", {i: p.grad for i, p in enumerate(layer.parameters())}, dict(enumerate(want)))
-
-
 def check_shared_rows(group) -> None:
     """Three candidates that share their prompt's last row, and one alone; rows lie anywhere."""
     rows = torch.tensor([1, 2, 3, 1, 4, 5, 6, 1, 7, 9, 10, 11])
@@ -241,31 +217,44 @@ def check_shared_rows(group) -> None:
     close("shared rows", got, {"hidden": expected[0][held], "weight": expected[1]})
 
 
+class Tiny(torch.nn.Module):
+    """A model of embeddings, and the loss of a recipe in its forward."""
+
+    def __init__(self, group) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        page = Path(__file__).resolve().parents[2] / "docs" / "integrations" / "context-parallel.md"
+        (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        self.names: dict = {}
+        exec(code, self.names)
+        self.ids, self.places = torch.nn.Embedding(37, 16), torch.nn.Embedding(16, 16)
+        self.group, self.head = group, torch.nn.Parameter(torch.randn(37, 16))
+
+    def hidden(self, ids, positions):
+        return (self.ids(ids) + self.places(positions)).tanh()
+
+    def forward(self, ids, labels, rewards):
+        given = self.hidden, self.head, ids, labels, rewards, self.group
+        return dist.get_world_size(self.group) * self.names["split_loss"](*given).loss
+
+
 def check_recipe(group) -> None:
-    """The function of docs/integrations/context-parallel.md, gradients averaged as DDP does."""
-    page = Path(__file__).resolve().parents[2] / "docs" / "integrations" / "context-parallel.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    names: dict = {}
-    exec(code, names)
+    """The function of docs/integrations/context-parallel.md under DDP, which averages."""
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(0, 37, (2, 3, 16), generator=generator)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
     rewards = torch.randn(2, 3, generator=generator)
-    leaves = table, places, head = [
-        torch.randn(shape, generator=generator).requires_grad_()
-        for shape in ((37, 16), (16, 16), (37, 16))
-    ]
-
-    def model(ids, positions):
-        return (table[ids] + places[positions]).tanh()
-
-    want = REFERENCE(model(ids, torch.arange(16)), head, labels, rewards, shift=True)
-    expected = torch.autograd.grad(want.loss, leaves)
-    out = names["split_loss"](model, head, ids, labels, rewards, group)
-    torch.testing.assert_close(out.loss, want.loss, rtol=1e-5, atol=1e-5)
-    grads = torch.autograd.grad(out.loss, leaves)  # world * loss, averaged over the world
-    whole = {i: sum(gathered(x, group)) for i, x in enumerate(grads)}
-    close("recipe", whole, dict(enumerate(expected)))
+    model = Tiny(group)
+    hidden = model.hidden(ids, torch.arange(16))
+    want = REFERENCE(hidden, model.head, labels, rewards, shift=True)
+    expected = torch.autograd.grad(want.loss, list(model.parameters()))
+    wrapped = DistributedDataParallel(model)
+    loss = wrapped(ids, labels, rewards)
+    ranks = dist.get_world_size(group)
+    torch.testing.assert_close(loss, ranks * want.loss, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    grads = {i: p.grad for i, p in enumerate(model.parameters())}
+    close("recipe", grads, dict(enumerate(expected)))
 
 
 def check_repeats_and_traffic(group) -> None:
@@ -303,7 +292,7 @@ def check_mesh() -> None:
         at = bounds(case.V, 2)
         rows = slice(at[rank % 2], at[rank % 2 + 1])
         sides = references(REFERENCE, case, torch.float32)
-        for split in owners(case.tensors()[3], 2):
+        for split in SPLITS:
             mine = held_by_this_rank(case, split, group)
             for budget in (None, 1 << 14):
                 got = run(FUSED, quarter(case, mine, rows), torch.float32, **groups, budget=budget)
@@ -402,12 +391,8 @@ def check(group) -> None:
     check_values(group)
     check_from_logits(group)
     check_with_a_filter(group)
-    check_training(group)
     check_shared_rows(group)
     check_recipe(group)
     check_repeats_and_traffic(group)
-    if few_ranks():
-        check_backends(group)
-        check_tiers(group)
-    else:
+    if not few_ranks():
         check_mesh()

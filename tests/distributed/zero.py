@@ -1,4 +1,4 @@
-"""What each rank of ``test_zero`` runs: DeepSpeed ZeRO-2 and ZeRO-3 on the CPU, over gloo."""
+"""DeepSpeed ZeRO-2 and ZeRO-3 on the CPU, over gloo."""
 
 from __future__ import annotations
 

@@ -66,12 +66,7 @@ def model_of(logps):
 def inputs_of(scored, **others):
     completion = torch.nn.functional.pad(scored, (1, 0)).long()  # one token of a prompt before it
     whole = torch.ones_like(completion)
-    return {
-        "input_ids": whole,
-        "attention_mask": whole,
-        "completion_mask": completion,
-        **others,
-    }
+    return {"input_ids": whole, "attention_mask": whole, "completion_mask": completion, **others}
 
 
 def pairs(x):

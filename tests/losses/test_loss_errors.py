@@ -12,11 +12,15 @@ from pro_kernels.losses import LOSSES, get_loss
 ONES = torch.ones(2, 3)
 
 
+def rows(*values):
+    return torch.tensor(values)
+
+
 def call(name, **changes):
     arguments = {
         "logps": -ONES,
         "lengths": ONES.long(),
-        "rewards": torch.tensor([[3.0, 2.0, 1.0]] * 2),
+        "rewards": rows([3.0, 2.0, 1.0], [3.0, 2.0, 1.0]),
         "ref_logps": -ONES,
         "mask": torch.ones(2, 3, dtype=torch.bool),
     }
@@ -33,6 +37,7 @@ NO_FLOAT = "be float64, float32, bfloat16 or float16, got torch.int"
 NO_RANK = "have shape (B, n) with n >= 1, got"
 DEVICE = "be on the device of logps (cpu)"
 SHAPE = "have shape (B, n) = (2, 3), got"
+FINITE, NAN, INF = "be finite, got", math.nan, math.inf
 # What is wrong with which input: "NAME must ...".
 BAD_INPUTS = [
     ("logps", [[1.0]], TypeError, "be a tensor, got list"),
@@ -41,26 +46,16 @@ BAD_INPUTS = [
     ("logps", ONES.long(), TypeError, f"{NO_FLOAT}64"),
     ("lengths", torch.ones(2, 2), ValueError, f"{SHAPE} (2, 2)"),
     ("lengths", ONES.bool(), TypeError, "be real numbers, got torch.bool"),
-    (
-        "lengths",
-        torch.tensor([[1] * 3, [1, -2, 1]]),
-        ValueError,
-        "be >= 0, got a negative one in rows [1]",
-    ),
+    ("lengths", rows([1, 1, 1], [1, -2, 1]), ValueError, "be >= 0, got a negative one in rows [1]"),
     ("rewards", torch.ones(3, 2), ValueError, f"{SHAPE} (3, 2)"),
     ("rewards", [3, 2, 1], TypeError, "be a tensor, got list"),
     ("rewards", ONES.cfloat(), TypeError, "be real numbers, got torch.complex64"),
+    ("rewards", rows([1, 0, NAN], [2, 1, 0]), ValueError, f"{FINITE} nan for prompt 0 candidate 2"),
     (
         "rewards",
-        torch.tensor([[1.0, 0.0, torch.nan], [2.0, 1.0, 0.0]]),
+        rows([2, 1, 0], [INF, 0, -INF]),
         ValueError,
-        "be finite, got nan for prompt 0 candidate 2",
-    ),
-    (
-        "rewards",
-        torch.tensor([[2.0, 1.0, 0.0], [torch.inf, 0.0, -torch.inf]]),
-        ValueError,
-        "be finite, got inf for prompt 1 candidate 0",
+        f"{FINITE} inf for prompt 1 candidate 0",
     ),
     ("ref_logps", torch.ones(2), ValueError, f"{SHAPE} (2,)"),
     ("ref_logps", ONES.int(), TypeError, f"{NO_FLOAT}32"),
@@ -126,13 +121,7 @@ BAD_OPTIONS = [
     ("pro", "sft_index", torch.zeros(3).long(), ValueError, f"{OF_PROMPTS} (3,)"),
     ("pro", "sft_index", torch.tensor([0, 3]), ValueError, f"{PLACE} [0, 3]"),
     ("pro", "sft_index", torch.tensor([0, -1]), ValueError, f"{PLACE} [0, -1]"),
-    (
-        "pro dpo",
-        "prompt_weights",
-        torch.tensor([1.0, -1.0]),
-        ValueError,
-        "be finite and >= 0, got [1.",
-    ),
+    ("pro dpo", "prompt_weights", rows(1.0, -1.0), ValueError, "be finite and >= 0, got [1."),
     ("pro kto", "prompt_weights", torch.ones(2, 1), ValueError, f"{OF_PROMPTS} (2, 1)"),
 ]
 
@@ -146,30 +135,29 @@ def test_bad_options(name, option, value, error, message):
     check_raises(error, f"{option} must {message}{got}", name, **{option: value})
 
 
-def test_numbers_that_are_too_large_or_small():
-    large, far = (
-        torch.tensor([[300.0, 1.0, 0.0]] * 2),
-        torch.tensor([[0.0, 1, 2], [3e38, -3e38, 0]]),
-    )
-    for name in ("lipo_lambda", "neural_ndcg"):
-        check_raises(
-            ValueError, "rewards 0 to 300 are too large for the gain 2", name, rewards=large
-        )
-    check_raises(
-        ValueError,
-        "rewards -1 to -1 are below 0, and so is their gain: add a",
+LARGE, FAR = rows([300.0, 1, 0], [300.0, 1, 0]), rows([0.0, 1, 2], [3e38, -3e38, 0])
+TOGETHER = [
+    ("lipo_lambda", {"rewards": LARGE}, "rewards 0 to 300 are too large for the gain 2"),
+    ("neural_ndcg", {"rewards": LARGE}, "rewards 0 to 300 are too large for the gain 2"),
+    (
         "approx_ndcg",
-        rewards=-ONES,
-    )
-    check_raises(ValueError, "got sft_on='all' without sft_weight", "dpo", sft_on="all")
-    check_raises(ValueError, "alpha must be None with divergence='reverse_kl'", "f_dpo", alpha=0.5)
-    check_raises(ValueError, "label_smoothing must be None with alpha > 0", "exo", alpha=1.0,
-                 label_smoothing=0.1)  # fmt: skip
-    assert torch.isfinite(call("lipo_lambda", rewards=large, gain="linear")[0])
-    check_raises(ValueError, "rewards of prompt 1 are too far apart", "pro", rewards=far)
-    for weight in (1e39, 1e-39):
-        weights = torch.tensor([weight, 0], dtype=torch.double)
-        check_raises(ValueError, "add up to", "pro", prompt_weights=weights)
+        {"rewards": -ONES},
+        "rewards -1 to -1 are below 0, and so is their gain: add a",
+    ),
+    ("dpo", {"sft_on": "all"}, "got sft_on='all' without sft_weight"),
+    ("f_dpo", {"alpha": 0.5}, "alpha must be None with divergence='reverse_kl'"),
+    ("exo", {"alpha": 1.0, "label_smoothing": 0.1}, "label_smoothing must be None with alpha > 0"),
+    ("pro", {"rewards": FAR}, "rewards of prompt 1 are too far apart"),
+]
+for _weight in (1e39, 1e-39):
+    _weights = torch.tensor([_weight, 0], dtype=torch.double)
+    TOGETHER.append(("pro", {"prompt_weights": _weights}, "add up to"))
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), TOGETHER, ids=str)
+def test_what_does_not_go_together_or_is_too_large(name, changes, message):
+    check_raises(ValueError, message, name, **changes)
+    assert torch.isfinite(call("lipo_lambda", rewards=LARGE, gain="linear")[0])
 
 
 def test_unknown_loss_lists_the_names():

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from pro_trainer.cli.arguments import PrepareArguments
 from pro_trainer.cli.prepare import prepare
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.recipe import Recipe
 
 pytestmark = [pytest.mark.models, pytest.mark.slow]

@@ -82,3 +82,56 @@ def tiny_folder(tiny, tmp_path_factory: pytest.TempPathFactory) -> str:
     for made in tiny:
         made.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def recipe_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny generators, ``small`` and ``other``, and a reward model ``rm``, with a template."""
+    from test_generation import TEMPLATE
+    from texts import classifier, save
+
+    from pro_trainer.models import tiny_llama
+
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("small", "other")):
+        model, tokenizer = tiny_llama(seed)
+        tokenizer.chat_template = TEMPLATE
+        save(folder / name, model, tokenizer)
+    save(folder / "rm", classifier(len(tokenizer)), tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_arguments(recipe_models: Path) -> Callable[..., object]:
+    """Makes arguments of ``prepare`` that write into a folder."""
+    from pro_trainer.prepare.options import PrepareArguments
+
+    def made(folder: Path, name: str = "out.jsonl", **changes: object) -> PrepareArguments:
+        values = {
+            "output": str(folder / name),
+            "reward": [str(recipe_models / "rm")],
+            "max_new_tokens": 8,
+            "batch_size": 2,
+            "seed": 5,  # one that makes no empty sample
+            "device": "cpu",
+            "chat_template": "off",
+        }
+        return PrepareArguments(**{**values, **changes})
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def run_prepare() -> Callable[[object], int]:
+    """Runs the command ``prepare`` with these arguments."""
+    from pro_trainer.cli import commands
+
+    def run(arguments: object) -> int:
+        flags = []
+        for name, x in vars(arguments).items():
+            if x not in (None, [], False, "") and name != "stop":
+                values = [] if x is True else x if isinstance(x, list) else [x]
+                flags += [f"--{name}", *map(str, values)]
+        return commands.prepare(flags)
+
+    return run

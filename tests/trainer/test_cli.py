@@ -15,6 +15,7 @@ from pro_trainer.cli import commands as cli
 from pro_trainer.cli import flags
 from pro_trainer.cli import help as texts
 from pro_trainer.cli.main import main
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.train.config import PROConfig
 
 NO_OPTION = "--learning_rte is no option of train; did you mean learning_rate?"
@@ -173,7 +174,11 @@ def test_a_command_line_of_trl_works_with_other_data(data_file, tiny_folder, tmp
 def configs(monkeypatch):
     """What training is called with; nothing is trained."""
     seen = []
-    monkeypatch.setattr(cli, "train_model", lambda arguments, config: seen.append(config))
+
+    def train(arguments, config):
+        seen.append(config)
+
+    monkeypatch.setitem(cli.ACTIONS, "train", (train, *cli.ACTIONS["train"][1:]))
     return seen
 
 
@@ -182,7 +187,7 @@ def test_values_with_a_dash_empty_lists_and_bare_switches(configs, monkeypatch, 
     assert cli.train([*argv, "--reward_scale", "1e-3"]) == 0
     (config,) = configs
     assert (config.run_name, config.length_normalize, config.reward_scale) == ("-x", True, 1e-3)
-    monkeypatch.setattr(cli, "prepare_lists", configs.append)
+    monkeypatch.setitem(cli.ACTIONS, "prepare", (configs.append, PrepareArguments))
     (tmp_path / "p.yaml").write_text("data: [a]\nstop: []\n")
     assert cli.prepare(["--config", str(tmp_path / "p.yaml")]) == 0 and configs[1].stop == []
 

@@ -155,9 +155,9 @@ def test_bleu_of_the_answers_is_against_the_best_completion(tiny, monkeypatch):
     ]
     asked: list[str] = []
 
-    def answer(model: object, tokenizer: object, prompts: list[RankedList], **options: object):
+    def answer(model: object, encoder: object, prompts: list[RankedList], options: object):
         asked.extend(ranked.prompts[0] for ranked in prompts)
-        assert options["do_sample"] is False
+        assert options.num_samples == 1 and options.stop == []
         return [[f" {text}"] for text in best]
 
     monkeypatch.setattr("pro_trainer.evaluate.generation.sample", answer)

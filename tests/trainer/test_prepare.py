@@ -5,19 +5,13 @@ from __future__ import annotations
 import errno
 import gzip
 import json
-import multiprocessing
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
-from test_generation import TEMPLATE
-from texts import assistant, classifier, pair, save, user
+from texts import pair, records, save, user
 from trainer_runs import held
 
-from pro_trainer.cli import commands as cli
-from pro_trainer.cli.prepare import PrepareArguments, prepare
+from pro_trainer.cli.prepare import prepare
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
@@ -26,18 +20,6 @@ from pro_trainer.prepare import output, recipe
 from pro_trainer.prepare.pool import Pool
 from pro_trainer.prepare.scoring import RewardModel
 from pro_trainer.text.options import ListOptions
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders of two tiny generators and a tiny reward model (with a chat template)."""
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("small", "other")):
-        model, tokenizer = tiny_llama(seed)
-        tokenizer.chat_template = TEMPLATE
-        save(folder / name, model, tokenizer)
-    save(folder / "rm", classifier(len(tokenizer)), tokenizer)
-    return folder
 
 
 def transcript(i):
@@ -52,24 +34,13 @@ def write_transcripts(folder: Path, numbers=range(7)) -> str:
 
 
 @pytest.fixture(scope="module")
-def build(models, tmp_path_factory):
+def build(recipe_models, make_arguments, tmp_path_factory):
     """Builds arguments for a run of seven transcripts through one generator."""
     transcripts = write_transcripts(tmp_path_factory.mktemp("data"))
 
     def built(folder: Path, name: str = "out.jsonl", *, data=transcripts, **changes):
-        values = {
-            "data": [data],
-            "output": str(folder / name),
-            "generator": [str(models / "small")],
-            "reward": [str(models / "rm")],
-            "num_samples": 3,
-            "max_new_tokens": 8,
-            "batch_size": 2,
-            "seed": 5,  # one that makes no empty sample
-            "device": "cpu",
-            "chat_template": "off",
-        }
-        return PrepareArguments(**{**values, **changes})
+        options = {"generator": [str(recipe_models / "small")], "num_samples": 3, **changes}
+        return make_arguments(folder, name, data=[data], **options)
 
     return built
 
@@ -86,12 +57,6 @@ def plain(build, tmp_path_factory):
     return folder, prepare(build(folder))
 
 
-def records(path):
-    opened = gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
-    with opened as file:
-        return [json.loads(line) for line in file]
-
-
 def lists_of(path):
     """What the rest of the trainer reads of it, as it stands."""
     return list(read_lists([str(path)], DataReport(), ListOptions()))
@@ -101,12 +66,14 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_transcripts_become_longer_ranked_lists_and_are_counted(plain, models):
+def test_transcripts_become_longer_ranked_lists_and_are_counted(plain, recipe_models):
     folder, report = plain
     made = records(folder / "out.jsonl")
     assert len(made) == 7 and report.kept == 7
     as_written = ListOptions(chat_template="off", append_eos=False)
-    reward_model = RewardModel.from_path(str(models / "rm"), batch_size=1, options=as_written)
+    reward_model = RewardModel.from_path(
+        str(recipe_models / "rm"), batch_size=1, options=as_written
+    )
     for i, record in enumerate(made):
         n = len(record["completions"])
         assert record["prompt"] == f"\n\nHuman: question {i}?\n\nAssistant:"
@@ -129,14 +96,10 @@ def test_transcripts_become_longer_ranked_lists_and_are_counted(plain, models):
     assert written["data"]["lists"] == written["lists"] == written["kept"] == 7
     assert written["samples"]["small"]["made"] == 21
     assert written["reward_count"] == {"data": 14, "small": 21}
-    for source in ("data", "small"):
-        of_source = [
-            reward
-            for record in made
-            for reward, name in zip(record["rewards"], record["sources"], strict=True)
-            if name == source
-        ]
-        assert written["reward_mean"][source] == pytest.approx(sum(of_source) / len(of_source))
+    found = [pair for x in made for pair in zip(x["rewards"], x["sources"], strict=True)]
+    for source, n in written["reward_count"].items():
+        mean = sum(reward for reward, name in found if name == source) / n
+        assert written["reward_mean"][source] == pytest.approx(mean)
     first = [record["chosen_index"] == 0 for record in made]
     of_data = [record["sources"].index("data") == record["chosen_index"] for record in made]
     assert written["chosen_first"] == report.chosen_first == sum(first) / 7
@@ -170,8 +133,8 @@ def test_the_ranking_length_keeps_best_worst_between_and_the_sft_candidate(
     assert report.shorter == (7 if length == 9 else 0)
 
 
-def test_several_generators_and_their_names(arguments, models, tmp_path):
-    both = [str(models / "small"), str(models / "other")]
+def test_several_generators_and_their_names(arguments, recipe_models, tmp_path):
+    both = [str(recipe_models / "small"), str(recipe_models / "other")]
     prepare(arguments("both.jsonl", generator=both, num_samples=2, limit=3))
     prepare(arguments("alone.jsonl", num_samples=2, limit=3))
     made = [records(tmp_path / name) for name in ("both.jsonl", "alone.jsonl")]
@@ -184,7 +147,7 @@ def test_several_generators_and_their_names(arguments, models, tmp_path):
 def test_empty_and_repeated_samples_are_dropped_and_counted(arguments, monkeypatch, tmp_path):
     texts = [" fresh ", "\n", " bad 0  ", "fresh", " fresh two"]
     monkeypatch.setattr(
-        recipe, "sample", lambda model, tokenizer, prompts, **_: [list(texts) for _ in prompts]
+        recipe, "sample", lambda model, encoder, prompts, *_: [list(texts) for _ in prompts]
     )
     report = prepare(arguments(limit=1, num_samples=5))
     (record,) = records(tmp_path / "out.jsonl")
@@ -193,16 +156,6 @@ def test_empty_and_repeated_samples_are_dropped_and_counted(arguments, monkeypat
     counts = {"made": 5, "empty": 1, "repeated": 2, "prompts_cut": 0}
     assert dict(report.samples["small"]) == counts
     assert "samples of small: 5 (dropped: 1 empty, 2 repeated)" in report.text()
-
-
-def test_conversations(arguments, write_lines, tmp_path):
-    lists = [pair([user(f"question {i}")], assistant("good"), assistant("bad")) for i in range(3)]
-    prepare(arguments(data=write_lines(*lists), chat_template="auto"))
-    lists = lists_of(tmp_path / "out.jsonl")
-    assert [x.prompts[0][0]["content"] for x in lists] == [f"question {i}" for i in range(3)]
-    for ranked in lists:
-        assert len(ranked.completions) == 5
-        assert all(c[0]["role"] == "assistant" and len(c) == 1 for c in ranked.completions)
 
 
 def test_rewards_of_the_data_and_order_alone(arguments, write_lines, tmp_path):
@@ -229,6 +182,14 @@ def test_only_a_reward_model_to_which_equal_rewards_of_the_data_do_not_matter(
     assert [record["sources"] for record in made] == [["data"] * 2] * 2
     assert report.samples == {} and report.chosen_first == report.chosen_first_of_data
     assert made[1]["rewards"][0] > made[1]["rewards"][1]
+
+
+def test_near_duplicates_of_lists_with_rewards(arguments, write_lines, tmp_path):
+    data = write_lines({"prompt": "p", "completions": ["a long way off", "a long way of", "b"],
+                        "rewards": [2, 1, 0]})  # fmt: skip
+    report = prepare(arguments(data=data, near_duplicates=0.8))
+    assert report.lost == {"near-duplicates": 1}
+    assert len(records(tmp_path / "out.jsonl")[0]["completions"]) == 5
 
 
 def test_the_marked_candidate_of_the_data_is_the_chosen_one():
@@ -285,13 +246,13 @@ def interrupted(arguments, monkeypatch, index):
 
 def spy(monkeypatch):
     """The first index of every group that is computed from here on."""
-    seen, plain = [], recipe.Recipe.samples
+    seen, plain = [], recipe.Recipe.lines
 
-    def samples(self, generator, lists, first_index):
+    def lines(self, lists, first_index):
         seen.append(first_index)
-        return plain(self, generator, lists, first_index)
+        return plain(self, lists, first_index)
 
-    monkeypatch.setattr(recipe.Recipe, "samples", samples)
+    monkeypatch.setattr(recipe.Recipe, "lines", lines)
     return seen
 
 
@@ -324,26 +285,6 @@ def test_a_resumed_run_ends_with_the_same_bytes(arguments, monkeypatch, tmp_path
             assert (tmp_path / f"{name}.report.json").read_bytes() == report
             assert not partial.exists() and not settings.exists()
             (tmp_path / name).unlink()
-
-
-def test_a_killed_process_is_resumed(arguments, plain, tmp_path):
-    killed = arguments()
-    process = multiprocessing.get_context("fork").Process(target=prepare, args=(killed,))
-    process.start()
-    partial = tmp_path / "out.jsonl.partial"
-    try:
-        deadline = time.monotonic() + 120
-        while not (partial.exists() and partial.read_bytes().count(b"\n") >= 2):
-            assert process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-    assert not (tmp_path / "out.jsonl").exists()
-    with open(partial, "ab") as file:
-        file.write(b'{"record": {"prompt": "half wri')
-    prepare(killed)
-    assert (tmp_path / "out.jsonl").read_bytes() == (plain[0] / "out.jsonl").read_bytes()
 
 
 def test_other_settings_and_changed_files_are_an_error_naming_them(
@@ -431,45 +372,84 @@ def test_limit_and_long_prompts(arguments, tmp_path):
     assert "prompts cut to its length: 3" in report.text()
 
 
+SERVED = {"generator": [], "server": ["http://h.invalid"]}
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("changes", "message"),
     [
-        ("data", [], "cannot be read|no such|not found|data"),
-        ("output", "out.csv", r"must end in .jsonl or .jsonl.gz, got 'out.csv'"),
-        ("reward", [], "a generator needs a reward"),
-        ("generator_tokenizer", ["a", "b"], "one for each of the 1 generators, got 2"),
-        ("num_samples", 0, "num_samples must be finite and > 0, got 0"),
-        ("batch_size", 0, "batch_size must be finite and > 0, got 0"),
-        ("limit", 0, "limit must be finite and > 0, got 0"),
-        ("top_p", 1.1, r"top_p must lie in \(0, 1\], got 1.1"),
-        ("temperature", [float("nan")], "temperature must be finite and > 0, got nan"),
-        ("ranking_length", 1, "ranking_length must be at least 2, got 1"),
-        ("stop", [""], "stop: an empty string"),
-        ("device", "tpu9", "device 'tpu9' cannot be used"),
-        ("reward", ["no/such"], "no/such: not a reward model"),
-        ("generator", ["no/such"], "no/such: not a causal LM"),
+        ({"data": []}, "data: no file, folder or hub name given"),
+        ({"output": "out.csv"}, r"must end in .jsonl or .jsonl.gz, got 'out.csv'"),
+        ({"reward": []}, "a generator needs a reward"),
+        ({"generator_tokenizer": ["a", "b"]}, "one for each of the 1 generators, got 2"),
+        ({"num_samples": 0}, "num_samples must be finite and > 0, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be finite and > 0, got 0"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be finite and > 0, got 0"),
+        ({"batch_size": 0}, "batch_size must be finite and > 0, got 0"),
+        ({"limit": 0}, "limit must be finite and > 0, got 0"),
+        ({"top_p": 1.1}, r"top_p must lie in \(0, 1\], got 1.1"),
+        ({"temperature": [float("nan")]}, "temperature must be finite and > 0, got nan"),
+        ({"temperature": []}, "temperature: none was given"),
+        ({"temperature": [0.5, 1, 2, 3]}, "temperature: 4 of them for 3 samples"),
+        ({"ranking_length": 1}, "ranking_length must be at least 2, got 1"),
+        ({"stop": [""]}, "stop: an empty string"),
+        ({"device": "tpu9"}, "device 'tpu9' cannot be used"),
+        ({"reward": ["no/such"]}, "no/such: not a reward model"),
+        ({"generator": ["no/such"]}, "no/such: not a causal LM"),
+        # Rewards
+        ({"reward": [], "normalize": "rank"}, "normalize is for scores: give a reward"),
+        ({"reward": [], "length_penalty": 0.1}, "length_penalty is for scores"),
+        ({"length_penalty": float("inf")}, "length_penalty must be finite, got inf"),
+        ({"judge": "pairs"}, "judge is for a judge: give a reward with a URL"),
+        ({"judge_template": "t"}, "judge_template is for a judge"),
+        ({"reward_api_key_env": "KEY"}, "reward_api_key_env is for servers that score"),
+        ({"near_duplicates": 1.5}, r"near_duplicates must lie in \(0, 1\], got 1.5"),
+        ({"near_duplicates": 0}, "near_duplicates must be finite and > 0, got 0"),
+        ({"select": "top"}, "select says which candidates are kept: give ranking_length, too"),
+        ({"bottom": 1, "ranking_length": 2}, "bottom is for select=top or diverse"),
+        ({"bottom": 2, "ranking_length": 2, "select": "top"}, r"bottom must lie in \[0, .*=2\)"),
+        ({"normalize": "minmax"}, "normalize must be one of 'none', 'zscore', 'rank'"),
+        # Servers
+        ({"server_timeout": 5.0}, "server_timeout is about servers"),
+        ({"concurrency": 3}, "concurrency is about servers"),
+        ({"cut_samples": "drop"}, "cut_samples is about servers"),
+        ({"server": ["h:1"]}, "server: a URL http"),
+        ({"server": ["http://h", "http://h"]}, "server: one is named twice"),
+        ({**SERVED, "server_api": "chats"}, "server_api must be one of 'chat', 'completions', got"),
+        ({**SERVED, "server_fields": "{"}, "server_fields must be a JSON object: "),
+        ({**SERVED, "server_fields": "[1]"}, r"server_fields must be a JSON object, got \[1\]"),
+        ({**SERVED, "server_fields": '{"n": 3}'}, r"server_fields names \['n'\], which other opt"),
+        ({**SERVED, "server_retries": -1}, "server_retries must be at least 0, got -1"),
+        ({**SERVED, "concurrency": 0}, "concurrency must be finite and > 0, got 0"),
+        ({**SERVED, "concurrency": 1.5}, "concurrency must be an integer, got 1.5"),
+        ({**SERVED, "server_timeout": float("nan")}, "server_timeout must be finite and > 0, got"),
+        ({**SERVED, "requests_per_second": 0}, "requests_per_second must be finite and > 0, got 0"),
+        ({**SERVED, "max_prompt_length": 9}, "max_prompt_length cuts the prompts of a generator"),
+        ({**SERVED, "reward": []}, "a server needs a reward"),
+        ({**SERVED, "api_key_env": "NOT_SET"}, "api_key_env: there is no environment variable"),
+        ({**SERVED, "server_patience": 0.1}, "no answer .* in 0 seconds; http://h.invalid/v1/m"),
     ],
 )
-def test_bad_arguments(arguments, name, value, message, tmp_path):
+def test_bad_arguments(arguments, changes, message, tmp_path):
     built = arguments()
-    setattr(built, name, value)
-    with pytest.raises(ValueError, match=message):
+    vars(built).update(changes)
+    with pytest.raises((ValueError, TypeError, ConnectionError), match=message):
         prepare(built)
-    assert not (tmp_path / "out.jsonl").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
-def test_the_output_is_not_one_of_the_inputs(arguments, write_lines, models, tmp_path):
+def test_the_output_is_not_one_of_the_inputs(arguments, write_lines, recipe_models, tmp_path):
     data = write_lines(transcript(0))
     link = tmp_path / "link"
-    link.symlink_to(models / "rm")
-    for path in (data, str(models / "small" / "out.jsonl"), str(link / "sub" / "out.jsonl")):
+    link.symlink_to(recipe_models / "rm")
+    for path in (data, str(recipe_models / "small" / "out.jsonl"), str(link / "sub" / "out.jsonl")):
         with pytest.raises(ValueError, match="output .*: writing there would change .* give anoth"):
             prepare(arguments(data=data, output=path, overwrite=True))
     report = write_lines(transcript(0), name="x.jsonl.report.json")
     with pytest.raises(ValueError, match="would change .*x.jsonl.report.json, which this run read"):
         prepare(arguments("x.jsonl", data=report))
-    assert {p.name for p in (models / "rm").iterdir()} >= {"config.json"}
-    assert not list(models.rglob("*.lock")) and not (models / "rm" / "sub").exists()
+    assert {p.name for p in (recipe_models / "rm").iterdir()} >= {"config.json"}
+    assert not list(recipe_models.rglob("*.lock")) and not (recipe_models / "rm" / "sub").exists()
 
 
 def test_an_output_that_cannot_be_written(arguments, monkeypatch, tmp_path):
@@ -496,37 +476,28 @@ def test_an_output_that_cannot_be_written(arguments, monkeypatch, tmp_path):
         prepare(arguments("a/b/out.jsonl"))
 
 
-def run(arguments):
-    """``pro-kernels prepare`` in this process."""
-    flags = []
-    for name, x in vars(arguments).items():
-        if x not in (None, [], False) and name != "stop":
-            values = [] if x is True else x if isinstance(x, list) else [x]
-            flags += [f"--{name}", *map(str, values)]
-    return cli.prepare(flags)
-
-
 PARTIAL = ["out.jsonl.partial", "out.jsonl.partial.json"]
 
 
-def test_an_interrupted_command_says_how_to_go_on(arguments, models, monkeypatch, tmp_path, capsys):
-    both = [str(models / "small"), str(models / "other")]
+def test_an_interrupted_command_says_how_to_go_on(
+    arguments, run_prepare, monkeypatch, tmp_path, capsys
+):
     options = {"ranking_length": 3, "sft": "chosen", "overwrite": True, "num_samples": 1}
-    full = arguments(limit=4, generator=both, **options)
+    full = arguments(limit=4, **options)
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
-        assert run(full) == 130
+        assert run_prepare(full) == 130
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == "interrupted after 2 of 4 lists; the same command goes on from there"
     assert names(tmp_path) == PARTIAL
     redone = spy(monkeypatch)
     prepare(full)  # of the settings that the flags gave
-    assert redone == [2, 2]  # by each generator
+    assert redone == [2]
 
 
 @pytest.mark.parametrize(("at", "kept"), [("settings", []), ("line", []), ("output", PARTIAL)])
 def test_a_full_disk_is_one_line_and_what_is_whole_stays(
-    arguments, monkeypatch, tmp_path, capsys, at, kept
+    arguments, run_prepare, monkeypatch, tmp_path, capsys, at, kept
 ):
     whole = 2 if at == "output" else 0  # calls of fsync that succeed
 
@@ -541,11 +512,11 @@ def test_a_full_disk_is_one_line_and_what_is_whole_stays(
             patch.setattr(output.PartialFile, "append", full)
         else:
             patch.setattr(output.os, "fsync", full)
-        assert run(arguments(limit=2)) == 1
+        assert run_prepare(arguments(limit=2)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: no space is left ([Errno 28] No space left on device); stopped")
     assert names(tmp_path) == kept and ("after 2 of 2 lists" in error) == bool(kept)
-    assert run(arguments(limit=2)) == 0
+    assert run_prepare(arguments(limit=2)) == 0
 
 
 @pytest.mark.shared

@@ -50,46 +50,60 @@ NULLS = dict.fromkeys(
     ["prompt", "context", "completions", "rewards", "chosen", "rejected", "prefix", "suffix"]
 )
 
+
+def ab(**more: object) -> RankedList:
+    """Of ``GOOD`` and ``PAIR``."""
+    return ranked("p", "a", "b", **more)
+
+
+ARRAYS = {"completions": np.array(["a", "b"]), "rewards": np.array([1.0, 2.0])}
+MARKS = {"desirable": [1, False], "prompt_weight": "2.5"}
+MIXED_NEMO = [NEMO_MESSAGES[0], NEMO[1]]
+TOOL_TURN = {
+    "chosen": [Q, CALL | {"tool_calls": None}, RESULT, A],
+    "rejected": [Q, CALL, RESULT, B],
+}
+IN_COMMON = {"chosen": [*START, A], "rejected": [*START, B]}
+PARAGRAPHS = {"chosen": f"{CONTEXT} four\n\nfive", "rejected": f"{CONTEXT} six"}
+DIFFERENT = {"chosen": f"{CONTEXT} a", "rejected": [f"{CONTEXT} b", f"{OTHER} c"]}
+SAID_TWICE = pair(CONTEXT, f"{CONTEXT} a", f"{CONTEXT} b")
+SCORED = {"rewards": (0.75, -1.0), "sft_index": 0}
+SUMMARIES = {"prefix": ["text TL;DR:"] * 2, "suffix": [" good", " bad"], "reward": [1.0, 0.0]}
+GPT = {
+    which: {"from": "gpt", "value": text} for which, text in (("chosen", "a"), ("rejected", "b"))
+}
+TOOLS = {"tools": [{"name": "f"}, {"name": "g"}]}
+USED = pair([Q], [FIND, NAMED, A], "b", tools='[{"name": "f"}]', chat_template_kwargs=GLAD)
+
 FORMS = {
     "rewards": (
         {**THREE, "rewards": [0, 2.5, np.float32(-1)]},
         ranked("p", "x", "y", "z", rewards=(0.0, 2.5, -1.0)),
     ),
-    "scores": ({**GOOD, "scores": [0, 2.5]}, ranked("p", "a", "b", rewards=(0.0, 2.5))),
+    "scores": (GOOD | {"scores": [0, 2.5]}, ab(rewards=(0.0, 2.5))),
     "arrays of numpy": (
-        {
-            "prompt": "p",
-            "completions": np.array(["a", "b"]),
-            "rewards": np.array([1.0, 2.0]),
-            "sft_index": np.int64(1),
-        },
-        ranked("p", "a", "b", rewards=(1.0, 2.0), sft_index=1),
+        GOOD | ARRAYS | {"sft_index": np.int64(1)},
+        ab(rewards=(1.0, 2.0), sft_index=1),
     ),
-    "marks and a weight": (
-        {**GOOD, "desirable": [1, False], "prompt_weight": "2.5"},
-        ranked("p", "a", "b", desirable=(True, False), weight=2.5),
-    ),
-    "no rewards": (GOOD, ranked("p", "a", "b")),
-    "rewards of null": ({**GOOD, "rewards": None}, ranked("p", "a", "b")),
-    "ranks": ({**THREE, "ranks": [2, 0, 1]}, THREE_RANKED),
-    "ranks by order": ({**THREE, "order": [1, 2, 0]}, THREE_RANKED),  # y is the best, then z
+    "marks and a weight": (GOOD | MARKS, ab(desirable=(True, False), weight=2.5)),
+    "no rewards": (GOOD, ab()),
+    "rewards of null": (GOOD | {"rewards": None}, ab()),
+    "ranks": (THREE | {"ranks": [2, 0, 1]}, THREE_RANKED),
+    "ranks by order": (THREE | {"order": [1, 2, 0]}, THREE_RANKED),  # y is the best, then z
     "ranks of NeMo": ({"context": [Q], "completions": NEMO_MESSAGES}, NEMO_RANKED),
     "ranks of NeMo, strings beside messages": (
-        {"context": "q", "completions": [NEMO_MESSAGES[0], NEMO[1]]},
+        {"context": "q", "completions": MIXED_NEMO},
         NEMO_RANKED,
     ),
     "ranks of NeMo, strings": (
         {"context": "q", "completions": NEMO},
         ranked("q", "bad", "good", rewards=(-1.0, 0.0)),
     ),
-    "objects without a score": (UNRATED, ranked("p", "a", "b")),
-    "objects, rewards beside": (
-        UNRATED | {"rewards": [1, 2]},
-        ranked("p", "a", "b", rewards=(1.0, 2.0)),
-    ),
-    "a pair": (PAIR, ranked("p", "a", "b")),
-    "a pair in a table of all formats": ({**NULLS, **PAIR}, ranked("p", "a", "b")),
-    "a list in a table of all formats": ({**NULLS, **GOOD}, ranked("p", "a", "b")),
+    "objects without a score": (UNRATED, ab()),
+    "objects, rewards beside": (UNRATED | {"rewards": [1, 2]}, ab(rewards=(1.0, 2.0))),
+    "a pair": (PAIR, ab()),
+    "a pair in a table of all formats": (NULLS | PAIR, ab()),
+    "a list in a table of all formats": (NULLS | GOOD, ab()),
     "several rejected": (pair("p", "a", ["b", "c"]), ranked("p", "a", "b", "c")),
     "several rejected, messages": (
         pair([Q], [A], [[B], [assistant("c")]]),
@@ -97,27 +111,18 @@ FORMS = {
     ),
     "a message alone": (pair([Q], A, B), ranked(Q, A, B)),
     "completions of a message": ({"prompt": [Q], "completions": [A, B]}, ranked(Q, A, B)),
-    "conversations": ({"chosen": [*START, A], "rejected": [*START, B]}, ranked(START, A, B)),
-    "conversations, the question once more": (
-        pair("q", [*START, A], [*START, B]),
-        ranked(START, A, B),
-    ),
-    "a tool's turn in common": (
-        {"chosen": [Q, CALL | {"tool_calls": None}, RESULT, A], "rejected": [Q, CALL, RESULT, B]},
-        ranked([Q, CALL, RESULT], A, B),
-    ),
+    "conversations": (IN_COMMON, ranked(START, A, B)),
+    "conversations, the question once more": (IN_COMMON | {"prompt": "q"}, ranked(START, A, B)),
+    "a tool's turn in common": (TOOL_TURN, ranked([Q, CALL, RESULT], A, B)),
     "equal replies keep a message": ({"chosen": [Q, A], "rejected": [Q, A]}, ranked(Q, A, A)),
     "conversations that part early": (
         {"chosen": [*EARLY[0], A], "rejected": [*EARLY[1], B]},
         RankedList((tuple(EARLY[0]), tuple(EARLY[1])), ((A,), (B,))),
     ),
     "conversations beside a system text": (WHOLE | {"system": "s"}, ranked([system("s"), Q], A, B)),
-    "transcripts of many paragraphs": (
-        {"chosen": f"{CONTEXT} four\n\nfive", "rejected": f"{CONTEXT} six"},
-        ranked(CONTEXT, " four\n\nfive", " six"),
-    ),
+    "transcripts of many paragraphs": (PARAGRAPHS, ranked(CONTEXT, " four\n\nfive", " six")),
     "transcripts that differ": (
-        {"chosen": f"{CONTEXT} a", "rejected": [f"{CONTEXT} b", f"{OTHER} c"]},
+        DIFFERENT,
         RankedList((CONTEXT, CONTEXT, OTHER), (" a", " b", " c")),
     ),
     "a transcript beside a system text": (pair(CONTEXT, "a", "b", system="s"), IN_TURNS),
@@ -125,30 +130,17 @@ FORMS = {
         {"chosen": f"{CONTEXT} a", "rejected": f"{CONTEXT} b", "system": "s"},
         IN_TURNS,
     ),
-    "a transcript said twice": (
-        pair(CONTEXT, f"{CONTEXT} a", f"{CONTEXT} b"),
-        ranked(CONTEXT, " a", " b"),
-    ),
+    "a transcript said twice": (SAID_TWICE, ranked(CONTEXT, " a", " b")),
     "official": (
-        {**OFFICIAL, "prefix": [DIALOGUE] * 2},
-        ranked(DIALOGUE_TEXT, " good", " bad", rewards=(0.75, -1.0), sft_index=0),
+        OFFICIAL | {"prefix": [DIALOGUE] * 2},
+        ranked(DIALOGUE_TEXT, " good", " bad", **SCORED),
     ),
     "official, dialogues that differ": (
-        {**OFFICIAL, "prefix": [DIALOGUE, ["<|prompter|>r", "<|assistant|>"]]},
-        RankedList((DIALOGUE_TEXT, OTHER), (" good", " bad"), (0.75, -1.0), 0),
+        OFFICIAL | {"prefix": [DIALOGUE, ["<|prompter|>r", "<|assistant|>"]]},
+        RankedList((DIALOGUE_TEXT, OTHER), (" good", " bad"), **SCORED),
     ),
-    "official summaries": (
-        {"prefix": ["text TL;DR:"] * 2, "suffix": [" good", " bad"], "reward": [1.0, 0.0]},
-        ranked("text TL;DR:", " good", " bad", rewards=(1.0, 0.0)),
-    ),
-    "ShareGPT": (
-        {
-            "conversations": SHAREGPT,
-            "chosen": {"from": "gpt", "value": "a"},
-            "rejected": {"from": "gpt", "value": "b"},
-        },
-        ranked([system("s"), Q], A, B),
-    ),
+    "official summaries": (SUMMARIES, ranked("text TL;DR:", " good", " bad", rewards=(1.0, 0.0))),
+    "ShareGPT": (GPT | {"conversations": SHAREGPT}, ranked([system("s"), Q], A, B)),
     "a content of parts": (pair([user(PARTS)], "a", "b"), ranked(user("what now?"), A, B)),
     "Alpaca": (ALPACA, ranked([system("s"), user("add\n1 2")], assistant("3"), assistant("4"))),
     "Alpaca, empty columns": (ALPACA | {"system": "", "input": ""}, ranked("add", "3", "4")),
@@ -158,10 +150,10 @@ FORMS = {
     ),
     "tools as JSON each": (
         GOOD | {"tools": ['{"name": "f"}', {"name": "g"}]},
-        ranked("p", "a", "b", template={"tools": [{"name": "f"}, {"name": "g"}]}),
+        ab(template=TOOLS),
     ),
     "tools, calls and keywords": (
-        pair([Q], [FIND, NAMED, A], "b", tools='[{"name": "f"}]', chat_template_kwargs=GLAD),
+        USED,
         ranked(Q, [FOUND, NAMED, A], B, template={"tools": [{"name": "f"}], **GLAD}),
     ),
 }
@@ -177,7 +169,7 @@ def test_a_record_is_read_as_its_list(name):
 @pytest.mark.parametrize("name", ["score_{}", "{}_rating"])
 def test_scores_of_a_pair_are_its_rewards(name):
     scored = PAIR | {name.format("chosen"): 7, name.format("rejected"): "3.5"}
-    assert parse_record(scored).content == ranked("p", "a", "b", rewards=(7.0, 3.5))
+    assert parse_record(scored).content == ab(rewards=(7.0, 3.5))
     parsed = parse_record(scored | {name.format("chosen"): 1})
     assert parsed.content.rewards == (1.0, 3.5)
     assert parsed.notes == ("'rejected' has the higher score, so it ranks first",)
@@ -187,10 +179,8 @@ def test_scores_of_a_pair_are_its_rewards(name):
 @pytest.mark.parametrize("completions", ["completions", "responses"])
 def test_columns_have_the_names_that_are_in_use(name, completions):
     record = {name: "p", completions: ["a", "b"], "scores": [1, 2]}
-    assert parse_record(record).content == ranked("p", "a", "b", rewards=(1.0, 2.0))
-    assert parse_record({name: "p", "chosen": "a", "rejected": "b"}).content == ranked(
-        "p", "a", "b"
-    )
+    assert parse_record(record).content == ab(rewards=(1.0, 2.0))
+    assert parse_record({name: "p", "chosen": "a", "rejected": "b"}).content == ab()
 
 
 @pytest.mark.parametrize(

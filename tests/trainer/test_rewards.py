@@ -8,21 +8,22 @@ from pathlib import Path
 
 import pytest
 from servers import MODEL, FakeServer
-from texts import assistant, user
+from texts import assistant, records, user
 from trainer_runs import QUICK
 
 from pro_trainer.cli import commands
-from pro_trainer.cli.prepare import PrepareArguments, prepare
+from pro_trainer.cli.prepare import prepare
+from pro_trainer.data.choose import without_near_duplicates
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.prepare import recipe
-from pro_trainer.prepare.answers import ClientOptions
-from pro_trainer.prepare.combine import Combination, without_near_duplicates
+from pro_trainer.prepare.build import build_rewards
+from pro_trainer.prepare.options import PrepareArguments
+from pro_trainer.prepare.pool import combined
 from pro_trainer.prepare.report import PrepareReport
-from pro_trainer.prepare.rewards.build import build as build_rewards
+from pro_trainer.prepare.rewards.base import parse
 from pro_trainer.prepare.rewards.judge import Judge
-from pro_trainer.prepare.rewards.parse import parse
 from pro_trainer.prepare.rewards.server import Server
 from pro_trainer.text.options import ListOptions
 
@@ -63,21 +64,21 @@ LISTS = [
 
 
 @pytest.fixture
-def build(tmp_path, write_lines, monkeypatch):
+def build(tmp_path, write_lines, monkeypatch, make_arguments):
     """Builds arguments for a run on five lists without a model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(SOURCE)
     data = write_lines(*LISTS)
 
     def built(*reward: str, **changes) -> PrepareArguments:
-        values = {"data": [data], "output": str(tmp_path / "out.jsonl"), "batch_size": 2}
-        return PrepareArguments(**{**values, "reward": list(reward), "device": "cpu", **changes})
+        options = {"data": [data], "chat_template": "auto", **changes}
+        return make_arguments(tmp_path, reward=list(reward), **options)
 
     return built
 
 
 def written(tmp_path: Path) -> list[dict]:
-    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    return records(tmp_path / "out.jsonl")
 
 
 def test_rewards_are_weighted_and_their_scores_kept_where_the_trainer_reads_them(
@@ -106,7 +107,7 @@ def test_rewards_are_weighted_and_their_scores_kept_where_the_trainer_reads_them
         for text, score in zip(record["completions"], record["raw_rewards"]["short"], strict=True)
     }
     prepare(build(data=[made], output=str(tmp_path / "again.jsonl"), ranking_length=2))
-    for record in map(json.loads, (tmp_path / "again.jsonl").read_text().splitlines()):
+    for record in records(tmp_path / "again.jsonl"):
         short = [before[record["prompt"], text] for text in record["completions"]]
         assert record["raw_rewards"]["short"] == short
 
@@ -167,29 +168,6 @@ def test_how_rewards_are_written():
 
 
 @pytest.mark.parametrize(
-    ("changes", "wrong"),
-    [
-        ({"reward": [], "normalize": "rank"}, "normalize is for scores: give a reward"),
-        ({"reward": [], "length_penalty": 0.1}, "length_penalty is for scores"),
-        ({"length_penalty": float("inf")}, "length_penalty must be finite, got inf"),
-        ({"judge": "pairs"}, "judge is for a judge: give a reward with a URL"),
-        ({"judge_template": "t"}, "judge_template is for a judge"),
-        ({"reward_api_key_env": "KEY"}, "reward_api_key_env is for servers that score"),
-        ({"server_timeout": 5.0}, "server_timeout is about servers"),
-        ({"near_duplicates": 1.5}, r"near_duplicates must lie in \(0, 1\], got 1.5"),
-        ({"near_duplicates": 0}, "near_duplicates must be finite and > 0, got 0"),
-        ({"select": "top"}, "select says which candidates are kept: give ranking_length, too"),
-        ({"bottom": 1, "ranking_length": 2}, "bottom is for select=top or diverse"),
-        ({"bottom": 2, "ranking_length": 2, "select": "top"}, r"bottom must lie in \[0, .*=2\)"),
-        ({"normalize": "minmax"}, "normalize must be one of 'none', 'zscore', 'rank'"),
-    ],
-)  # fmt: skip
-def test_options_at_odds(build, changes, wrong):
-    with pytest.raises(ValueError, match=wrong):
-        prepare(build(**{"reward": ["mine.py:short"], **changes}))
-
-
-@pytest.mark.parametrize(
     "rewards",
     [
         ["--reward", "mine.py:right", "-0.5*mine.py:short"],
@@ -215,13 +193,12 @@ def test_several_rewards_on_the_command_line(build, tmp_path, rewards):
 )
 def test_scores_are_normalised_in_their_list_and_length_costs(normalize, rewards):
     raw = {"a": [1.0, 3.0, 3.0], "b": [30.0, 10.0, 20.0]}
-    plain = Combination({"a": 2.0, "b": -1.0}, normalize)
-    assert plain.rewards(raw, [0, 0, 0]) == pytest.approx(rewards)
-    shorter = Combination({"a": 2.0, "b": -1.0}, normalize, 0.5).rewards(raw, [0, 2, 4])
-    assert shorter == pytest.approx([rewards[0], rewards[1] - 1, rewards[2] - 2])
-    assert Combination({"a": 1.0}, normalize).rewards({"a": [0.1] * 3}, [0, 0, 0]) in (
-        [0.1] * 3, [0.0] * 3, [0.5] * 3,
-    )  # fmt: skip
+    weights = {"a": 2.0, "b": -1.0}
+    assert combined(raw, weights, [0, 0, 0], normalize) == pytest.approx(rewards)
+    shorter = [rewards[0], rewards[1] - 1, rewards[2] - 2]
+    assert combined(raw, weights, [0, 2, 4], normalize, 0.5) == pytest.approx(shorter)
+    equal = combined({"a": [0.1] * 3}, {"a": 1.0}, [0, 0, 0], normalize)
+    assert equal in ([0.1] * 3, [0.0] * 3, [0.5] * 3)
 
 
 def test_near_duplicates_go_before_they_are_scored_and_are_counted(build, tmp_path):
@@ -311,7 +288,7 @@ class RewardServer(FakeServer):
         return 200, json.dumps(spoil({"data": data[::-1]})).encode()
 
 
-QUICKLY = ClientOptions(retries=0, patience=0.2, first_wait=0.01)
+QUICKLY = {"server_retries": 0, "server_patience": 0.2}
 CHAT = RankedList(([{"role": "system", "content": "s"}, user("q")],), ([assistant("four")],
                   [assistant("REFUSED")]), template={"enable_thinking": False})  # fmt: skip
 TEXT = RankedList(("q: ",), ("of tokens", " b"), where="x.jsonl:3")
@@ -331,7 +308,8 @@ PAIRS = [(ranked, text) for ranked in (TEXT, CHAT) for text in ranked.completion
 def test_reward_models_behind_servers(path, stay, values, body):
     with RewardServer() as server:
         (spec,) = parse([f"org/rm@{server.url}{path}"])
-        with Server(spec, QUICKLY, strings_stay=stay) as reward:
+        options = PrepareArguments(**QUICKLY, chat_template="off" if stay else "auto")
+        with Server(spec, options) as reward:
             scores = reward.score(PAIRS)
     assert [score.value for score in scores] == values
     why = "refused by the server, HTTP 400"
@@ -372,8 +350,9 @@ def test_a_server_that_answers_nonsense(path, spoil, wrong):
     with RewardServer(spoil) as server:
         (spec,) = parse([server.url + path])
         kind = Judge if spec.kind == "judge" else Server
-        with kind(spec, QUICKLY) as reward, pytest.raises(ValueError, match=wrong):
-            reward.score(PAIRS[:2])
+        with kind(spec, PrepareArguments(**QUICKLY)) as reward:
+            with pytest.raises(ValueError, match=wrong):
+                reward.score(PAIRS[:2])
 
 
 def test_a_server_that_fails_stops_the_run_and_one_that_refuses_drops_a_candidate(
@@ -409,9 +388,9 @@ def test_the_settings_hold_the_model_of_a_server(build, tmp_path):
     with RewardServer() as server:
         written = f"reward {server.url}/v1/chat/completions"
         for model in ("", "m@"):
-            (reward,) = build_rewards(build(f"{model}{server.url}/v1/chat/completions"), str)
+            (reward,) = build_rewards(build(f"{model}{server.url}/v1/chat/completions"), "cpu", ())
             assert reward.identity() == ({} if model else {f"the models of {written}": [MODEL]})
-        (reward,) = build_rewards(build(f"{server.url}/score"), str)
+        (reward,) = build_rewards(build(f"{server.url}/score"), "cpu", ())
         assert list(reward.identity().values()) == [[MODEL]]
 
 
@@ -466,19 +445,18 @@ def test_a_judge_of_pairs_is_asked_in_both_orders(build, tmp_path):
 @pytest.mark.parametrize(
     ("options", "wrong"),
     [
-        ({"template": "{prompt}"}, "judge_template: {completion} was expected in it"),
-        (
-            {"template": "{prompt} {completion}", "mode": "pairs"},
-            "judge_template: {a} was expected",
-        ),
-        ({"pattern": "["}, "judge_pattern '\\[': no regular expression"),
-        ({"pattern": "[0-9]"}, "one group .* was expected, around what counts, got 0"),
+        ({"judge": "number"}, "judge_template: {completion} was expected in it"),
+        ({"judge": "pairs"}, "judge_template: {a} was expected"),
+        ({"judge_template": "none.txt"}, "judge_template none.txt: cannot be read"),
+        ({"judge_template": None, "judge_pattern": "["}, "judge_pattern '\\[': no regular expres"),
+        ({"judge_template": None, "judge_pattern": "[0-9]"}, "one group .* expected, .* got 0"),
     ],
 )
-def test_what_a_judge_cannot_be_told(options, wrong):
-    (spec,) = parse(["http://127.0.0.1:1/v1/chat/completions"])
+def test_what_a_judge_cannot_be_told(build, tmp_path, options, wrong):
+    (tmp_path / "judge.txt").write_text("{prompt}")
     with pytest.raises(ValueError, match=wrong):
-        Judge(spec, QUICKLY, **options)
+        options = {"judge_template": "judge.txt", **options}
+        prepare(build("http://127.0.0.1:1/chat/completions", **options))
 
 
 # What the report says of rewards

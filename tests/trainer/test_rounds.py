@@ -128,6 +128,8 @@ def test_each_round_leaves_lists_metrics_and_a_model(plain):
 
 def test_a_model_that_did_not_change_answers_as_the_base_does(plain, begin, tmp_path):
     """The same prompts with the same seeds."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rounds.json.writing").write_text("{")  # of one that was killed at once
     assert begin(tmp_path / "out", "--learning_rate", "0", rounds="1") == 0
     answered = [read(tmp_path / "out" / x / "answers.jsonl") for x in ("base", "round-1")]
     texts = [[x["completions"] for x in lines] for lines in answered]

@@ -13,16 +13,13 @@ from pathlib import Path
 
 import pytest
 from servers import FAULTS, MODEL, FakeServer, words
-from test_generation import TEMPLATE
-from texts import classifier, pair, save, system, user
+from texts import assistant, pair, records, row, system, user
 
-from pro_trainer.cli import commands as cli
-from pro_trainer.cli.prepare import PrepareArguments, prepare
+from pro_trainer.cli.prepare import Progress, prepare
 from pro_trainer.data.records import RankedList
-from pro_trainer.models import tiny_llama
 from pro_trainer.prepare import client, served
 from pro_trainer.prepare.answers import ServerError
-from pro_trainer.prepare.options import SamplingOptions
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.served import Served, Servers, read_answer
 
 LISTS = 13
@@ -35,37 +32,15 @@ def _soon_again(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders of a tiny generator and a tiny reward model."""
-    folder = tmp_path_factory.mktemp("models")
-    model, tokenizer = tiny_llama(0)
-    tokenizer.chat_template = TEMPLATE
-    save(folder / "small", model, tokenizer)
-    save(folder / "rm", classifier(len(tokenizer)), tokenizer)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def build(models, tmp_path_factory):
+def build(make_arguments, tmp_path_factory):
     """Builds arguments of a run on prompts alone."""
     data = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     data.write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(LISTS)))
 
     def built(folder: Path, fake: FakeServer | None, name="out.jsonl", **changes):
-        values = {
-            "data": [str(data)],
-            "output": str(folder / name),
-            "server": [fake.url] if fake else [],
-            "reward": [str(models / "rm")],
-            "num_samples": 4,
-            "max_new_tokens": 8,
-            "batch_size": 2,
-            "seed": 5,
-            "device": "cpu",
-            "temperature": [0.5, 1.5],
-            "chat_template": "off",
-        }
-        return PrepareArguments(**{**values, **changes})
+        options = {"data": [str(data)], "num_samples": 4, "temperature": [0.5, 1.5]}
+        options["server"] = [fake.url] if fake else []
+        return make_arguments(folder, name, **{**options, **changes})
 
     return built
 
@@ -80,10 +55,6 @@ def written(folder: Path, name="out.jsonl"):
     return [(folder / f"{name}{end}").read_bytes() for end in ("", ".report.json")]
 
 
-def records(folder: Path, name="out.jsonl"):
-    return [json.loads(line) for line in written(folder, name)[0].splitlines()]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(build, tmp_path_factory):
     """What a run without faults writes."""
@@ -96,7 +67,7 @@ def undisturbed(build, tmp_path_factory):
 def test_prompts_alone_become_lists_of_samples(arguments, tmp_path):
     with FakeServer() as server:
         report = prepare(arguments(server))
-    made = records(tmp_path)
+    made = records(tmp_path / "out.jsonl")
     for i, record in enumerate(made):
         assert record["prompt"] == f"question {i}" and record["sources"] == ["chatty"] * 4
         assert record["chosen_index"] is None and record["sft_index"] == 0
@@ -128,7 +99,7 @@ def test_servers_without_n_are_asked_several_times(arguments, tmp_path, n):
     assert len(asked) == 3 * LISTS and not any("n" in body for body in asked)
     assert [body["temperature"] for body in asked].count(0.5) == 2 * LISTS
     assert report.samples["chatty"] == {"made": 3 * LISTS}
-    assert all(len(set(record["completions"])) == 3 for record in records(tmp_path))
+    assert all(len(set(record["completions"])) == 3 for record in records(tmp_path / "out.jsonl"))
 
 
 def test_a_server_that_does_not_sample_is_told_of(arguments, monkeypatch, capsys):
@@ -172,7 +143,7 @@ def test_dialogues_tools_and_further_fields(arguments, write_lines, tmp_path):
     assert bodies["u"]["tools"] == tools and bodies["u"]["chat_template_kwargs"] == {"x": 1}
     assert [m["role"] for m in bodies["c"]["messages"]] == ["user", "assistant", "user"]
     assert all(body["top_k"] == 7 for body in bodies.values())
-    first, second, third, fourth = records(tmp_path)
+    first, second, third, fourth = records(tmp_path / "out.jsonl")
     assert all(c[0]["role"] == "assistant" for c in first["completions"])
     assert first["tools"] == tools and first["chat_template_kwargs"] == {"x": 1}
     assert all(c.startswith(" ") and c == f" {c.strip()}" for c in second["completions"])
@@ -188,7 +159,7 @@ def test_texts_are_completed_as_they_are(arguments, write_lines, tmp_path):
         asked = server.asked[2:]
         assert {body["prompt"] for body in asked} == {"question 0", "question 1"}
         assert {body["model"] for body in asked} == {"a/b", "c"}
-        assert sorted(records(tmp_path)[0]["sources"]) == ["b"] * 4 + ["c"] * 4
+        assert sorted(records(tmp_path / "out.jsonl")[0]["sources"]) == ["b"] * 4 + ["c"] * 4
         data = write_lines({"prompt": "x"}, {"prompt": [user("x")]})
         server.asked.clear()
         with pytest.raises(ValueError, match="data.jsonl:2: messages, tools and .* need server_ap"):
@@ -204,7 +175,7 @@ def test_what_is_no_sample_is_counted_and_not_written(
     data = write_lines(*({"prompt": prompt} for prompt in prompts))
     with FakeServer() as server:
         report = prepare(arguments(server, data=[data], cut_samples=cut_samples))
-    made = {record["prompt"]: record["completions"] for record in records(tmp_path)}
+    made = {record["prompt"]: record["completions"] for record in records(tmp_path / "out.jsonl")}
     sizes = {prompt: len(completions) for prompt, completions in made.items()}
     cut = 4 if cut_samples == "keep" else 2
     assert sizes == {"fine": 4, "EMPTY": 2, "CUT": cut, "FILTERED": 2, "STOPS": 4, "CONTROL": 4}
@@ -251,14 +222,13 @@ def test_the_same_bytes_whatever_servers_do(arguments, undisturbed, tmp_path, ca
     assert "tokens a second" in said
 
 
-def test_when_the_only_server_dies_the_run_goes_on_later(arguments, undisturbed, tmp_path, capsys):
+def test_when_the_only_server_dies_the_run_goes_on_later(
+    arguments, run_prepare, undisturbed, tmp_path, capsys
+):
     with FakeServer(delay=lambda number: 0.01) as server:
         server.dies_at = 15
-        flags = []
-        for name, x in vars(arguments(server, concurrency=2, server_patience=0.3)).items():
-            if x not in (None, [], False, "") and name != "stop":
-                flags += [f"--{name}", *map(str, x if isinstance(x, list) else [x])]
-        assert cli.prepare(flags) == 1
+        options = arguments(server, concurrency=2, server_patience=0.3)
+        assert run_prepare(options) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: no answer from any server in ")
         assert "lists; the same command goes on from there" in error
@@ -266,7 +236,7 @@ def test_when_the_only_server_dies_the_run_goes_on_later(arguments, undisturbed,
         assert 0 < kept < LISTS
         server.asked.clear()
         server.live()
-        assert cli.prepare(flags) == 0
+        assert run_prepare(options) == 0
         assert len(server.asked) == 1 + 2 * (LISTS - kept)  # what is there is not asked for again
     assert written(tmp_path) == undisturbed
 
@@ -303,7 +273,8 @@ def test_the_key_is_in_no_file_and_no_line(arguments, monkeypatch, tmp_path, cap
         files = [path.read_bytes() for path in tmp_path.iterdir()]
         server.dies_at = len(server.asked) + 15
         with pytest.raises(ServerError) as error:
-            prepare(arguments(server, "x.jsonl", api_key_env="THE_KEY", server_patience=0.1))
+            options = {"api_key_env": "THE_KEY", "server_patience": 0.1, "concurrency": 2}
+            prepare(arguments(server, "x.jsonl", **options))
         assert (tmp_path / "x.jsonl.partial.json").exists()
         files += [path.read_bytes() for path in tmp_path.iterdir()]
         server.live()
@@ -330,42 +301,39 @@ def test_other_servers_or_options_of_theirs_are_other_settings(arguments, tmp_pa
 
 
 @pytest.mark.parametrize("generator", ["small", None])
-def test_prompts_alone_with_a_local_generator(arguments, models, tmp_path, write_lines, generator):
+def test_prompts_alone_with_a_local_generator(
+    arguments, recipe_models, tmp_path, write_lines, generator
+):
     data = write_lines(
         {"prompt": "a text"}, {"prompt": [user("messages")]}, {"instruction": "x", "input": "y"}
     )
     with FakeServer() as server:
-        changes = {"data": [data], "generator": [str(models / "small")], "chat_template": "auto"}
+        changes = {
+            "data": [data],
+            "generator": [str(recipe_models / "small")],
+            "chat_template": "auto",
+        }
         prepare(arguments(None if generator else server, **changes))
-    first, second, third = records(tmp_path)
+    first, second, third = records(tmp_path / "out.jsonl")
     assert {"small"} <= set(first["sources"]) <= {"small", "chatty"}
     assert (len(first["completions"]) > 4) == (generator is None)
     assert isinstance(first["completions"][0], str) and third["prompt"] == "x\ny"
     assert second["prompt"] == [user("messages")] and second["completions"][0][0]["content"]
 
 
-CHAT = {  # as vLLM 0.11 documents and writes it
-    "id": "chatcmpl-5ad0f1", "object": "chat.completion", "created": 1761000000, "model": "m",
+SAID = {"role": "assistant", "refusal": None, "tool_calls": []}
+CHAT = {  # as vLLM 0.11 writes it
     "choices": [
-        {"index": 1, "message": {"role": "assistant", "content": "Second.", "refusal": None,
-         "annotations": None, "audio": None, "function_call": None, "tool_calls": [],
-         "reasoning_content": None}, "logprobs": None, "finish_reason": "stop",
-         "stop_reason": "\n\nHuman:", "token_ids": None},
-        {"index": 0, "message": {"role": "assistant", "content": None, "refusal": None,
-         "annotations": None, "audio": None, "function_call": None, "tool_calls": [],
-         "reasoning_content": "Let me think"}, "logprobs": None, "finish_reason": "length",
-         "stop_reason": None, "token_ids": None},
+        {"index": 1, "message": SAID | {"content": "Second."}, "finish_reason": "stop"},
+        {"index": 0, "message": SAID | {"content": None, "reasoning_content": "Let me think"},
+         "finish_reason": "length"},
     ],
-    "service_tier": None, "system_fingerprint": None, "prompt_logprobs": None,
-    "usage": {"prompt_tokens": 9, "total_tokens": 49, "completion_tokens": 40,
-              "prompt_tokens_details": None}, "prompt_token_ids": None, "kv_transfer_params": None,
+    "usage": {"prompt_tokens": 9, "total_tokens": 49, "completion_tokens": 40},
 }  # fmt: skip
 TEXT = {
-    "id": "cmpl-77", "object": "text_completion", "created": 1761000000, "model": "m",
-    "choices": [{"index": 0, "text": " One.", "logprobs": None, "finish_reason": "stop",
-                 "stop_reason": 151645, "prompt_logprobs": None, "token_ids": None}],
-    "usage": {"prompt_tokens": 2, "total_tokens": 5, "completion_tokens": 3},
-}  # fmt: skip
+    "choices": [{"index": 0, "text": " One.", "logprobs": None, "finish_reason": "stop"}],
+    "usage": {"completion_tokens": 3},
+}
 
 
 @pytest.mark.parametrize(
@@ -402,42 +370,18 @@ def test_malformed_answers(answer, message):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("prompt", "message", "changes"),
     [
-        ({"server": ["h:1"]}, "server: a URL http"),
-        ({"server": ["http://h", "http://h"]}, "server: one is named twice"),
-        ({"server": [], "generator": ["g"], "concurrency": 3}, "concurrency is about servers"),
-        ({"server": [], "generator": ["g"], "cut_samples": "drop"}, "cut_samples is about serv"),
-        ({"server_api": "chats"}, "server_api must be one of 'chat', 'completions', got 'chats'"),
-        ({"server_fields": "{"}, "server_fields must be a JSON object: "),
-        ({"server_fields": "[1]"}, r"server_fields must be a JSON object, got \[1\]"),
-        ({"server_fields": '{"n": 3}'}, r"server_fields names \['n'\], which other options"),
-        ({"server_retries": -1}, "retries must be at least 0, got -1"),
-        ({"requests_per_second": 0}, "requests_per_second must be finite and > 0, got 0"),
-        ({"max_prompt_length": 9}, "max_prompt_length cuts the prompts of a generator, and none"),
-        ({"temperature": []}, "temperature: none was given"),
-        ({"temperature": [0.5, 1, 2, 3, 4]}, "temperature: 5 of them for 4 samples"),
-        ({"reward": []}, "a server needs a reward"),
-        ({"sft": "chosen"}, "prompts.jsonl:1: a prompt alone prefers no candidate"),
-        ({"api_key_env": "NOT_SET"}, "api_key_env: there is no environment variable"),
-        ({"server_patience": 0.1}, "no answer from any server in 0 seconds; http://h.invalid/v1/m"),
+        row("", "'prompt' is empty"),
+        row([user("x"), assistant("y")], "ends with"),
+        row("x", "a prompt alone prefers no candidate", sft="chosen"),
     ],
 )
-def test_bad_arguments(arguments, tmp_path, changes, message):
-    built = arguments(None, **{"server": ["http://h.invalid"], **changes})
-    with pytest.raises((ValueError, ServerError), match=message):
-        prepare(built)
-    assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [("", "'prompt' is empty"), ([user("x"), {"role": "assistant", "content": "y"}], "ends with")],
-)
-def test_prompts_that_cannot_be_answered(arguments, write_lines, prompt, message):
-    data = write_lines({"prompt": "fine"}, {"prompt": prompt})
+def test_prompts_that_cannot_be_answered(arguments, write_lines, prompt, message, changes):
+    fine = {"prompt": "fine"} if not changes else pair()
+    data = write_lines(fine, {"prompt": prompt})
     with pytest.raises(ValueError, match=f"data.jsonl:2: .*{message}"):
-        prepare(arguments(None, server=["http://h.invalid"], data=[data]))
+        prepare(arguments(None, server=["http://h.invalid"], data=[data], **changes))
 
 
 def test_servers_that_list_no_model_or_several(arguments, monkeypatch):
@@ -452,27 +396,23 @@ def test_servers_that_list_no_model_or_several(arguments, monkeypatch):
 
 
 def test_what_a_request_asks_for_depends_on_its_list_alone():
-    options = SamplingOptions(5, 8, (0.5, 1.0), 0.9, (), None, 2, 7)
-    servers = Servers(("http://h/v1",), ("m",), "chat", {})
+    options = PrepareArguments(num_samples=5, temperature=[0.5, 1.0], seed=7)
+    servers = Servers(("http://h/v1",), ("m",), options)
     lists = [RankedList((f"p{i}",), ()) for i in range(4)]
-    made = [
-        list(Served("m", "m", servers, None, options, True)._requests(lists[k:], k)) for k in (0, 2)
-    ]
+    made = [list(Served("m", "m", servers, None)._requests(lists[k:], k)) for k in (0, 2)]
     assert made[0][4:] == made[1] and [x[1]["n"] for x in made[1]] == [3, 2, 3, 2]
     assert made[0][1][1]["seed"] == made[0][0][1]["seed"] + 3  # those between are of its samples
-    alone = Servers(("http://h/v1",), ("m",), "chat", {}, left_out=("n", "seed"))
-    bodies = list(Served("m", "m", alone, None, options, True)._requests(lists[:1], 0))
+    alone = Servers(("http://h/v1",), ("m",), options, left_out=("n", "seed"))
+    bodies = list(Served("m", "m", alone, None)._requests(lists[:1], 0))
     assert len(bodies) == 5 and not any({"n", "seed"} & body.keys() for _, body in bodies)
     assert [body["temperature"] for _, body in bodies] == [0.5] * 3 + [1.0] * 2
     assert served._plan(options, True) == [(0.5, [0, 2, 4]), (1.0, [1, 3])]
 
 
 def test_the_progress_tells_what_is_left(capsys, monkeypatch):
-    from pro_trainer.prepare import progress
-
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    with progress.Progress(100, 1000, lambda: 5000) as shown:
+    with Progress(100, 1000, lambda: 5000) as shown:
         now = 50.0
         shown.update(100)
         now = 111.0

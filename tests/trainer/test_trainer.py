@@ -34,13 +34,9 @@ def test_first_loss_is_the_references_on_whole_logits(tmp_path):
             ids = torch.tensor([row["prompts"][0] + end])
             logps = log_softmax(model(ids).logits[0, :-1].double(), -1)
             scores.append(logps.gather(1, ids[0, 1:, None])[-len(end) :, 0].mean())
-        s, r = torch.stack(scores), torch.tensor(row["rewards"], dtype=torch.float64)
-        rank = 0.0
-        for k in range(len(s) - 1):
-            tau = r[k] - r[k:]
-            tau[0] = tau.max()
-            rank = rank + torch.logsumexp(s[k:] * tau, 0) - s[k] * tau[0]
-        per_list.append(rank - 0.05 * (len(s) - 1) ** 2 * s[0])  # records come best first
+        scores, rewards = torch.stack(scores), torch.tensor(row["rewards"])  # the best is first
+        rank = sum(pk.reference.rank_terms(scores, rewards))
+        per_list.append(rank - 0.05 * (len(scores) - 1) ** 2 * scores[0])
     expected = torch.stack(per_list).mean().item()
     assert losses(trainer)[0] == pytest.approx(expected, rel=1e-5)
 
@@ -86,14 +82,20 @@ def test_the_same_steps_by_another_way(differ, tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", ["pro", "simpo"])
-def test_an_fp32_head_under_mixed_precision(loss_type, tmp_path):
-    wide = {"head_dtype": "float32"}
-    options = {"bf16": True, "max_steps": 1, "loss_type": loss_type}
-    fused, plain, rounded = (
-        losses(trained(tmp_path, **options, **more))[0]
-        for more in (wide, wide | {"loss_impl": "reference"}, {})
+def test_mixed_precision_stays_near_plain_training_and_leaves_an_fp32_head_alone(
+    loss_type, tmp_path
+):
+    wide = {"bf16": True, "head_dtype": "float32"}
+    fused, plain, rounded, exact = (
+        trained(tmp_path, max_steps=2, loss_type=loss_type, **options)
+        for options in (wide, wide | {"loss_impl": "reference"}, {"bf16": True}, {})
     )
-    assert fused == pytest.approx(plain, rel=1e-6) and fused != pytest.approx(rounded, rel=1e-6)
+    first = losses(fused)[0]
+    assert first == pytest.approx(losses(plain)[0], rel=1e-6)
+    assert first != pytest.approx(losses(rounded)[0], rel=1e-6)
+    assert losses(rounded) == pytest.approx(losses(exact), rel=0.02)
+    assert losses(rounded) != losses(exact)
+    assert all(w.dtype == torch.float32 for w in weights(rounded).values())
 
 
 # Options under which they learn this in eight steps.
@@ -127,42 +129,30 @@ def test_a_run_of_another_kind_leaves_nothing_of_the_one_it_replaces(tmp_path):
         assert ("adapter_model.safetensors" in names) == (lora is not None)
 
 
-def test_lists_with_and_without_a_marked_candidate_go_together(tmp_path):
-    marked = torch.tensor([2 if i % 2 else 0 for i in range(8)])
-    data = [r | ({"sft_index": 2} if i % 2 else {}) for i, r in enumerate(records())]
-    trainer = trained(
-        tmp_path, data=data, per_device_train_batch_size=1, max_steps=8, logging_steps=8,
-        learning_rate=1e-9, lr_scheduler_type="constant",
-    )  # fmt: skip
-    entry = trainer.state.log_history[0]
-    evaluated = trainer.evaluate(trainer.train_dataset)
-    for name in ("loss", "sft_loss", "rank_loss_1"):
-        assert entry[name] == pytest.approx(evaluated[f"eval_{name}"], rel=1e-4), name
-    scores = trainer.score(trainer.train_dataset)
-    assert scores.sft_index.equal(marked)
-    logps, lengths = (x.gather(1, marked[:, None]) for x in (scores.logps, scores.lengths))
-    sft = -0.05 * 4 * (logps / lengths).mean().item()
-    assert evaluated["eval_sft_loss"] == pytest.approx(sft, rel=1e-5)
-
-
 @pytest.mark.parametrize("loss_type", ["pro", "kto"])
-def test_lists_count_by_their_weight_and_kto_takes_marks(loss_type, tmp_path):
+def test_lists_count_by_their_weight_and_candidates_by_their_marks(loss_type, tmp_path):
     share = torch.tensor([0.0, 3.0, 0.5, 1.0]).repeat(2).double()
     data = [r | {"prompt_weight": w} for r, w in zip(records(), share.tolist(), strict=True)]
+    for record in data[1::2]:
+        record["sft_index"] = 2
     for record in data[:2] if loss_type == "kto" else []:
         record["desirable"] = [True, True, False]
     options = {"loss_type": loss_type, "per_device_train_batch_size": 1, "learning_rate": 1e-9}
-    trainer = trained(
-        tmp_path, data=data, gradient_accumulation_steps=8, max_steps=1, logging_steps=1, **options
-    )
+    trainer = trained(tmp_path, data=data, gradient_accumulation_steps=8, max_steps=1, **options)
     scores = trainer.score(trainer.train_dataset)
-    assert scores.weights.equal(share)
-    each = list_losses(scores, trainer.args)
+    assert scores.weights.equal(share) and scores.sft_index.tolist() == [0, 2] * 4
+    metrics, entry = trainer.metrics(scores), trainer.state.log_history[0]
     if loss_type == "kto":
         assert scores.desirable[0, :3].tolist() == [True, True, False]
         assert scores.desirable[2].sum() == 1
-        assert trainer.metrics(scores)["loss"] == pytest.approx(0.5, abs=0.01)
-    wanted = (each * share).sum() / share.sum()
+        assert metrics["loss"] == pytest.approx(0.5, abs=0.01)
+    else:
+        logps, m = (x.gather(1, scores.sft_index[:, None]) for x in (scores.logps, scores.lengths))
+        sft = -0.05 * 4 * ((logps / m)[:, 0] * share).sum() / share.sum()
+        assert metrics["sft_loss"] == pytest.approx(sft.item(), rel=1e-5)
+        for name in ("loss", "sft_loss", "rank_loss_1"):
+            assert entry[name] == pytest.approx(metrics[name], rel=1e-4), name
+    wanted = (list_losses(scores, trainer.args) * share).sum() / share.sum()
     assert losses(trainer)[0] == pytest.approx(wanted.item(), rel=1e-4)
 
 
@@ -195,21 +185,8 @@ def test_kto_takes_kl_from_completions_of_other_prompts(batching, tmp_path):
     trained_on = trainer.compute_loss(trainer.model, batch).item()
     assert trained_on == pytest.approx(over(kl=kl(0, 8).mean())[0].item(), rel=1e-4)
     assert abs(trained_on - over()[0].item()) > 1e-4  # of the batch itself
-
-
-def test_kto_without_a_reference_model(tmp_path):
-    trainer = trainer_for(tmp_path, loss_type="kto", reference_free=True)
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
-    scores = trainer.score(trainer.train_dataset.select(range(4)))
-    assert (scores.kl < 0).all()  # log-probs
-    wanted, _ = pk.losses.LOSSES["kto"](
-        scores.logps, scores.lengths, rewards=scores.rewards, mask=scores.mask,
-        kl=torch.zeros(()), reference_free=True,
-    )  # fmt: skip
-    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(
-        wanted.item(), rel=1e-4
-    )
-    assert trainer.metrics(scores)["loss"] == pytest.approx(wanted.item(), rel=1e-4)
+    alone = trainer_for(tmp_path, model, reference_free=True, **options)
+    assert (alone.score(dataset).kl < 0).all()  # log-probs
 
 
 @pytest.mark.parametrize("batching", ["auto", "padded"])

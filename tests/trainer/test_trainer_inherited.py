@@ -7,7 +7,6 @@ import math
 import signal
 
 import pytest
-import torch
 from peft import LoraConfig, PeftModel
 from ranks import argv, launch
 from trainer_runs import losses, records, trained, trainer_for, weights
@@ -63,27 +62,18 @@ def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
     assert again.state.global_step == 3
 
 
-def test_bf16_autocast_stays_near_plain_training(tmp_path):
-    plain, mixed = trained(tmp_path), trained(tmp_path, bf16=True)
-    assert losses(mixed) == pytest.approx(losses(plain), rel=0.02)
-    assert losses(mixed) != losses(plain)
-    assert all(w.dtype == torch.float32 for w in weights(mixed).values())
-
-
 def test_best_model_at_end_is_loaded_by_a_ranking_metric(tmp_path):
-    data = records(16)
+    data, evaluating = records(16), {"eval_strategy": "steps", "eval_steps": 1}
     trainer = trained(
         tmp_path,
-        data=data[:8],
-        eval_data=data[8:],
+        None,
+        data[:8],
+        data[8:],
         max_steps=3,
         learning_rate=0.5,  # wrecks the model at once: the first evaluation stays the best
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=1,
-        save_steps=1,
         load_best_model_at_end=True,
         metric_for_best_model="kendall_tau",
+        **evaluating | {"save_strategy": "steps", "save_steps": 1},
     )
     seen = [e["eval_kendall_tau"] for e in trainer.state.log_history if "eval_kendall_tau" in e]
     assert len(seen) == 3

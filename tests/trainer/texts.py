@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import torch
@@ -66,6 +68,13 @@ def chat_tokenizer(template: str | None = CHATML, bos: bool = False) -> PreTrain
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = template
     return tokenizer
+
+
+def records(path: Path | str) -> list[dict]:
+    """Those of a file of JSON lines."""
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if str(path).endswith(".gz") else data
+    return [json.loads(line) for line in data.splitlines()]
 
 
 def save(folder: Path, model: PreTrainedModel, tokenizer: object) -> str:

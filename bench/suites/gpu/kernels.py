@@ -20,6 +20,7 @@ from bench import roofline
 from bench.engine.timing import Refused, Step, describe, paired, summary, timed
 from bench.providers.ours import ranking_call
 from pro_kernels import backends
+from pro_kernels.backends.protocol import Rows
 from pro_kernels.options import LogitOptions
 
 
@@ -93,20 +94,20 @@ class Setting:
 
 def rows(s: Setting, backend: str, N: int, V: int) -> Iterator[dict]:
     """The row kernels against a copy; no row is unscored."""
-    module, options = s.module(backend), LogitOptions()
-    x, targets = s.randn(N, V), s.tokens(V, N)
+    module, x = s.module(backend), s.randn(N, V)
+    given = Rows(x, s.tokens(V, N), LogitOptions())
     lse, weights = (torch.rand(N, device=s.device) + 10 for _ in range(2))
     out = torch.empty_like(x)
 
     def grad() -> Tensor:
-        return module.logits_grad(x, lse, targets, weights, options=options, out=out)
+        return module.logits_grad(given, lse, weights, out=out)
 
     steps = {
         "copy": roofline.copy(s.device, s.copy_bytes),
-        "logp": Step(lambda: module.logp(x, targets, options=options)),
+        "logp": Step(lambda: module.logp(given)),
         "logits_grad": Step(grad),
         # On its own output from the second call on: other numbers, the same bytes.
-        "residual": Step(lambda: module.residual_(x, targets, options=options)),
+        "residual": Step(lambda: module.residual_(given)),
     }
     size = N * V * 2
     moved = {"copy": 2 * s.copy_bytes, "logp": size, "logits_grad": 2 * size}

@@ -43,6 +43,7 @@ from bench.suites.gpu import kernels
 from bench.suites.gpu.kernels import Setting
 from bench.suites.peaked import Peaked, real, zipf
 from pro_kernels import backends
+from pro_kernels.backends.protocol import Rows
 from pro_kernels.distinct import gpu as attention
 from pro_kernels.distinct.attention import tree_attention
 from pro_kernels.options import LogitOptions
@@ -133,7 +134,7 @@ def gemm(s: Setting, N: int, H: int, V: int) -> Iterator[dict]:
 
     def ours() -> Tensor:
         logits = torch.mm(x, w.t())
-        module.residual_(logits, y, options=options)
+        module.residual_(Rows(logits, y, options))
         return logits
 
     def three(first: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from unittest import mock
 
 import torch
 
+from pro_kernels.backends.protocol import Candidates, Rows
 from pro_kernels.backends.triton import configs, interpreted
 from pro_kernels.options import LogitOptions, RankingOptions
 
@@ -55,8 +56,9 @@ _OPTIONAL = {
     "compact": ("move",),
 }
 _HIDDEN, _WIDE = 1024, 1 << 17
-_SIDES = ("gather", "scatter", "target_logits")
-_FILTER = ("count", "sums", "compact")
+# Those with one block size.
+_BLOCKS = dict.fromkeys(("gather", "scatter", "target_logits"), configs.SIDE_BLOCK)
+_BLOCKS |= dict.fromkeys(("count", "sums", "compact"), configs.FILTER_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Variant:
     kernel: str
     arch: str
     dtype: str  # of the logits or of the matmul's operands; "fp32" for ranking and merge
-    config: Any  # RowConfig, RankingConfig or ScoreConfig; None where there is one block size
+    config: Any  # RowConfig, RankingConfig or ScoreConfig, or the one block size that there is
     transform: str = "none"
     given: tuple[str, ...] = ()  # the optional tensors that are not None
     aligned: bool = True  # pointers to 16 bytes, V and the strides to 16 elements
@@ -91,14 +93,11 @@ def variants(arch: str, exhaustive: bool = False) -> Iterator[Variant]:
         for table, dtype, flag in itertools.product(tables, DTYPES, flags):
             score = configs.score_config(family, DTYPES[dtype].itemsize, aligned=flag[2])
             yield Variant(kernel, arch, dtype, table or score, *flag)
-    for kernel, dtype in itertools.product(_SIDES, DTYPES):
-        for given, aligned in (((), True), (_OPTIONAL[kernel], False)):
-            yield Variant(kernel, arch, dtype, None, given=given, aligned=aligned)
-    for kernel, dtype in itertools.product(_FILTER, DTYPES):
+    for (kernel, block), dtype in itertools.product(_BLOCKS.items(), DTYPES):
         for given, aligned in (((), True), (_OPTIONAL.get(kernel, ()), False)):
-            yield Variant(kernel, arch, dtype, None, given=given, aligned=aligned)
+            yield Variant(kernel, arch, dtype, block, given=given, aligned=aligned)
     for transform in TRANSFORMS:
-        yield Variant("merge", arch, "fp32", None, transform)
+        yield Variant("merge", arch, "fp32", configs.MERGE_BLOCK, transform)
     for ranking in configs.RANKING:
         for given in _subsets(_OPTIONAL["ranking"]):
             yield Variant("ranking", arch, "fp32", ranking, given=given)
@@ -121,19 +120,8 @@ def resources(variant: Variant) -> dict[str, Any]:
         regs = _amd_field(text, "vgpr_count")
         spills = 4 * _amd_field(text, "vgpr_spill_count")
         vectors = bool(re.search(r"(global|buffer)_load_dwordx4", text))
-    return {
-        "kernel": variant.kernel,
-        "config": describe(variant),
-        "arch": variant.arch,
-        "dtype": variant.dtype,
-        "transform": variant.transform,
-        "given": list(variant.given),
-        "aligned": variant.aligned,
-        "regs": regs,
-        "smem": compiled.metadata.shared,
-        "spills": spills,
-        "vectors": vectors,
-    }
+    used = {"regs": regs, "smem": compiled.metadata.shared, "spills": spills, "vectors": vectors}
+    return vars(variant) | {"config": str(variant.config)} | used
 
 
 def compile_variant(variant: Variant) -> Any:
@@ -195,22 +183,23 @@ def _launch(variant: Variant) -> None:
     def given(name: str, value: Any) -> Any:
         return value if name in variant.given else None
 
-    common = {"target_logits": given("exact", number), "options": TRANSFORMS[variant.transform]}
+    options = TRANSFORMS[variant.transform]
     config, x, weights = variant.config, matrix(_HIDDEN), given("weights", number)
     if isinstance(config, configs.RowConfig):
         x = matrix(config.max_columns or _WIDE)
+    rows = Rows(x, index, options, given("exact", number))
     match variant.kernel:
         case "logp":
-            launch.logp(x, index, entropy="entropy" in variant.given, **common)
+            launch.logp(rows, entropy="entropy" in variant.given)
         case "residual":
-            launch.residual_(x, index, **common)
+            launch.residual_(rows)
         case "logits_grad":
             entropy = given("entropy", (number, number))
-            launch.logits_grad(x, number, index, weights, out=x, entropy=entropy, **common)
+            launch.logits_grad(rows, number, weights, out=x, entropy=entropy)
         case "ranking":
             order, rewards = (t.expand(1, config.block_n) for t in (index, number))
             rest = (index.expand(2), index, order, given("rewards", rewards), index, number)
-            launch.ranking(number, *rest, options=RankingOptions())
+            launch.ranking(number, Candidates(*rest), RankingOptions())
         case "gather":
             launch.gather_rows(x, index, weights, x.dtype)
         case "scatter":
@@ -227,29 +216,8 @@ def _launch(variant: Variant) -> None:
             filtered.compact_(x, groups, weights, "move" in variant.given)
         case _:  # score, then merge
             weight = matrix(_HIDDEN, _HIDDEN - shift)
-            launch.score(
-                x, weight, given("bias", x[0]), index, **common | {"target_logits": number}
-            )
-
-
-def describe(variant: Variant) -> str:
-    """The configuration that a variant is launched with."""
-    config = variant.config
-    if config is None:
-        block = configs.SIDE_BLOCK if variant.kernel in _SIDES else configs.MERGE_BLOCK
-        if variant.kernel in _FILTER:
-            block, warps = configs.FILTER_BLOCK, 8 if variant.kernel == "compact" else 4
-            return f"BLOCK={block} warps={warps}"
-        return f"BLOCK={block} warps=4"
-    if isinstance(config, configs.RankingConfig):
-        return f"BLOCK_N={config.block_n} BLOCK_K={config.block_k} warps={config.num_warps}"
-    if isinstance(config, configs.ScoreConfig):
-        shape = f"{config.block_n}x{config.block_v}x{config.block_h}"
-        return f"{shape} warps={config.num_warps} stages={config.num_stages}"
-    target, softcap = _target(variant.arch), TRANSFORMS[variant.transform].softcap is not None
-    lanes, group = config.tile(DTYPES[variant.dtype].itemsize, target.warp_size, softcap)
-    limit = "any V" if config.max_columns is None else f"V<={config.max_columns}"
-    return f"{limit} BLOCK_V={lanes * group} warps={config.num_warps}"
+            bias = given("bias", x[0])
+            launch.score(x, weight, bias, index, target_logits=number, options=options)
 
 
 def _target(arch: str) -> configs.Target:

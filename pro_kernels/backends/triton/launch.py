@@ -1,8 +1,7 @@
 """Launchers: check strides, allocate outputs, pick a configuration, launch.
 
-Contract: ``backends/torch.py``. Nothing here waits for the device or looks at its data.
-Legend: ``N`` rows, ``V`` columns, ``H`` hidden, ``R`` rows of the hidden states, ``S`` sequences,
-``B`` prompts, ``n`` candidates.
+Contract and legend: ``backends/protocol.py``. Nothing here waits for the device or looks at its
+data.
 """
 
 from __future__ import annotations
@@ -17,77 +16,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pro_kernels.backends.triton import configs, gather_scatter, prompts, rows, scoring
+from pro_kernels.backends.protocol import Candidates, Rows, Statistics
+from pro_kernels.backends.triton import configs, gather_scatter, prompts, scoring
+from pro_kernels.backends.triton import rows as row_kernels
 from pro_kernels.options import LogitOptions, RankingOptions, setting
 
 
-def logp(
-    logits: Tensor,  # (N, V)
-    targets: Tensor,  # (N,)
-    *,
-    target_logits: Tensor | None = None,  # (N,) fp32, raw
-    options: LogitOptions,
-    entropy: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Read-only statistics of each row: ``(logp, lse, entropy or None)``, each ``(N,)`` fp32."""
-    logps, lse = _per_row(logits, 2)
+def logp(rows: Rows, entropy: bool = False) -> Statistics:
+    """Read-only statistics of each row."""
+    logps, lse = _per_row(rows.logits, 2)
     extra = torch.empty_like(lse) if entropy else None
-    _launch_rows("logp", (_read(logits),), (targets, target_logits, logps, lse, extra), options)
+    vectors = rows.targets, rows.exact, logps, lse, extra
+    _launch_rows("logp", (_read(rows.logits),), vectors, rows.options)
     return logps, lse, extra
 
 
-def residual_(
-    logits: Tensor,  # (N, V), overwritten
-    targets: Tensor,  # (N,)
-    *,
-    target_logits: Tensor | None = None,
-    options: LogitOptions,
-) -> tuple[Tensor, Tensor]:
-    """Overwrite ``logits`` with ``d logp / d raw`` (unweighted); return ``(logp, lse)``."""
-    matrices = (_written("logits", logits),)
-    logps, lse = _per_row(logits, 2)
-    _launch_rows("residual", matrices, (targets, target_logits, logps, lse), options)
+def residual_(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The first two of them, and the gradient over the logits."""
+    matrices = (_written("logits", rows.logits),)
+    logps, lse = _per_row(rows.logits, 2)
+    _launch_rows("residual", matrices, (rows.targets, rows.exact, logps, lse), rows.options)
     return logps, lse
 
 
 def logits_grad(
-    logits: Tensor,  # (N, V): columns first_column ... first_column + V of the vocabulary
-    lse: Tensor,  # (N,) fp32, over the whole vocabulary
-    targets: Tensor,  # (N,), in terms of the whole vocabulary
-    weights: Tensor | None,  # (N,) fp32; None = 1
+    rows: Rows,
+    lse: Tensor,
+    weights: Tensor | None,
     *,
-    target_logits: Tensor | None = None,
     first_column: int = 0,
-    options: LogitOptions,
-    out: Tensor | None = None,  # may be ``logits`` itself
-    entropy: tuple[Tensor, Tensor] | None = None,  # (N,) fp32 each: entropy, its weights
+    out: Tensor | None = None,
+    entropy: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``weights * d logp / d raw`` for these columns; rows with a negative target become 0.
-
-    With ``entropy``, plus the second weights times ``d entropy / d raw``.
-    """
+    """The gradient for these columns; rows with a negative target become 0."""
+    logits = rows.logits
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     matrices = _read(logits), _written("out", out)
-    vectors = (lse, targets, weights, target_logits, *(entropy or (None, None)))
-    _launch_rows("logits_grad", matrices, vectors, options, first_column)
+    vectors = (lse, rows.targets, weights, rows.exact, *(entropy or (None, None)))
+    _launch_rows("logits_grad", matrices, vectors, rows.options, first_column)
     return out
 
 
 def ranking(
-    logps: Tensor,  # (N,) fp32
-    offsets: Tensor,  # (S + 1,) int64
-    lengths: Tensor,  # (S,) int64
-    order: Tensor,  # (B, n) int64
-    rewards: Tensor | None,  # (B, n) fp32
-    sft_rank: Tensor,  # (B,) int64
-    prompt_weights: Tensor,  # (B,) fp32
-    *,
-    options: RankingOptions,
+    logps: Tensor, candidates: Candidates, options: RankingOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ranking loss and its closed-form gradient: ``(terms, sums, row_weights)``."""
-    batch, n = order.shape
-    sequences = lengths.shape[0]
+    batch, n = candidates.order.shape
+    sequences = candidates.lengths.shape[0]
     terms = logps.new_empty((batch, n), dtype=torch.float32)
     sums = logps.new_empty((sequences,), dtype=torch.float32)
     # Zeros: the kernel writes only to sequences that are in ``order``.
@@ -99,7 +75,7 @@ def ranking(
         prompts.ranking_kernel,
         logps.device,
         (batch + -(-sequences // config.block_n),),
-        vectors=(logps, offsets, lengths, order, rewards, sft_rank, prompt_weights, sums),
+        vectors=(logps, *candidates, sums),
         numbers=((terms, row_weights), sequences, n, _ranking_numbers(options)),
         CONFIG=config,
         num_warps=config.num_warps,
@@ -247,7 +223,7 @@ def _ranking_numbers(options: RankingOptions) -> tuple:
     return _RankingNumbers(*numbers, log_eps)
 
 
-_ROW_KERNELS = {name: getattr(rows, f"{name}_kernel") for name in configs.KERNELS}
+_ROW_KERNELS = {name: getattr(row_kernels, f"{name}_kernel") for name in configs.KERNELS}
 
 
 def _launch_rows(

@@ -10,14 +10,14 @@ Source: ms-swift 4.6, ``swift.model.register``.
 from __future__ import annotations
 
 import functools
-import importlib
 from pathlib import Path
 from typing import Any
 
+from pro_kernels.integrations.switch import Switch
 from pro_kernels.models.loaded import attach_loaded
 
 PLUGIN = Path(__file__).with_name("pro_kernels_plugin.py")
-_theirs: list[Any] = []  # the method that loads a model, while ours stands in its place
+_switch = Switch(__name__, "ms-swift", "ms-swift's models are attached")
 
 
 def apply(rows: str | None = None) -> None:
@@ -32,9 +32,8 @@ def apply(rows: str | None = None) -> None:
         ImportError: ms-swift is missing.
         ValueError: it was called before.
     """
-    if _theirs:
-        raise ValueError("ms-swift's models are attached already; call restore() first")
-    load = _loader().load
+    (register,) = _switch.modules("swift.model.register")
+    load = register.ModelLoader.load
 
     @functools.wraps(load)
     def load_and_attach(self: Any) -> Any:
@@ -43,20 +42,9 @@ def apply(rows: str | None = None) -> None:
             attach_loaded(model, rows, lambda text: print(f"pro_kernels: {text}"))
         return model, processor
 
-    _theirs.append(load)
-    _loader().load = load_and_attach
+    _switch.put(register.ModelLoader, "load", load_and_attach)
 
 
 def restore() -> None:
     """Undo ``apply``; models stay attached. Nothing happens where it was not called."""
-    if _theirs:
-        _loader().load = _theirs.pop()
-
-
-def _loader() -> Any:
-    try:
-        return importlib.import_module("swift.model.register").ModelLoader
-    except ImportError as error:
-        raise ImportError(
-            f"pro_kernels.integrations.swift needs ms-swift (pip install ms-swift): {error}"
-        ) from error
+    _switch.restore()

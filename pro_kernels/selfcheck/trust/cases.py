@@ -28,42 +28,26 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One batch.
+    """One batch."""
 
-    Attributes:
-        name: as in the report.
-        B, n, T: prompts, candidates, positions a candidate.
-        H, V: hidden size, vocabulary.
-        masked: share of positions that are not scored: prompt before, padding after, ragged.
-        peak: largest absolute logit; 0 leaves logits at unit variance.
-        ties: the two best candidates of every prompt have equal rewards.
-        gap: one reward gap for all prompts (n = 2), as Liger's SimPO needs it.
-        softcap, logit_scale, bias: of the head.
-        sft_reduction: of the loss; None: the default. Peers' formulations have "sum".
-        empty: candidates without a scored token, a prompt with one that is scored, one with none.
-        holes: single positions within completions are not scored either.
-        compiled: peers that compile for a shape run here only: each time takes them seconds.
-        threads: run on all threads of PyTorch, the others on one.
-    """
-
-    name: str
-    B: int
-    n: int
-    T: int
+    name: str  # as in the report
+    B: int  # prompts
+    n: int  # candidates
+    T: int  # positions a candidate
     H: int = 64
     V: int = 512
-    masked: float = 0.4
-    peak: float = 0.0
-    ties: bool = False
-    gap: float | None = None
+    masked: float = 0.4  # share not scored: prompt before, padding after, ragged
+    peak: float = 0.0  # largest absolute logit; 0 leaves logits at unit variance
+    ties: bool = False  # the two best candidates of every prompt have equal rewards
+    gap: float | None = None  # one reward gap for all prompts (n = 2), as Liger's SimPO needs it
     softcap: float | None = None
     logit_scale: float = 1.0
     bias: bool = False
-    sft_reduction: str | None = "sum"
-    empty: bool = False
-    holes: bool = False
-    compiled: bool = False
-    threads: bool = False
+    sft_reduction: str | None = "sum"  # None: the default; peers' formulations have "sum"
+    empty: bool = False  # no scored token in a candidate, in all but one of a prompt, in a prompt
+    holes: bool = False  # single positions within completions are not scored either
+    compiled: bool = False  # peers that compile for a shape run here only: it takes them seconds
+    threads: bool = False  # run on all threads of PyTorch, the others on one
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -94,26 +78,16 @@ CASES = (
 
 @dataclass
 class Problem:
-    """One batch rounded to a dtype, and what is asked of it.
-
-    Attributes:
-        case: the batch.
-        kind: one of ``KINDS``.
-        dtype: of the leaves.
-        leaves: "logits" (B, n, T, V); or "hidden" (B, n, T, H), "weight" (V, H) and perhaps "bias"
-            (V,). In ``dtype``, detached.
-        targets: (B, n, T), -100 where nothing is scored.
-        rewards: (B, n) fp32, multiples of 1/64, so that their gaps are exact.
-        upstream: (B, n, T) fp32, the gradient that token log-probs get.
-    """
+    """One batch rounded to a dtype, and what is asked of it."""
 
     case: Case
-    kind: str
-    dtype: torch.dtype
+    kind: str  # one of ``KINDS``
+    dtype: torch.dtype  # of the leaves
+    # "logits" (B, n, T, V); or "hidden" (B, n, T, H), "weight" (V, H) and perhaps "bias" (V,).
     leaves: dict[str, Tensor]
-    targets: Tensor
-    rewards: Tensor
-    upstream: Tensor
+    targets: Tensor  # (B, n, T), -100 where nothing is scored
+    rewards: Tensor  # (B, n) fp32, multiples of 1/64, so that their gaps are exact
+    upstream: Tensor  # (B, n, T) fp32, the gradient that token log-probs get
 
     @property
     def device(self) -> torch.device:

@@ -35,19 +35,7 @@ Entrances = Callable[[Problem], dict[str, Options]]
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity of one backend, dtype, batch and entrance, against fp64.
-
-    Attributes:
-        device, dtype, backend, case, kind, entrance, quantity: what was compared.
-        error: ours: of log-probs the largest, absolute (nats); of the rest in norm, relative.
-        plain: the same of plain PyTorch (the reference) in that dtype.
-        floor: what ours may exceed it by.
-        allowance: factor on ``plain``, for gradients behind native 16-bit matmuls.
-        passed: whether ``error <= allowance * plain + floor``.
-        scale: the largest log-prob in absolute value; 1 for errors that are relative.
-        others: error of the official formulation and of each peer that gives this quantity.
-        note: why ours has no number.
-    """
+    """One quantity of one backend, dtype, batch and entrance, against fp64."""
 
     device: str
     dtype: str
@@ -56,14 +44,14 @@ class Row:
     kind: str
     entrance: str
     quantity: str
-    error: float
-    plain: float
-    floor: float
-    allowance: float
-    passed: bool
-    scale: float
-    others: dict[str, float]
-    note: str = ""
+    error: float  # ours: of log-probs the largest, absolute (nats); of the rest in norm, relative
+    plain: float  # the same of plain PyTorch (the reference) in that dtype
+    floor: float  # what ours may exceed it by
+    allowance: float  # factor on ``plain``, for gradients behind native 16-bit matmuls
+    passed: bool  # whether error <= allowance * plain + floor
+    scale: float  # the largest log-prob in absolute value; 1 for errors that are relative
+    others: dict[str, float]  # of the official formulation and each peer that gives this quantity
+    note: str = ""  # why ours has no number
 
     @property
     def by_allowance(self) -> bool:

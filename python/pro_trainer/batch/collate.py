@@ -129,7 +129,8 @@ class PROCollator:
         if idle:
             features = [self.idle]
         rewards, candidate_mask, by_order = _rewards(features, self.ranks_only)
-        desirable, kl_index, run = _desirable(features, rewards), None, features
+        desirable = _desirable(features, rewards, candidate_mask)
+        kl_index, run = None, features
         if self.kl_length is not None and len(features) > 1:
             kl_index = candidate_mask.sum(1)
             run = _with_others(features, rewards, self.kl_length)
@@ -275,17 +276,26 @@ def _rewards(
             + ("no lists" if not kinds else "both")
         )
     by_order = kinds == {True} and not ranks_only
-    counts = [len(feature["completions"]) for feature in features]
-    rewards = torch.zeros(len(counts), max(counts), dtype=torch.float64)
-    mask = torch.zeros(rewards.shape, dtype=torch.bool)
-    for row, (feature, n) in enumerate(zip(features, counts, strict=True)):
-        values = feature.get("rewards")
-        values = range(n - 1, -1, -1) if values is None else values
-        if len(values) != n:
-            raise ValueError(f"list {row} of the batch: {n} completions and {len(values)} rewards")
-        rewards[row, :n] = torch.as_tensor(list(values), dtype=torch.float64)
-        mask[row, :n] = True
-    return rewards, mask, by_order
+    values = []
+    for row, feature in enumerate(features):
+        n, given = len(feature["completions"]), feature.get("rewards")
+        values.append(list(range(n - 1, -1, -1) if given is None else given))
+        if len(values[-1]) != n:
+            raise ValueError(f"list {row} of the batch: {n} completions and {len(given)} rewards")
+    counts = torch.tensor([len(row) for row in values])
+    rewards = _padded([torch.tensor(row, dtype=torch.float64) for row in values])
+    return rewards, torch.arange(rewards.shape[1]) < counts[:, None], by_order
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """(B, n), 0 where a candidate is absent."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def best_candidates(rewards: Tensor, mask: Tensor) -> Tensor:
+    """(B, n) bool, those with the highest reward of their list."""
+    ranked = rewards.masked_fill(~mask, -torch.inf)
+    return mask & (ranked == ranked.amax(1, keepdim=True))
 
 
 def _with_others(
@@ -312,25 +322,23 @@ def _weights(features: Sequence[Mapping[str, Any]]) -> Tensor | None:
     return None if set(weights) == {1.0} else torch.tensor(weights, dtype=torch.float64)
 
 
-def _desirable(features: Sequence[Mapping[str, Any]], rewards: Tensor) -> Tensor | None:
-    """(B, n) bool; None where no list says which candidates are."""
+def _desirable(
+    features: Sequence[Mapping[str, Any]], rewards: Tensor, mask: Tensor
+) -> Tensor | None:
+    """(B, n) bool, the best where a list marks none; None where no list says which are."""
     marks = [feature.get("desirable") for feature in features]
     if all(given is None for given in marks):
         return None
-    found = torch.zeros(rewards.shape, dtype=torch.bool)
-    for row, (feature, given) in enumerate(zip(features, marks, strict=True)):
-        n = len(feature["completions"])
-        own = rewards[row, :n]
-        found[row, :n] = own == own.max() if given is None else torch.tensor(given)
-    return found
+    best = best_candidates(rewards, mask)
+    rows = zip(best, marks, strict=True)
+    return _padded([own if given is None else torch.tensor(given) for own, given in rows])
 
 
 def _ref_logps(features: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    """(B, n) float32, 0 where a candidate is absent; None where the lists hold none."""
+    """(B, n) float32; None where the lists hold none."""
     if any(feature.get("ref_logps") is None for feature in features):
         return None
-    rows = [torch.tensor(feature["ref_logps"]) for feature in features]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return _padded([torch.tensor(feature["ref_logps"]) for feature in features])
 
 
 def _sft_index(features: Sequence[Mapping[str, Any]]) -> Tensor:

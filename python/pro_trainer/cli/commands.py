@@ -7,10 +7,11 @@ flags win over the file. What the user can put right (options, data, model, fold
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +23,6 @@ from pro_trainer.cli import flags, stop
 from pro_trainer.cli.arguments import (
     EvalArguments,
     InspectArguments,
-    PrepareArguments,
     RoundsArguments,
     TrainArguments,
 )
@@ -32,6 +32,7 @@ from pro_trainer.cli.prepare import prepare as prepare_lists
 from pro_trainer.cli.rounds import rounds as run_rounds
 from pro_trainer.cli.train import train as train_model
 from pro_trainer.models import base_of
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.text.options import ListOptions
 from pro_trainer.train import distributed
 from pro_trainer.train.checkpoints import IDENTITY, read_identity
@@ -39,41 +40,21 @@ from pro_trainer.train.config import PROConfig
 from pro_trainer.train.losses import LOSS_SETTINGS
 from pro_trainer.train.options import LossOptions
 
-
-def train(argv: Sequence[str] | None = None, loss_type: str | None = None) -> int:
-    """``pro-kernels train``: ``TrainArguments`` and ``PROConfig``. Returns the exit code.
-
-    ``loss_type`` is the one where neither command line nor file names any.
-    """
-    return _run("train", (TrainArguments, PROConfig), train_model, argv, loss_type)
-
-
-def evaluate(argv: Sequence[str] | None = None) -> int:
-    """``pro-kernels eval``: ``EvalArguments`` and ``PROConfig``. Returns the exit code."""
-    return _run("eval", (EvalArguments, PROConfig), evaluate_files, argv)
+# What each does, and the dataclasses that it takes.
+ACTIONS: dict[str, tuple[Any, ...]] = {
+    "train": (train_model, TrainArguments, PROConfig),
+    "eval": (evaluate_files, EvalArguments, PROConfig),
+    "inspect": (inspect_lists, InspectArguments, PROConfig),
+    "prepare": (prepare_lists, PrepareArguments),
+    "rounds": (run_rounds, RoundsArguments, PROConfig),
+}
 
 
-def inspect(argv: Sequence[str] | None = None) -> int:
-    """``pro-kernels inspect``: ``InspectArguments`` and ``PROConfig``. Returns the exit code."""
-    return _run("inspect", (InspectArguments, PROConfig), inspect_lists, argv)
-
-
-def prepare(argv: Sequence[str] | None = None) -> int:
-    """``pro-kernels prepare``: the fields of ``PrepareArguments``. Returns the exit code."""
-    return _run("prepare", (PrepareArguments,), prepare_lists, argv)
-
-
-def rounds(argv: Sequence[str] | None = None) -> int:
-    """``pro-kernels rounds``: ``RoundsArguments`` and ``PROConfig``. Returns the exit code."""
-    return _run("rounds", (RoundsArguments, PROConfig), run_rounds, argv)
-
-
-COMMANDS = {
-    "train": train,
-    "eval": evaluate,
-    "inspect": inspect,
-    "prepare": prepare,
-    "rounds": rounds,
+# Options whose values name the output folder where it is not given.
+_NAMED_BY = {
+    "train": ("model", "data", "loss_type"),
+    "eval": ("model",),
+    "rounds": ("model", "prompts"),
 }
 
 
@@ -88,14 +69,13 @@ class _Parser(HfArgumentParser):
         raise ValueError(re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message))
 
 
-def _run(
-    name: str,
-    kinds: tuple[type, ...],
-    action: Callable[..., object],
-    argv: Sequence[str] | None,
-    loss_type: str | None = None,
-) -> int:
+def run(name: str, argv: Sequence[str] | None = None, loss_type: str | None = None) -> int:
+    """Run a command; returns its exit code.
+
+    ``loss_type`` is the one where neither command line nor file names any.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
+    action, *kinds = ACTIONS[name]
     code = 0
     with stop.signals() as caught:
         where: dict[str, str] = {}
@@ -110,18 +90,21 @@ def _run(
     return code
 
 
+train = functools.partial(run, "train")
+evaluate = functools.partial(run, "eval")
+inspect = functools.partial(run, "inspect")
+prepare = functools.partial(run, "prepare")
+rounds = functools.partial(run, "rounds")
+
+
 def _options(
     name: str,
-    kinds: tuple[type, ...],
+    kinds: Sequence[type],
     argv: Sequence[str],
     where: dict[str, str],
     loss_type: str | None,
 ) -> Sequence[Any]:
-    """The dataclasses that the command line fills; ``where`` gets the lines of the YAML file.
-
-    Raises:
-        ValueError: an option or a value that cannot be.
-    """
+    """The dataclasses that the command line fills; ``where`` gets the lines of the YAML file."""
     parser = _Parser(kinds, prog=f"pro-kernels {name}", allow_abbrev=False)
     actions = {action.dest: action for action in parser._actions}
     given = flags.parse(argv)
@@ -129,25 +112,23 @@ def _options(
     if config := flags.config_file(given):
         of_line = {flag for flag, _ in given}
         of_file, lines = flags.config_flags(config)
-        of_file = [flag for flag in of_file if flag[0] not in {name for name, _ in given}]
         where |= {option: line for option, line in lines.items() if option not in of_line}
         unset = [(option, []) for option in lines.keys() - {flag for flag, _ in of_file}]
+        of_file = [flag for flag in of_file if flag[0] not in of_line]
         given = of_file + [flag for flag in given if flag[0] != "config"]
     if loss_type:
         given.insert(0, ("loss_type", [loss_type]))
-    lists = {option for option, action in actions.items() if action.nargs in ("+", "*")}
     given = flags.ours(given, actions)
     for option, _ in given + flags.ours(unset, actions):
         if option not in actions:
             raise ValueError(f"--{option} is no option of {name}{flags.near(option, actions)}")
     if name == "eval":
         given = run_flags(given) + given
-    parts = {"train": ("model", "data", "loss_type"), "eval": ("model",)}
-    parts["rounds"] = ("model", "prompts")
-    if name in parts and flags.last(given, "output_dir") is None:
-        folder = _folder_name(given, parts[name]) + ("" if name == "train" else f"-{name}")
+    if name in _NAMED_BY and flags.last(given, "output_dir") is None:
+        folder = _folder_name(given, _NAMED_BY[name]) + ("" if name == "train" else f"-{name}")
         given.append(("output_dir", [folder]))
         _say(f"output_dir: {folder}")
+    lists = {option for option, action in actions.items() if action.nargs in ("+", "*")}
     switches = {o for o, a in actions.items() if a.type is string_to_bool}
     empty = {option for option, values in given if not values and option in lists}
     written = [
@@ -206,8 +187,8 @@ def run_flags(given: flags.Flags) -> flags.Flags:
         own = ("loss_type", "loss_module", "loss_options", "compat", *LOSS_SETTINGS)
         options = {name: x for name, x in options.items() if name not in own}
     options = {name: x for name, x in options.items() if name not in names}
-    taken = _listed((name, x) for name, x in options.items() if x != known[name])
-    if taken:
+    changed = sorted((name, x) for name, x in options.items() if x != known[name])
+    if taken := ", ".join(f"{name} {x}" for name, x in changed):
         _say(f"options of the run in {model}: {taken}")
     if "base" not in names and (base := base_of(model, run.get("base_model"))):
         if Path(base).is_absolute() and not Path(base).exists():
@@ -221,7 +202,3 @@ def _say(line: str) -> None:
     """Print, from one process of several."""
     if os.environ.get("RANK", "0") == "0":
         print(line)
-
-
-def _listed(options: Iterable[tuple[str, Any]]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sorted(options))

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from pro_trainer.cli.arguments import (
     EvalArguments,
     InspectArguments,
-    PrepareArguments,
     RoundsArguments,
     TrainArguments,
 )
-from pro_trainer.cli.flags import RENAMED, near
+from pro_trainer.cli.flags import RENAMED, near, parse
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.text.options import ListOptions
 from pro_trainer.train.options import LossOptions, StepOptions
 
@@ -30,86 +30,53 @@ class Option(NamedTuple):
 
 
 class Command(NamedTuple):
-    """``first``: the most used options, each with an example."""
+    """``first``: the most used options, as a command line; ``groups``: in the order shown."""
 
     does: str
     kinds: tuple[type, ...]
-    first: dict[str, str]
-    groups: tuple[str, ...]
+    first: str
+    groups: str
 
 
 _RUN = (LossOptions, StepOptions, ListOptions)
+_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 COMMANDS = {
     "train": Command(
         "Fine-tune a causal language model on ranked lists of responses.",
         (TrainArguments, *_RUN),
-        {
-            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "data": "lists.jsonl.gz",
-            "output_dir": "runs/first",
-            "loss_type": "dpo",
-            "num_candidates": "4",
-            "max_length": "1024",
-            "per_device_train_batch_size": "4",
-            "learning_rate": "1e-5",
-            "num_train_epochs": "2",
-            "use_peft": "",
-        },
-        ("data", "text", "loss", "batch", "model", "run"),
+        f"--model {_MODEL} --data lists.jsonl.gz --output_dir runs/first --loss_type dpo "
+        "--num_candidates 4 --max_length 1024 --per_device_train_batch_size 4 "
+        "--learning_rate 1e-5 --num_train_epochs 2 --use_peft",
+        "data text loss batch model run",
     ),
     "eval": Command(
         "Say how well a model ranks, beside the model it was trained from.",
         (EvalArguments, *_RUN),
-        {
-            "model": "runs/first",
-            "data": "lists.jsonl.gz",
-            "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "output_dir": "runs/first-eval",
-            "generate": "8",
-            "per_device_eval_batch_size": "4",
-        },
-        ("eval", "data", "text", "loss", "batch", "model"),
+        f"--model runs/first --data lists.jsonl.gz --base {_MODEL} --output_dir runs/first-eval "
+        "--generate 8 --per_device_eval_batch_size 4",
+        "eval data text loss batch model",
     ),
     "inspect": Command(
         "Show what the model will see of some data, before anything is trained.",
         (InspectArguments, ListOptions),
-        {
-            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "data": "lists.jsonl.gz",
-            "num": "5",
-            "max_length": "1024",
-        },
-        ("inspect", "data", "text", "model"),
+        f"--model {_MODEL} --data lists.jsonl.gz --num 5 --max_length 1024",
+        "inspect data text model",
     ),
     "prepare": Command(
         "Make ranked lists: sample candidates, score them, rank them.",
         (PrepareArguments,),
-        {
-            "data": "lists.jsonl.gz",
-            "output": "longer.jsonl.gz",
-            "generator": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "server": "http://localhost:8000",
-            "reward": "org/reward-model",
-            "num_samples": "4",
-            "ranking_length": "4",
-        },
-        ("prepare", "rewards", "server", "text"),
+        f"--data lists.jsonl.gz --output longer.jsonl.gz --generator {_MODEL} "
+        "--server http://localhost:8000 --reward org/reward-model --num_samples 4 "
+        "--ranking_length 4",
+        "prepare rewards server text",
     ),
     "rounds": Command(
         "From prompts to a better model: sample, score, train, evaluate, and again.",
         (RoundsArguments, *_RUN),
-        {
-            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "prompts": "prompts.jsonl",
-            "reward": "my_rewards.py:short",
-            "output_dir": "runs/rounds",
-            "rounds": "3",
-            "num_samples": "8",
-            "ranking_length": "4",
-            "learning_rate": "1e-5",
-            "num_train_epochs": "2",
-        },
-        ("rounds", "prepare", "rewards", "server", "data", "text", "loss", "batch", "model", "run"),
+        f"--model {_MODEL} --prompts prompts.jsonl --reward my_rewards.py:short "
+        "--output_dir runs/rounds --rounds 3 --num_samples 8 --ranking_length 4 "
+        "--learning_rate 1e-5 --num_train_epochs 2",
+        "rounds prepare rewards server data text loss batch model run",
     ),
 }
 
@@ -188,28 +155,26 @@ def page(command: str, topic: str = "") -> str:
     about, groups = COMMANDS[command], options(command)
     known = {option.name: option for listed in groups.values() for option in listed}
     if topic in groups:
-        return "\n".join(_described(groups[topic]))
+        return _described(groups[topic])
     name = topic.lstrip("-").replace("-", "_")
     name = RENAMED.get(name, name)
     if name in known:
-        return "\n".join(_described([known[name]]))
-    if topic == "all":
-        parts = [f"{name}\n" + "\n".join(_described(groups[name])) for name in groups]
-        if StepOptions in about.kinds:
-            others = [o for o in _of_transformers() if o.name not in known]
-            parts.append("transformers' own\n" + "\n".join(_described(others)))
-        return "\n\n".join(parts)
+        return _described([known[name]])
     if topic:
-        others = _of_transformers() if StepOptions in about.kinds else ()
+        of_others = _of_transformers() if StepOptions in about.kinds else ()
+        others = [option for option in of_others if option.name not in known]
+        if topic == "all":
+            parts = groups | ({"transformers' own": others} if others else {})
+            return "\n\n".join(f"{part}\n{_described(parts[part])}" for part in parts)
         if found := [option for option in others if option.name == name]:
-            return "\n".join(_described(found))
+            return _described(found)
         raise ValueError(
             f"--help {topic}: no such group or option of {command}; groups are "
             f"{', '.join(groups)} and all{near(topic, known)}"
         )
     lines = [f"usage: pro-kernels {command} [--OPTION VALUE ...]", "", about.does, "", "Most used:"]
-    for name, example in about.first.items():
-        lines += _entry(f"--{name} {example}".rstrip(), known[name].text)
+    for name, example in parse(about.first.split()):
+        lines += _entry(" ".join([f"--{name}", *example]), known[name].text)
     lines += ["", f"All options by group (pro-kernels {command} --help GROUP describes them):"]
     for group, listed in groups.items():
         lines += _wrapped(f"{group}: " + ", ".join(o.name for o in listed), "    ")
@@ -221,7 +186,7 @@ def page(command: str, topic: str = "") -> str:
 def options(command: str) -> dict[str, list[Option]]:
     """The options of a command by group."""
     about = COMMANDS[command]
-    groups: dict[str, list[Option]] = {group: [] for group in about.groups}
+    groups: dict[str, list[Option]] = {group: [] for group in about.groups.split()}
     for kind in about.kinds:
         hints = get_type_hints(kind)
         for field in fields(kind):
@@ -235,7 +200,7 @@ def options(command: str) -> dict[str, list[Option]]:
         wanted = {"eval": ("output_dir", "per_device_eval_batch_size", "bf16", "use_cpu")}
         every = [o for listed in _OF_TRANSFORMERS.values() for o in listed]
         names = ("config", *wanted.get(command, ()))
-        groups[about.groups[0]] += [o for o in every if o.name in names]
+        groups[next(iter(groups))] += [o for o in every if o.name in names]
     return groups
 
 
@@ -270,13 +235,13 @@ def _of_transformers() -> Iterator[Option]:
             yield _option(field, str)._replace(values="VALUE", text=text)
 
 
-def _described(listed: Iterable[Option]) -> list[str]:
+def _described(listed: Iterable[Option]) -> str:
     lines = []
     for option in listed:
         silent = option.default in (None, "", [], MISSING) or "Default:" in option.text
         default = "" if silent else f" ({_shown(option.default)})"
         lines += _entry(f"--{option.name} {option.values}{default}", option.text)
-    return lines
+    return "\n".join(lines)
 
 
 def _shown(default: Any) -> str:

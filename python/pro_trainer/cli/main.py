@@ -30,9 +30,8 @@ def _run(argv: Sequence[str] | None) -> int:
         print(texts.overview(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     command, *rest = argv
-    loss_type = None
-    if command == "dpo":  # what TRL calls its command
-        command, loss_type = "train", "dpo"
+    loss_type = "dpo" if command == "dpo" else None
+    command = "train" if loss_type else command  # what TRL calls its command
     if command in ("env", "check", "bench"):
         from pro_kernels.__main__ import main as of_kernels
 
@@ -43,8 +42,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return run(rest)
     if command not in texts.COMMANDS:
         known = [*texts.COMMANDS, "dpo", "run", "env", "check", "bench"]
-        print(f"error: no command {command!r}{near(command, known)}", file=sys.stderr)
-        return 2
+        return _wrong(f"no command {command!r}{near(command, known)}")
     topic = texts.asked(rest)
     try:
         if topic is not None:
@@ -52,15 +50,15 @@ def _run(argv: Sequence[str] | None) -> int:
             return 0
         from pro_trainer.cli import commands
     except ModuleNotFoundError as error:
-        print(
-            f"error: {command} needs {error.name}: pip install 'pro-kernels[train]'",
-            file=sys.stderr,
-        )
-        return 2
+        return _wrong(f"{command} needs {error.name}: pip install 'pro-kernels[train]'")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return commands.train(rest, loss_type) if loss_type else commands.COMMANDS[command](rest)
+        return _wrong(str(error))
+    return commands.run(command, rest, loss_type)
+
+
+def _wrong(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

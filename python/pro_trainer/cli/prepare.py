@@ -15,23 +15,26 @@ and ends with the same bytes (see ``partial``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import pro_kernels as pk
 from pro_trainer import files
-from pro_trainer.cli.arguments import PrepareArguments
-from pro_trainer.cli.recipe import recipe_of, rewards_of, try_out_servers
 from pro_trainer.cli.stop import advising
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.options import DataOptions, PromptOptions
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
+from pro_trainer.prepare.build import build_rewards, recipe_of, try_out_servers
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.output import (
     REPORT,
     PartialFile,
@@ -39,7 +42,6 @@ from pro_trainer.prepare.output import (
     file_identity,
     write_atomically,
 )
-from pro_trainer.prepare.progress import Progress
 from pro_trainer.prepare.recipe import LINE_KEYS, Recipe
 from pro_trainer.prepare.report import PrepareReport
 from pro_trainer.prepare.rewards.base import Scorer
@@ -49,6 +51,9 @@ _WITHOUT_EFFECT = (  # on the records
     *("output", "overwrite", "trust_remote_code", "api_key_env", "reward_api_key_env"),
     *("concurrency", "requests_per_second", "server_timeout", "server_retries", "server_patience"),
 )
+
+_LINES_A_MESSAGE = 100
+_SECONDS_A_MESSAGE = 60.0
 
 
 class NothingRankedError(ValueError):
@@ -75,15 +80,10 @@ def _prepare(arguments: PrepareArguments, output: Path) -> PrepareReport:
     device = _device(arguments.device)
     data_report = DataReport()
     total = _check_lists(arguments, data_report)
-    rewards = rewards_of(arguments, device)
-    others = [name for name in data_report.unused if "[]." not in name]
-    for reward in rewards:
-        reward.columns(others)
-        for column in reward.taken:
-            data_report.unused.pop(column, None)
-    servers = None
-    if arguments.server:
-        servers = try_out_servers(arguments)
+    rewards = build_rewards(arguments, device, data_report.unused)
+    for column in {column for reward in rewards for column in reward.taken}:
+        data_report.unused.pop(column, None)
+    servers = try_out_servers(arguments)
     partial = PartialFile(
         output,
         _settings(arguments, device, servers, rewards),
@@ -115,11 +115,7 @@ def _prepare(arguments: PrepareArguments, output: Path) -> PrepareReport:
 
 
 def _check_lists(arguments: PrepareArguments, report: DataReport) -> int:
-    """Read all lists before any work; how many there are. A bad line shows now, not after hours.
-
-    Raises:
-        ValueError: there is none, or one that cannot be used with these arguments.
-    """
+    """Read all lists before any work; how many there are. A bad line shows now, not after hours."""
     total = 0
     for ranked in _lists(arguments, report):
         total += 1
@@ -192,3 +188,55 @@ def _device(name: str | None) -> torch.device:
         first = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used: {first}") from error
     return device
+
+
+class Progress:
+    """A bar on a terminal, else a line now and then, on standard error: lists, and known tokens."""
+
+    def __init__(self, done: int, total: int, tokens: Callable[[], int]) -> None:
+        self.start = self.done = done
+        self.total = total
+        self.tokens = tokens
+        self.terminal = sys.stderr.isatty()
+        self.began = self.said = time.monotonic()
+        self.bar = tqdm(
+            total=total, initial=done, unit="list", file=sys.stderr, disable=not self.terminal
+        )
+
+    def __enter__(self) -> Progress:
+        if self.start:
+            self.say(f"going on after {self.start} of {self.total} lists")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self, count: int) -> None:
+        """Count lists that are done."""
+        before, self.done = self.done, self.done + count
+        now = time.monotonic()
+        rate = (self.done - self.start) / max(1e-9, now - self.began)
+        tokens = self.tokens() / max(1e-9, now - self.began)
+        if tokens:
+            self.bar.set_postfix_str(f"{tokens:.0f} tokens/s", refresh=False)
+        self.bar.update(count)
+        due = before // _LINES_A_MESSAGE < self.done // _LINES_A_MESSAGE
+        if due or self.done == self.total or now - self.said > _SECONDS_A_MESSAGE:
+            self.said = now
+            left = (self.total - self.done) / rate
+            self.say(
+                f"{self.done} of {self.total} lists, {rate:.3g} a second"
+                + (f", {tokens:.0f} tokens a second" if tokens else "")
+                + (f", about {_duration(left)} left" if left else "")
+            )
+
+    def say(self, message: str) -> None:
+        """A line, where no bar says the same."""
+        if not self.terminal:
+            print(f"prepare: {message}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -6,8 +6,10 @@ import contextlib
 import copy
 import gc
 import json
+import os
 import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
@@ -16,23 +18,18 @@ from typing import Any
 
 import torch
 
-from pro_trainer.cli.arguments import (
-    LoraOptions,
-    PrepareArguments,
-    RoundsArguments,
-    TrainArguments,
-)
+from pro_trainer.cli.arguments import LoraOptions, RoundsArguments, TrainArguments
 from pro_trainer.cli.prepare import prepare
-from pro_trainer.cli.recipe import recipe_of, rewards_of, try_out_servers
 from pro_trainer.cli.train import train
 from pro_trainer.data.report import DataReport
+from pro_trainer.errors import TrainingError
 from pro_trainer.models import merge_adapters
 from pro_trainer.options import ModelOptions
+from pro_trainer.prepare.build import build_rewards, recipe_of, try_out_servers
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.output import PartialFile, write_atomically, write_json
 from pro_trainer.rounds import answers, lists
-from pro_trainer.rounds.commands import call
-from pro_trainer.rounds.report import told
-from pro_trainer.rounds.state import Round, complete
+from pro_trainer.rounds.state import Round, complete, told
 from pro_trainer.train import checkpoints
 from pro_trainer.train.config import PROConfig
 
@@ -54,7 +51,7 @@ class Parts:
 
     def policy(self, number: int) -> str:
         """The model after so many rounds."""
-        return str(Round.of(self.output, number).checkpoint) if number else self.arguments.model
+        return str(Round(self.output, number).checkpoint) if number else self.arguments.model
 
     def sample(self, this: Round) -> None:
         """Ranked lists of the current model's samples."""
@@ -68,7 +65,7 @@ class Parts:
         """The lists to train on."""
         if this.lists.exists():
             return
-        before = [Round.of(self.output, n).sampled for n in range(1, this.number)]
+        before = [Round(self.output, n).sampled for n in range(1, this.number)]
         reference = [self.reference] if self.arguments.mix_reference else []
         shares = self.arguments.mix_previous, self.arguments.reference_share()
         pools = list(zip((before, reference), shares, strict=True))
@@ -102,27 +99,23 @@ class Parts:
         """Metrics of the round's model on the held-out prompts."""
         if this.metrics.exists():
             return json.loads(this.metrics.read_bytes())
-        base = None
-        if this.number:
-            base = _lines(Round.of(self.output, 0).answers)
+        base = _lines(Round(self.output, 0).answers) if this.number else None
         if not complete(this.answers):
             with self._part(this, "answering the held-out prompts"):
                 self._serve(this.number)
                 self._answer(this, base)
         found = answers.metrics(own := _lines(this.answers), base or own)
         write_json(this.metrics, found)
-        print(told(f"round {this.number}" if this.number else "base", found))
+        print(told(this.name, found))
         return found
 
     def _answer(self, this: Round, base: list[dict[str, Any]] | None) -> None:
         arguments = self.prepare_arguments(this, held_out=True)
         this.folder.mkdir(parents=True, exist_ok=True)
-        report = DataReport()
+        report, device = DataReport(), self.config.device
         held_out = list(lists.read_prompts([str(self.held_out)], report))
-        rewards = rewards_of(arguments, self.config.device)
-        for reward in rewards:
-            reward.columns([name for name in report.unused if "[]." not in name])
-        servers = try_out_servers(arguments) if arguments.server else None
+        rewards = build_rewards(arguments, device, report.unused)
+        servers = try_out_servers(arguments)
         partial = PartialFile(
             this.answers,
             {"model": self.policy(this.number), "base": bool(base)},
@@ -132,8 +125,8 @@ class Parts:
         )
         with contextlib.closing(partial):
             if partial.done < len(held_out):
-                with recipe_of(arguments, self.config.device, servers, rewards) as recipe:
-                    answers.fill(partial, recipe, held_out, base, arguments.batch_size)
+                with recipe_of(arguments, device, servers, rewards) as recipe:
+                    answers.fill(partial, recipe, held_out, base)
             partial.finish(partial.lines())
 
     def prepare_arguments(self, this: Round, held_out: bool = False) -> PrepareArguments:
@@ -181,22 +174,18 @@ class Parts:
         write_json(file, options | {"use_cpu": config.use_cpu})
         module = ["-m", "pro_trainer.cli.main", "train", "--config", str(file)]
         command = [*shlex.split(self.arguments.launch or ""), *module]
-        call("launch", command, "the same command goes on from its last whole checkpoint")
+        _call("launch", command, "the same command goes on from its last whole checkpoint")
 
     def _serve(self, number: int) -> None:
         """Tell the server to load the model of a round, unless it was told so before."""
-        if not self.arguments.reload_command or self.serves == number:
+        command = self.arguments.reload_command
+        if not command or self.serves == number:
             return
         model = self.policy(number)
         model = str(Path(model).resolve()) if Path(model).exists() else model
         print(f"reload_command for {model}", flush=True)
-        call(
-            "reload_command",
-            self.arguments.reload_command,
-            f"the server may not serve {model}",
-            PRO_KERNELS_CHECKPOINT=model,
-            PRO_KERNELS_ROUND=str(number),
-        )
+        told = {"PRO_KERNELS_CHECKPOINT": model, "PRO_KERNELS_ROUND": str(number)}
+        _call("reload_command", command, f"the server may not serve {model}", **told)
         self.serves = number
 
     @contextlib.contextmanager
@@ -214,3 +203,21 @@ class Parts:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def _call(option: str, command: str | list[str], then: str, **variables: str) -> None:
+    """Run a command, a line for the shell or its words; TrainingError where it fails."""
+    shown = command if isinstance(command, str) else shlex.join(command)
+    environment = {**os.environ, **variables}
+    try:
+        process = subprocess.Popen(command, shell=isinstance(command, str), env=environment)
+    except OSError as error:
+        raise TrainingError(f"{option}: {shown} cannot be run: {error}") from error
+    try:
+        code = process.wait()
+    except BaseException:  # interrupted: launchers end their workers when they are told to end
+        process.terminate()
+        process.wait()
+        raise
+    if code:
+        raise TrainingError(f"{option}: {shown} ended with exit code {code}; {then}")

@@ -23,13 +23,12 @@ import pro_kernels as pk
 from pro_trainer import files
 from pro_trainer.cli.arguments import RoundsArguments
 from pro_trainer.cli.prepare import NothingRankedError
-from pro_trainer.cli.recipe import rewards_of
 from pro_trainer.cli.round_parts import Parts
 from pro_trainer.data.report import DataReport
+from pro_trainer.prepare.build import build_rewards
 from pro_trainer.prepare.output import file_identity, write_atomically
 from pro_trainer.rounds import lists, state
-from pro_trainer.rounds.report import draw, summary, with_best
-from pro_trainer.rounds.state import Round
+from pro_trainer.rounds.state import Round, draw, summary, with_best
 from pro_trainer.train import checkpoints
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.inputs import check_lists
@@ -98,20 +97,17 @@ def _begin(parts: Parts) -> dict[str, Any]:
             raise files.destroyed("output_dir", parts.output, source)
     report = DataReport()
     prompts, held_out = lists.split(given, report, parts.config.on_bad_line)
-    arguments = parts.prepare_arguments(Round.of(parts.output, 1))
+    arguments = parts.prepare_arguments(Round(parts.output, 1))
     arguments.check()
-    parts.train_arguments(Round.of(parts.output, 1))
+    parts.train_arguments(Round(parts.output, 1))
     if given.mix_reference:
         of_lists = DataReport(lists=1, with_rewards=1)  # as those of samples have
         reference = lists.references(
             given.mix_reference, held_out, of_lists, parts.config.on_bad_line
         )
         check_lists(of_lists, parts.config)
-    rewards = rewards_of(arguments, parts.config.device)
-    for reward in rewards:
-        reward.columns([name for name in report.unused if "[]." not in name])
     settings = _settings(given, parts.config)
-    for reward in rewards:
+    for reward in build_rewards(arguments, parts.config.device, report.unused):
         settings |= reward.identity()
     if not state.check(parts.output, settings, bool(parts.config.overwrite)):
         state.clear(parts.output)
@@ -128,10 +124,10 @@ def _begin(parts: Parts) -> dict[str, Any]:
 
 def _go_on(parts: Parts, settings: dict[str, Any]) -> dict[str, Any]:
     """Run what is missing; the best round is told at the end."""
-    base = parts.evaluate(Round.of(parts.output, 0))
+    base = parts.evaluate(Round(parts.output, 0))
     found: dict[str, Any] = {"base": base, "rounds": [], "ended": None}
     for number in range(1, parts.arguments.rounds + 1):
-        this = Round.of(parts.output, number)
+        this = Round(parts.output, number)
         try:
             parts.sample(this)
         except NothingRankedError as error:

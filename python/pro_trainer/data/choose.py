@@ -1,4 +1,8 @@
-"""Which of many candidates to keep."""
+"""Which of many candidates to keep, and how much two texts have in common.
+
+Texts are compared by the pieces of five characters that they are made of, and not by words, so that
+it works for languages without spaces, too. Case and the amount of white space do not count.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,35 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pro_trainer.data.fields import Text
+from pro_trainer.data.fields import Text, plain
 from pro_trainer.data.options import Select
-from pro_trainer.data.similarity import overlap, pieces
+
+_PIECE = 5  # characters
+
+
+def pieces(text: Text) -> frozenset[str]:
+    """The different pieces of a text; of a text shorter than a piece, the text itself."""
+    letters = " ".join(plain(text).casefold().split())
+    return frozenset(letters[i : i + _PIECE] for i in range(max(1, len(letters) - _PIECE + 1)))
+
+
+def overlap(a: frozenset[str], b: frozenset[str]) -> float:
+    """The share of their pieces that both have (Jaccard): 1 for equal texts, 0 for unlike ones."""
+    common = len(a & b)
+    return common / (len(a) + len(b) - common)
+
+
+def without_near_duplicates(texts: Sequence[Text], share: float, first: int | None) -> list[int]:
+    """Indices of texts of which no two have ``share`` of their pieces in common.
+
+    Of those that have, the earlier one stays, and ``first`` before all.
+    """
+    made_of = [pieces(text) for text in texts]
+    kept: list[int] = []
+    for i in sorted(range(len(texts)), key=lambda i: i != first):
+        if all(overlap(made_of[i], made_of[j]) < share for j in kept):
+            kept.append(i)
+    return sorted(kept)
 
 
 def choose(
@@ -27,7 +57,7 @@ def choose(
     the range of the rewards: each next one is the farthest from those taken. Candidates of a reward
     that is taken come in only where no other is left. Without rewards the candidates taken are
     evenly spaced in rank. ``top`` keeps the best ones. ``diverse`` takes, from the best on, the
-    text each time that is least like any taken before (``similarity.overlap``).
+    text each time that is least like any taken before (``overlap``).
 
     Args:
         order: the candidates, best first.

@@ -43,11 +43,11 @@ def kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def as_list(value: Any, name: str) -> list[Any]:
+def as_list(value: Any, name: str, what: str = "a list") -> list[Any]:
     """A list as it comes from JSON, Arrow or NumPy."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, (list, tuple)):
-        raise DataError(f"{name} must be a list, got {kind(value)}")
+        raise DataError(f"{name} must be {what}, got {kind(value)}")
     return list(value)
 
 
@@ -117,7 +117,10 @@ def _parsed(value: Any, name: str) -> Any:
 def _encodable(value: Any, name: str) -> Any:
     """The value, if UTF-8 can encode all of its strings."""
     try:
-        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+        text = (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        )
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise DataError(f"{name} holds a lone surrogate, which is not text") from None
     return value
@@ -136,18 +139,12 @@ def as_string(value: Any, name: str) -> str:
     """A string that UTF-8 can encode."""
     if not isinstance(value, str):
         raise DataError(f"{name} must be a string, got {kind(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{name} holds a lone surrogate, which is not text") from None
-    return value
+    return _encodable(value, name)
 
 
 def as_numbers(values: Any, name: str, n: int) -> tuple[float, ...]:
     """As many finite numbers as there are completions, ``n``."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, (list, tuple)):
-        raise DataError(f"'{name}' must be a list of numbers, got {kind(values)}")
+    values = as_list(values, f"'{name}'", "a list of numbers")
     if len(values) != n:
         raise DataError(f"{n} completions but {len(values)} {name}")
     return tuple(as_number(value, f"{name}[{i}]") for i, value in enumerate(values))

@@ -65,35 +65,28 @@ _FORMS = (
 _CONTRADICTS = "'rejected' has the higher score, so it ranks first"
 
 
-class Columns:
+class Columns(dict[str, Any]):
     """The columns of a record that hold something, and which of them were used."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        self.given = {str(key): value for key, value in record.items() if value is not None}
-        self.unused = dict.fromkeys(self.given)
+        super().__init__({str(key): value for key, value in record.items() if value is not None})
+        self.unused = dict.fromkeys(self)
         self.notes: list[str] = []
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.given
 
     def first(self, names: Sequence[str]) -> str | None:
         """The first of these columns that is there."""
-        return next((name for name in names if name in self.given), None)
+        return next((name for name in names if name in self), None)
 
     def take(self, name: str) -> Any:
-        """The value of a column, which counts as used.
-
-        Raises:
-            DataError: it is missing.
-        """
-        if name not in self.given:
+        """The value of a column, which counts as used; DataError where it is missing."""
+        if name not in self:
             raise DataError(f"'{name}' is missing")
         self.unused.pop(name, None)
-        return self.given[name]
+        return self[name]
 
     def optional(self, name: str) -> Any:
         """The same, or None."""
-        return self.take(name) if name in self.given else None
+        return self.take(name) if name in self else None
 
     def nearest_form(self) -> str:
         """What is known, what was seen, and what is missing of the form it is nearest to."""
@@ -102,7 +95,7 @@ class Columns:
         def missing(form: Sequence[str]) -> list[str]:
             return [n for n in form if not self.first(names.get(n, (n,)))]
 
-        seen = f"no known form has the columns {sorted(self.given)[:12]}"
+        seen = f"no known form has the columns {sorted(self)[:12]}"
         form = max(_FORMS, key=lambda form: len(form) - 2 * len(missing(form)))
         if missing(form) == list(form):
             return f"{seen}. Known are: {'; '.join(map(', '.join, _FORMS))}"
@@ -119,7 +112,7 @@ def parse_record(record: Any, *, prompts_alone: bool = False) -> ParsedRecord:
     if not isinstance(record, Mapping):
         raise DataError(f"a record must be a JSON object, got {kind(record)}")
     columns = Columns(record)
-    if columns.first(COMPLETIONS) and not {"chosen", "rejected"} <= columns.given.keys():
+    if columns.first(COMPLETIONS) and not {"chosen", "rejected"} <= columns.keys():
         parsed = _parse_list(columns)
     elif "chosen" in columns or "rejected" in columns:
         parsed = _parse_pair(columns)
@@ -137,7 +130,7 @@ def parse_record(record: Any, *, prompts_alone: bool = False) -> ParsedRecord:
         n = len(parsed.content.completions)
         about = {"desirable": _desirable(columns, n), "weight": _weight(columns)}
         about |= {"raw_rewards": _raw_rewards(columns, n), "template": template}
-        others = {name: columns.given[name] for name in columns.unused if name in columns}
+        others = {name: columns[name] for name in columns.unused if name in columns}
         parsed = replace(parsed, content=replace(parsed.content, columns=others, **about))
     return replace(parsed, unused=tuple(columns.unused), notes=tuple(columns.notes))
 
@@ -145,21 +138,25 @@ def parse_record(record: Any, *, prompts_alone: bool = False) -> ParsedRecord:
 def _parse_list(columns: Columns) -> ParsedRecord:
     key = columns.first(COMPLETIONS)
     prompt = _prompt(columns)
-    completions = as_list(columns.take(key), f"'{key}'")
-    names = [f"{key}[{i}]" for i in range(len(completions))]
-    name, values, by_rank = "prompt and completions", None, False
-    if any(_is_candidate(item) for item in completions):
+    items = as_list(columns.take(key), f"'{key}'")
+    names = [f"{key}[{i}]" for i in range(len(items))]
+    name = "prompt and completions"
+    of_objects, ranked_by = None, None
+    if any(_is_candidate(item) for item in items):
         name = "prompt and completions with a score each"
-        completions, names, values, by_rank = _candidate_objects(columns, key, completions, names)
-    rewards, ranked = _ranking(columns, len(completions))
-    if values is not None and rewards is not None:
-        raise DataError(f"a list is ranked by its {key} or by a column beside them, not by both")
-    if values is not None:
-        rewards, ranked = values, by_rank
-    texts = [as_text(item, name) for item, name in zip(completions, names, strict=True)]
+        items, names, of_objects, ranked_by = _candidate_objects(columns, key, items, names)
+    rewards, by_rank = _ranking(columns, len(items))
+    if of_objects is not None:
+        if rewards is not None:
+            raise DataError(
+                f"a list is ranked by its {key} or by a column beside them, not by both"
+            )
+        by_rank = ranked_by == "rank"
+        rewards = tuple(-value if by_rank else value for value in of_objects)
+    texts = [as_text(*item) for item in zip(items, names, strict=True)]
     prompt, texts = _one_kind(prompt, texts, names)
     index = _sft_index(columns, len(texts))
-    return ParsedRecord(name, RankedList((prompt,), tuple(texts), rewards, index), ranked)
+    return ParsedRecord(name, RankedList((prompt,), tuple(texts), rewards, index), by_rank)
 
 
 def _is_candidate(item: Any) -> bool:
@@ -169,43 +166,38 @@ def _is_candidate(item: Any) -> bool:
 
 def _candidate_objects(
     columns: Columns, key: str, items: Sequence[Any], names: Sequence[str]
-) -> tuple[list[Any], list[str], tuple[float, ...] | None, bool]:
-    """Texts and their names, rewards or negated ranks or None, and whether these are ranks."""
+) -> tuple[list[Any], list[str], list[float] | None, str | None]:
+    """Texts and their names, and what ranks them, numbers and their name, or None."""
     texts, text_names, values = [], [], []
-    used = ("rank", *REWARD_OF_OBJECT, *TEXT_OF_OBJECT)
-    ranked_by = next((n for n in used[:-len(TEXT_OF_OBJECT)] for item in items
-                      if isinstance(item, Mapping) and item.get(n) is not None), None)  # fmt: skip
-    for item, name in zip(items, names, strict=True):
-        held = Columns(item) if isinstance(item, Mapping) else Columns({})
-        text = held.first(TEXT_OF_OBJECT)
-        if text is None or (ranked_by is not None and ranked_by not in held):
+    held = [Columns(item if isinstance(item, Mapping) else {}) for item in items]
+    ranking = ("rank", *REWARD_OF_OBJECT)
+    ranked_by = next((name for name in ranking if any(name in x for x in held)), None)
+    for item, columns_of_it, name in zip(items, held, names, strict=True):
+        text = columns_of_it.first(TEXT_OF_OBJECT)
+        if text is None or (ranked_by is not None and ranked_by not in columns_of_it):
             raise DataError(
                 f"{name} must be an object with one of {', '.join(TEXT_OF_OBJECT)}"
                 + (f" and with {ranked_by!r}" if ranked_by else "")
-                + f" as others of its list are, got {kind(item)} {list(held.given)[:8]}"
+                + f" as others of its list are, got {kind(item)} {list(columns_of_it)[:8]}"
             )
-        texts.append(held.take(text))
+        texts.append(columns_of_it.take(text))
         text_names.append(f"{name}.{text}")
         if ranked_by is not None:
-            values.append(as_number(held.take(ranked_by), f"{name}.{ranked_by}"))
-        columns.unused.update(dict.fromkeys(f"{key}[].{other}" for other in held.unused))
-    by_rank = ranked_by == "rank"
-    rewards = tuple(-v if by_rank else v for v in values) if ranked_by is not None else None
-    return texts, text_names, rewards, by_rank
+            values.append(as_number(columns_of_it.take(ranked_by), f"{name}.{ranked_by}"))
+        columns.unused.update(dict.fromkeys(f"{key}[].{x}" for x in columns_of_it.unused))
+    return texts, text_names, values if ranked_by else None, ranked_by
 
 
 def _parse_pair(columns: Columns) -> ParsedRecord:
-    chosen, rejected = as_text(columns.take("chosen"), "'chosen'"), columns.take("rejected")
-    names = ["'chosen'", "'rejected'"]
+    chosen, rejected = columns.take("chosen"), columns.take("rejected")
+    given = {"'chosen'": chosen, "'rejected'": rejected}
     if isinstance(rejected, (list, tuple)) and not (
         rejected and isinstance(rejected[0], Mapping)
     ):  # several, best first
-        names = ["'chosen'", *(f"rejected[{i}]" for i in range(len(rejected)))]
-        others = [as_text(item, name) for item, name in zip(rejected, names[1:], strict=True)]
-    else:
-        others = [as_text(rejected, "'rejected'")]
-    replies = [chosen, *others]
-    rewards = _pair_rewards(columns, len(others))
+        several = {f"rejected[{i}]": item for i, item in enumerate(rejected)}
+        given = {"'chosen'": chosen, **several}
+    names, replies = list(given), [as_text(item, name) for name, item in given.items()]
+    rewards = _pair_rewards(columns, len(replies) - 1)
     whole = all(
         not isinstance(reply, str) and reply and reply[0]["role"] in _PROMPT_ROLES
         for reply in replies
@@ -243,7 +235,7 @@ def _same_prompt_said_twice(columns: Columns, prompt: Text) -> None:
     """A prompt beside whole conversations is used where it says what they begin with."""
     name = columns.first(PROMPT)
     said = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    if name is not None and columns.given[name] in (said, list(prompt)):
+    if name is not None and columns[name] in (said, list(prompt)):
         columns.take(name)
 
 

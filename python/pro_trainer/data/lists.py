@@ -130,7 +130,7 @@ def _usable(parsed: ParsedRecord, report: DataReport, options: DataOptions) -> R
     elif parsed.by_rank:
         ranked = _in_order(ranked, report)
     gaps = _gaps(ranked.rewards, options)
-    kept = choose(best_first(ranked), gaps, options.num_candidates)
+    kept = choose(ranked.best_first(), gaps, options.num_candidates)
     if len(kept) < len(ranked.completions):
         ranked = select(ranked, sorted(kept))
     report.sft_marks_dropped += marked and ranked.sft_index is None
@@ -154,7 +154,7 @@ def _without_empty_and_repeated(ranked: RankedList, report: DataReport) -> Ranke
     first: dict[object, int] = {}  # what a candidate says -> the best candidate that says it
     n = len(ranked.completions)
     prompts = [0] * n if len(ranked.prompts) == 1 else [_key(p) for p in ranked.prompts]
-    for i in best_first(ranked):
+    for i in ranked.best_first():
         text = ranked.completions[i]
         key = prompts[i], _key(text)
         if not any(part.strip() for part in _contents(text)):
@@ -171,19 +171,11 @@ def _without_empty_and_repeated(ranked: RankedList, report: DataReport) -> Ranke
 def _in_order(ranked: RankedList, report: DataReport) -> RankedList:
     """Ranks become an order; of equal ranks the first stays."""
     kept: dict[float, int] = {}
-    for i in best_first(ranked):
+    for i in ranked.best_first():
         kept.setdefault(ranked.rewards[i], i)
     if surplus := len(ranked.completions) - len(kept):
         report.dropped_completions["has the rank of an earlier one"] += surplus
     return replace(select(ranked, list(kept.values())), rewards=None)
-
-
-def best_first(ranked: RankedList) -> list[int]:
-    """Indices of the candidates, best first; of equal rewards the earlier one."""
-    order = list(range(len(ranked.completions)))
-    if ranked.rewards is not None:
-        order.sort(key=lambda i: -ranked.rewards[i])
-    return order
 
 
 def _contents(text: Text) -> Sequence[str]:

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from pro_trainer.data.records import best_first
+
 _STEPS = 10  # of the histogram
 _SHOWN_RANKS = 8
 _BIAS = 0.3  # mean correlation of reward and length that is worth a warning
@@ -60,18 +62,11 @@ class Rankings:
         self.correlations = [0.0, 0.0, 0.0]  # of lists: how many, their sum, that of squares
 
     def add(self, rewards: Sequence[float] | None, lengths: Sequence[int], sign: int = 1) -> None:
-        """Count a list, or (``sign`` -1) uncount it.
-
-        Args:
-            rewards: of the n candidates; None: they stand best first.
-            lengths: of each, in characters.
-            sign: 1 or -1.
-        """
+        """Count a list of these rewards and characters, or (``sign`` -1) uncount it."""
         n = len(lengths)
-        order = sorted(range(n), key=lambda i: -rewards[i]) if rewards is not None else range(n)
-        if rewards is not None:
-            for reward in rewards:
-                self.rewards.add(reward, sign)
+        order = best_first(rewards, n)
+        for reward in rewards or ():
+            self.rewards.add(reward, sign)
         if rewards is not None and n > 1:
             best, second, worst = (rewards[order[place]] for place in (0, 1, -1))
             self.to_second.add(best - second, sign)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pro_trainer.data.fields import Text
+
+
+def best_first(rewards: Sequence[float] | None, n: int) -> list[int]:
+    """Indices of n candidates, best first; of equal rewards, and without any, the earlier one."""
+    return list(range(n)) if rewards is None else sorted(range(n), key=lambda i: -rewards[i])
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,18 @@ class RankedList:
     template: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     where: str = field(default="", compare=False)
+
+    def best_first(self) -> list[int]:
+        """Indices of the candidates, best first; of equal rewards the earlier one."""
+        return best_first(self.rewards, len(self.completions))
+
+    def record(self) -> dict[str, Any]:
+        """The list as JSON Lines hold it; of prompts of their own the first."""
+        found: dict[str, Any] = {"prompt": self.prompts[0], "completions": self.completions}
+        for name in ("rewards", "raw_rewards", "sft_index", "desirable"):
+            if (value := getattr(self, name)) not in (None, {}):
+                found[name] = value
+        return found | self.beside()
 
     def beside(self) -> dict[str, Any]:
         """What a record says of its list beside prompt and candidates: weight and template."""

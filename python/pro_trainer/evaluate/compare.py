@@ -41,7 +41,6 @@ def compare(
     tuned: ListStatistics,
     losses: tuple[Tensor, Tensor] | None = None,  # (L,) each
     weights: Tensor | None = None,  # (L,)
-    seed: int = 0,
 ) -> dict[str, Difference]:
     """Pairwise accuracy, top-1 accuracy, Kendall's tau-b, NDCG and, where given, loss.
 
@@ -59,37 +58,26 @@ def compare(
     if losses is not None:
         weights = torch.ones_like(losses[0]) if weights is None else weights
         measures["loss"] = (losses[0] * weights, losses[1] * weights, weights)
-    return {
-        name: found for name, sums in measures.items() if (found := difference(*sums, seed=seed))
-    }
+    return {name: found for name, sums in measures.items() if (found := difference(*sums))}
 
 
-def intervals(statistics: ListStatistics, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+def intervals(statistics: ListStatistics) -> dict[str, tuple[float, float, float]]:
     """The measures of one model: value, and the ends of its interval."""
-    nothing = statistics._replace(
-        right=torch.zeros_like(statistics.right),
-        top1=torch.zeros_like(statistics.top1),
-        kendall_tau=torch.zeros_like(statistics.kendall_tau),
-        ndcg=torch.zeros_like(statistics.ndcg),
-    )
-    found = compare(nothing, statistics, seed=seed)
+    kept = statistics[:2]  # candidates and pairs
+    nothing = ListStatistics(*kept, *map(torch.zeros_like, statistics[2:]))
+    found = compare(nothing, statistics)
     return {name: (x.tuned, x.low, x.high) for name, x in found.items()}
 
 
 def as_rows(found: Mapping[str, Difference]) -> dict[str, dict[str, float]]:
     """For JSON: ``base``, ``tuned``, ``difference``, ``low`` and ``high`` by measure."""
-    return {
-        name: {"base": x.base, "tuned": x.tuned, "difference": x.change, "low": x.low,
-               "high": x.high}
-        for name, x in found.items()
-    }  # fmt: skip
+    return {name: {**x._asdict(), "difference": x.change} for name, x in found.items()}
 
 
 def difference(
     base: Tensor,  # (L,)
     tuned: Tensor,  # (L,)
     weight: Tensor,  # (L,)
-    seed: int = 0,
 ) -> Difference | None:
     """Of sums over lists, divided by that of ``weight``; None where no list defines both.
 
@@ -100,7 +88,7 @@ def difference(
     base, tuned, weight = base[counts], tuned[counts], weight[counts]
     if not len(weight):
         return None
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)  # the same lists for the same data
     rounds = max(1, _DRAWN_AT_ONCE // len(weight))
     parts = []
     for done in range(0, RESAMPLES, rounds):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from pro_trainer.data.fields import plain
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.sampling import bleu, sample
 from pro_trainer.text.encode import Encoder
 
@@ -54,16 +56,14 @@ def generate_answers(
     prompts = [x.prompts[min(i, len(x.prompts) - 1)] for x, i in zip(lists, best, strict=True)]
     asked = [replace(x, prompts=(prompt,)) for x, prompt in zip(lists, prompts, strict=True)]
     completions = [x.completions[i] for x, i in zip(lists, best, strict=True)]
-    made = sample(
-        model,
-        encoder.tokenizer,
-        asked,
+    options = PrepareArguments(
+        num_samples=1,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        stop=[],
         batch_size=batch_size,
         max_prompt_length=max_prompt_length,
-        encoder=encoder,
     )
+    made = sample(model, encoder, asked, options)
     answers = [texts[0] for texts in made]
     rows: list[dict[str, Any]] = [
         {"prompt": prompt, "answer": answer, "best_completion": completion}
@@ -71,7 +71,7 @@ def generate_answers(
     ]
     found: dict[str, Any] = {
         "prompts": len(prompts),
-        "bleu": bleu([x.strip() for x in answers], [_text(x).strip() for x in completions]),
+        "bleu": bleu([x.strip() for x in answers], [plain(x).strip() for x in completions]),
     }
     if reward_model is not None:
         reward_model.model.to(next(model.parameters()).device)
@@ -89,9 +89,3 @@ def generate_answers(
 def _best(rewards: Sequence[float] | None) -> int:
     """Place of the highest reward; lists without rewards are in order, best first."""
     return 0 if rewards is None else max(range(len(rewards)), key=rewards.__getitem__)
-
-
-def _text(completion: str | Sequence[dict[str, str]]) -> str:
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(message["content"] for message in completion)

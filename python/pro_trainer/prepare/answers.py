@@ -1,4 +1,4 @@
-"""What servers are asked for and how, and what their failures mean for those who ask."""
+"""What failures of servers mean for those who ask, and what may be said of them."""
 
 from __future__ import annotations
 
@@ -11,46 +11,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-from pro_trainer.options import check_integers, check_positive
-
-LONGEST_WAIT = 60.0  # seconds between two tries, unless a server asks for more
 _BUSY = (429, 502, 503, 504)
 _FOR_ALL = (401, 403, 404)  # what one request is told, all are
-
-
-@dataclass(frozen=True)
-class ClientOptions:
-    """How servers are asked.
-
-    Attributes:
-        concurrency: requests under way at once, over all servers.
-        timeout: seconds for an answer, from the connection to its last byte.
-        retries: how often a request that failed by itself is sent again.
-        patience: seconds without any answer of any server, after which the run stops.
-        requests_per_second: at most, over all servers; None: no limit.
-        max_bytes: of an answer; a longer one is not read to its end.
-        api_key_env: name of the environment variable that holds the key; None: no key.
-        first_wait: seconds before a second try; they double from try to try.
-
-    Raises:
-        TypeError, ValueError: a number out of range.
-    """
-
-    concurrency: int = 64
-    timeout: float = 600.0
-    retries: int = 8
-    patience: float = 600.0
-    requests_per_second: float | None = None
-    max_bytes: int = 4 << 20
-    api_key_env: str | None = None
-    first_wait: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_integers(self, "concurrency", "retries", "max_bytes")
-        check_positive(self, "concurrency", "timeout", "patience", "requests_per_second")
-        check_positive(self, "max_bytes", "first_wait")
-        if self.retries < 0:
-            raise ValueError(f"retries must be at least 0, got {self.retries}")
 
 
 @dataclass(frozen=True)
@@ -62,11 +24,7 @@ class Failure:
 
 
 class ServerError(ConnectionError):
-    """No server can go on: none answers, or all requests are refused for a reason they share.
-
-    Attributes:
-        for_all: the latter.
-    """
+    """No server can go on: none answers, or (``for_all``) all requests are refused alike."""
 
     def __init__(self, text: str, for_all: bool = False) -> None:
         super().__init__(text)
@@ -109,11 +67,7 @@ def check_url(url: str) -> None:
 
 
 def read_key(name: str | None) -> str:
-    """The key that an environment variable holds; "" without a name.
-
-    Raises:
-        ValueError: it is not set, or cannot stand in a header.
-    """
+    """The key in an environment variable ("" without a name); ValueError where none can be sent."""
     if name is None:
         return ""
     key = os.environ.get(name, "").strip()

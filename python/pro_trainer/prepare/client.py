@@ -2,9 +2,9 @@
 
 A request that fails for a reason that may pass is sent again, later and to the next server. What
 a busy or absent server does (429, 502, 503, 504, no connection) costs a request nothing: it waits
-until one of the servers answers again, at most ``patience`` seconds without any answer. What may
+until one of the servers answers again, at most ``server_patience`` seconds without any. What may
 be the request's own fault (another 5xx, a time-out, a broken, malformed or too large answer) is
-borne ``retries`` times. A refusal (another 4xx, a redirect) is final.
+borne ``server_retries`` times. A refusal (another 4xx, a redirect) is final.
 
 The key is read from the environment, sent as a bearer token, and cut out of what servers say.
 """
@@ -24,22 +24,16 @@ from typing import Any, TypeVar
 import httpx
 
 from pro_trainer.data.read import decode_line
-from pro_trainer.prepare.answers import (
-    LONGEST_WAIT,
-    ClientOptions,
-    Failed,
-    Failure,
-    ServerError,
-    check_url,
-    kind_of,
-    read_key,
-    readable,
-    retry_after,
-)
+from pro_trainer.prepare import answers
+from pro_trainer.prepare.answers import Failed, Failure, ServerError
+from pro_trainer.prepare.options import ServerOptions
 
 Request = tuple[str, Any]  # path behind a base URL; JSON to post, None: to get
 T = TypeVar("T")
 
+LONGEST_WAIT = 60.0  # seconds between two tries, unless a server asks for more
+FIRST_WAIT = 0.5  # seconds before a second try; they double from try to try
+MAX_BYTES = 4 << 20  # of an answer; a longer one is not read to its end
 _WINDOW = 4  # requests under way or answered ahead of their turn, for each that may run
 
 
@@ -70,21 +64,19 @@ class Client:
         failures: tries that failed, by reason; of a request that was answered later, too.
     """
 
-    def __init__(self, urls: Sequence[str], options: ClientOptions | None = None) -> None:
+    def __init__(self, urls: Sequence[str], options: ServerOptions | None = None) -> None:
         """Take base URLs, to which the paths of the requests are appended.
 
         Raises:
-            ValueError: none, one that is no http URL or holds a password or a query; a key that
-                the environment lacks or that no header can hold.
+            ValueError: one that is no http URL or holds a password or a query; a key that the
+                environment lacks or that no header can hold.
         """
-        if not urls:
-            raise ValueError("urls: no server given")
         for url in urls:
-            check_url(url)
-        self.options = options or ClientOptions()
+            answers.check_url(url)
+        self.options = options or ServerOptions()
         self.failures: Counter[str] = Counter()
         self._servers = [_Server(url.rstrip("/")) for url in urls]
-        self._key = read_key(self.options.api_key_env)
+        self._key = answers.read_key(self.options.api_key_env)
         self._turn = 0
         self._next_start = 0.0
         self._answered = 0.0  # when any server last did
@@ -100,7 +92,7 @@ class Client:
             headers["Authorization"] = f"Bearer {self._key}"
         self._free = asyncio.Semaphore(self.options.concurrency)
         limits = httpx.Limits(max_connections=self.options.concurrency)
-        connect = min(10.0, self.options.timeout)
+        connect = min(10.0, self.options.server_timeout)
         self._http = httpx.AsyncClient(
             headers=headers, limits=limits, timeout=httpx.Timeout(None, connect=connect)
         )
@@ -134,8 +126,8 @@ class Client:
                 that is malformed, which is then asked for again.
 
         Raises:
-            ServerError: no server answered for ``patience`` seconds; the key, the model or the
-                path is refused (401, 403, 404); a request was sent in vain ``retries`` times, and
+            ServerError: no server answered for ``server_patience`` seconds; the key, the model or
+                the path is refused (401, 403, 404); a request failed ``server_retries`` times, and
                 one that was answered before is not answered any more.
         """
         pending: deque[Future[T | Failure | ServerError]] = deque()
@@ -154,10 +146,8 @@ class Client:
     async def _answer(
         self, request: Request, read: Callable[[Any], T]
     ) -> T | Failure | ServerError:
-        """Send a request until there is an answer or no hope.
-
-        Errors are returned: of those raised in tasks that nobody waits for, asyncio complains.
-        """
+        """Send a request until there is an answer or no hope."""
+        # Errors are returned: of those raised in tasks that nobody waits for, asyncio complains.
         begun = time.monotonic()
         own_faults = tries = 0
         while True:
@@ -178,7 +168,7 @@ class Client:
             self.failures[failed.reason] += 1
             server.count(failed=failed.kind in ("server", "both"))
             server.rests_until = max(server.rests_until, time.monotonic() + failed.wait)
-            detail = readable(failed.detail, self._key)
+            detail = answers.readable(failed.detail, self._key)
             told = f"{server.url}{request[0]}: {failed.reason}" + (f" ({detail})" if detail else "")
             if failed.kind == "all":
                 return ServerError(told, for_all=True)
@@ -186,14 +176,14 @@ class Client:
                 self._answered = time.monotonic()
                 return Failure(failed.reason, detail)
             own_faults += failed.kind in ("own", "both")
-            if own_faults > self.options.retries:
+            if own_faults > self.options.server_retries:
                 if await self._works():
                     return Failure(failed.reason, detail)
                 return ServerError(f"{told}, {own_faults} times, and nothing else is answered")
             quiet = time.monotonic() - max(begun, self._answered)
-            if quiet > self.options.patience:
+            if quiet > self.options.server_patience:
                 return ServerError(f"no answer from any server in {quiet:.0f} seconds; {told}")
-            longest = min(LONGEST_WAIT, self.options.first_wait * 2 ** min(tries, 16))
+            longest = min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(tries, 16))
             tries += 1
             await asyncio.sleep(longest * random.uniform(0.5, 1))
 
@@ -207,11 +197,7 @@ class Client:
         return False
 
     async def _send(self, server: _Server, request: Request) -> Any:
-        """One try: the JSON of the answer.
-
-        Raises:
-            Failed: there is none.
-        """
+        """One try: the JSON of the answer; Failed where there is none."""
         path, body = request
         status = 0
 
@@ -223,16 +209,16 @@ class Client:
                 content = bytearray()
                 async for piece in response.aiter_bytes():
                     content += piece
-                    if len(content) > self.options.max_bytes:
-                        raise Failed("answer too large", "own", f"> {self.options.max_bytes} B")
+                    if len(content) > MAX_BYTES:
+                        raise Failed("answer too large", "own", f"> {MAX_BYTES} B")
                 if status != 200:
-                    wait = retry_after(response.headers.get("Retry-After", ""))
+                    wait = answers.retry_after(response.headers.get("Retry-After", ""))
                     text = content[:2000].decode(errors="replace")
-                    raise Failed(f"HTTP {status}", kind_of(status), text, wait)
+                    raise Failed(f"HTTP {status}", answers.kind_of(status), text, wait)
                 return bytes(content)
 
         try:
-            return decode_line(await asyncio.wait_for(answer(), self.options.timeout))
+            return decode_line(await asyncio.wait_for(answer(), self.options.server_timeout))
         except (asyncio.TimeoutError, httpx.TimeoutException) as error:
             kind = "server" if isinstance(error, httpx.ConnectTimeout) else "both"
             raise Failed("time-out", kind) from None

@@ -5,6 +5,8 @@ Shapes: S sequences of one batch, V vocabulary, T new tokens.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,20 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from pro_trainer.data.records import RankedList
+from pro_trainer.data.transcripts import is_transcript
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Samples = tuple[list[str], Counter[str]]  # of a prompt, and counts of what befell them
+
+
+def list_seed(seed: int, generator: str, index: int) -> int:
+    """A seed of 63 bits for one list and generator, far from those of its neighbours."""
+    digest = hashlib.blake2b(f"{seed} {generator} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def token_uniforms(seed: int, num_samples: int, steps: int) -> Tensor:
@@ -41,9 +55,8 @@ class TokenPicker(LogitsProcessor):
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
         uniform = self.uniforms[:, self.step, None].to(scores.device, wide)  # (S, 1)
         self.step += 1
-        probabilities = (scores.to(wide) / self.temperature.to(scores.device, wide)).softmax(
-            -1
-        )  # (S, V)
+        heat = self.temperature.to(scores.device, wide)
+        probabilities = (scores.to(wide) / heat).softmax(-1)  # (S, V)
         order = None
         if self.top_p < 1:
             probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -97,3 +110,14 @@ class StopAtText(StoppingCriteria):
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Text without special tokens, its spaces as they are."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def up_to(stops: Sequence[str], text: str) -> str:
+    """A text before the first of these strings."""
+    cuts = [at for at in map(text.find, stops) if at >= 0]
+    return text[: min(cuts, default=None)]
+
+
+def as_replies(ranked: RankedList, texts: list[str]) -> list[str]:
+    """What a chat model said, as the replies of a transcript begin where the prompt is one."""
+    return [f" {x.strip()}" for x in texts] if is_transcript(ranked.prompts[0]) else texts

@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pro_trainer.files import destroyed, lies_in
 
@@ -115,19 +115,22 @@ class PartialFile:
                 f"{self.path} is there, but not what it was begun with ({self.settings_path}: "
                 f"{error}); start over with --overwrite"
             ) from None
-        names = sorted(
-            name for name in before.keys() | settings.keys()
-            if before.get(name) != settings.get(name)
-        )  # fmt: skip
-        if names and not overwrite:
-            changes = "; ".join(
-                f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in names
-            )
+        changed = changes(before, settings)
+        if changed and not overwrite:
             raise ValueError(
-                f"{self.path} was begun with other settings: {changes}. Finish it with those, or "
+                f"{self.path} was begun with other settings: {changed}. Finish it with those, or "
                 "start over with --overwrite"
             )
-        return not names
+        return not changed
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which settings differ, and how; "" where none does."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    )
 
 
 def check_output(output: Path, overwrite: bool, read: Iterable[str]) -> None:
@@ -197,33 +200,22 @@ def file_identity(source: str) -> dict[str, Any]:
 
 
 def _keep_whole_groups(path: Path, group_size: int, keys: Collection[str]) -> int:
-    """Cut the file behind its last whole group of whole lines; how many lines are left.
-
-    Raises:
-        ValueError: a whole line is none that was written here.
-    """
+    """Cut the file behind its last whole group of whole lines; how many lines are left."""
+    position = end = kept = 0
     with open(path, "r+b") as file:
-        end, kept = _whole_groups(path, file, group_size, keys)
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break  # the last one, cut off
+            if not _has_keys(line, keys):
+                raise ValueError(
+                    f"{path}:{number}: damaged, or not of this program; start over with --overwrite"
+                )
+            position += len(line)
+            if number % group_size == 0:
+                end, kept = position, number
         file.truncate(end)
         os.fsync(file.fileno())
     return kept
-
-
-def _whole_groups(
-    path: Path, file: BinaryIO, group_size: int, keys: Collection[str]
-) -> tuple[int, int]:
-    position = end = kept = 0
-    for number, line in enumerate(file, 1):
-        if not line.endswith(b"\n"):
-            break  # the last one, cut off
-        if not _has_keys(line, keys):
-            raise ValueError(
-                f"{path}:{number}: damaged, or not of this program; start over with --overwrite"
-            )
-        position += len(line)
-        if number % group_size == 0:
-            end, kept = position, number
-    return end, kept
 
 
 def _has_keys(line: bytes, keys: Collection[str]) -> bool:

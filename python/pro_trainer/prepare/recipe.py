@@ -12,19 +12,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pro_trainer.data.choose import choose
-from pro_trainer.data.options import Select
+from pro_trainer.data.choose import choose, without_near_duplicates
+from pro_trainer.data.lists import select
 from pro_trainer.data.records import RankedList
-from pro_trainer.data.transcripts import is_transcript
-from pro_trainer.prepare.combine import Combination, without_near_duplicates
-from pro_trainer.prepare.options import SamplingOptions, list_seed
+from pro_trainer.prepare.draws import Samples, as_replies, list_seed
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.prepare.output import defined
-from pro_trainer.prepare.pool import DATA, Pool
+from pro_trainer.prepare.pool import DATA, Normalize, Pool, combined
 from pro_trainer.prepare.rewards.base import Scorer
 from pro_trainer.prepare.sampling import prompt_limit, sample
 from pro_trainer.text.encode import Encoder
@@ -41,33 +40,29 @@ LINE_KEYS = ("record", "dropped", "samples", "lost", "notes", "scored", "chosen_
              "chosen_first_of_data")  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generator:
     """A causal LM that candidates are sampled from, under the name it has in ``sources``."""
 
     name: str
     model: nn.Module
     encoder: Encoder
+    options: PrepareArguments
 
-
-@dataclass(frozen=True)
-class Selection:
-    """Which candidates are kept; see ``choose``.
-
-    Attributes:
-        near_duplicates: share of common pieces from which on a candidate repeats an earlier one;
-            None: only equal ones do.
-        length: how many are kept; None: all.
-        select: which.
-        bottom: how many of them are the worst.
-        sft: what ``sft_index`` marks: the best, or the chosen one, which is then always kept.
-    """
-
-    near_duplicates: float | None = None
-    length: int | None = None
-    select: Select = "spread"
-    bottom: int = 0
-    sft: Literal["best", "chosen"] = "best"
+    def samples(self, lists: Sequence[RankedList], first_index: int) -> list[Samples]:
+        """Of each list's prompt, and counts of what befell them."""
+        options, encoder = self.options, self.encoder
+        indices = range(first_index, first_index + len(lists))
+        seeds = [list_seed(options.seed, self.name, index) for index in indices]
+        samples = sample(self.model, encoder, lists, options, seeds)
+        limit = prompt_limit(self.model, options.max_new_tokens, options.max_prompt_length)
+        made = []
+        for ranked, texts in zip(lists, samples, strict=True):
+            if encoder.writer.under_template(ranked):
+                texts = as_replies(ranked, texts)
+            _, cut = encoder.prompt(ranked, limit)
+            made.append((texts, Counter(prompts_cut=int(cut is not None))))
+        return made
 
 
 @dataclass(frozen=True)
@@ -75,10 +70,8 @@ class Recipe:
     """Makes lines of the output (with their counts) from ranked lists."""
 
     generators: Sequence[Generator | Served]
-    sampling: SamplingOptions
     rewards: Sequence[Scorer]
-    combination: Combination
-    selection: Selection
+    options: PrepareArguments
 
     def lines(self, lists: Sequence[RankedList], first_index: int) -> list[dict[str, Any]]:
         """One line a list: its record, or why it was dropped, and its counts.
@@ -89,73 +82,42 @@ class Recipe:
         """
         pools = [Pool.of(ranked) for ranked in lists]
         for generator in self.generators:
-            made = self.samples(generator, lists, first_index)
+            made = generator.samples(lists, first_index)
             for pool, (texts, counts) in zip(pools, made, strict=True):
                 pool.extend(texts, generator.name)
                 pool.samples[generator.name].update(counts)
-        if (share := self.selection.near_duplicates) is not None:
+        if (share := self.options.near_duplicates) is not None:
             for pool in pools:
-                kept = without_near_duplicates(pool.completions, share, pool.chosen)
+                kept = without_near_duplicates(pool.ranked.completions, share, pool.chosen)
                 pool.keep(kept, NEAR)
         if self.rewards:
             self.score(pools)
         return [self._line(pool) for pool in pools]
 
-    def samples(
-        self, generator: Generator | Served, lists: Sequence[RankedList], first_index: int
-    ) -> list[tuple[list[str], Counter[str]]]:
-        """Of each list's prompt, and counts of what befell them."""
-        made: list[tuple[list[str], Counter[str]]] = []
-        if not isinstance(generator, Generator):
-            for ranked in lists:
-                texts, counts = generator.take()
-                if is_transcript(ranked.prompts[0]) and generator.servers.api == "chat":
-                    texts = [f" {text.strip()}" for text in texts]
-                made.append((texts, counts))
-            return made
-        options = self.sampling
-        model, encoder = generator.model, generator.encoder
-        indices = range(first_index, first_index + len(lists))
-        samples = sample(
-            model,
-            encoder.tokenizer,
-            lists,
-            num_samples=options.num_samples,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperatures,
-            top_p=options.top_p,
-            seeds=[list_seed(options.seed, generator.name, index) for index in indices],
-            batch_size=options.batch_size,
-            stop_strings=options.stop_strings,
-            max_prompt_length=options.max_prompt_length,
-            encoder=encoder,
-        )
-        limit = prompt_limit(model, options.max_new_tokens, options.max_prompt_length)
-        for ranked, texts in zip(lists, samples, strict=True):
-            if is_transcript(ranked.prompts[0]) and encoder.writer.under_template(ranked):
-                texts = [f" {text.strip()}" for text in texts]  # as replies of transcripts begin
-            _, cut = encoder.prompt(ranked, limit)
-            made.append((texts, Counter(prompts_cut=int(cut is not None))))
-        return made
-
     def score(self, pools: Sequence[Pool]) -> None:
         """Rewards of all candidates; those that a reward gives no score are lost."""
-        texts = [(pool.ranked, text) for pool in pools for text in pool.completions]
-        for pool in pools:
-            pool.raw = {}
+        texts = [(pool.given, text) for pool in pools for text in pool.ranked.completions]
+        raw: list[dict[str, tuple[float, ...]]] = [{} for _ in pools]
         unscored: set[tuple[int, int]] = set()
         for reward in self.rewards:
             scores = iter(reward.score(texts))
             for p, pool in enumerate(pools):
-                found = [next(scores) for _ in pool.completions]
+                found = [next(scores) for _ in pool.sources]
                 pool.notes[reward.name].update(note for score in found for note in score.notes)
                 unscored |= {(p, i) for i, score in enumerate(found) if score.value is None}
-                pool.raw[reward.name] = [score.value or 0.0 for score in found]
+                raw[p][reward.name] = tuple(score.value or 0.0 for score in found)
         for p, pool in enumerate(pools):
-            scored = [i for i in range(len(pool.completions)) if (p, i) not in unscored]
-            pool.rewards = None
+            pool.ranked = replace(pool.ranked, rewards=None, raw_rewards=raw[p])
+            scored = [i for i in range(len(pool.sources)) if (p, i) not in unscored]
             pool.keep(scored, "without a score")
-            pool.rewards = self.combination.rewards(pool.raw, pool.lengths()) if scored else []
+            rewards = self.combined(pool, self.options.normalize) if scored else ()
+            pool.ranked = replace(pool.ranked, rewards=tuple(rewards))
+
+    def combined(self, pool: Pool, normalize: Normalize) -> list[float]:
+        """One reward of each candidate."""
+        weights = {reward.name: reward.weight for reward in self.rewards}
+        penalty = self.options.length_penalty
+        return combined(pool.ranked.raw_rewards, weights, pool.lengths(), normalize, penalty)
 
     def _line(self, pool: Pool) -> dict[str, Any]:
         record, dropped = self._record(pool)
@@ -166,54 +128,44 @@ class Recipe:
             "lost": pool.lost,
             "notes": pool.notes,
             "scored": {
-                "rewards": pool.rewards, "lengths": pool.lengths(), "sources": pool.sources
+                "rewards": pool.ranked.rewards, "lengths": pool.lengths(), "sources": pool.sources
             },
             **self._agreement(pool),
         }  # fmt: skip
 
     def _record(self, pool: Pool) -> tuple[dict[str, Any] | None, str | None]:
         """What is written of a list, or None and why nothing is."""
-        selection = self.selection
-        if len(pool.completions) < 2:
+        options, ranked, by_data = self.options, pool.ranked, self.options.sft == "chosen"
+        if len(ranked.completions) < 2:
             return None, TOO_FEW
-        if selection.sft == "chosen" and pool.chosen is None:
+        if by_data and pool.chosen is None:
             return None, CHOSEN_LOST
         kept = choose(
-            pool.order(),
-            pool.rewards,
-            selection.length,
-            pool.chosen if selection.sft == "chosen" else None,
-            select=selection.select,
-            bottom=selection.bottom,
-            texts=pool.completions,
+            ranked.best_first(),
+            ranked.rewards,
+            options.ranking_length,
+            pool.chosen if by_data else None,
+            select=options.select,
+            bottom=options.bottom,
+            texts=ranked.completions,
         )
-        rewards = None if pool.rewards is None else [pool.rewards[i] for i in kept]
-        if rewards is not None and len(set(rewards)) == 1:
-            return None, ALL_EQUAL if len(set(pool.rewards or ())) == 1 else KEPT_EQUAL
-        chosen = kept.index(pool.chosen) if pool.chosen in kept else None
-        record = {
-            "prompt": pool.prompt,
-            "completions": [pool.completions[i] for i in kept],
-            "rewards": rewards,
-            "raw_rewards": {name: [of_all[i] for i in kept] for name, of_all in pool.raw.items()},
-            "sft_index": chosen if selection.sft == "chosen" else 0,
-            "chosen_index": chosen,
+        written = select(ranked, kept)
+        if written.rewards is not None and len(set(written.rewards)) == 1:
+            return None, ALL_EQUAL if len(set(ranked.rewards or ())) == 1 else KEPT_EQUAL
+        record = written.record() | {
+            "sft_index": written.sft_index if by_data else 0,
+            "chosen_index": written.sft_index,
             "sources": [pool.sources[i] for i in kept],
         }
-        if rewards is None:
-            del record["rewards"]
-        if not pool.raw:
-            del record["raw_rewards"]
-        record |= pool.ranked.beside()
         taken = {name for reward in self.rewards for name in reward.taken} - record.keys()
-        others = {name: x for name, x in pool.ranked.columns.items() if name in taken}
+        others = {name: x for name, x in ranked.columns.items() if name in taken}
         return record | defined(json.loads(json.dumps(others, default=str))), None
 
     def _agreement(self, pool: Pool) -> dict[str, Any]:
         """Whether the rewards prefer what the data prefers; None where that is unknown."""
-        if not self.rewards or pool.chosen is None or len(pool.completions) < 2:
+        if not self.rewards or pool.chosen is None or len(pool.sources) < 2:
             return {"chosen_first": None, "chosen_first_of_data": None}
-        order = pool.order()
+        order = pool.ranked.best_first()
         of_data = [i for i in order if pool.sources[i] == DATA]
         return {
             "chosen_first": order[0] == pool.chosen,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,8 +23,9 @@ from transformers import GenerationConfig
 
 from pro_trainer.data.fields import Text
 from pro_trainer.data.records import RankedList
-from pro_trainer.models import causal_lm
-from pro_trainer.prepare.draws import StopAtText, TokenPicker, decode, token_uniforms
+from pro_trainer.models import causal_lm, evaluating
+from pro_trainer.prepare.draws import StopAtText, TokenPicker, decode, token_uniforms, up_to
+from pro_trainer.prepare.options import PrepareArguments
 from pro_trainer.text.encode import Encoder
 
 if TYPE_CHECKING:
@@ -35,77 +36,62 @@ _CONTEXT_TOKENS = 16  # of the prompt, decoded with the new tokens so that these
 
 def sample(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     prompts: Sequence[Text | RankedList],
-    *,
-    num_samples: int = 1,
-    max_new_tokens: int = 128,
-    temperature: float | Sequence[float] = 1.0,
-    top_p: float = 1.0,
-    do_sample: bool = True,
+    options: PrepareArguments,
     seeds: Sequence[int] | None = None,
-    batch_size: int = 16,
-    stop_strings: Sequence[str] = (),
-    max_prompt_length: int | None = None,
-    encoder: Encoder | None = None,
 ) -> list[list[str]]:
-    """``num_samples`` continuations of every prompt: the new text only, up to EOS.
+    """Continuations of every prompt, ``options.num_samples`` each: the new text only, up to EOS.
 
     The model's modes, its generation config and the tokenizer are left as they were found.
 
     Args:
         model: causal LM, PEFT-wrapped or not, on its device.
-        tokenizer: its tokenizer; neither a pad nor an EOS token is needed.
-        prompts: strings, messages or lists (of which the first prompt), which ``encoder`` makes
-            ids of.
-        num_samples: continuations a prompt.
-        max_new_tokens: most tokens of one.
-        temperature: divides the logits, > 0; several: of the samples of a prompt in turn.
-        top_p: only the likeliest tokens that reach this share together are drawn from, (0, 1].
-        do_sample: False: the likeliest token at every step (``num_samples`` must be 1).
-        seeds: one integer a prompt; needed where ``do_sample``.
-        batch_size: sequences run together.
-        stop_strings: a continuation ends before the first of these.
-        max_prompt_length: tokens, to which a longer prompt is cut as in training. Default: what
-            the model's context leaves.
-        encoder: of the tokenizer. Default: one with the default options.
+        encoder: makes the ids; its tokenizer needs neither a pad nor an EOS token.
+        prompts: strings, messages or lists (of which the first prompt), cut as in training.
+        options: how many, how long, from which distribution, up to which strings; several
+            temperatures are those of the samples of a prompt in turn.
+        seeds: one integer a prompt; None: the likeliest token at every step.
 
     Raises:
-        ValueError: an option out of range, messages without a chat template, a model whose logits
+        ValueError: messages without a chat template, no room for a prompt, a model whose logits
             are not finite numbers.
     """
-    temperatures = [temperature] if isinstance(temperature, (int, float)) else list(temperature)
-    _check_options(prompts, num_samples, max_new_tokens, temperatures, top_p, do_sample, seeds)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if isinstance(stop_strings, str) or not all(stop_strings):
-        raise ValueError(f"stop_strings: a list of strings that are not empty, got {stop_strings}")
-    lm = causal_lm(model)
-    limit = prompt_limit(lm, max_new_tokens, max_prompt_length)
-    encoder = encoder or Encoder(tokenizer)
+    lm, tokenizer, n = causal_lm(model), encoder.tokenizer, options.num_samples
+    limit = prompt_limit(lm, options.max_new_tokens, options.max_prompt_length)
     encoded = [encoder.prompt(prompt, limit)[0] for prompt in prompts]
-    uniforms = None
-    if do_sample:
-        draws = [token_uniforms(seed, num_samples, max_new_tokens) for seed in seeds]
-        uniforms = torch.cat(draws) if draws else None  # (prompts * num_samples, T)
-    texts: list[list[str]] = [[""] * num_samples for _ in prompts]
+    draws = [token_uniforms(seed, n, options.max_new_tokens) for seed in seeds or ()]
+    uniforms = torch.cat(draws) if draws else None  # (prompts * n, T)
+    texts: list[list[str]] = [[""] * n for _ in prompts]
     # Longest first: little padding, and what does not fit in memory shows at once.
-    rows = [(p, k) for p in range(len(prompts)) for k in range(num_samples)]
+    rows = [(p, k) for p in range(len(prompts)) for k in range(n)]
     rows.sort(key=lambda row: -len(encoded[row[0]]))
-    with _for_generation(lm, tokenizer, max_new_tokens):
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+    heats = torch.tensor(options.temperature, dtype=torch.float64)
+    with _for_generation(lm, tokenizer, options.max_new_tokens):
+        for start in range(0, len(rows), options.batch_size):
+            batch = rows[start : start + options.batch_size]
             picker = []
             if uniforms is not None:
-                index = torch.tensor([p * num_samples + k for p, k in batch])
-                heat = torch.tensor([[temperatures[k % len(temperatures)]] for _, k in batch],
-                                    dtype=torch.float64)  # fmt: skip
-                picker = [TokenPicker(uniforms[index], heat, top_p)]
+                index = torch.tensor([p * n + k for p, k in batch])
+                heat = heats[[k % len(heats) for _, k in batch], None]
+                picker = [TokenPicker(uniforms[index], heat, options.top_p)]
             ids = [encoded[p] for p, _ in batch]
-            new_texts = _continue(lm, tokenizer, ids, picker, stop_strings)
+            new_texts = _continue(lm, tokenizer, ids, picker, options.stop)
             for (p, k), text in zip(batch, new_texts, strict=True):
                 texts[p][k] = text
     return texts
+
+
+def greedy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+) -> list[str]:
+    """The likeliest continuation of prompts that are token ids, in one batch."""
+    lm = causal_lm(model)
+    with torch.no_grad(), _for_generation(lm, tokenizer, max_new_tokens):
+        return _continue(lm, tokenizer, prompts, [], ())
 
 
 def prompt_limit(
@@ -123,8 +109,6 @@ def prompt_limit(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the "
             f"{context} positions of {type(model).__name__}"
         )
-    if max_prompt_length is not None and max_prompt_length < 1:
-        raise ValueError(f"max_prompt_length must be at least 1, got {max_prompt_length}")
     return room if max_prompt_length is None else min(room, max_prompt_length)
 
 
@@ -171,9 +155,7 @@ def _continue(
     for row, new in enumerate(output[:, length:].tolist()):
         new = new[: stop[0].ends[row]] if stop else new
         new = new[: next((i for i, token in enumerate(new) if token in ends), None)]
-        text = _new_text(tokenizer, ids[row], new)
-        cuts = [at for at in map(text.find, stop_strings) if at >= 0]
-        texts.append(text[: min(cuts, default=None)])
+        texts.append(up_to(stop_strings, _new_text(tokenizer, ids[row], new)))
     return texts
 
 
@@ -190,7 +172,6 @@ def _for_generation(
 ) -> Iterator[None]:
     """Evaluation mode and a generation config with nothing but the ends; both are put back."""
     before = model.generation_config
-    modes = {module: module.training for module in model.modules()}
     of_model = before.eos_token_id if before is not None else None
     of_model = of_model if isinstance(of_model, (list, tuple)) else [of_model]
     ends = sorted({end for end in (*of_model, tokenizer.eos_token_id) if end is not None})
@@ -209,40 +190,8 @@ def _for_generation(
         use_cache=True,
     )
     model.generation_config = config
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = before
-        for module, training in modes.items():
-            module.training = training
-
-
-def _check_options(
-    prompts: Sequence[Any],
-    num_samples: int,
-    max_new_tokens: int,
-    temperatures: Sequence[float],
-    top_p: float,
-    do_sample: bool,
-    seeds: Sequence[int] | None,
-) -> None:
-    if num_samples < 1 or max_new_tokens < 1:
-        raise ValueError(
-            "num_samples and max_new_tokens must be at least 1, got "
-            f"{num_samples} and {max_new_tokens}"
-        )
-    if not temperatures:
-        raise ValueError("temperature: none was given")
-    for temperature in temperatures:
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and > 0, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-    if not do_sample and num_samples > 1:
-        raise ValueError(
-            f"do_sample=False gives one text a prompt, but num_samples is {num_samples}"
-        )
-    if do_sample and (seeds is None or len(seeds) != len(prompts)):
-        given = "none" if seeds is None else len(seeds)
-        raise ValueError(f"seeds: one for each of the {len(prompts)} prompts, got {given}")

@@ -8,7 +8,7 @@ Shapes: S texts of one batch, padded to T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from pro_trainer.data.fields import Text
 from pro_trainer.data.records import RankedList
 from pro_trainer.models import first_line, load_tokenizer, quiet
+from pro_trainer.prepare.rewards.base import Score, Scored, Scorer, Spec
 from pro_trainer.text.encode import Encoder
 from pro_trainer.text.options import ListOptions
 
@@ -197,3 +198,23 @@ def _check_labels(num_labels: int, path: str) -> None:
             f"{path}: a reward model gives one number a text (num_labels=1), this classifier has "
             f"num_labels={num_labels}"
         )
+
+
+class Classifier(Scorer):
+    """A ``RewardModel`` as a reward, loaded when its context begins."""
+
+    def __init__(self, spec: Spec, load: Callable[[], RewardModel]) -> None:
+        super().__init__(spec)
+        self._load = load
+
+    def __enter__(self) -> Classifier:
+        """Load it."""
+        self.model = self._load()
+        return self
+
+    def score(self, texts: Sequence[Scored]) -> list[Score]:
+        """Scores in batches of like length."""
+        encoded = [self.model.encode(*text) for text in texts]
+        values = self.model.score_ids([ids for ids, _ in encoded])
+        notes = [("texts cut to its length",) if cut else () for _, cut in encoded]
+        return [Score(*found) for found in zip(values, notes, strict=True)]

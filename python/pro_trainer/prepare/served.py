@@ -7,21 +7,19 @@ or on the order of the answers. What is no sample is counted and never written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pro_trainer.data.fields import as_list, as_string
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.transcripts import turns
 from pro_trainer.prepare.answers import Failure, ServerError
 from pro_trainer.prepare.client import Client, Request
-from pro_trainer.prepare.options import SamplingOptions, list_seed
+from pro_trainer.prepare.draws import Samples, as_replies, list_seed, up_to
+from pro_trainer.prepare.options import PrepareArguments
 
-Api = Literal["chat", "completions"]
-
-_PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 _WHOLE = ("stop", "eos", "eos_token", "stop_sequence", None)  # ends of a whole answer
 _BAD_ENDS = ("content_filter", "tool_calls", "function_call", "abort", "error")
 
@@ -45,39 +43,36 @@ class Servers:
     Attributes:
         urls: with the path of the API, as ``http://host:8000/v1``.
         models: names of the models that are asked.
-        api: chat or completions.
-        fields: of every request, beside those made from the options.
+        options: what they are asked for.
         left_out: of ``n``, ``stop`` and ``seed``, those that a server does not take.
     """
 
     urls: tuple[str, ...]
     models: tuple[str, ...]
-    api: Api
-    fields: Mapping[str, Any]
+    options: PrepareArguments
     left_out: tuple[str, ...] = ()
 
-    def request(
-        self, ranked: RankedList, model: str, options: SamplingOptions, **more: Any
-    ) -> Request:
+    def request(self, ranked: RankedList, model: str, **more: Any) -> Request:
         """A request for samples of a list's prompt; ``more``: n, seed, temperature.
 
         Raises:
             ValueError: messages, tools or template options for a server that completes texts.
         """
-        prompt = ranked.prompts[0]
+        prompt, options = ranked.prompts[0], self.options
         body = {"model": model, "max_tokens": options.max_new_tokens, "top_p": options.top_p}
-        body |= {"stop": list(options.stop_strings)} if options.stop_strings else {}
+        body |= {"stop": list(options.stop)} if options.stop else {}
         body |= more
         for name in self.left_out:
             body.pop(name, None)
-        if self.api == "chat":
-            messages = turns(prompt) if isinstance(prompt, str) else prompt
-            template = dict(ranked.template)
-            body |= {"tools": template.pop("tools")} if "tools" in template else {}
-            body |= {"chat_template_kwargs": template} if template else {}
-            return _PATHS["chat"], body | {"messages": messages, **self.fields}
-        check_text(ranked)
-        return _PATHS["completions"], body | {"prompt": prompt, **self.fields}
+        fields = options.further_fields()
+        if options.server_api == "completions":
+            check_text(ranked)
+            return "/completions", body | {"prompt": prompt, **fields}
+        messages = turns(prompt) if isinstance(prompt, str) else prompt
+        template = dict(ranked.template)
+        body |= {"tools": template.pop("tools")} if "tools" in template else {}
+        body |= {"chat_template_kwargs": template} if template else {}
+        return "/chat/completions", body | {"messages": messages, **fields}
 
 
 def check_text(ranked: RankedList) -> None:
@@ -97,35 +92,30 @@ class Served:
         tokens: that servers said they made.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: str,
-        servers: Servers,
-        client: Client,
-        options: SamplingOptions,
-        keep_cut: bool,
-    ) -> None:
+    def __init__(self, name: str, model: str, servers: Servers, client: Client) -> None:
         self.name, self.model, self.servers, self.client = name, model, servers, client
-        self.options, self.keep_cut = options, keep_cut
+        self.options = servers.options
         self.tokens = 0
-        self.plan = _plan(options, together="n" not in servers.left_out)
+        self.plan = _plan(self.options, together="n" not in servers.left_out)
 
     def begin(self, lists: Iterable[RankedList], first_index: int) -> None:
         """Ask for samples of these lists, ``first_index`` being the first one's place."""
         self._answers = self.client.ask(self._requests(lists, first_index), read_answer)
 
-    def take(self) -> tuple[list[str], Counter[str]]:
-        """The samples of the next list, and counts of those that are none.
+    def samples(self, lists: Sequence[RankedList], first_index: int) -> list[Samples]:
+        """Of the next lists, and counts of those that are none.
 
         Raises:
             ServerError: as of ``Client.ask``; an answer with fewer samples than the servers gave
                 when they were tried out.
         """
+        return [self._next(ranked) for ranked in lists]
+
+    def _next(self, ranked: RankedList) -> Samples:
         texts: dict[int, str] = {}
         counts: Counter[str] = Counter()
-        for (_, places), answer in zip(self.plan, islice(self._answers, len(self.plan)),
-                                       strict=True):  # fmt: skip
+        answers = islice(self._answers, len(self.plan))
+        for (_, places), answer in zip(self.plan, answers, strict=True):
             if isinstance(answer, Failure):
                 counts[f"failed: {answer.reason}"] += len(places)
                 continue
@@ -138,31 +128,28 @@ class Served:
             for place, choice in zip(places, answer.choices, strict=True):
                 if (text := self._usable(choice, counts)) is not None:
                     texts[place] = text
-        return [texts[place] for place in sorted(texts)], counts
+        found = [texts[place] for place in sorted(texts)]
+        if self.options.server_api == "chat":
+            found = as_replies(ranked, found)
+        return found, counts
 
     def _requests(self, lists: Iterable[RankedList], first_index: int) -> Iterator[Request]:
         for index, ranked in enumerate(lists, first_index):
             seed = list_seed(self.options.seed, self.name, index)  # of 31 bits, which all take
             for temperature, places in self.plan:
-                yield self.servers.request(
-                    ranked,
-                    self.model,
-                    self.options,
-                    n=len(places),
-                    seed=seed % 2**31,
-                    temperature=temperature,
-                )
+                how = {"n": len(places), "seed": seed % 2**31, "temperature": temperature}
+                yield self.servers.request(ranked, self.model, **how)
                 seed += len(places)  # vLLM gives the samples of one request seeds in a row
 
     def _usable(self, choice: _Choice, counts: Counter[str]) -> str | None:
         """The text up to a stop string; None, counted, where it is not to be used."""
-        cuts = [at for at in map(choice.text.find, self.options.stop_strings) if at >= 0]
-        text = choice.text[: min(cuts, default=None)]
-        if choice.end == "length" and not cuts:
-            counts["cut" if self.keep_cut else "failed: cut by length"] += 1
-            if self.keep_cut:
+        text = up_to(self.options.stop, choice.text)
+        stopped, keep_cut = text != choice.text, self.options.cut_samples == "keep"
+        if choice.end == "length" and not stopped:
+            counts["cut" if keep_cut else "failed: cut by length"] += 1
+            if keep_cut:
                 return text
-        elif choice.end in _WHOLE or cuts:
+        elif choice.end in _WHOLE or stopped:
             return text
         else:
             known = choice.end in _BAD_ENDS
@@ -171,17 +158,13 @@ class Served:
         return None
 
 
-def _plan(options: SamplingOptions, together: bool) -> list[tuple[float, list[int]]]:
+def _plan(options: PrepareArguments, together: bool) -> list[tuple[float, list[int]]]:
     """Requests for one list: a temperature, and which of its samples they give."""
-    temperatures = options.temperatures
-    places = range(options.num_samples)
-    plan = [
-        (temperature, list(places[i :: len(temperatures)]))
-        for i, temperature in enumerate(temperatures)
-    ]
+    places, step = range(options.num_samples), len(options.temperature)
+    plan = [(heat, list(places[i::step])) for i, heat in enumerate(options.temperature)]
     if not together:
-        plan = [(temperature, [place]) for temperature, of_it in plan for place in of_it]
-    return [(temperature, of_it) for temperature, of_it in plan if of_it]
+        plan = [(heat, [place]) for heat, of_it in plan for place in of_it]
+    return plan
 
 
 def read_answer(answer: Any) -> Answer:

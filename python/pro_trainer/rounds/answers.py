@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import islice, tee
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pro_trainer.data.records import RankedList
 from pro_trainer.evaluate.compare import Difference, difference
-from pro_trainer.prepare.combine import Combination
+from pro_trainer.prepare.draws import Samples
 from pro_trainer.prepare.output import PartialFile
 from pro_trainer.prepare.pool import Pool
-from pro_trainer.prepare.recipe import Generator, Recipe
+from pro_trainer.prepare.recipe import Recipe
+from pro_trainer.prepare.served import Served
 
+Line = dict[str, Any]
 KEYS = ("prompt", "completions", "rewards", "raw_rewards", "lengths", "win_rate", "samples")
 _NAME = "policy"  # seeds of samples depend on the name, and every model shall have the same
 
@@ -32,74 +34,62 @@ def fill(
     partial: PartialFile,
     recipe: Recipe,
     lists: Sequence[RankedList],
-    base: Sequence[dict[str, Any]] | None,
-    group_size: int,
+    base: Sequence[Line] | None,
 ) -> None:
-    """Answer the prompts that are missing, and save each group of them.
+    """Answer the prompts of ``lists`` that are missing, and save each group of them.
 
     Args:
         partial: of lines with ``KEYS``.
         recipe: of one generator.
         lists: of the prompts.
         base: the lines of the base model; None: it is the base that answers.
-        group_size: prompts answered together.
     """
     (generator,) = recipe.generators
-    if isinstance(generator, Generator):
-        generator = Generator(_NAME, generator.model, generator.encoder)
-    left, asked = tee(islice(lists, partial.done, None))
-    if not isinstance(generator, Generator):
-        generator.name = _NAME
-        generator.begin(asked, partial.done)
-    while group := list(islice(left, group_size)):
-        made = recipe.samples(generator, group, partial.done)
-        of_base = base[partial.done : partial.done + len(group)] if base else None
-        partial.append(_lines(recipe, group, made, of_base))
+    generator.name = _NAME
+    if isinstance(generator, Served):
+        generator.begin(lists[partial.done :], partial.done)
+    size = recipe.options.batch_size
+    for start in range(partial.done, len(lists), size):
+        group = lists[start : start + size]
+        of_base = base[start : start + size] if base else None
+        partial.append(_lines(recipe, group, generator.samples(group, start), of_base))
 
 
 def _lines(
     recipe: Recipe,
     group: Sequence[RankedList],
-    made: Sequence[tuple[list[str], Any]],
-    base: Sequence[dict[str, Any]] | None,
-) -> list[dict[str, Any]]:
+    made: Sequence[Samples],
+    base: Sequence[Line] | None,
+) -> list[Line]:
     pools = []
     for i, (ranked, (texts, _)) in enumerate(zip(group, made, strict=True)):
-        before = base[i]["completions"] if base else []
-        pool = Pool(ranked.prompts[0], [], [], None, None, ranked)
-        pool.completions = [*before, *map(pool.in_form, texts)]
-        pool.sources = ["base"] * len(before) + [_NAME] * len(texts)
+        pool = Pool.of(ranked)
+        pool.add(base[i]["completions"] if base else (), "base")
+        pool.add([pool.in_form(text) for text in texts], _NAME)
         pools.append(pool)
     recipe.score(pools)
-    plain = Combination(recipe.combination.weights, "none", recipe.combination.length_penalty)
     lines = []
     for pool, (_, counts) in zip(pools, made, strict=True):
-        own = [i for i, source in enumerate(pool.sources) if source == _NAME]
-        known = plain.rewards(pool.raw, pool.lengths()) if pool.completions else []
-        lines.append(
-            {
-                "prompt": pool.prompt,
-                "completions": [pool.completions[i] for i in own],
-                "rewards": [known[i] for i in own],
-                "raw_rewards": {name: [x[i] for i in own] for name, x in pool.raw.items()},
-                "lengths": [pool.lengths()[i] for i in own],
-                "win_rate": _win_rate(pool) if base else 0.5,
-                "samples": counts,
-            }
-        )
+        win_rate = _win_rate(pool) if base else 0.5
+        rewards = recipe.combined(pool, "none") if pool.sources else ()
+        pool.ranked = replace(pool.ranked, rewards=tuple(rewards))
+        pool.keep([i for i, source in enumerate(pool.sources) if source == _NAME], "of the base")
+        own = pool.ranked
+        found = (own.prompts[0], own.completions, own.rewards, own.raw_rewards, pool.lengths())
+        lines.append(dict(zip(KEYS, (*found, win_rate, counts), strict=True)))
     return lines
 
 
 def _win_rate(pool: Pool) -> float | None:
     """None where one of the models has no answer with a score."""
     by_source: dict[str, list[float]] = {"base": [], _NAME: []}
-    for source, reward in zip(pool.sources, pool.rewards or (), strict=True):
+    for source, reward in zip(pool.sources, pool.ranked.rewards or (), strict=True):
         by_source[source].append(reward)
     pairs = [(x > y) + (x == y) / 2 for x in by_source[_NAME] for y in by_source["base"]]
     return sum(pairs) / len(pairs) if pairs else None
 
 
-def metrics(lines: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def metrics(lines: Sequence[Line], base: Sequence[Line]) -> dict[str, Any]:
     """Means over prompts of what the lines of a model say, beside those of the base.
 
     Returns:

@@ -77,7 +77,7 @@ def references(
     """
     taken = {_text(record["prompt"]) for record in held_out}
     lists = read_lists(sources, report, DataOptions(on_bad_line=on_bad_line))
-    records = [_record(ranked) for ranked in lists if key(ranked) not in taken]
+    records = [ranked.record() for ranked in lists if key(ranked) not in taken]
     if not records:
         raise ValueError(f"mix_reference: no usable list of other prompts in {', '.join(sources)}")
     return records
@@ -129,11 +129,3 @@ def _unit(text: str) -> float:
 
 def _prompt(ranked: RankedList) -> Record:
     return {"prompt": ranked.prompts[0], **ranked.beside(), **ranked.columns}
-
-
-def _record(ranked: RankedList) -> Record:
-    record = {"prompt": ranked.prompts[0], "completions": ranked.completions, **ranked.beside()}
-    for name in ("rewards", "sft_index", "desirable"):
-        if (value := getattr(ranked, name)) is not None:
-            record[name] = value
-    return record

@@ -24,7 +24,7 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from pro_trainer.data.fields import DataError, Text
-from pro_trainer.data.lists import best_first, select
+from pro_trainer.data.lists import select
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.text.cut import cut_prompt
@@ -197,36 +197,29 @@ class Encoder:
         lists = iter(lists)
         while batch := list(islice(lists, _LISTS_AT_ONCE)):
             pieces = [found for ranked in batch if (found := self._pieces(ranked)) is not None]
-            split = self._split(pieces)
-            self._tokenize_merged(pieces, split)
-            for p, (prompts, completions) in zip(pieces, split, strict=True):
-                tokens = self._fit(p, prompts, completions)
-                if tokens is not None:
+            for found in self._tokenized(pieces):
+                if (tokens := self._fit(*found)) is not None:
                     yield tokens
 
     def _pieces(self, ranked: RankedList) -> _Pieces | None:
         """The texts to tokenise; None, counted, where the chat template refuses them."""
-        chat = self.writer.under_template(ranked)
         owners = ranked.prompts * (1 if len(ranked.prompts) > 1 else len(ranked.completions))
-        if not chat:
-            whole = [p + c for p, c in zip(owners, ranked.completions, strict=True)]
+        texts = list(zip(owners, ranked.completions, strict=True))
+        if not self.writer.under_template(ranked):
+            whole = [prompt + completion for prompt, completion in texts]
             return _Pieces(ranked, list(ranked.prompts), whole, list(ranked.completions), None)
         try:
             with _refusals(ranked.where):
                 prompts = [
                     self._prompt_text(self.writer.turns(p), ranked, True) for p in ranked.prompts
                 ]
-                whole = [
-                    self._whole(ranked, prompt, completion)
-                    for prompt, completion in zip(owners, ranked.completions, strict=True)
-                ]
+                whole = [self._whole(ranked, *text) for text in texts]
         except DataError as error:
             if self.options.on_bad_line != "skip":
                 raise
             self.report.uncount_as_bad(ranked, str(error))
             return None
-        n = len(whole)
-        places = [0] * n if len(prompts) == 1 else range(n)
+        places = [0] * len(whole) if len(prompts) == 1 else range(len(whole))
         beyond = [""] * len(prompts)
         for place, text in zip(places, whole, strict=True):
             if not text.startswith(prompts[place]):
@@ -260,38 +253,25 @@ class Encoder:
         text = self._prompt_text(source, ranked, chat).removesuffix(beyond)
         return self._with_front(self.writer.ids([text], chat)[0], ranked, chat)
 
-    def _split(
+    def _tokenized(
         self, pieces: Sequence[_Pieces]
-    ) -> list[tuple[list[list[int]], list[list[int] | None]]]:
-        """Ids of prompts and of completions; None for a completion to be tokenised apart."""
+    ) -> Iterator[tuple[_Pieces, list[list[int]], list[list[int]]]]:
+        """With the ids of prompts and of completions."""
         texts: dict[bool, list[str]] = {True: [], False: []}
         for p in pieces:
             texts[p.chat] += [*p.prompts, *p.whole]
         ids = {chat: iter(self.writer.ids(found, chat)) for chat, found in texts.items()}
-        split = []
         for p in pieces:
-            own = ids[p.chat]
-            prompts = list(islice(own, len(p.prompts)))
-            completions = []
-            for i, whole in enumerate(islice(own, len(p.whole))):
-                prompt = prompts[i if len(prompts) > 1 else 0]
-                begins = whole[: len(prompt)] == prompt
-                completions.append(whole[len(prompt) :] if begins else None)
-            split.append((prompts, completions))
-        return split
-
-    def _tokenize_merged(
-        self, pieces: Sequence[_Pieces], split: list[tuple[list, list[list[int] | None]]]
-    ) -> None:
-        """Fill in the completions that have to be tokenised apart."""
-        for p, (_, completions) in zip(pieces, split, strict=True):
-            missing = [i for i, ids in enumerate(completions) if ids is None]
-            self.report.notes[MERGED] += len(missing)
-            apart = self.writer.ids([p.completions[i] for i in missing], p.chat)
-            for i, ids in zip(missing, apart, strict=True):
-                completions[i] = ids
-        if not self.report.notes[MERGED]:
-            del self.report.notes[MERGED]
+            prompts = list(islice(ids[p.chat], len(p.prompts)))
+            whole = list(islice(ids[p.chat], len(p.whole)))
+            owners = prompts * len(whole) if len(prompts) == 1 else prompts
+            completions = [x[len(own) :] for own, x in zip(owners, whole, strict=True)]
+            merged = [i for i, own in enumerate(owners) if whole[i][: len(own)] != own]
+            apart = self.writer.ids([p.completions[i] for i in merged], p.chat)
+            for i, found in zip(merged, apart, strict=True):
+                completions[i] = found
+                self.report.notes[MERGED] += 1
+            yield p, prompts, completions
 
     # ---- special tokens
 
@@ -340,9 +320,8 @@ class Encoder:
         if len(prompts) == 1 and len(kept := _first_of_each(ranked, ends)) < len(ends):
             if len(kept) < 2:
                 return self._drop(ranked, "completions equal as token ids")
-            self.report.dropped_completions["equals a better one as token ids"] += len(ends) - len(
-                kept
-            )
+            gone = self.report.dropped_completions
+            gone["equals a better one as token ids"] += len(ends) - len(kept)
             fewer = select(ranked, kept)
             self.report.recount(ranked, fewer)
             ranked, ends = fewer, [ends[i] for i in kept]
@@ -352,10 +331,8 @@ class Encoder:
             own = ends if len(prompts) == 1 else [ends[i]]
             room = options.prompt_room(max(map(len, own)))
             if len(ids) > room:
-                beyond = p.beyond[i] if p.beyond else ""
-                ids_of = functools.partial(
-                    self._prompt_ids, ranked=ranked, chat=p.chat, beyond=beyond
-                )
+                how = {"chat": p.chat, "beyond": p.beyond[i] if p.beyond else ""}
+                ids_of = functools.partial(self._prompt_ids, ranked=ranked, **how)
                 source = self._source(ranked.prompts[i], p.chat)
                 shorter = cut_prompt(source, ids, room, ids_of, self.writer, p.chat, self.front)
                 if shorter is None:
@@ -379,11 +356,14 @@ class Encoder:
         self.report.completion_lengths.update(map(len, ends))
         if cut:
             said.append(f"{cut} of {len(ends)} completions lost their end")
-        rewards = None if ranked.rewards is None else list(ranked.rewards)
-        sentence = "; ".join(said) or None
-        marks = None if ranked.desirable is None else list(ranked.desirable)
         return TokenizedList(
-            kept, kept_ends, rewards, ranked.sft_index, marks, ranked.weight, sentence
+            kept,
+            kept_ends,
+            ranked.rewards and list(ranked.rewards),
+            ranked.sft_index,
+            ranked.desirable and list(ranked.desirable),
+            ranked.weight,
+            "; ".join(said) or None,
         )
 
     def _drop(self, ranked: RankedList, why: str) -> None:
@@ -413,7 +393,7 @@ def _as_list(prompt: Text | RankedList, completion: Text | None = None) -> Ranke
 def _first_of_each(ranked: RankedList, ends: Sequence[list[int]]) -> list[int]:
     """Indices of the best of each group of completions with equal ids."""
     first: dict[tuple[int, ...], int] = {}
-    for i in best_first(ranked):
+    for i in ranked.best_first():
         first.setdefault(tuple(ends[i]), i)
     return sorted(first.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pro_trainer.data.records import best_first
 from pro_trainer.text.encode import TokenizedList
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def as_json(tokens: TokenizedList) -> dict[str, Any]:
     """``prompt_ids`` (n lists where each candidate has a prompt of its own), ``completion_ids``,
     ``rewards``, ``desirable``, ``weight`` and ``cut``, the candidates best first.
     """
-    order = _best_first(tokens)
+    order = best_first(tokens.rewards, len(tokens.completions))
     shared = len(tokens.prompts) == 1
     return {
         "prompt_ids": tokens.prompts[0] if shared else [tokens.prompts[i] for i in order],
@@ -38,7 +39,7 @@ def as_text(tokens: TokenizedList, tokenizer: PreTrainedTokenizerBase, color: bo
         return f"{_DIM}{text}{_PLAIN}" if color else f"--- {text}"
 
     lines = []
-    for place, i in enumerate(_best_first(tokens), 1):
+    for place, i in enumerate(best_first(tokens.rewards, len(tokens.completions)), 1):
         prompt = tokens.prompts[i if len(tokens.prompts) > 1 else 0]
         if place == 1 or len(tokens.prompts) > 1:
             lines += [head(f"prompt, {len(prompt)} tokens, not scored"), decoded(prompt)]
@@ -54,10 +55,3 @@ def as_text(tokens: TokenizedList, tokenizer: PreTrainedTokenizerBase, color: bo
     if tokens.cut:
         lines.append(head(f"cut: {tokens.cut}"))
     return "\n".join(lines)
-
-
-def _best_first(tokens: TokenizedList) -> list[int]:
-    order = range(len(tokens.completions))
-    if tokens.rewards is None:
-        return list(order)
-    return sorted(order, key=lambda i: -tokens.rewards[i])

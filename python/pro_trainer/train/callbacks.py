@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from pro_trainer.evaluate.plots import draw_curves
+from pro_trainer.prepare.sampling import greedy
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -31,64 +30,55 @@ _HELD_OUT = {
 _MOST = 0.8  # share of the loss from which on a term is worth a word
 
 
-class ProgressLine(ProgressCallback):
-    """One line that says how a run is doing; all numbers are in ``log_history``.
+class ProgressLine(TrainerCallback):
+    """A line a log that says how a run is doing; all numbers are in ``log_history``."""
 
-    On a terminal it stays in place, else it is printed at each log.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bars = sys.stderr.isatty()
-        self._start = (0, 0.0)
+    _start = (0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._start = (state.global_step, time.monotonic())
-        self._bars = self._bars and not args.disable_tqdm
-        if self._bars:
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self._bars:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar of an evaluation."""
-        if self._bars and not args.disable_tqdm:
-            super().on_prediction_step(args, state, control, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self._bars:
-            super().on_train_end(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """One line, from the first process."""
-        shown = [text.format(logs[name]) for name, text in _SHOWN.items() if name in logs]
-        held_out = [
-            f"{data}: " + "  ".join(f.format(logs[data + name]) for name, f in _HELD_OUT.items())
-            for data in held_out_names(logs)
-        ]
+        """Print it, from the first process."""
+        shown, held_out = _shown(logs)
         if not state.is_world_process_zero or not (shown or held_out):
             return
-        if self.training_bar is None:
-            if "loss" in logs:
-                shown.append(self._time_left(state))
-            at = f"step {state.global_step}/{state.max_steps}  " if state.max_steps else ""
-            print(at + "  ".join([*shown, *held_out]), flush=True)
-            return
-        if shown:
-            self.training_bar.set_postfix_str("  ".join(shown))
-        for line in held_out:
-            self.training_bar.write(f"step {state.global_step}  {line}")
+        if "loss" in logs:
+            shown.append(self._time_left(state))
+        at = f"step {state.global_step}/{state.max_steps}  " if state.max_steps else ""
+        print(at + "  ".join([*shown, *held_out]), flush=True)
 
     def _time_left(self, state: Any) -> str:
         step, at = self._start
         a_step = (time.monotonic() - at) / max(1, state.global_step - step)
         left = (state.max_steps - state.global_step) * a_step
         return f"{tqdm.format_interval(left)} left"
+
+
+class ProgressBar(ProgressLine, ProgressCallback):
+    """The same on a terminal, where it stays in place while steps are taken."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Set the line beside the bar; evaluations stay above it."""
+        if self.training_bar is None:
+            super().on_log(args, state, control, logs)
+            return
+        shown, held_out = _shown(logs)
+        if shown:
+            self.training_bar.set_postfix_str("  ".join(shown))
+        for line in held_out:
+            self.training_bar.write(f"step {state.global_step}  {line}")
+
+
+def _shown(logs: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """What is shown of training, and of each held-out data set."""
+    held_out = [
+        f"{data}: " + "  ".join(f.format(logs[data + name]) for name, f in _HELD_OUT.items())
+        for data in held_out_names(logs)
+    ]
+    return [text.format(logs[name]) for name, text in _SHOWN.items() if name in logs], held_out
 
 
 class TermHint(TrainerCallback):
@@ -161,28 +151,10 @@ class SamplesCallback(TrainerCallback):
         if isinstance(held_out, dict):
             held_out = next(iter(held_out.values()))
         lists = trainer.train_dataset if held_out is None else held_out
-        for i in range(min(args.sample_prompts, len(lists))):
-            prompt = lists[i]["prompts"][0]
-            print(f"sample, step {state.global_step}: {self._decode(prompt)!r}")
-            print(f"  -> {self._decode(self._answer(prompt, args.sample_tokens))!r}", flush=True)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._trainer.processing_class.decode(ids, skip_special_tokens=True)
-
-    @torch.no_grad()
-    def _answer(self, prompt: list[int], tokens: int) -> list[int]:
-        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        training = model.training
-        model.eval()
-        try:
-            ids = torch.tensor([prompt], device=model.device)
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=self._trainer.data_collator.pad_token_id,
-            )
-        finally:
-            model.train(training)
-        return made[0, len(prompt) :].tolist()
+        prompts = [lists[i]["prompts"][0] for i in range(min(args.sample_prompts, len(lists)))]
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        answers = greedy(model, trainer.processing_class, prompts, args.sample_tokens)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            asked = trainer.processing_class.decode(prompt, skip_special_tokens=True)
+            print(f"sample, step {state.global_step}: {asked!r}")
+            print(f"  -> {answer!r}", flush=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_trainer.batch.collate import Preferences
+from pro_trainer.batch.collate import Preferences, best_candidates
 from pro_trainer.evaluate.metrics import ranking_metrics
 from pro_trainer.train.options import LossOptions
 
@@ -76,13 +76,10 @@ class Scores:
         return cls(
             logps.cpu(),
             lengths.cpu(),
-            preferences.rewards,
-            preferences.candidate_mask,
-            preferences.sft_index,
-            preferences.by_order,
-            None if ref_logps is None else ref_logps.cpu(),
-            *_marks(preferences),
-            _kl(logps, ref_logps, preferences.kl_index).cpu(),
+            **_of_lists(preferences),
+            by_order=preferences.by_order,
+            ref_logps=None if ref_logps is None else ref_logps.cpu(),
+            kl=_kl(logps, ref_logps, preferences.kl_index).cpu(),
         )
 
     @classmethod
@@ -102,19 +99,21 @@ class Scores:
         return cls(**{name: joined(name) for name in _TENSORS}, by_order=parts[0].by_order)
 
 
+_COLUMNS = ("rewards", "mask", "sft_index", "weights", "desirable", "by_order", "kl_index")
 _TENSORS = tuple(field.name for field in fields(Scores) if field.name != "by_order")
 
 
-def _marks(preferences: Preferences) -> tuple[Tensor, Tensor]:
-    """Weights (B,) and desirable candidates (B, n), what is not given filled in."""
+def _of_lists(preferences: Preferences) -> dict[str, Tensor]:
+    """What is known of lists that are not scored, by the names of ``Scores``; nothing is None."""
     rewards, mask = preferences.rewards, preferences.candidate_mask
     weights, desirable = preferences.weights, preferences.desirable
-    if weights is None:
-        weights = torch.ones(len(rewards), dtype=torch.float64)
-    if desirable is None:
-        ranked = rewards.masked_fill(~mask, -torch.inf)
-        desirable = mask & (ranked == ranked.amax(1, keepdim=True))
-    return weights, desirable
+    return {
+        "rewards": rewards,
+        "mask": mask,
+        "sft_index": preferences.sft_index,
+        "weights": torch.ones(len(rewards), dtype=torch.float64) if weights is None else weights,
+        "desirable": best_candidates(rewards, mask) if desirable is None else desirable,
+    }
 
 
 def _kl(logps: Tensor, ref_logps: Tensor | None, index: Tensor | None) -> Tensor:
@@ -141,11 +140,18 @@ def batch_loss(
     ``running`` is that of a loss which keeps one (bco) from batch to batch, and is changed. Under
     ``no_grad`` nothing is kept.
     """
-    if config.loss_type == "pro":
-        return _run(model, batch, lambda head: _pro_loss(head, batch, config))
-    own = {"desirable": batch["preferences"].desirable, "running": running}
-    own = {name: x for name, x in own.items() if name in config.loss().defaults}
-    return _run(model, batch, lambda head: _loss_on_scores(head, batch, config, ref_logps, own))
+    preferences = batch["preferences"]
+
+    def loss_of(head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        if config.loss_type == "pro":
+            out = _pro_loss(head, batch, config)
+            return out.loss, {"logps": out.logps, "lengths": out.lengths}
+        logps, lengths = _sequence_logps(head, batch, config)
+        loss = _loss_on_scores(logps, lengths, preferences, config, ref_logps, running)
+        return loss, {"logps": logps.detach(), "lengths": lengths}
+
+    out = run_rows(model, batch, loss_of)
+    return BatchLoss(out.loss, out.logps, out.lengths)
 
 
 def sequence_logps(
@@ -153,22 +159,12 @@ def sequence_logps(
 ) -> tuple[Tensor, Tensor]:
     """S and m of the candidates, (B, n) each; 0 where a candidate is absent."""
 
-    def scores(head: Head) -> BatchLoss:
+    def scores(head: Head) -> tuple[Tensor, dict[str, Tensor]]:
         logps, lengths = _sequence_logps(head, batch, config)
-        return BatchLoss(logps.new_zeros(()), logps, lengths)
+        return logps.new_zeros(()), {"logps": logps, "lengths": lengths}
 
-    return _run(model, batch, scores)[1:]
-
-
-def _run(
-    model: pk.OpenModel, batch: Mapping[str, Any], loss_of: Callable[[Head], BatchLoss]
-) -> BatchLoss:
-    def of_head(head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        found = loss_of(head)
-        return found.loss, {"logps": found.logps, "lengths": found.lengths}
-
-    out = run_rows(model, batch, of_head)
-    return BatchLoss(out.loss, out.logps, out.lengths)
+    out = run_rows(model, batch, scores)
+    return out.logps, out.lengths
 
 
 def run_rows(
@@ -191,10 +187,10 @@ def run_rows(
     return model.run(of_rows, **inputs, use_cache=False)
 
 
-def _pro_loss(head: Head, batch: Mapping[str, Any], config: LossOptions) -> BatchLoss:
+def _pro_loss(head: Head, batch: Mapping[str, Any], config: LossOptions) -> pk.PROOutput:
     preferences = batch["preferences"]
     official = config.compat == "official"
-    output = _function(config, "linear_pro_loss")(
+    return _function(config, "linear_pro_loss")(
         head.hidden,
         head.weight,
         None,
@@ -208,20 +204,20 @@ def _pro_loss(head: Head, batch: Mapping[str, Any], config: LossOptions) -> Batc
         **_options(config, preferences.by_order),
         **head.options(),
     )
-    return BatchLoss(output.loss, output.logps, output.lengths)
 
 
 def _loss_on_scores(
-    head: Head,
-    batch: Mapping[str, Any],
+    logps: Tensor,  # (B, n)
+    lengths: Tensor,  # (B, n)
+    preferences: Preferences,
     config: LossOptions,
-    ref_logps: Tensor | None,
-    own: Mapping[str, Tensor | None],
-) -> BatchLoss:
-    preferences = batch["preferences"]
-    logps, lengths = _sequence_logps(head, batch, config)
+    ref_logps: Tensor | None,  # (B, n)
+    running: Tensor | None,  # (2,)
+) -> Tensor:
+    own = {"desirable": preferences.desirable, "running": running}
+    own = {name: x for name, x in own.items() if name in config.loss().defaults}
     if preferences.kl_index is not None:
-        own = {**own, "kl": _kl(logps, ref_logps, preferences.kl_index).mean()}
+        own["kl"] = _kl(logps, ref_logps, preferences.kl_index).mean()
     loss, _ = config.loss()(
         logps,
         lengths,
@@ -232,7 +228,7 @@ def _loss_on_scores(
         **{name: _on(x, logps) for name, x in own.items()},
         **config.given(),
     )
-    return BatchLoss(loss, logps.detach(), lengths)
+    return loss
 
 
 def _on(x: Tensor | None, like: Tensor) -> Tensor | None:
@@ -296,19 +292,15 @@ def _loss_of(scores: Scores, config: LossOptions) -> tuple[Tensor, dict[str, Ten
 
 def label_columns(preferences: Preferences) -> tuple[Tensor, ...]:
     """What ``Trainer``'s evaluation loop gathers as labels, each (B, n) or (B, 1)."""
-    prompts = preferences.num_prompts
-    weights, desirable = _marks(preferences)
-    return (
-        preferences.rewards,
-        preferences.candidate_mask.to(torch.int64),
-        torch.full((prompts, 1), int(preferences.by_order)),
-        preferences.sft_index[:, None],
-        weights[:, None],
-        desirable.to(torch.int64),
-        torch.full((prompts, 1), -1)
-        if preferences.kl_index is None
-        else preferences.kl_index[:, None],
-    )
+    index, of_all = preferences.kl_index, torch.ones_like(preferences.sft_index)
+    known = {
+        **_of_lists(preferences),
+        "by_order": of_all * preferences.by_order,
+        "kl_index": -of_all if index is None else index,
+    }
+    columns = (known[name] for name in _COLUMNS)
+    columns = (x.long() if x.dtype == torch.bool else x for x in columns)
+    return tuple(x[:, None] if x.dim() == 1 else x for x in columns)
 
 
 def predicted_scores(predictions: Sequence[Any], labels: Sequence[Any]) -> Scores:
@@ -317,28 +309,24 @@ def predicted_scores(predictions: Sequence[Any], labels: Sequence[Any]) -> Score
     Raises:
         ValueError: no list at all, or lists with rewards beside lists without.
     """
-    logps, lengths, *ref_logps = (torch.as_tensor(x) for x in predictions)
-    rewards, present, by_order, sft_index, weights, desirable, kl_index = map(
-        torch.as_tensor, labels
-    )
-    mask = present == 1  # the loop pads to the largest n with -100
-    if by_order.unique().numel() != 1:
+    known = dict(zip(_COLUMNS, map(torch.as_tensor, labels), strict=True))
+    mask = known["mask"] == 1  # the loop pads to the largest n with -100
+    scored = [torch.as_tensor(x) for x in predictions]
+    logps, lengths, *ref_logps = (x.where(mask, 0) for x in scored)
+    if known["by_order"].unique().numel() != 1:
         raise ValueError("the lists of a data set must all have rewards or all have none")
-
-    def where_present(x: Tensor) -> Tensor:
-        return torch.where(mask, x, 0)
-
     return Scores(
-        where_present(logps),
-        where_present(lengths),
-        where_present(rewards),
+        logps,
+        lengths,
+        known["rewards"].where(mask, 0),
         mask,
-        sft_index[:, 0],
-        bool(by_order[0, 0]),
-        where_present(ref_logps[0]) if ref_logps else None,
-        weights[:, 0],
-        mask & (desirable == 1),
-        _kl(logps, ref_logps[0] if ref_logps else None, kl_index[:, 0]),
+        known["sft_index"][:, 0],
+        bool(known["by_order"][0, 0]),
+        ref_logps[0] if ref_logps else None,
+        known["weights"][:, 0],
+        mask & (known["desirable"] == 1),
+        # Of a candidate that is outside the mask.
+        _kl(scored[0], scored[2] if ref_logps else None, known["kl_index"][:, 0]),
     )
 
 

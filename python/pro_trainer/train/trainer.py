@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing.util
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,13 @@ from pro_trainer.models import (
     quiet,
 )
 from pro_trainer.train import card, checkpoints, faults, reference
-from pro_trainer.train.callbacks import CurvesCallback, ProgressLine, SamplesCallback, TermHint
+from pro_trainer.train.callbacks import (
+    CurvesCallback,
+    ProgressBar,
+    ProgressLine,
+    SamplesCallback,
+    TermHint,
+)
 from pro_trainer.train.config import PROConfig
 from pro_trainer.train.distributed import (
     call_through,
@@ -203,7 +210,9 @@ class PROTrainer(Trainer):
         self.data_names = names  # for the model card
         for shown_by_transformers in (PrinterCallback, ProgressCallback):
             self.remove_callback(shown_by_transformers)
-        for callback in (ProgressLine(), TermHint(), CurvesCallback()):
+        on_terminal = sys.stderr.isatty() and not args.disable_tqdm
+        progress = ProgressBar() if on_terminal else ProgressLine()
+        for callback in (progress, TermHint(), CurvesCallback()):
             self.add_callback(callback)
         if args.sample_steps:
             self.add_callback(SamplesCallback(self))
@@ -388,7 +397,8 @@ class PROTrainer(Trainer):
             self._check_finite(logs)
             parts = [Scores.of_batch(*waiting) for waiting in self._waiting if waiting]
             self._waiting.clear()
-            metrics = score_metrics(self._of_all_processes(parts), self.args)
+            parts = gather_object(parts) if self.args.world_size > 1 else parts
+            metrics = score_metrics(Scores.cat(parts), self.args)
             del metrics["loss"], metrics["prompts"], metrics["pairs"]
             logs |= metrics | self._usage.take(self.accelerator)
         super().log(logs, start_time)
@@ -408,11 +418,6 @@ class PROTrainer(Trainer):
             return ""
         bad = self.accelerator.gather(self._not_finite[None]).nonzero().flatten().tolist()
         return f", losses that are not finite on ranks {bad}" if bad else ""
-
-    def _of_all_processes(self, parts: list[Scores]) -> Scores:
-        if self.args.world_size > 1:
-            parts = gather_object(parts)
-        return Scores.cat(parts)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial))

@@ -19,9 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from pro_trainer.data.fields import Text
-from pro_trainer.data.records import RankedList
 from pro_trainer.options import import_module
-from pro_trainer.prepare.rewards.base import Score, Scorer, as_score, excerpt
+from pro_trainer.prepare.rewards.base import Score, Scored, Scorer, Spec, as_score, excerpt
 
 _TEXTS = ("prompts", "completions")
 
@@ -29,14 +28,15 @@ _TEXTS = ("prompts", "completions")
 class Function(Scorer):
     """A function of a module on the path (the working folder is looked into first) or of a file."""
 
-    def __init__(self, name: str, module: str, function: str) -> None:
+    def __init__(self, spec: Spec) -> None:
         """Import it.
 
         Raises:
             ValueError: no such module, file or function; one that cannot be imported; one that
                 takes no prompts and completions.
         """
-        super().__init__(name)
+        super().__init__(spec)
+        module, function = spec.target, spec.part
         self._written = f"reward {module}:{function}"
         loaded = _imported(module, self._written)
         self._function: Callable[..., Any] = getattr(loaded, function, None)
@@ -75,7 +75,7 @@ class Function(Scorer):
             )
         self.taken = sorted(known if self._takes_all else self._named & set(known))
 
-    def score(self, texts: Sequence[tuple[RankedList, Text]]) -> list[Score]:
+    def score(self, texts: Sequence[Scored]) -> list[Score]:
         """Call it once for all texts; a column that a record lacks is None there."""
         if not texts:
             return []

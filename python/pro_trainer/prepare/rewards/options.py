@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pro_trainer.data.options import Select
 from pro_trainer.options import check_choices, check_integers, check_positive, option
-from pro_trainer.prepare.rewards.parse import parse
+from pro_trainer.prepare.rewards.base import parse
 
 
 @dataclass

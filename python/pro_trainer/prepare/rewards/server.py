@@ -15,53 +15,55 @@ from typing import Any
 from pro_trainer.data.fields import Text
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.transcripts import turns
-from pro_trainer.prepare.answers import ClientOptions, Failure, ServerError
+from pro_trainer.prepare.answers import Failure, ServerError
 from pro_trainer.prepare.client import Client
-from pro_trainer.prepare.rewards.base import Score, Scorer, as_score, excerpt, readable
-from pro_trainer.prepare.rewards.parse import PATHS, Spec
+from pro_trainer.prepare.options import PrepareArguments
+from pro_trainer.prepare.rewards.base import (
+    PATHS,
+    Score,
+    Scored,
+    Scorer,
+    Spec,
+    as_score,
+    excerpt,
+    readable,
+)
+from pro_trainer.prepare.tryout import hasty, models_of
 
-_FIRST_PATIENCE = 20.0  # seconds
 _FIRST = RankedList(("Say hello.",), ("Hello!", "No."))
 
 
 class Asked(Scorer):
     """A reward that is asked of a server; inside its context requests can be sent."""
 
-    def __init__(self, spec: Spec, options: ClientOptions | None = None) -> None:
+    def __init__(self, spec: Spec, options: PrepareArguments) -> None:
         """Take the address.
 
         Raises:
             ValueError: a URL or a key that cannot be used.
         """
-        super().__init__(spec.name)
-        options = options or ClientOptions()
+        super().__init__(spec)
+        asked = replace(options, api_key_env=options.reward_api_key_env)
         self._written = f"reward {spec.part + '@' if spec.part else ''}{spec.target}"
-        self._spec = spec
+        self._spec, self._options = spec, options
         self._model = {"model": spec.part} if spec.part else {}
-        self._quick = replace(options, patience=min(options.patience, _FIRST_PATIENCE))
-        self._client = self._lasting = Client([spec.target], options)
+        self._quick = hasty(asked)
+        self._client = self._lasting = Client([spec.target], asked)
         self._trying = False
 
     def identity(self) -> dict[str, Any]:
-        """The models that the server lists, where none is named.
-
-        Raises:
-            ServerError: it does not answer.
-        """
+        """The models that the server lists, where none is named; ServerError where none answers."""
         if self._spec.part:
             return {}
         base = self._spec.target.removesuffix(PATHS[self._spec.kind])
         with Client([base if base.endswith("/v1") else f"{base}/v1"], self._quick) as client:
             try:
-                (answer,) = client.ask([("/models", None)])
-                models = [str(model["id"]) for model in answer["data"]]
-            except (TypeError, KeyError):  # a Failure, or no list of models
-                return {}
+                models = models_of(client)
             except ServerError as error:
-                if error.for_all:  # it has no such list
-                    return {}
-                raise ServerError(f"{self._written}: {error}") from error
-        return {f"the models of {self._written}": models}
+                if not error.for_all:  # else it has no such list
+                    raise ServerError(f"{self._written}: {error}") from error
+                models = []
+        return {f"the models of {self._written}": models} if models else {}
 
     def __enter__(self) -> Asked:
         """Start the client, and have a first text scored: what is wrong with all shows now.
@@ -82,12 +84,7 @@ class Asked(Scorer):
         self.failures.update(self._client.failures)
 
     def _ask(self, bodies: Iterable[dict[str, Any]]) -> list[Any]:
-        """The answers in order; a ``Failure`` for a text that the server refuses.
-
-        Raises:
-            ValueError: a request that failed for another reason, which may pass.
-            ServerError: the server does not answer, or refuses all.
-        """
+        """The answers in order; a ``Failure`` for a text refused, errors for all other failures."""
         try:
             answers = list(self._client.ask(("", self._model | body) for body in bodies))
         except ServerError as error:
@@ -99,21 +96,19 @@ class Asked(Scorer):
         return answers
 
 
+def by_list(texts: Sequence[Scored]) -> list[list[Scored]]:
+    """The texts of each list, which stand together."""
+    return [list(group) for _, group in groupby(texts, key=lambda text: id(text[0]))]
+
+
 class Server(Asked):
     """Scores that a reward model behind a server gives."""
 
-    def __init__(
-        self, spec: Spec, options: ClientOptions | None = None, *, strings_stay: bool = False
-    ) -> None:
-        """Take the address; ``strings_stay``: strings do not become turns of a chat."""
-        super().__init__(spec, options)
-        self._kind = spec.kind
-        self._strings_stay = strings_stay
-
-    def score(self, texts: Sequence[tuple[RankedList, Text]]) -> list[Score]:
+    def score(self, texts: Sequence[Scored]) -> list[Score]:
         """One request for each list of ``/score``, else one for each completion."""
-        if self._kind == "score":
-            asked = [list(group) for _, group in groupby(texts, key=lambda text: id(text[0]))]
+        kind = self._spec.kind
+        if kind == "score":
+            asked = by_list(texts)
             bodies = [_pairs(group) for group in asked]
         else:
             asked = [[text] for text in texts]
@@ -124,10 +119,10 @@ class Server(Asked):
                 scores += [Score(None, (f"refused by the server, {answer.reason}",))] * len(group)
                 continue
             try:
-                values = _values(answer, len(group), self._kind)
+                values = _values(answer, len(group), kind)
             except (KeyError, TypeError, IndexError, ValueError) as error:
                 raise ValueError(
-                    f"{self._written}: {excerpt(*group[0])}: an answer of vLLM's /{self._kind} "
+                    f"{self._written}: {excerpt(*group[0])}: an answer of vLLM's /{kind} "
                     f"with {len(group)} of one number each was expected, got {answer!r:.200} "
                     f"({error})"
                 ) from error
@@ -136,7 +131,7 @@ class Server(Asked):
 
     def _conversation(self, ranked: RankedList, completion: Text) -> dict[str, Any]:
         prompt = ranked.prompts[0]
-        if isinstance(prompt, str) and self._strings_stay:
+        if isinstance(prompt, str) and self._options.chat_template == "off":
             return {"input": prompt + str(completion)}
         messages = [*(turns(prompt) if isinstance(prompt, str) else prompt)]
         if isinstance(completion, str):
@@ -147,7 +142,7 @@ class Server(Asked):
         return body
 
 
-def _pairs(texts: Sequence[tuple[RankedList, Text]]) -> dict[str, Any]:
+def _pairs(texts: Sequence[Scored]) -> dict[str, Any]:
     """The prompt of one list with each of its completions."""
     return {
         "text_1": readable(texts[0][0].prompts[0]),

@@ -1,7 +1,7 @@
 """The losses again, as naive formulas in plain loops with 60 digits (mpmath), and random batches.
 
 Nothing here is shared with the package. A prompt is a list of candidates, best to worst; an oracle
-returns the loss of one prompt without its SFT term (that of PRO, both parts).
+returns the loss of one prompt without its SFT term.
 """
 
 from __future__ import annotations
@@ -135,15 +135,12 @@ def softmax(values):
 def oracle_pro(
     prompt,
     *,
-    sft_weight=0.05,
-    sft_reduction="mean",
     length_normalize=True,
     temperature="reward",
     ties="zero",
     eps=0.0,
     top_k=None,
     reward_scale=1.0,
-    sft_column=None,
 ):
     def score(c):
         return c.s if length_normalize else c.S
@@ -161,19 +158,11 @@ def oracle_pro(
         own = max(tau(prompt[k], c) for c in rest) * score(prompt[k])
         inside = mpf(eps) + exp(own)
         for c in rest:
-            if (
-                ties == "skip"
-                and temperature == "reward"
-                and c.r is not None
-                and c.r == prompt[k].r
-            ):
-                continue
-            inside += exp(score(c) * tau(prompt[k], c))
+            tied = temperature == "reward" and c.r is not None and c.r == prompt[k].r
+            if not (tied and ties == "skip"):
+                inside += exp(score(c) * tau(prompt[k], c))
         total += log(inside) - own
-    chosen = [c for c in prompt if c.column == sft_column] if sft_column is not None else prompt[:1]
-    weight = mpf(sft_weight) * max(1, (len(prompt) - 1) ** 2)
-    sft = sum((-(c.S if sft_reduction == "sum" else c.s) for c in chosen), mpf(0))
-    return total, weight * sft
+    return total
 
 
 def listwise(scores, top_k=None):
@@ -413,6 +402,7 @@ def oracle_lipo_lambda(prompt, *, beta=0.05, gain="exp2"):
 ORACLES = {name[7:]: value for name, value in list(globals().items()) if name[:7] == "oracle_"}
 # What the published losses have of an SFT term, as weight and reduction.
 SFT = {"cpo": (1.0, "mean"), "orpo": (1.0, "mean"), "rrhf": (1.0, "sum"), "slic": (0.5, "sum")}
+SFT["pro"] = (0.05, "mean")  # times (n - 1)^2
 
 
 def of_batch(name, prompts, beta=0.1):
@@ -428,39 +418,37 @@ def of_batch(name, prompts, beta=0.1):
 
 def expected(name, batch, *, use_ref=True, sft_index=None, weights=None, **options):
     """(loss, SFT part) of the whole batch as floats."""
-    ranked = batch.prompts(use_ref)
-    w = [mpf(1) if weights is None else mpf(float(weights[b])) for b in range(len(ranked))]
-    taken = [(w, prompt) for w, prompt in zip(w, ranked, strict=True) if prompt]
-    if not any(w for w, _ in taken):
-        return 0.0, 0.0
-    mean = lambda values: sum(values) / sum(w for w, _ in taken)  # noqa: E731
-    if name == "pro":
-        columns = [None if sft_index is None else int(sft_index[b]) for b in range(len(ranked))]
-        columns = [c for c, prompt in zip(columns, ranked, strict=True) if prompt]
-        parts = [
-            (w, *oracle_pro(prompt, sft_column=column, **options))
-            for (w, prompt), column in zip(taken, columns, strict=True)
-        ]
-        sft = mean(w * sft for w, _, sft in parts)
-        return float(mean(w * rank for w, rank, _ in parts) + sft), float(sft)
     default = SFT.get(name, (0.0, "mean"))
     weight, on = options.pop("sft_weight", default[0]), options.pop("sft_on", "best")
     reduction = options.pop("sft_reduction", default[1])
-    chosen = [(w, prompt if on == "all" else prompt[:1]) for w, prompt in taken]
+    taken = []
+    for b, prompt in enumerate(batch.prompts(use_ref)):
+        those = prompt if on == "all" else prompt[:1]
+        if sft_index is not None:
+            those = [c for c in prompt if c.column == int(sft_index[b])]
+        if prompt:
+            taken.append((mpf(1 if weights is None else float(weights[b])), prompt, those))
+    total = sum(w for w, *_ in taken)
+    if not total:
+        return 0.0, 0.0
     if reduction == "tokens":
-        tokens = sum(w * c.m for w, those in chosen for c in those)
-        sft = -sum(w * c.S for w, those in chosen for c in those) / tokens
+        tokens = sum(w * c.m for w, _, those in taken for c in those)
+        sft = -sum(w * c.S for w, _, those in taken for c in those) / tokens
     else:
-        each = lambda c: -(c.S if reduction == "sum" else c.s)  # noqa: E731
-        sft = mean(w * average(map(each, those)) for w, those in chosen)
+        nll = lambda c: -(c.S if reduction == "sum" else c.s)  # noqa: E731
+        each = [
+            w * average(map(nll, those)) * (max(1, len(prompt) - 1) ** 2 if name == "pro" else 1)
+            for w, prompt, those in taken
+        ]
+        sft = sum(each) / total
     sft *= mpf(weight)
-    options = of_batch(name, [p for p in ranked if p], options.get("beta", 0.1)) | options
-    if name in PAIRWISE:
-        which = options.pop("pairs", "all")
-        loss = mean(
-            w * average(PAIRWISE[name](a, b, **options) for a, b in pairs_of(prompt, which))
-            for w, prompt in taken
-        )
-    else:
-        loss = mean(w * ORACLES[name](prompt, **options) for w, prompt in taken)
+    options = of_batch(name, [p for _, p, _ in taken], options.get("beta", 0.1)) | options
+    which = options.pop("pairs", "all") if name in PAIRWISE else None
+    loss = mpf(0)
+    for w, prompt, _ in taken:
+        if which:
+            pairs = pairs_of(prompt, which)
+            loss += w * average(PAIRWISE[name](a, b, **options) for a, b in pairs) / total
+        else:
+            loss += w * ORACLES[name](prompt, **options) / total
     return float(loss + sft), float(sft)
