@@ -1,10 +1,7 @@
 """pytest-benchmark over the cases of the loss: ``pytest --benchmark-only bench``.
 
 One provider at a time, the floor timed before each of its rounds: ``extra_info["of_floor"]`` is
-the median of floor / provider within a round. pytest-benchmark's own options work
-(``--benchmark-save``, ``--benchmark-compare``), and ``python -m bench compare OLD.json NEW.json``
-sets two saved runs against each other by that ratio. The report's ratios to peers come from
-``python -m bench loss``, which interleaves all.
+the median of floor / provider within a round, which ``python -m bench compare`` reads.
 """
 
 from __future__ import annotations

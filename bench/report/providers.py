@@ -113,15 +113,15 @@ def _ceilings(data: dict) -> str:
 
 def _main_table(cases: list[list[dict]]) -> str:
     """A line a provider, a column a case; who ran nowhere is named under it."""
-
-    def cell(place: int) -> Callable[[dict], str]:
-        return lambda line: _time(line["rows"][place].get(line["label"]))
-
-    by_label = [{row["label"]: row for row in rows} for rows in cases]
-    labels = dict.fromkeys(label for rows in by_label for label in rows)
-    lines = [{"label": label, "rows": by_label} for label in labels]
-    columns: list[Column] = [(_size(rows[0]), cell(i)) for i, rows in enumerate(cases)]
-    ran = [line for line in lines if any(cell(line) for _, cell in columns)]
+    labels = dict.fromkeys(row["label"] for rows in cases for row in rows)
+    lines = {label: {"label": label} for label in labels}
+    for i, rows in enumerate(cases):
+        for row in rows:
+            lines[row["label"]][i] = _time(row)
+    columns: list[Column] = [
+        (_size(rows[0]), lambda line, i=i: line.get(i, "")) for i, rows in enumerate(cases)
+    ]
+    ran = [line for line in lines.values() if any(cell(line) for _, cell in columns)]
     first = cases[0][0]
     if first.get("data"):
         what = f"{first['dtype']}, real lists; R positions, N of them scored."
@@ -137,11 +137,9 @@ def _main_table(cases: list[list[dict]]) -> str:
     return joined(text, what, not_run([*missing.values(), *partly]))
 
 
-def _time(row: dict | None) -> str:
-    if row is None or row["seconds"] is None or row["wrong"]:
-        return ""
+def _time(row: dict) -> str:
     ratio = "" if row["vs_ours"] is None else f" ({row['vs_ours']:.2f}x)"
-    return milliseconds(row["seconds"]) + ratio
+    return "" if row["wrong"] or row["seconds"] is None else milliseconds(row["seconds"]) + ratio
 
 
 def _size(row: dict) -> str:

@@ -1,11 +1,8 @@
 """One training step: the official procedure and TRL's DPO against the trainer's, the same lists.
 
-The lists of a synthetic case have equal lengths, so nothing is padding: the official procedure,
-which pads to the longest candidate, has no smaller batch. Those of a real case have the lengths,
-common prefixes and rewards of real lists. Right after its step, each head runs alone. Before that
-each step's loss and every parameter's gradient are held against the plain procedure's in fp32. Of
-large batches the plain procedure takes too much memory: there it is our step on padded rows, with
-gradient checkpointing, which the other cases hold against the plain one.
+docs/benchmarks.md says what a step, its head and its floor are. Loss and every parameter's gradient
+are held against the plain procedure's in fp32. Of large batches that takes too much memory: there
+it is our step on padded rows, with gradient checkpointing, which other cases hold against it.
 """
 
 from __future__ import annotations
