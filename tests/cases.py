@@ -214,6 +214,17 @@ def fp32_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "mm_fp32", mm_fp32)
 
 
+def same_compiled(function, leaves: tuple[Tensor, ...], *rest, backend="aot_eager", **how) -> None:
+    """One graph; its results and the gradients of the first are those of the function itself."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend, **how)
+    found = [f(*leaves, *rest) for f in (function, compiled)]
+    found = [x if isinstance(x, tuple) else (x,) for x in found]
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+    grads = [torch.autograd.grad(x[0], leaves) for x in found]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
 def allowance(what: str, dtype: torch.dtype, device: str) -> float:
     """How many times plain PyTorch's error a gradient may have, by the roundings to 16 bits.
 

@@ -55,11 +55,11 @@ api: backends fused.autograd fused.call fused.columns fused.planner fused.rank_o
     fused.shards layout options output validate
 fused.thin: fused.autograd fused.gather_scatter options
 cross_entropy: api fused.shards fused.thin options output validate
-distinct.attention: backends.cpu
+distinct.attention: backends.cpu distinct.tree
 distinct.gpu: distinct.attention distinct.tree
 distinct.interface: distinct.attention distinct.gpu
 distinct.row: distinct.interface distinct.tree
-distinct.states: distinct.interface models.probe
+distinct.states: distinct.interface distinct.tree models.probe
 distinct.tryout: distinct.interface distinct.row distinct.states distinct.tree models.probe
 distinct.decoder: distinct.interface distinct.row distinct.states distinct.tryout models.counts
     models.opened

@@ -159,20 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(status, answer, cut=len(answer) // 2)
             self.connection.shutdown(socket.SHUT_RDWR)
             return None
-        elif fault == "floods":
-            answer = b'{"choices": "' + b"x" * 10_000_000 + b'"}'
-        elif fault == "raw control characters":
-            answer = answer.replace(b"index", b"in\x00dex\x1b")
-        elif fault == "not UTF-8":
-            answer = answer.replace(b"stop", b"st\xffp")
-        elif fault == "a lone surrogate":
-            answer = json.dumps({"choices": [{"text": "\ud800", "message": {"content": "\udfff"}}]})
-            answer = answer.encode()
-        elif fault == "another form":
-            answer = b'{"choices": [3]}'
-        elif fault == "deep":
-            answer = b"[" * 100_000
-        return self.reply(status, answer)
+        return self.reply(status, _SPOILT.get(fault, lambda answer: answer)(answer))
 
     def reply(
         self, status: int, answer: bytes, headers: dict | None = None, cut: int | None = None
@@ -188,5 +175,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-FAULTS = (429, 500, 503, "breaks off", "floods", "raw control characters", "not UTF-8",
-          "a lone surrogate", "another form", "deep")  # fmt: skip
+_LONE = {"choices": [{"text": "\ud800", "message": {"content": "\udfff"}}]}
+_SPOILT = {  # what becomes of a right answer
+    "floods": lambda answer: b'{"choices": "' + b"x" * 10_000_000 + b'"}',
+    "raw control characters": lambda answer: answer.replace(b"index", b"in\x00dex\x1b"),
+    "not UTF-8": lambda answer: answer.replace(b"stop", b"st\xffp"),
+    "a lone surrogate": lambda answer: json.dumps(_LONE).encode(),
+    "another form": lambda answer: b'{"choices": [3]}',
+    "deep": lambda answer: b"[" * 100_000,
+}
+FAULTS = (429, 500, 503, "breaks off", *_SPOILT)

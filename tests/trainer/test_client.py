@@ -116,35 +116,30 @@ def test_what_one_request_is_refused_or_fails_for_is_its_own_failure():
     assert failures == counts and found[3].detail == "no, None: go away"
 
 
-@pytest.mark.parametrize("fault", [500, "another form"])
-def test_servers_that_break_down_in_the_middle_cost_no_answer(right, fault):
-    """Whatever was answered just before: a request is only given up while others are answered."""
-    with FakeServer(lambda number, body: fault if number >= 30 else None) as server:
-        with Client([server.url], ServerOptions(**QUICK, server_retries=2)) as client:
-            answers = client.ask(iter(requests(60)), texts)
-            with pytest.raises(ServerError, match="3 times, and nothing else is answ"):
-                for answer, expected in zip(answers, right, strict=False):
-                    assert answer == expected
-
-
 @pytest.mark.parametrize(
-    ("fault", "message", "for_all"),
+    ("fault", "first", "message", "for_all"),
     [
-        (401, "HTTP 401 .no, None: go away", True),
-        (404, r"/v1/completions: HTTP 404", True),
-        (500, "HTTP 500 .no, .*, 3 times, and nothing else is ans", False),
-        (503, "no answer from any server in .* seconds; .*HTTP 503", False),
-        ("dead", "no answer from any server in .* seconds; .*no connection", False),
+        (401, 0, "HTTP 401 .no, None: go away", True),
+        (404, 0, r"/v1/completions: HTTP 404", True),
+        (500, 0, "HTTP 500 .no, .*, 3 times, and nothing else is ans", False),
+        # In the middle: a request is only given up while others are answered.
+        (500, 30, "HTTP 500 .no, .*, 3 times, and nothing else is ans", False),
+        ("another form", 30, "3 times, and nothing else is ans", False),
+        (503, 0, "no answer from any server in .* seconds; .*HTTP 503", False),
+        ("dead", 0, "no answer from any server in .* seconds; .*no connection", False),
     ],
 )
-def test_when_no_server_can_go_on_the_run_stops(fault, message, for_all):
-    with FakeServer(lambda number, body: fault) as server:
+def test_when_no_server_can_go_on_the_run_stops(right, fault, first, message, for_all):
+    with FakeServer(lambda number, body: fault if number >= first else None) as server:
         if fault == "dead":
             server.die()
-        with pytest.raises(ServerError, match=message) as error:
-            patience = 0.2 if "no answer" in message else 20
-            ask([server.url], server_retries=2, server_patience=patience, concurrency=1)
-        assert error.value.for_all == for_all and len(server.asked) < 40
+        patience = 0.2 if "no answer" in message else 20
+        options = {"server_retries": 2, "server_patience": patience, "concurrency": 1}
+        with Client([server.url], ServerOptions(**options)) as client:
+            with pytest.raises(ServerError, match=message) as error:
+                for answer, expected in zip(client.ask(requests(60), texts), right, strict=False):
+                    assert answer == expected
+        assert error.value.for_all == for_all and len(server.asked) < first + 40
 
 
 def test_the_rate_limit_and_retry_after_are_kept_to():

@@ -212,18 +212,6 @@ def drop_some(monkeypatch, *numbers):
     monkeypatch.setattr(RewardModel, "score_ids", score_ids)
 
 
-def test_lists_the_reward_model_cannot_tell_apart_are_dropped(arguments, monkeypatch, tmp_path):
-    drop_some(monkeypatch, 0, 2, 4, 6)
-    first = prepare(arguments())
-    assert (first.kept, dict(first.dropped)) == (3, {"all rewards equal": 4})
-    assert len(records(tmp_path / "out.jsonl")) == 3
-    assert "lists dropped, all rewards equal: 4" in first.text()
-    monkeypatch.setattr(RewardModel, "score_ids", lambda self, texts: [0.5] * len(texts))
-    with pytest.raises(ValueError, match="every list was dropped: {'all rewards equal': 2}"):
-        prepare(arguments("none.jsonl", limit=2))
-    assert not (tmp_path / "none.jsonl").exists()
-
-
 def stop_at(patch, index):
     """Interrupt the work, as ctrl-C would, before the group that begins with this list."""
     plain = recipe.Recipe.lines
@@ -258,7 +246,9 @@ def spy(monkeypatch):
 
 def test_a_resumed_run_ends_with_the_same_bytes(arguments, monkeypatch, tmp_path):
     drop_some(monkeypatch, 2)
-    prepare(arguments("whole.jsonl"))
+    counted = prepare(arguments("whole.jsonl"))
+    assert (counted.kept, dict(counted.dropped)) == (6, {"all rewards equal": 1})
+    assert "lists dropped, all rewards equal: 1" in counted.text()
     whole = (tmp_path / "whole.jsonl").read_bytes()
     report = (tmp_path / "whole.jsonl.report.json").read_bytes()
     for name in ("broken.jsonl", "broken.jsonl.gz"):

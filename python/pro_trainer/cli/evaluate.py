@@ -20,7 +20,7 @@ from typing import Any
 from pro_trainer.cli.arguments import EvalArguments
 from pro_trainer.data.lists import read_lists
 from pro_trainer.data.report import DataReport
-from pro_trainer.evaluate.compare import Difference, as_rows, compare
+from pro_trainer.evaluate.compare import as_rows, compare
 from pro_trainer.evaluate.generation import generate_answers
 from pro_trainer.evaluate.metrics import (
     accuracy_by_reward_gap,
@@ -64,9 +64,11 @@ def evaluate_files(arguments: EvalArguments, config: PROConfig) -> dict[str, Any
 
 
 def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
-    output = Path(config.output_dir)
     base = _base(arguments, config)
-    reward_model = _reward_model(arguments)
+    reward_model = None
+    if arguments.reward_model:  # first, since it may be unusable; on the CPU until it is needed
+        how = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
+        reward_model = RewardModel.from_path(arguments.reward_model, **how)
     model, tokenizer = load(arguments.model, arguments)
     if getattr(model, "is_quantized", False) and not getattr(model, "peft_config", None):
         raise ValueError(
@@ -83,8 +85,6 @@ def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
     say(f"loss: {describe_backend(config, config.device, model.dtype)}")
     dataset, report = load_dataset(arguments.data, tokenizer, config)
     say(report.text())
-    if not len(dataset):
-        raise ValueError(f"{', '.join(arguments.data)}: no lists to evaluate")
     check_lists(report, config)
 
     scores, answers = {}, {}
@@ -93,45 +93,42 @@ def _evaluate(arguments: EvalArguments, config: PROConfig) -> dict[str, Any]:
         scores[name] = trainer.score(trainer.eval_dataset)
         if arguments.generate and trainer.is_world_process_zero():
             answers[name] = _answers(trainer.model, tokenizer, arguments, config, reward_model)
-    if config.needs_reference():
-        reference = scores["base"]
-        scores = {
-            name: replace(found, ref_logps=reference.logps, kl=found.kl - reference.kl)
-            for name, found in scores.items()
-        }
-    result = {
-        "model": arguments.model,
-        "base": base,
-        "options": _options(config),
-        "data": report.as_dict(),
-        "metrics": score_metrics(scores["tuned"], config),
-        **breakdown(scores["tuned"], config),
-    }
-    if base:
-        result["base_metrics"] = score_metrics(scores["base"], config)
-        result["comparison"] = as_rows(comparison(scores["base"], scores["tuned"], config))
+    result = {"model": arguments.model, "base": base} | _measured(scores, report, config)
     if not trainer.is_world_process_zero():
         return result
     if answers:
         result["generation"] = answers["tuned"]
         if base:
             result["base_generation"] = answers["base"]
-    text = evaluation_report(result)
-    print(f"\n{text}")
-    if answers:
-        print(side_by_side(result, _SHOWN_ANSWERS))
-        text += f"\n{side_by_side(result)}\n"
-    _write(output, result, text, scores["tuned"], config)
-    print(f"written: {output}/eval.json, eval.md, eval.png")
+    _tell(result, scores["tuned"], config)
     return result
 
 
-def comparison(base: Scores, tuned: Scores, config: LossOptions) -> dict[str, Difference]:
-    """The measures of ``compare`` and the loss, of two models on the same lists."""
+def _measured(scores: dict[str, Scores], report: DataReport, config: PROConfig) -> dict[str, Any]:
+    """All numbers that follow from the scores of ``tuned`` and, where there is one, of ``base``."""
+    if config.needs_reference():
+        reference = scores["base"]
+        for name, found in scores.items():
+            kl = found.kl - reference.kl
+            scores[name] = replace(found, ref_logps=reference.logps, kl=kl)
     by_mean = config.scores_are_means()
-    found = [list_statistics(x.ranked_by(by_mean), x.rewards, x.mask) for x in (base, tuned)]
-    losses = list_losses(base, config), list_losses(tuned, config)
-    return compare(found[0], found[1], losses, tuned.weights)
+    known = {name: (x.ranked_by(by_mean), x.rewards, x.mask) for name, x in scores.items()}
+    statistics = {name: list_statistics(*x) for name, x in known.items()}
+    options = [field.name for part in (LossOptions, ListOptions) for field in fields(part)]
+    result = {
+        "options": {name: getattr(config, name) for name in options},
+        "data": report.as_dict(),
+        "metrics": score_metrics(scores["tuned"], config),
+        "by_candidates": metrics_by_candidates(statistics["tuned"]),
+        "by_reward_gap": accuracy_by_reward_gap(*known["tuned"]),
+        "by_rank": score_by_rank(*known["tuned"]),
+    }
+    if "base" in scores:
+        result["base_metrics"] = score_metrics(scores["base"], config)
+        losses = list_losses(scores["base"], config), list_losses(scores["tuned"], config)
+        both = statistics["base"], statistics["tuned"]
+        result["comparison"] = as_rows(compare(*both, losses, scores["tuned"].weights))
+    return result
 
 
 def _base(arguments: EvalArguments, config: PROConfig) -> str | None:
@@ -170,49 +167,26 @@ def _answers(
     )
 
 
-def breakdown(scores: Scores, config: LossOptions) -> dict[str, list[dict[str, float]]]:
-    """``by_candidates``, ``by_reward_gap`` and ``by_rank``: rows of the tables of ``ranking``."""
-    known = scores.ranked_by(config.scores_are_means()), scores.rewards, scores.mask
-    return {
-        "by_candidates": metrics_by_candidates(list_statistics(*known)),
-        "by_reward_gap": accuracy_by_reward_gap(*known),
-        "by_rank": score_by_rank(*known),
-    }
-
-
-def _reward_model(arguments: EvalArguments) -> RewardModel | None:
-    """Loaded first, since it may be unusable, and kept on the CPU until it is needed."""
-    if not arguments.reward_model:
-        return None
-    return RewardModel.from_path(
-        arguments.reward_model,
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-
-
-def _options(config: PROConfig) -> dict[str, Any]:
-    names = [field.name for part in (LossOptions, ListOptions) for field in fields(part)]
-    return {name: getattr(config, name) for name in names}
-
-
-def _write(
-    output: Path, result: dict[str, Any], text: str, scores: Scores, config: PROConfig
-) -> None:
+def _tell(result: dict[str, Any], scores: Scores, config: PROConfig) -> None:
+    """Print the tables, and write the files."""
+    output, text = Path(config.output_dir), evaluation_report(result)
+    print(f"\n{text}")
+    if "generation" in result:
+        print(side_by_side(result, _SHOWN_ANSWERS))
+        text += f"\n{side_by_side(result)}\n"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "eval.json", result)
-    ranked = scores.ranked_by(config.scores_are_means())
+    by_mean = config.scores_are_means()
+    ranked = scores.ranked_by(by_mean)
+    measure = "mean log-probability of a token" if by_mean else "log-probability"
     draw_evaluation(
         output / "eval.png",
         result["by_reward_gap"],
         result["by_rank"],
         list_statistics(ranked, scores.rewards, scores.mask).kendall_tau,
         title=f"{Path(result['model']).name}, {result['metrics']['prompts']} lists",
-        score_label=(
-            "mean log-probability of a token (nats)"
-            if config.scores_are_means()
-            else "log-probability (nats)"
-        ),
+        score_label=f"{measure} (nats)",
         gap_label="difference in rank" if scores.by_order else "difference in reward",
     )
     write_atomically(output / "eval.md", [text.encode(), b"\n![plots](eval.png)\n"])
+    print(f"written: {output}/eval.json, eval.md, eval.png")

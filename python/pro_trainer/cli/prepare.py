@@ -40,7 +40,7 @@ from pro_trainer.prepare.output import (
     PartialFile,
     check_output,
     file_identity,
-    write_atomically,
+    write_json,
 )
 from pro_trainer.prepare.recipe import LINE_KEYS, Recipe
 from pro_trainer.prepare.report import PrepareReport
@@ -104,7 +104,7 @@ def _prepare(arguments: PrepareArguments, output: Path) -> PrepareReport:
                 f"every list was dropped: {dict(report.dropped)}; nothing to write (samples: "
                 f"{'; '.join([str(samples or 'none'), *report.losses()])})"
             )
-        write_atomically(report_file, [report.json_bytes()])
+        write_json(report_file, report.as_dict())
         try:
             partial.finish(line["record"] for line in partial.lines() if line["record"] is not None)
         except BaseException:

@@ -26,7 +26,7 @@ from pro_trainer.cli.prepare import NothingRankedError
 from pro_trainer.cli.round_parts import Parts
 from pro_trainer.data.report import DataReport
 from pro_trainer.prepare.build import build_rewards
-from pro_trainer.prepare.output import file_identity, write_atomically
+from pro_trainer.prepare.output import file_identity, json_line, plain, write_atomically
 from pro_trainer.rounds import lists, state
 from pro_trainer.rounds.state import Round, draw, summary, with_best
 from pro_trainer.train import checkpoints
@@ -76,8 +76,8 @@ def _check_config(config: PROConfig) -> None:
             f"launch: rounds are run by one process, this is one of {config.world_size}; start it "
             "alone, and give the launcher of the training as --launch"
         )
-    for name, plain in (("eval_strategy", "no"), ("resume_from_checkpoint", None)):
-        if (value := getattr(config, name)) not in (plain, None):
+    for name, usual in (("eval_strategy", "no"), ("resume_from_checkpoint", None)):
+        if (value := getattr(config, name)) not in (usual, None):
             value = getattr(value, "value", value)
             raise ValueError(
                 f"{name} {value!r}: rounds evaluates after each training, and goes on by itself; "
@@ -117,7 +117,7 @@ def _begin(parts: Parts) -> dict[str, Any]:
         texts[parts.reference] = reference
     for path, records in texts.items():
         if not path.exists():  # prepare tells by its time whether it is the same
-            write_atomically(path, map(lists.as_line, records))
+            write_atomically(path, (json_line(plain(record)) for record in records))
     print(f"{len(prompts)} prompts to train on, {len(held_out)} held out; all in {parts.output}")
     return settings
 

@@ -157,7 +157,8 @@ def _without_empty_and_repeated(ranked: RankedList, report: DataReport) -> Ranke
     for i in ranked.best_first():
         text = ranked.completions[i]
         key = prompts[i], _key(text)
-        if not any(part.strip() for part in _contents(text)):
+        messages = ({"content": text},) if isinstance(text, str) else text
+        if not any(m.get("tool_calls") or m["content"].strip() for m in messages):
             report.dropped_completions["empty"] += 1
         elif key in first:
             report.dropped_completions["repeats a better one of its list"] += 1
@@ -176,12 +177,6 @@ def _in_order(ranked: RankedList, report: DataReport) -> RankedList:
     if surplus := len(ranked.completions) - len(kept):
         report.dropped_completions["has the rank of an earlier one"] += surplus
     return replace(select(ranked, list(kept.values())), rewards=None)
-
-
-def _contents(text: Text) -> Sequence[str]:
-    if isinstance(text, str):
-        return (text,)
-    return ["calls" if m.get("tool_calls") else m["content"] for m in text]
 
 
 def _key(text: Text) -> object:

@@ -22,6 +22,7 @@ would take for numbers. The rest is left to ``csv``, ``pyarrow`` and ``datasets`
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import importlib
@@ -89,46 +90,53 @@ def _path_rows(source: str | Path) -> Iterator[Row]:
     hub = _HUB_NAME.fullmatch(source) if isinstance(source, str) else None
     if hub and not path.exists() and not _DATA_FILE.fullmatch(path.name):
         return _hub_rows(hub[1], hub[2])
-    kind_of = _kind_of(path)
-    if kind_of == ".parquet":
+    packed = path.suffix.lower() in _PACKED
+    holds = (Path(path.stem) if packed else path).suffix.lower()
+    if holds == ".parquet":
         return _numbered(path, "Parquet file", lambda: _parquet_records(path))
-    if kind_of in (".csv", ".tsv"):
-        return _numbered(path, "table", lambda: _table_records(path, kind_of))
+    if holds in (".csv", ".tsv"):
+        return _numbered(path, "table", lambda: _table_records(path, holds))
     return _line_rows(path)
 
 
-def _kind_of(path: Path) -> str:
-    """The suffix that tells what a file holds, whatever packs it."""
-    packed = path.suffix.lower() in _PACKED
-    return (Path(path.stem) if packed else path).suffix.lower()
+@contextlib.contextmanager
+def _reading(name: str | Path, what: str, unit: str, number: list[int]) -> Iterator[None]:
+    """Errors of whatever reads a source, as a DataError that names the last one read."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # each library has its own
+        suffix = Path(name).suffix.lower()
+        packed = f"{suffix[1:]} {what}" if suffix in _PACKED else what
+        if isinstance(error, EOFError):
+            text = f"the {packed} breaks off after {unit} {number[0]}"
+        elif code := getattr(error, "errno", None):
+            text = f"cannot be read: {os.strerror(code)}"
+        else:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            text = f"damaged {packed}, after {unit} {number[0]}: {said}"
+        raise DataError(f"{name}: {text}") from error
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
     """Non-blank lines, or the records of one array."""
-    number, first = 0, True
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if not line.strip():
-                    continue
-                if first and line.lstrip().startswith(b"["):
-                    yield from _array_rows(path, line + file.read())
-                    return
-                first = False
-                yield f"{path}:{number}", line
-    except DataError:
-        raise
-    except Exception as error:
-        raise _unreadable(path, "file", "line", number, error) from None
-
-
-def _array_rows(path: Path, text: bytes) -> Iterator[Row]:
-    try:
-        records = decode_line(text)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    return ((f"{path}: record {number}", record) for number, record in enumerate(records, 1))
+    number, first = [0], True
+    with _reading(path, "file", "line", number), _open(path) as file:
+        for number[0], line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number[0] == 1 else line
+            if not line.strip():
+                continue
+            if first and line.lstrip().startswith(b"["):
+                try:
+                    records = decode_line(line + file.read())
+                except DataError as error:
+                    raise DataError(f"{path}: {error}") from None
+                for place, record in enumerate(records, 1):
+                    yield f"{path}: record {place}", record
+                return
+            first = False
+            yield f"{path}:{number[0]}", line
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -142,26 +150,11 @@ def _open(path: Path) -> IO[bytes]:
 def _numbered(
     name: str | Path, what: str, records: Callable[[], Iterable[Mapping[str, Any]]]
 ) -> Iterator[Row]:
-    """Rows of a source that a library reads, each of which raises errors of its own."""
-    number = 0
-    try:
-        for number, record in enumerate(records(), 1):
-            yield f"{name}: row {number}", record
-    except DataError:
-        raise
-    except Exception as error:
-        raise _unreadable(name, what, "row", number, error) from error
-
-
-def _unreadable(name: str | Path, what: str, unit: str, number: int, error: Exception) -> DataError:
-    suffix = Path(name).suffix.lower()
-    packed = f"{suffix[1:]} {what}" if suffix in _PACKED else what
-    if isinstance(error, EOFError):
-        return DataError(f"{name}: the {packed} breaks off after {unit} {number}")
-    if code := getattr(error, "errno", None):
-        return DataError(f"{name}: cannot be read: {os.strerror(code)}")
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return DataError(f"{name}: damaged {packed}, after {unit} {number}: {text}")
+    """Rows of a source that a library reads."""
+    number = [0]
+    with _reading(name, what, "row", number):
+        for number[0], record in enumerate(records(), 1):
+            yield f"{name}: row {number[0]}", record
 
 
 def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:

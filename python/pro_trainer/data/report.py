@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +12,11 @@ from pro_trainer.data.rankings import Numbers, Rankings
 from pro_trainer.data.records import RankedList
 
 _SHOWN_BAD_LINES = 5
+
+
+def counted(counts: Mapping[str, int], what: str = "") -> list[str]:
+    """Lines that say how many of ``what`` there are."""
+    return [f"{what}{why}: {count}" for why, count in counts.items()]
 
 
 @dataclass
@@ -91,20 +97,13 @@ class DataReport:
                 shown = ", ".join(f"{key} {value}" for key, value in lengths.items())
                 lines.append(f"{name.replace('_', ' ')}: {shown}")
         lines += self.rankings.text()
-        lines += [f"lists dropped, {why}: {count}" for why, count in self.dropped.items()]
-        lines += [
-            f"completions dropped, {why}: {count}"
-            for why, count in self.dropped_completions.items()
-        ]
-        if self.sft_marks_dropped:
-            lines.append(
-                f"sft_index marks a dropped completion, the best is used: {self.sft_marks_dropped}"
-            )
-        if self.prompts_cut or self.completions_cut:
-            lines.append(
-                f"cut to length: {self.prompts_cut} prompts, {self.completions_cut} completions"
-            )
-        lines += [f"{why}: {count}" for why, count in self.notes.items()]
+        lines += counted(self.dropped, "lists dropped, ")
+        lines += counted(self.dropped_completions, "completions dropped, ")
+        if marks := self.sft_marks_dropped:
+            lines.append(f"sft_index marks a dropped completion, the best is used: {marks}")
+        if (prompts := self.prompts_cut) or self.completions_cut:
+            lines.append(f"cut to length: {prompts} prompts, {self.completions_cut} completions")
+        lines += counted(self.notes)
         lines += self.once
         if self.unused:
             columns = ", ".join(f"{name} ({count})" for name, count in self.unused.items())

@@ -118,12 +118,8 @@ class Client:
         """An answer for each request, in the order of the requests.
 
         Requests are taken from the iterable as answers are taken from here, some hundred ahead, and
-        run on while the caller is busy with an answer.
-
-        Args:
-            requests: path, and the JSON to post.
-            read: makes what is yielded of the JSON of an answer; it raises ValueError for one
-                that is malformed, which is then asked for again.
+        run on while the caller is busy with an answer. ``read`` makes what is yielded of the JSON
+        of an answer; it raises ValueError for one that is malformed, which is asked for again.
 
         Raises:
             ServerError: no server answered for ``server_patience`` seconds; the key, the model or

@@ -43,15 +43,10 @@ class PartialFile:
         keys: Collection[str],
         overwrite: bool = False,
     ) -> None:
-        """Go on with what is there, or begin.
+        """Go on with what is there, or begin: lines with these ``keys``, ``group_size`` at a time.
 
-        Args:
-            output: the file to be; its folder is made.
-            settings: what the lines depend on; JSON values only.
-            group_size: lines computed together.
-            keys: of a line.
-            overwrite: replace an existing output at the end, and drop what was begun with other
-                settings.
+        ``settings`` are what the lines depend on, JSON values only. With ``overwrite`` what was
+        begun with others is dropped.
 
         Raises:
             ValueError: it was begun with other settings; a damaged file.
@@ -65,13 +60,13 @@ class PartialFile:
             self.done = _keep_whole_groups(self.path, group_size, keys)
         else:
             self.path.unlink(missing_ok=True)  # first: it belongs to the settings replaced next
-            write_atomically(self.settings_path, [_json_line(settings)])
+            write_atomically(self.settings_path, [json_line(settings)])
         self._file = open(self.path, "ab")
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Write a group of lines, each in one piece."""
         for line in lines:
-            self._file.write(_json_line(line))
+            self._file.write(json_line(line))
             self._file.flush()
             self.done += 1
 
@@ -83,9 +78,7 @@ class PartialFile:
 
     def finish(self, records: Iterable[dict[str, Any]]) -> None:
         """Write ``records`` as the output (gzip where its name ends in .gz); drop the rest."""
-        write_atomically(
-            self.output, map(_json_line, records), compress=self.output.suffix == ".gz"
-        )
+        write_atomically(self.output, map(json_line, records))
         self.close()
         self._remove()
 
@@ -145,12 +138,12 @@ def check_output(output: Path, overwrite: bool, read: Iterable[str]) -> None:
         raise ValueError(f"output {output} exists; --overwrite replaces it")
 
 
-def write_atomically(path: Path, pieces: Iterable[bytes], *, compress: bool = False) -> None:
-    """Write a file that appears whole or not at all; gzip has no time stamp and no name in it."""
+def write_atomically(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that appears whole or not at all; a .gz has no time stamp and no name in it."""
     temporary = path.with_name(path.name + ".writing")
     try:
         with open(temporary, "wb") as raw:
-            if compress:
+            if path.suffix == ".gz":
                 with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
                     file.writelines(pieces)
             else:
@@ -167,6 +160,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically; numbers that JSON has no form for (NaN: undefined) are null."""
     text = json.dumps(defined(value), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(path, [text.encode(), b"\n"])
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON gives it back; what JSON has no form for is text, or null (NaN)."""
+    return defined(json.loads(json.dumps(value, default=str)))
 
 
 def defined(value: Any) -> Any:
@@ -226,5 +224,6 @@ def _has_keys(line: bytes, keys: Collection[str]) -> bool:
     return isinstance(value, dict) and value.keys() == set(keys)
 
 
-def _json_line(value: dict[str, Any]) -> bytes:
+def json_line(value: dict[str, Any]) -> bytes:
+    """A line of a JSON Lines file."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -9,7 +9,6 @@ prefers (its ``sft_index``, else the best by its own ranking) is called chosen.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from pro_trainer.data.lists import select
 from pro_trainer.data.records import RankedList
 from pro_trainer.prepare.draws import Samples, as_replies, list_seed
 from pro_trainer.prepare.options import PrepareArguments
-from pro_trainer.prepare.output import defined
+from pro_trainer.prepare.output import plain
 from pro_trainer.prepare.pool import DATA, Normalize, Pool, combined
 from pro_trainer.prepare.rewards.base import Scorer
 from pro_trainer.prepare.sampling import prompt_limit, sample
@@ -159,7 +158,7 @@ class Recipe:
         }
         taken = {name for reward in self.rewards for name in reward.taken} - record.keys()
         others = {name: x for name, x in ranked.columns.items() if name in taken}
-        return record | defined(json.loads(json.dumps(others, default=str))), None
+        return record | plain(others), None
 
     def _agreement(self, pool: Pool) -> dict[str, Any]:
         """Whether the rewards prefer what the data prefers; None where that is unknown."""

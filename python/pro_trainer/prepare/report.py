@@ -5,14 +5,13 @@ Nothing is counted on the way, so a run that was cut short reports the same as o
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pro_trainer.data.rankings import Rankings
-from pro_trainer.data.report import DataReport
+from pro_trainer.data.report import DataReport, counted
 
 _POWERS = 12  # best of 1, 2, 4, ... 2048
 
@@ -80,10 +79,10 @@ class PrepareReport:
                 agreed["lists"] += 1
                 for name in ("chosen_first", "chosen_first_of_data"):
                     agreed[name] += line[name]
-        for source, counted in by_source.items():
-            report.reward_count[source] = counted.count
-            report.reward_mean[source] = counted.total / counted.count
-            report.best_of[source] = counted.best_of()
+        for source, of_it in by_source.items():
+            report.reward_count[source] = of_it.count
+            report.reward_mean[source] = of_it.total / of_it.count
+            report.best_of[source] = of_it.best_of()
         if agreed["lists"]:
             report.chosen_first = agreed["chosen_first"] / agreed["lists"]
             report.chosen_first_of_data = agreed["chosen_first_of_data"] / agreed["lists"]
@@ -109,22 +108,16 @@ class PrepareReport:
         counts["candidates"] = {str(n): c for n, c in sorted(self.candidates.items())}
         return counts | {"rankings": self.rankings.as_dict(), "data": self.data.as_dict()}
 
-    def json_bytes(self) -> bytes:
-        """The report as the file beside the output holds it."""
-        return json.dumps(self.as_dict(), indent=1, ensure_ascii=False).encode() + b"\n"
-
     def losses(self) -> list[str]:
         """Lines on candidates that were dropped, and on what rewards said."""
-        lines = [f"candidates dropped, {why}: {count}" for why, count in self.lost.items()]
-        for name, notes in self.notes.items():
-            lines += [f"reward {name}, {note}: {count}" for note, count in notes.items()]
-        return lines
+        of_rewards = [counted(notes, f"reward {name}, ") for name, notes in self.notes.items()]
+        return sum(of_rewards, counted(self.lost, "candidates dropped, "))
 
     def text(self) -> str:
         """The report as lines to print; a count that is 0 is left out."""
         n = ", ".join(f"{count} of {size}" for size, count in sorted(self.candidates.items()))
         lines = [self.data.text(), f"lists written: {self.kept} of {self.lists} ({n} candidates)"]
-        lines += [f"lists dropped, {why}: {count}" for why, count in self.dropped.items()]
+        lines += counted(self.dropped, "lists dropped, ")
         if self.shorter:
             lines.append(f"lists with fewer candidates than ranking_length: {self.shorter}")
         for name, counts in self.samples.items():

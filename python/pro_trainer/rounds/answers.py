@@ -38,11 +38,7 @@ def fill(
 ) -> None:
     """Answer the prompts of ``lists`` that are missing, and save each group of them.
 
-    Args:
-        partial: of lines with ``KEYS``.
-        recipe: of one generator.
-        lists: of the prompts.
-        base: the lines of the base model; None: it is the base that answers.
+    The recipe has one generator. ``base``: lines of the base model, None where that answers.
     """
     (generator,) = recipe.generators
     generator.name = _NAME

@@ -18,7 +18,6 @@ from pro_trainer.data.lists import read_lists
 from pro_trainer.data.options import DataOptions, PromptOptions
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
-from pro_trainer.prepare.output import defined
 from pro_trainer.rounds.options import RoundOptions
 
 Record = dict[str, Any]
@@ -28,12 +27,7 @@ OnBadLine = Literal["error", "skip"]
 def split(
     options: RoundOptions, report: DataReport, on_bad_line: OnBadLine = "error"
 ) -> tuple[list[Record], list[Record]]:
-    """Records of prompts alone: those to train on, and those held out.
-
-    Args:
-        options: ``prompts`` and ``held_out``.
-        report: of reading the prompts.
-        on_bad_line: as of ``DataOptions``.
+    """Records of prompts alone: those to train on, and those held out; ``report`` is of reading.
 
     Raises:
         DataError: as ``read_lists``.
@@ -88,11 +82,8 @@ def mixed(
 ) -> tuple[list[bytes], list[int]]:
     """The lines of a round's own lists and of those mixed in, and how many there are of each kind.
 
-    Args:
-        own: JSON Lines, all of which are taken.
-        pools: JSON Lines, and the share of the outcome that is to be of them; fewer where there are
-            not as many.
-        seed: decides which lines are taken.
+    All lines of ``own`` are taken, and of each of the ``pools`` (files of lines) as many as make
+    its share of the outcome, or all where there are fewer; ``seed`` decides which.
     """
     lines = own.read_bytes().splitlines(keepends=True)
     rest = 1 - sum(share for paths, share in pools if paths)
@@ -109,12 +100,6 @@ def mixed(
 def key(ranked: RankedList) -> str:
     """What makes two prompts the same one: their text."""
     return _text(ranked.prompts[0])
-
-
-def as_line(record: Record) -> bytes:
-    """A record as a line of JSON; what JSON has no form for is written as text."""
-    plain = defined(json.loads(json.dumps(record, default=str)))
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _text(prompt: Text) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pro_trainer.evaluate.plots import draw_intervals
-from pro_trainer.prepare.output import changes, write_json
+from pro_trainer.prepare.output import changes, plain, write_json
 
 STATE = "rounds.json"
 
@@ -74,7 +74,7 @@ def check(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         if overwrite:
             return False
         raise ValueError(f"{file} cannot be read ({error!r}): start over with overwrite") from None
-    changed = changes(before, _plain(settings))
+    changed = changes(before, plain(settings))
     if changed and not overwrite:
         raise ValueError(
             f"output_dir {output} was begun with other settings: {changed}. Go on with those, give "
@@ -95,12 +95,7 @@ def clear(output: Path) -> None:
 
 def write(output: Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
     """Replace the file."""
-    write_json(output / STATE, {**found, "settings": _plain(settings)})
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """As they are read back."""
-    return json.loads(json.dumps(settings, default=str))
+    write_json(output / STATE, {**found, "settings": plain(settings)})
 
 
 def with_best(found: dict[str, Any], policy: Callable[[int], str]) -> dict[str, Any]:

@@ -120,13 +120,10 @@ class Writer:
 
         Args:
             messages: of one conversation.
-            given: ``tools`` and other keywords for the template.
+            given: ``tools`` and other keywords for the template, which may raise a TemplateError.
             generation: with the beginning of the assistant's next turn.
             from_strings: the messages are made of strings, whose control tokens are taken as such
                 unless ``split_special_tokens`` says otherwise.
-
-        Raises:
-            jinja2.TemplateError: the template refuses them.
         """
         from jinja2 import TemplateError
 
