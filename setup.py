@@ -56,18 +56,18 @@ class NotThereError(BuildError):
     """There is nothing to build with, which no setting makes an error."""
 
 
-def find_compiler() -> list[str]:
-    """The C++ compiler as an argument list. An explicit $CXX never falls back."""
-    chosen = os.environ.get("CXX")
-    if chosen:
-        command = shlex.split(chosen)
+def find_compiler(kind: str, setting: str, names: list[str]) -> list[str]:
+    """A compiler as an argument list; an explicit one, of the setting, never falls back."""
+    if chosen := os.environ.get(setting):
+        command = [chosen] if shutil.which(chosen) else shlex.split(chosen)
         if shutil.which(command[0]) is None:
-            raise BuildError(f"no C++ compiler found: CXX={chosen} is not an executable")
+            raise BuildError(f"no {kind} compiler found: {setting}={chosen} is not an executable")
         return command
-    for name in ("c++", "g++", "clang++"):
+    for name in names:
         if shutil.which(name):
             return [name]
-    raise BuildError("no C++ compiler found (tried $CXX, c++, g++, clang++)")
+    missing = NotThereError if kind == "CUDA" else BuildError
+    raise missing(f"no {kind} compiler found (tried ${setting}, {', '.join(names)})")
 
 
 def find_ninja() -> list[str]:
@@ -102,9 +102,7 @@ def output_of(command: list[str]) -> str:
 
 def plan(work: Path) -> tuple[dict, Units, str]:
     """What will be built and how; probes the compiler only."""
-    if sys.platform == "win32":
-        raise BuildError("no native build for Windows yet")
-    compiler = find_compiler()
+    compiler = find_compiler("C++", "CXX", ["c++", "g++", "clang++"])
     version = output_of([*compiler, "--version"]).splitlines()[0]
     machine = output_of([*compiler, "-dumpmachine"]).split("-")[0].strip()
     isas = {n: f for n, f in ISAS.get(machine, {}).items() if accepts(compiler, f, work)}
@@ -119,22 +117,6 @@ def plan(work: Path) -> tuple[dict, Units, str]:
     return spec, units, " ".join([*openmp, "-lm"])
 
 
-def find_nvcc() -> str:
-    """The CUDA compiler. An explicit $PRO_KERNELS_NVCC never falls back."""
-    chosen = os.environ.get("PRO_KERNELS_NVCC")
-    if chosen:
-        if shutil.which(chosen) is None:
-            raise BuildError(f"no CUDA compiler: PRO_KERNELS_NVCC={chosen} is not an executable")
-        return chosen
-    home = os.environ.get("CUDA_HOME")
-    for name in ([os.path.join(home, "bin", "nvcc")] if home else []) + ["nvcc"]:
-        if shutil.which(name):
-            return name
-    raise NotThereError(
-        "no CUDA compiler found (tried $PRO_KERNELS_NVCC, $CUDA_HOME/bin/nvcc, nvcc)"
-    )
-
-
 def gencode(target: str) -> str:
     """The option for machine code of sm_90a, or for PTX of compute_90."""
     kind, _, number = target.partition("_")
@@ -147,9 +129,9 @@ def gencode(target: str) -> str:
 
 def plan_cuda(work: Path) -> tuple[dict, Units, str]:
     """What will be built for CUDA and how; asks nvcc what it knows."""
-    if sys.platform == "win32":
-        raise NotThereError("no native build for Windows yet")
-    nvcc = find_nvcc()
+    home = os.environ.get("CUDA_HOME")
+    of_home = [os.path.join(home, "bin", "nvcc")] if home else []
+    (nvcc,) = find_compiler("CUDA", "PRO_KERNELS_NVCC", [*of_home, "nvcc"])
     version = next(
         (line for line in output_of([nvcc, "--version"]).splitlines() if "release" in line), nvcc
     )
@@ -195,6 +177,8 @@ def library_of(part: str) -> str:
 def build_library(part: str, work: Path) -> dict:
     """Build one library in ``work``; returns what ``build.json`` records."""
     work.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        raise BuildError("no native build for Windows yet")
     spec, units, link = PLANS[part](work)
     write_ninja(library_of(part), spec, units, link, work)
     done = subprocess.run([*find_ninja(), "-C", str(work)], capture_output=True, text=True)

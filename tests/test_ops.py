@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from cases import Case
+from cases import Case, same_compiled
 from pro_kernels.fused import ops, planner, registry
 from pro_kernels.fused.call import Call, decode, encode
 from pro_kernels.fused.planner import Plan
@@ -163,25 +163,15 @@ def loss_tokens(h, w, t, r):
 
 def compile_inputs():
     h, w, _, t, r = Case("compile", masked=0.3).tensors()
-    return h.float().requires_grad_(), w.float().requires_grad_(), t, r
-
-
-def same_compiled(function, h, w, *rest, backend="aot_eager"):
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend=backend)(h, w, *rest)
-    eager = function(h, w, *rest)
-    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
-    grads = (torch.autograd.grad(x, (h, w)) for x in (compiled, eager))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    return (h.float().requires_grad_(), w.float().requires_grad_()), t, r
 
 
 @pytest.mark.parametrize(
     "function", [loss_padded, loss_layout, loss_small_budget, loss_logits, loss_tokens]
 )
 def test_compiles_in_one_graph_on_first_call(function):
-    h, w, t, r = compile_inputs()
-    same_compiled(function, h, w, pk.Layout.from_padded(t) if function is loss_layout else t, r)
+    leaves, t, r = compile_inputs()
+    same_compiled(function, leaves, pk.Layout.from_padded(t) if function is loss_layout else t, r)
 
 
 def test_the_chunked_tier_compiles_too(monkeypatch):
@@ -195,9 +185,10 @@ def test_the_chunked_tier_compiles_too(monkeypatch):
         return gm.forward
 
     torch._dynamo.reset()
-    torch.compile(loss_in_chunks, fullgraph=True, backend=spy)(*compile_inputs())
+    leaves, t, r = compile_inputs()
+    torch.compile(loss_in_chunks, fullgraph=True, backend=spy)(*leaves, t, r)
     assert "linear_pro" in graph[0]
-    same_compiled(loss_in_chunks, *compile_inputs())
+    same_compiled(loss_in_chunks, leaves, t, r)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

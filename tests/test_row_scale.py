@@ -135,8 +135,7 @@ def test_layouts(form, tier, force_tier):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
         out = function(*leaves, None, rewards, layout=layout, logit_scale=scale)
         found.append([out.loss, *torch.autograd.grad(out.loss, leaves)])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, check_dtype=False)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10, check_dtype=False)
 
 
 @pytest.mark.parametrize("budget", [None, 1])
@@ -210,8 +209,7 @@ def test_compiled_whole(entrance):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for scale in (scales(BUDGET), 2 * scales(BUDGET)):
         grads = (torch.autograd.grad(f(*tensors, scale), tensors) for f in (loss, compiled))
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
 
 ONES = torch.ones(2, 3, 4)

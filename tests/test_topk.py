@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from cases import CPU, DTYPES, Case, assert_no_worse, upstreams
+from cases import CPU, DTYPES, Case, assert_no_worse, same_compiled, upstreams
 from pro_kernels import backends
 from subjects import every_case, every_subject
 
@@ -133,18 +133,12 @@ def test_of_ties_the_first_is_the_most_likely(scale, subject):
 @pytest.mark.parametrize("dense", [False, True], ids=["", "dense"])
 def test_compiled_whole(dense):
     hidden, weight, _, targets, _ = Case("compiled", T=9).tensors()
-    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
 
     def loss(h, w):
         logps, lse, top = pk.linear_token_logps(h, w, targets, return_lse=True, return_topk=3)
         return (logps * top.logps.exp().sum(-1)).sum() + lse.sum(), top.ids
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dense)
-    plain, found = loss(hidden, weight), compiled(hidden, weight)
-    assert torch.equal(plain[1], found[1])
-    grads = (torch.autograd.grad(x[0], (hidden, weight)) for x in (plain, found))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    same_compiled(loss, tuple(x.float().requires_grad_() for x in (hidden, weight)), dynamic=dense)
 
 
 @pytest.mark.parametrize(

@@ -266,16 +266,12 @@ def matrix(x: Tensor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of ``backends/protocol.py`` by those of a library.
+    """The functions of ``backends/protocol.py`` by those of a library."""
 
-    Attributes:
-        call: runs a function, given its name, a tensor of the device and all arguments but the
-            last; raises RuntimeError where it fails.
-        max_columns: the most columns that a row of logits can have.
-    """
-
+    # Runs one, given its name, a tensor of the device and all arguments but the last; raises
+    # RuntimeError where it fails.
     call: Callable[..., None]
-    max_columns: int | None = None
+    max_columns: int | None = None  # the most that a row of logits can have
 
     def logp(self, rows: protocol.Rows, entropy: bool = False) -> protocol.Statistics:
         """Statistics of each row, which is only read."""

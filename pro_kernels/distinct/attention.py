@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pro_kernels.backends import cpu
+from pro_kernels.distinct.tree import paths
 
 _NAMESPACE = __name__.split(".")[0]
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -75,12 +76,8 @@ def blocks(segments: list[list[int]], window: int | None) -> Iterator[Block]:
             stop, since = min(start + _MASKED, end), max(first, start - window + 1)
             at = position + start - first, position + since - first
             yield Block(slice(start, stop), slice(since, stop), False, at, window)
-    ancestors: list[list[int]] = []
-    for segment in segments:
-        first, end, _, position = segment
-        while ancestors and ancestors[-1][2] <= first:
-            ancestors.pop()
-        for begin, until, _, place in ancestors:
+    for (first, end, _, position), path in zip(segments, paths(segments), strict=True):
+        for begin, until, _, place in (segments[k] for k in path[:-1]):
             keys_end = place + until - begin  # position after its last key
             stop = min(end, first + keys_end + window - 1 - position)
             for start in range(first, stop, _MASKED):
@@ -88,7 +85,6 @@ def blocks(segments: list[list[int]], window: int | None) -> Iterator[Block]:
                 at = position + start - first, since
                 queries = slice(start, min(start + _MASKED, stop))
                 yield Block(queries, slice(begin + since - place, until), False, at, window)
-        ancestors.append(segment)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::tree_attention", mutates_args=())

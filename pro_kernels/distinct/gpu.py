@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pro_kernels.distinct.attention import tree_attention
-from pro_kernels.distinct.tree import runs
+from pro_kernels.distinct.tree import paths, runs
 
 BLOCK = 128  # of FlexAttention's masks
 
@@ -36,23 +36,19 @@ class Gathered(NamedTuple):
     @classmethod
     def of(cls, segments: Tensor, device: torch.device) -> Gathered:
         """For segments (..., K, 4) on the CPU."""
-        segments = segments.view(-1, 4).cpu()
+        rows = segments.view(-1, 4).tolist()
+        lengths = [end - first for first, end, *_ in rows]
         spans, counts = [], []
-        open_: list[tuple[int, int, int]] = []
-        for first, end, last, _ in segments.tolist():
-            while open_ and open_[-1][2] <= first:
-                open_.pop()
-            open_.append((first, end, last))
-            spans += [(a, b - a) for a, b, _ in open_]
-            counts.append(sum(b - a for a, b, _ in open_))
-        own = (segments[:, 1] - segments[:, 0]).tolist()
+        for path in paths(rows):
+            spans += [(rows[k][0], lengths[k]) for k in path]
+            counts.append(sum(lengths[k] for k in path))
 
-        def bounds(lengths: list[int]) -> Tensor:
-            ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        def bounds(sizes: list[int]) -> Tensor:
+            ends = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32)
             return ends.to(device, non_blocking=True)
 
         places = torch.from_numpy(runs(*np.array(spans).T)).to(device, non_blocking=True)
-        return cls(places, bounds(own), bounds(counts), max(own), max(counts))
+        return cls(places, bounds(lengths), bounds(counts), max(lengths), max(counts))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pro_kernels.distinct.interface import is_tree
+from pro_kernels.distinct.tree import paths
 from pro_kernels.models.probe import evaluating
 
 # Branches of unlike lengths are run as one batch as long as at most this share of it is padding.
@@ -171,19 +172,12 @@ class States:
 
 
 class _Call(NamedTuple):
-    """Some segments, a line each.
+    """Some segments, a line each."""
 
-    Attributes:
-        tokens: (b, t) int64, which of the S.
-        kept: which of the b * t outputs are the segments', in the order of their tokens.
-        starts: of each line, the segment whose state it starts from; all -1: none.
-        leaves: the segment whose state is kept; None where no other starts from it.
-    """
-
-    tokens: Tensor
-    kept: Tensor
-    starts: list[int]
-    leaves: int | None
+    tokens: Tensor  # (b, t) int64, which of the S
+    kept: Tensor  # which of the b * t outputs are the segments', in the order of their tokens
+    starts: list[int]  # of each line, the segment whose state it starts from; all -1: none
+    leaves: int | None  # the segment whose state is kept; None where no other starts from it
 
 
 class _Line(NamedTuple):
@@ -228,7 +222,8 @@ def _plan(segments: Tensor, device: torch.device) -> tuple[list[_Call], Tensor]:
 
 def _grouped(segments: Tensor) -> Iterator[tuple[list[_Line], int | None]]:
     """The lines of each call: parents one by one, then branches of about one length at a time."""
-    spans, parents = segments[:, :2].tolist(), _parents(segments.tolist())
+    spans, above = segments[:, :2].tolist(), paths(segments.tolist())
+    parents = [path[-2] if len(path) > 1 else -1 for path in above]
     branching = set(parents)
     # Layers take one token for the step of generation, which writes over the state: a parent of one
     # token is run again before each of its branches.
@@ -265,15 +260,3 @@ def _call(lines: list[_Line], leaves: int | None, device: torch.device) -> _Call
     ]
     starts = [line.start for line in lines]
     return _Call(tokens.to(device), torch.cat(kept).to(device), starts, leaves)
-
-
-def _parents(segments: list[list[int]]) -> list[int]:
-    """Of each segment the one that it branches from, -1: none."""
-    path: list[int] = []
-    found = []
-    for k, (first, *_) in enumerate(segments):
-        while path and segments[path[-1]][2] <= first:
-            path.pop()
-        found.append(path[-1] if path else -1)
-        path.append(k)
-    return found

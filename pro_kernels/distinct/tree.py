@@ -8,7 +8,7 @@ Legend: ``R`` sequences, ``N`` their tokens, ``S`` distinct tokens, ``K`` segmen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -129,12 +129,10 @@ class TokenTree:
     def check_positions(
         self, position_ids: Tensor | None, attention_mask: Tensor | None, relative: bool
     ) -> None:
-        """Whether tokens of a padded batch stand at the tree's positions.
+        """Whether tokens of a padded batch, (R, T) both, stand at the tree's positions.
 
-        Args:
-            position_ids: (R, T), or None: each token's column.
-            attention_mask: (R, T) or None.
-            relative: rows may as a whole stand further on.
+        Without ``position_ids`` each stands at its column. ``relative``: rows may as a whole stand
+        further on.
 
         Raises:
             ValueError: they do not.
@@ -268,3 +266,13 @@ def runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """``starts[i], starts[i] + 1, ...`` of each length, one run after another."""
     before = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
+
+
+def paths(segments: list[list[int]]) -> Iterator[list[int]]:
+    """Of each segment its ancestors, from the root on, and itself, by number; one list, changed."""
+    path: list[int] = []
+    for k, (first, *_) in enumerate(segments):
+        while path and segments[path[-1]][2] <= first:
+            path.pop()
+        path.append(k)
+        yield path

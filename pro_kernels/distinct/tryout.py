@@ -70,13 +70,7 @@ def carriers(lm: Any, decoder: Any, run: Run) -> list[nn.Module]:
 
 
 def try_out(lm: Any, decoder: Any, run: Run, implementation: str) -> bool:
-    """Compare; leaves the config naming the attention that takes trees.
-
-    Args:
-        lm: the model.
-        decoder: its decoder.
-        run: the decoder's forward as it was.
-        implementation: the name of its attention as it was.
+    """Compare a model's decoder, whose forward is ``run``; its config then names our attention.
 
     Returns:
         Whether positions that all lie further on change nothing (RoPE).

@@ -29,47 +29,26 @@ from pro_kernels.options import LogitOptions, RankingOptions, constant_while_com
 
 @dataclass(frozen=True)
 class Call:
-    """What a call is made of besides its tensors.
+    """What a call is made of besides its tensors."""
 
-    Attributes:
-        backend: name of the one that serves it.
-        ranks_with: name of that which ranks: another where a prompt has too many candidates.
-        logits: what the model does to its logits.
-        plan: tier and chunks; until they are chosen, and of logits, none.
-        compute_dtype: of the matmuls.
-        logits_dtype: of the logits they leave.
-        weight_dtype: of the head's weight, and so of its gradient.
-        vocab: V, columns of the head on this rank.
-        ranking: of the loss; None of a call for log-probs.
-        final_dtype: to which the loss's terms are cast, or None.
-        prompt_tokens: tier T2 only, tokens of each prompt.
-        batch_invariant: whether a row's log-prob is the same to the bit in any batch.
-        grad_filter: probability mass that rows may lose on average, "auto", or None.
-        targets_checked: whether all targets are known to lie in the vocabulary.
-        shared_rows: whether a row of the hidden states is read by several tokens.
-        outputs: names of what is wanted of each row, in the order of ``head_forward``'s values.
-        top: k, of the outputs that are of the k most likely tokens.
-        shard: this rank's part of a head that is split over ranks.
-    """
-
-    backend: str
-    logits: LogitOptions
-    plan: Plan
-    compute_dtype: torch.dtype = torch.float32
-    logits_dtype: torch.dtype = torch.float32
-    weight_dtype: torch.dtype = torch.float32
-    vocab: int = 0
-    ranking: RankingOptions | None = None
-    ranks_with: str = ""
-    final_dtype: torch.dtype | None = None
-    prompt_tokens: tuple[int, ...] = ()
-    batch_invariant: bool = False
-    grad_filter: float | str | None = None
-    targets_checked: bool = False
-    shared_rows: bool = False
-    outputs: tuple[str, ...] = ("logps",)
-    top: int = 1
-    shard: Shard | None = None
+    backend: str  # name of the one that serves it
+    logits: LogitOptions  # what the model does to its logits
+    plan: Plan  # tier and chunks; until they are chosen, and of logits, none
+    compute_dtype: torch.dtype = torch.float32  # of the matmuls
+    logits_dtype: torch.dtype = torch.float32  # of the logits they leave
+    weight_dtype: torch.dtype = torch.float32  # of the head's weight, and so of its gradient
+    vocab: int = 0  # V, columns of the head on this rank
+    ranking: RankingOptions | None = None  # of the loss; None of a call for log-probs
+    ranks_with: str = ""  # backend that ranks: another where a prompt has too many candidates
+    final_dtype: torch.dtype | None = None  # to which the loss's terms are cast, or None
+    prompt_tokens: tuple[int, ...] = ()  # tier T2 only, tokens of each prompt
+    batch_invariant: bool = False  # whether a row's log-prob is the same to the bit in any batch
+    grad_filter: float | str | None = None  # mass that rows may lose on average, "auto", or None
+    targets_checked: bool = False  # whether all are known to lie in the vocabulary
+    shared_rows: bool = False  # whether a row of the hidden states is read by several tokens
+    outputs: tuple[str, ...] = ("logps",)  # wanted of each row, as ``head_forward`` orders them
+    top: int = 1  # k, of the outputs that are of the k most likely tokens
+    shard: Shard | None = None  # this rank's part of a head that is split over ranks
 
     def but(self, **changes: Any) -> Call:
         """The same with other values of some fields: ``replace``, in a fifth of its time."""

@@ -71,17 +71,15 @@ def sums(dz: Tensor, order: Tensor, size: int) -> Tensor:
     return torch.stack(parts)
 
 
-def compact_(dz: Tensor, groups: Groups, weights: Tensor, move: bool = True) -> Tensor:
+def compact_(
+    dz: Tensor,  # (R, V)
+    groups: Groups,  # of its rows
+    weights: Tensor,  # (2, V) fp32, contiguous
+    move: bool = True,  # whether to move anything
+) -> Tensor:
     """Move the columns that each row keeps to its front, and tell what it loses.
 
-    Args:
-        dz: (R, V).
-        groups: of its rows.
-        weights: (2, V) fp32, contiguous.
-        move: whether to move anything.
-
-    Returns:
-        (3, R) fp32: the sum of ``|dz|`` over the columns that leave, and of it times each weight.
+    (3, R) fp32: the sum of ``|dz|`` over the columns that leave, and of it times each weight.
     """
     lost = dz.new_empty((3, dz.shape[0]), dtype=torch.float32)
     for rows, columns in groups:

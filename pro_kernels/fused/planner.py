@@ -45,63 +45,40 @@ _MIN_BUDGET, _MAX_BUDGET = 256 << 20, 64 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call runs.
+    """How one call runs."""
 
-    Attributes:
-        tier: "T0", "T1", "T1f", "T2" or "T3".
-        chunk: most rows of logits held at a time (T1: all of them).
-        retained: leading rows whose dZ0 is kept for the backward.
-        need_hidden: whether dHidden is wanted.
-        need_weight: whether dW (and the bias gradient) is wanted.
-        prompt_chunks: T2 only, prompts per chunk.
-        budget: bytes it was made for.
-        taken: bytes beyond the inputs' gradients that it counts on; more than the budget where that
-            is too small for the least that a call takes.
-    """
-
-    tier: str
-    chunk: int
-    retained: int = 0
-    need_hidden: bool = False
-    need_weight: bool = False
-    prompt_chunks: tuple[int, ...] = ()
-    budget: int = 0
+    tier: str  # "T0", "T1", "T1f", "T2" or "T3"
+    chunk: int  # most rows of logits held at a time (T1: all of them)
+    retained: int = 0  # leading rows whose dZ0 is kept for the backward
+    need_hidden: bool = False  # whether dHidden is wanted
+    need_weight: bool = False  # whether dW (and the bias gradient) is wanted
+    prompt_chunks: tuple[int, ...] = ()  # T2 only, prompts per chunk
+    budget: int = 0  # bytes it was made for
+    # Bytes beyond the inputs' gradients that it counts on; more than the budget where that is too
+    # small for the least that a call takes.
     taken: int = 0
 
 
 def make_plan(
-    rows: int,
-    head: tuple[int, int, torch.dtype],
+    rows: int,  # N; while compiling without a layout, every position
+    head: tuple[int, int, torch.dtype],  # V, H and the dtype of the matmuls
     device: torch.device,
     *,
     need_hidden: bool,
-    need_weight: bool,
-    budget: int | None = None,
-    prompt_tokens: tuple[int, ...] | None = None,
-    wide_logits: bool = False,
-    fixed: int = 0,
-    hidden_rows: int | None = None,
-    filtered: bool = False,
-    grad_size: int | None = None,
+    need_weight: bool,  # of weight or bias
+    budget: int | None = None,  # bytes beyond the inputs' gradients; None: ``default_budget``
+    prompt_tokens: tuple[int, ...] | None = None,  # where the loss is a scalar over prompts: T2
+    wide_logits: bool = False,  # they are fp32 although the matmuls are of lower precision
+    fixed: int = 0,  # bytes the call takes in any tier (a cast weight, an fp32 dHidden)
+    hidden_rows: int | None = None,  # R, rows of the hidden states; None for N
+    filtered: bool = False,  # columns leave the gradients, which takes copies of those kept
+    grad_size: int | None = None,  # bytes of a number of dW, 0: the bias alone; None: as of dtype
     entropy: bool = False,
 ) -> Plan:
     """Choose the tier for ``rows`` scored rows.
 
-    Args:
-        rows: N; while compiling without a layout, every position.
-        head: V, H and the dtype of the matmuls.
-        device: where they run.
-        need_hidden: gradient of the hidden states wanted.
-        need_weight: gradient of weight or bias wanted.
-        budget: bytes beyond the inputs' gradients; None for ``default_budget``.
-        prompt_tokens: tokens of each prompt where the loss is a scalar over prompts (allows T2).
-        wide_logits: logits are computed in fp32 although the matmuls are of lower precision.
-        fixed: bytes the call takes in any tier (a cast weight, an fp32 dHidden).
-        hidden_rows: R, rows of the hidden states; None for N.
-        filtered: columns leave the gradients (``grad_filter``), which takes copies of those kept.
-        grad_size: bytes of a number of dW, 0 where only the bias is trained; None: as of dtype.
-        entropy: its gradient is wanted too (``head.py``): T1 keeps logits and makes a dZ as
-            large beside them, and a frozen weight makes no tier of its own.
+    With the gradient of an entropy too (``head.py``) T1 keeps logits and makes a dZ as large beside
+    them, and a frozen weight makes no tier of its own.
 
     Raises:
         TypeError: budget is not an integer.
@@ -218,12 +195,12 @@ def _default_budget(device_type: str, index: int | None) -> int:
         # What the caching allocator holds for nobody is as good as free.
         free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
     else:
-        free, total = _host_memory()
+        free, total = host_memory()
     budget = 1 << (max(1, min(total // 8, free // 2)).bit_length() - 1)
     return min(max(budget, _MIN_BUDGET), _MAX_BUDGET)
 
 
-def _host_memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """(available, total) bytes of this machine or of the container's limit."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")

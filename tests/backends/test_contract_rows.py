@@ -256,8 +256,9 @@ def test_more_than_2_to_the_31_elements(subject):
     logits = buffer.as_strided((2, 1000), (stride, 1))
     logits.copy_(torch.randn(2, 1000))
     rows = protocol.Rows(logits.clone(), torch.tensor([3, 999]), PLAIN)
-    got, want = (subject.residual_(x) for x in (rows._replace(logits=logits), rows))
-    assert equal([*got, logits], [*want, rows.logits])
+    far, lse = rows._replace(logits=logits), torch.ones(2)
+    for function in (subject.residual_, lambda x: [subject.logits_grad(x, lse, lse, out=x.logits)]):
+        assert equal([*function(far), logits], [*function(rows), rows.logits])
 
 
 @every_subject()

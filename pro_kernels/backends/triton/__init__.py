@@ -9,7 +9,7 @@ program a prompt); ``gather_scatter.py`` (gather, scatter, the target's logit); 
 configurations, as data); ``launch.py`` (checks, allocations, launches); ``aot.py`` (compile without
 a GPU: registers, shared memory, spills).
 Contract: ``backends/torch.py``. Importing this package imports no Triton; the first use of one of
-the functions in ``__all__`` does.
+its launchers does.
 """
 
 from __future__ import annotations
@@ -17,34 +17,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from pro_kernels.backends.triton.launch import (
-        gather_rows,
-        logits_grad,
-        logp,
-        ranking,
-        residual_,
-        scatter_rows,
-        score,
-        scores_fused,
-        target_logits,
-    )
-
-__all__ = [
-    "gather_rows",
-    "logits_grad",
-    "logp",
-    "ranking",
-    "residual_",
-    "scatter_rows",
-    "score",
-    "scores_fused",
-    "target_logits",
-]
+# Functions of ``launch.py``.
+_LAUNCHERS = {"gather_rows", "logits_grad", "logp", "ranking", "residual_", "scatter_rows"}
+_LAUNCHERS |= {"score", "scores_fused", "target_logits"}
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,7 +84,7 @@ def __getattr__(name: str) -> Any:
     # The launchers import triton, so they load when one is first asked for.
     if name == "filtered":
         return importlib.import_module(f"{__name__}.filtered")
-    if name in __all__:
+    if name in _LAUNCHERS:
         function = getattr(importlib.import_module(f"{__name__}.launch"), name)
         globals()[name] = function  # the next call finds it without coming here
         return function

@@ -81,52 +81,44 @@ class Target:
     sms: int = 1
 
 
+def _rows(*configs: tuple[int | None, ...]) -> tuple[RowConfig, ...]:
+    """Configurations by rising ``max_columns``, the last of which takes any width."""
+    return tuple(RowConfig(*config) for config in configs)  # type: ignore[arg-type]
+
+
 _WIDE = {
-    "logp": (RowConfig(2048, 4, 1, 128), RowConfig(16384, 8, 1, 64), RowConfig(None, 8, 4, 64)),
-    "residual": (
-        RowConfig(2048, 4, 1, 16),
-        RowConfig(16384, 8, 1, 8),
-        RowConfig(65536, 8, 2, 4),
-        RowConfig(None, 32, 2, 1),
-    ),
-    "logits_grad": (RowConfig(2048, 4, 1, 128), RowConfig(None, 8, 2, 64)),
+    "logp": _rows((2048, 4, 1, 128), (16384, 8, 1, 64), (None, 8, 4, 64)),
+    "residual": _rows((2048, 4, 1, 16), (16384, 8, 1, 8), (65536, 8, 2, 4), (None, 32, 2, 1)),
+    "logits_grad": _rows((2048, 4, 1, 128), (None, 8, 2, 64)),
 }
 
-# family -> kernel -> configurations by rising max_columns.
+# family -> kernel -> its configurations: max_columns, num_warps, vectors, programs.
 ROWS: dict[str, dict[str, tuple[RowConfig, ...]]] = {
     # 2 TB/s over 108 SMs: 16 KB in flight suffice, and 32 would spill where V is odd.
     "sm_80": {**_WIDE, "residual": (*_WIDE["residual"][:-1], RowConfig(None, 32, 1, 1))},
-    "sm_90": {**_WIDE, "logits_grad": (RowConfig(2048, 4, 1, 128), RowConfig(None, 8, 1, 64))},
+    "sm_90": {**_WIDE, "logits_grad": _rows((2048, 4, 1, 128), (None, 8, 1, 64))},
     # More bandwidth an SM, and an L2 cache that holds two wide rows an SM.
     "sm_100": {
         "logp": (*_WIDE["logp"][:-1], RowConfig(None, 8, 2, 64)),
         "residual": (*_WIDE["residual"][:-1], RowConfig(None, 16, 2, 2)),
-        "logits_grad": (RowConfig(2048, 4, 1, 128), RowConfig(None, 8, 4, 64)),
+        "logits_grad": _rows((2048, 4, 1, 128), (None, 8, 4, 64)),
     },
     # sm_86, sm_89, sm_120: 1536 threads an SM, so a program of 1024 would leave a third idle.
     "sm_86": {
-        "logp": (RowConfig(2048, 4, 1, 96), RowConfig(16384, 8, 1, 48), RowConfig(None, 8, 4, 48)),
-        "residual": (
-            RowConfig(2048, 4, 1, 12),
-            RowConfig(16384, 8, 1, 6),
-            RowConfig(None, 16, 2, 3),
-        ),
-        "logits_grad": (RowConfig(2048, 4, 1, 96), RowConfig(None, 8, 2, 48)),
+        "logp": _rows((2048, 4, 1, 96), (16384, 8, 1, 48), (None, 8, 4, 48)),
+        "residual": _rows((2048, 4, 1, 12), (16384, 8, 1, 6), (None, 16, 2, 3)),
+        "logits_grad": _rows((2048, 4, 1, 96), (None, 8, 2, 48)),
     },
     # Warps of 64: at most 16 of them in a program.
     "gfx942": {
-        "logp": (RowConfig(4096, 4, 1, 64), RowConfig(None, 4, 4, 64)),
-        "residual": (
-            RowConfig(4096, 4, 1, 8),
-            RowConfig(32768, 8, 2, 4),
-            RowConfig(None, 16, 2, 2),
-        ),
-        "logits_grad": (RowConfig(4096, 4, 1, 64), RowConfig(None, 4, 2, 64)),
+        "logp": _rows((4096, 4, 1, 64), (None, 4, 4, 64)),
+        "residual": _rows((4096, 4, 1, 8), (32768, 8, 2, 4), (None, 16, 2, 2)),
+        "logits_grad": _rows((4096, 4, 1, 64), (None, 4, 2, 64)),
     },
     "xpu": {
-        "logp": (RowConfig(None, 8, 2, 64),),
-        "residual": (RowConfig(None, 16, 2, 2),),
-        "logits_grad": (RowConfig(None, 8, 2, 64),),
+        "logp": _rows((None, 8, 2, 64)),
+        "residual": _rows((None, 16, 2, 2)),
+        "logits_grad": _rows((None, 8, 2, 64)),
     },
 }
 

@@ -83,12 +83,7 @@ def ranking(
     return terms, sums, row_weights
 
 
-def gather_rows(
-    source: Tensor,  # (R, H)
-    rows: Tensor,  # (N,) int64
-    weights: Tensor | None,  # (N,) fp32; None = 1
-    dtype: torch.dtype,
-) -> Tensor:
+def gather_rows(source: Tensor, rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``weights * source[rows]`` (N, H), computed in fp32 and rounded once to ``dtype``."""
     count, hidden = rows.shape[0], source.shape[1]
     out = source.new_empty((count, hidden), dtype=dtype)
@@ -97,13 +92,7 @@ def gather_rows(
     return out
 
 
-def scatter_rows(
-    side: Tensor,  # (N, H)
-    weights: Tensor,  # (N,) fp32
-    rows: Tensor,  # (N,) int64
-    out: Tensor,  # (R, H), zeros on entry, or sums of earlier calls where rows are shared
-    shared: bool,
-) -> None:
+def scatter_rows(side: Tensor, weights: Tensor, rows: Tensor, out: Tensor, shared: bool) -> None:
     """``out[rows] += weights * side``: fp32 sums in the order of ``rows``, rounded once to out.
 
     Without ``shared`` all rows are distinct and what ``out`` holds in them is overwritten.
@@ -117,12 +106,7 @@ def scatter_rows(
     _launch_side(gather_scatter.scatter_kernel, grid, matrices, vectors, (count, hidden))
 
 
-def target_logits(
-    x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) int64; negative = 0
-) -> Tensor:
+def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """The raw logit of each row's target as an fp32 dot product, (N,) fp32."""
     (out,) = _per_row(x, 1)
     matrices, vectors = (_read(x), _read(weight)), (bias, targets, out)
