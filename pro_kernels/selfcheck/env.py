@@ -31,7 +31,9 @@ def report() -> dict:
             str(device): {
                 "backends": {
                     name: backends.refusal(name, device, torch.bfloat16)
-                    or f"usable{_only_when_named(name, device)}"
+                    or "; auto passes it over: ".join(
+                        filter(None, ("usable", backends.not_by_itself(name, device)))
+                    )
                     for name in backends.ORDER
                 },
                 "auto": backends.resolve("auto", device, torch.bfloat16),
@@ -87,11 +89,6 @@ def _matmuls(dtype: torch.dtype, device: torch.device) -> str:
     if matmul.leaves_sums(dtype, device.type):
         return "native, fp32 sums kept by out_dtype"
     return "native"
-
-
-def _only_when_named(name: str, device: torch.device) -> str:
-    reason = backends.not_by_itself(name, device)
-    return f"; auto passes it over: {reason}" if reason else ""
 
 
 def _version(package: str) -> str | None:
