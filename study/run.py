@@ -198,12 +198,13 @@ def numbers(scores: Scores) -> dict[str, Any]:
 def scores_from(run: dict[str, Any]) -> Scores:
     """What ``numbers`` wrote; the SFT candidate is the best."""
     rewards = torch.tensor(run["rewards"])
+    mask = torch.tensor(run["mask"])
     return Scores(
-        torch.tensor(run["logps"]),
-        torch.tensor(run["lengths"]),
-        rewards,
-        torch.tensor(run["mask"]),
-        rewards.masked_fill(~torch.tensor(run["mask"]), -torch.inf).argmax(1),
+        logps=torch.tensor(run["logps"]),
+        lengths=torch.tensor(run["lengths"]),
+        rewards=rewards,
+        mask=mask,
+        sft_index=rewards.masked_fill(~mask, -torch.inf).argmax(1),
     )
 
 

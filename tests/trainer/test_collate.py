@@ -120,7 +120,7 @@ def test_padded_batch():
     preferences = batch["preferences"]
     assert preferences.rewards.tolist() == [[0.5, 2.0, 0.0], [3.0, 2.0, 1.0]]
     assert preferences.rewards.dtype == torch.float64
-    assert preferences.candidate_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert preferences.mask.tolist() == [[True, True, False], [True, True, True]]
     assert not preferences.by_order and preferences.sft_index.tolist() == [1, 0]
     assert preferences.num_positions == 17 and preferences.num_prompts == 2
 
