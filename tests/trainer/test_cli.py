@@ -107,21 +107,6 @@ def test_a_run_that_diverges_has_exit_code_1(train, tmp_path, capsys):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "wrong"),
-    [
-        ("- a\n", "must hold 'option: value' lines"),
-        ("a: [\n", "cannot be read"),
-        ("!!python/object/apply:os.system ['true']\n", "cannot be read"),
-    ],
-)
-def test_yaml_is_checked_and_loaded_safely(text, wrong, tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=wrong):
-        flags.config_flags(str(path))
-
-
 def test_yaml_values_become_flags(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("batching: lists\neval_strategy: no\nbf16: true\ndata: []\nseed: 3\nmodel:\n")
@@ -135,24 +120,24 @@ def test_yaml_values_become_flags(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "wrong"),
+    ("text", "said"),
     [
-        ("learning_rte: 1", NO_OPTION),
-        ("learning_rate: fast", "--learning_rate: invalid float value: 'fast'"),
-        ("max_length: 1", "max_length must be at least 2, got 1"),
-        ("foo:", "--foo is no option of train"),
-        ("data: missing.jsonl", "missing.jsonl"),
+        ("demo: true\nlearning_rte: 1", f"c.yaml:2: {NO_OPTION}"),
+        ("demo: true\nlearning_rate: fast", "c.yaml:2: --learning_rate: invalid float value: 'f"),
+        ("demo: true\nmax_length: 1", "c.yaml:2: max_length must be at least 2, got 1"),
+        ("demo: true\nfoo:", "c.yaml:2: --foo is no option of train"),
+        ("demo: true\ndata: missing.jsonl", "missing.jsonl: cannot be read"),
+        ("- a", "--config c.yaml: must hold 'option: value' lines"),
+        ("a: [", "--config c.yaml: cannot be read"),
+        ("!!python/object/apply:os.system ['true']", "--config c.yaml: cannot be read"),
     ],
 )
-def test_a_fault_in_the_file_is_named_with_its_line(line, wrong, tmp_path, capsys, monkeypatch):
+def test_a_fault_in_the_file_is_named_with_its_line(text, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("c.yaml").write_text(f"demo: true\n{line}\n")
+    Path("c.yaml").write_text(f"{text}\n")
     assert cli.train(["--config", "c.yaml"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert wrong in said
-    if not line.startswith("data"):
-        assert said.startswith("error: c.yaml:2: ")
-    if line.startswith("max_length"):  # what the command line gives is not the file's fault
+    assert f"error: {said}" in capsys.readouterr().err
+    if "max_length" in text:  # what the command line gives is not the file's fault
         assert cli.train(["--config", "c.yaml", "--max_length", "0"]) == 2
         assert "error: max_length must be at least 2, got 0" in capsys.readouterr().err
 
