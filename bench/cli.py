@@ -7,17 +7,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from bench.engine import isolate
-from bench.engine.rounds import Settings
-from bench.engine.run import DeviceLost, run
+from bench.engine.run import DeviceLost, Settings, run
 from bench.report.compare import THRESHOLD, compare
 from bench.report.pages import DOCS, write_committed, write_report
-from bench.suites import attach, filter, load, ranks
+from bench.suites import attach, filter, load
 from bench.suites.frameworks import measure as frameworks
+from bench.suites.ranks import measure as ranks
 
 _RESULTS = isolate.ROOT / "bench" / "results"
 _CUDA = torch.cuda.is_available()
@@ -67,28 +67,23 @@ def _providers(args: argparse.Namespace) -> int:
         run(suite, settings, _path(args), args.device, resume=args.resume)
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, marked partial", file=sys.stderr)
-        return _write(_path(args), []) or 1
+        _write(_path(args), [])
+        return 1
     except DeviceLost as lost:
         print(f"the GPU was lost in {lost}; --resume goes on without it", file=sys.stderr)
         return isolate.DEVICE_LOST
     return _write(_path(args), args.update)
 
 
-def _ours(module: ModuleType) -> Callable[[argparse.Namespace], int]:
-    """A suite that measures ours alone: ``module.run(path, rounds)``."""
-
-    def action(args: argparse.Namespace) -> int:
-        path = (args.out or module.FOLDER) / "results.json"
-        data = module.run(path, args.repeats or module.ROUNDS)
-        return _write(path, args.update) or int(not data.get("clean", True))
-
-    return action
+def _ours(args: argparse.Namespace) -> int:
+    """A suite that measures ours alone: ``run(path, rounds)``."""
+    data = args.module.run(_path(args), args.repeats or args.module.ROUNDS)
+    return _write(_path(args), args.update) or int(not data.get("clean", True))
 
 
 def _frameworks(args: argparse.Namespace) -> int:
-    path = (args.out or _RESULTS / "frameworks") / "results.json"
-    data = frameworks.run(path, args.folder, args.model, args.only)
-    return _write(path, args.update) or int(any("note" in row for row in data["results"]))
+    data = frameworks.run(_path(args), args.folder, args.model, args.only)
+    return _write(_path(args), args.update) or int(any("note" in row for row in data["results"]))
 
 
 def _gpu(args: argparse.Namespace) -> int:
@@ -135,7 +130,8 @@ def _write(results: Path, pages: list[Path]) -> int:
 
 
 def _path(args: argparse.Namespace) -> Path:
-    return (args.out or _RESULTS / f"{args.suite}-{args.preset}") / "results.json"
+    name = f"{args.suite}-{args.preset}" if args.action is _providers else args.suite
+    return (args.out or _RESULTS / name) / "results.json"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,16 +141,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="suite", required=True, metavar="COMMAND")
 
-    def add(name: str, text: str, action: Callable[[argparse.Namespace], int]) -> Callable:
+    def add(name: str, text: str, action: Callable, *options: str, **known: Any) -> Callable:
+        """A command with these of the options that several have; its ``add_argument``."""
         one = commands.add_parser(name, help=text, description=text)
-        one.set_defaults(action=action)
+        one.set_defaults(action=action, **known)
+        for option in options:
+            one.add_argument(option, **_SHARED[option])
         return one.add_argument
 
+    measuring = ("--repeats", "--out", "--update")
     for name, text in (
         ("loss", "The loss alone, forward and backward, against floor and peers."),
         ("step", "Whole training steps against the official procedure and TRL."),
     ):
-        option = add(name, text, _providers)
+        option = add(name, text, _providers, *measuring)
         presets, device = ", ".join(load(name).presets), "cuda" if _CUDA else "cpu"
         option("--preset", default="gpu-quick" if _CUDA else "cpu-small", metavar="NAME",
                help=f"case table: {presets} (default: %(default)s)")  # fmt: skip
@@ -170,33 +170,24 @@ def _parser() -> argparse.ArgumentParser:
         option("--seconds", type=float, metavar="S", help="start nothing more after S seconds")
         option("--resume", action="store_true", help="go on with an interrupted results file")
         option("--list", action="store_true", help="print the cases and stop")
-        _measuring(option)
-    for name, text, module in (
-        (
-            "filter",
-            "Time and error of grad_filter on real models and peaked distributions.",
-            filter,
-        ),
-        ("attach", "What attach costs, and what the swap under TRL saves.", attach),
-        ("ranks", "The head over ranks on this machine, over gloo.", ranks),
-    ):
-        _measuring(add(name, text, _ours(module)))
+    what = "Time and error of grad_filter on real models and peaked distributions."
+    add("filter", what, _ours, *measuring, module=filter)
+    what = "What attach costs, and what the swap under TRL saves."
+    add("attach", what, _ours, *measuring, module=attach)
+    add("ranks", "The head over ranks on this machine, over gloo.", _ours, *measuring, module=ranks)
     what = "DPO in other frameworks, without and with pro-kernels run."
-    option = add("frameworks", what, _frameworks)
+    option = add("frameworks", what, _frameworks, "--out", "--update")
     option("--folder", type=Path, default=Path(".frameworks"), help="of the environments")
     option("--model", type=Path, required=True, help="folder made by tests/models/build.py")
     option("--only", nargs="+", default=[""], metavar="TEXT", help="those whose name holds TEXT")
-    _measuring(option)
-    option = add("gpu", "What a card must tell us, part by part; goes on where it stopped.", _gpu)
+    what = "What a card must tell us, part by part; goes on where it stopped."
+    option = add("gpu", what, _gpu, "--out", "--update")
     option("--seconds", type=float, default=540.0, metavar="S", help="default: %(default)s")
     option("--parts", nargs="+", default=[], metavar="NAME", help="only these, even if measured")
     option("--dry", action="store_true", help="rehearse it on the CPU, with tiny sizes")
-    option("--out", type=Path, metavar="DIR", help="folder of the results (default: in bench/)")
-    _update(option)
     what = "Write reports, plots and pages from results; of all committed ones where none is named."
-    option = add("report", what, _report)
+    option = add("report", what, _report, "--update")
     option("results", type=Path, nargs="*", metavar="JSON")
-    _update(option)
     what = "Ratios of two results files, or pytest-benchmark's; exit code 1 if one of ours is worse"
     option = add("compare", f"{what} by more than the threshold.", _compare)
     option("files", type=Path, nargs=2, metavar="JSON")
@@ -204,16 +195,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measuring(option: Callable) -> None:
-    option("--repeats", type=int, metavar="N", help="rounds (default: those of the suite)")
-    option("--out", type=Path, metavar="DIR", help="folder of the results (default: in bench/)")
-    _update(option)
-
-
-def _update(option: Callable) -> None:
-    option("--update", type=Path, action="append", default=[], metavar="PAGE",
-           help="replace the text between this suite's marks in PAGE (repeatable)")  # fmt: skip
-
+_SHARED = {
+    "--repeats": {"type": int, "metavar": "N", "help": "rounds (default: those of the suite)"},
+    "--out": {"type": Path, "metavar": "DIR", "help": "folder of the results (default: in bench/)"},
+    "--update": {"type": Path, "action": "append", "default": [], "metavar": "PAGE",
+                 "help": "replace the text between this suite's marks in PAGE (repeatable)"},
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,6 @@ from bench.suites import load
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option."""
     parser.addoption(
         "--bench-preset", choices=load("loss").presets, default="tiny",
         help="case table of the loss (default: tiny)",

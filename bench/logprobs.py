@@ -7,10 +7,10 @@ and ``return_topk`` cost in CPU time of one thread, interleaved, as medians of r
 
 from __future__ import annotations
 
-import statistics
+import itertools
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
+from bench.engine.timing import Step, paired, timed
+from bench.report.tables import table
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FP32_HEAD = {"head_dtype": "float32"}
+HEADS = {"bf16": (BF16, {}), "bf16, fp32 head": (BF16, FP32_HEAD)}
 TOKENS, WINDOW, ROUNDS = 4096, 512, 3
 
 
@@ -31,7 +34,7 @@ def difference(found: Tensor, exact: Tensor) -> str:
 
 
 @torch.no_grad()
-def agreement(folder: str) -> list[str]:
+def agreement(folder: str) -> str:
     """Log-probs of a bf16 model from fp32 logits of its hidden states, and from fp64 ones."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,28 +57,21 @@ def agreement(folder: str) -> list[str]:
         'with `head_dtype="float32"`': pk.linear_token_logps(hidden, weight, targets, **FP32_HEAD),
         "the plain forward in fp32": exact[0],
     }
-    return [
-        f"| {Path(folder).name}, {len(targets)} tokens | from fp32 | from fp64 |",
-        "|---|---|---|",
-        *(
-            f"| {what} | {' | '.join(difference(x, e) for e in exact)} |"
-            for what, x in rows.items()
-        ),
-    ]
+    lines = [[what, *(difference(x, e) for e in exact)] for what, x in rows.items()]
+    return table([f"{Path(folder).name}, {len(targets)} tokens", "from fp32", "from fp64"], lines)
 
 
-def temperatures() -> list[str]:
+def temperatures() -> str:
     """Errors of log-probs, dHidden and dW at temperatures from 0.5 to 1.5, from fp64."""
     gen = torch.Generator().manual_seed(0)
     n, width, vocab = 512, 1024, 16000
     x = torch.randn(n, width, generator=gen)
     w = 4 * torch.randn(vocab, width, generator=gen) / width**0.5
-    up, rows = torch.rand(n, generator=gen), []
-    heads = {"bf16": (BF16, {}), "bf16, fp32 head": (BF16, FP32_HEAD)}
-    heads |= {"fp16": (FP16, {}), "fp32": (FP32, {})}
+    up, lines = torch.rand(n, generator=gen), []
+    heads = {**HEADS, "fp16": (FP16, {}), "fp32": (FP32, {})}
     for per_row in (True, False):
         t = 0.5 + torch.rand(n, generator=gen) if per_row else torch.ones(n)
-        cells = []
+        lines.append(["of each row" if per_row else "1"])
         for dtype, options in heads.values():
             hidden, weight = (v.to(dtype).requires_grad_() for v in (x, w))
             wide = [v.detach().double().requires_grad_() for v in (hidden, weight)]
@@ -89,37 +85,27 @@ def temperatures() -> list[str]:
                 for y, of in ((found, [hidden, weight]), (exact, wide))
             ]
             off = [((a - b).norm() / b.norm()).item() for a, b in zip(*grads, strict=True)]
-            cells.append(f"{difference(found, exact)}, {off[0]:.1e}, {off[1]:.1e}")
-        rows.append(f"| {'of each row' if per_row else '1'} | {' | '.join(cells)} |")
-    return [f"| temperature | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|", *rows]
+            lines[-1].append(f"{difference(found, exact)}, {off[0]:.1e}, {off[1]:.1e}")
+    return table(["temperature", *heads], lines)
 
 
-def costs() -> list[str]:
-    """CPU time of ``batch_invariant`` and of ``return_topk``, over that of a call without."""
+def costs(option: dict[str, Any], sizes: tuple[int, ...]) -> str:
+    """CPU time with an option over that of a call without."""
     width, vocab, lines = 1024, 32000, []
-    heads = {"bf16, fp32 head": (BF16, FP32_HEAD), "fp32": (FP32, {}), "bf16": (BF16, {})}
-    for option, sizes in (
-        ({"batch_invariant": True}, (1, 64, 300, 1024)),
-        ({"return_topk": 8}, (1024,)),
-    ):
-        name = ", ".join(f"{key}={value}" for key, value in option.items())
-        columns = [f"{what}, {head}" for what in ("forward", "both") for head in heads]
-        lines += [f"| rows, {name} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-        for n in sizes:
-            cells = []
-            for learns in (False, True):
-                for dtype, more in heads.values():
-                    x, w = (
-                        torch.randn(k, width).to(dtype).requires_grad_(learns) for k in (n, vocab)
-                    )
-                    targets = torch.randint(0, vocab, (n,))
-                    plain, with_it = (step(x, w, targets, {**more, **o}) for o in ({}, option))
-                    cells.append(f"{ratio(with_it, plain):.2f}")
-            lines.append(f"| {n} | {' | '.join(cells)} |")
-    return lines
+    heads = {"bf16, fp32 head": HEADS["bf16, fp32 head"], "fp32": (FP32, {}), "bf16": (BF16, {})}
+    name = ", ".join(f"{key}={value}" for key, value in option.items())
+    columns = [f"{what}, {head}" for what in ("forward", "both") for head in heads]
+    for n in sizes:
+        lines.append([str(n)])
+        for learns, (dtype, more) in itertools.product((False, True), heads.values()):
+            x, w = (torch.randn(k, width).to(dtype).requires_grad_(learns) for k in (n, vocab))
+            call = partial(step, x, w, torch.randint(0, vocab, (n,)))
+            taken = timed({"with": call(more | option), "without": call(more)}, ROUNDS, cpu_time)
+            lines[-1].append(f"{paired(taken['with'], taken['without']):.2f}")
+    return table([f"rows, {name}", *columns], lines)
 
 
-def step(x: Tensor, w: Tensor, targets: Tensor, options: dict[str, Any]) -> Callable[[], object]:
+def step(x: Tensor, w: Tensor, targets: Tensor, options: dict[str, Any]) -> Step:
     """A call, with its backward where the weight learns."""
 
     def run() -> object:
@@ -127,25 +113,20 @@ def step(x: Tensor, w: Tensor, targets: Tensor, options: dict[str, Any]) -> Call
         logps = found[0] if isinstance(found, tuple) else found
         return torch.autograd.grad(logps.sum(), [x, w]) if w.requires_grad else logps
 
-    return run
+    return Step(run)
 
 
-def ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
-    """Median over rounds of the CPU time of one over that of the other."""
-    ratios = []
-    for _ in range(ROUNDS + 1):
-        spent = []
-        for run in (one, other):
-            start = time.process_time()
-            run()
-            spent.append(time.process_time() - start)
-        ratios.append(spent[0] / spent[1])
-    return statistics.median(ratios[1:])
+def cpu_time(step: Step) -> float:
+    """Seconds of all threads of a call."""
+    start = time.process_time()
+    step.run()
+    return time.process_time() - start
 
 
 if __name__ == "__main__":
     for model in sys.argv[1:]:
-        print("\n".join(agreement(model)), flush=True)
-    print("\n".join(temperatures()), flush=True)
+        print(agreement(model), flush=True)
+    print(temperatures(), flush=True)
     torch.set_num_threads(1)
-    print("\n".join(costs()))
+    print(costs({"batch_invariant": True}, (1, 64, 300, 1024)), flush=True)
+    print(costs({"return_topk": 8}, (1024,)))

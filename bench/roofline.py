@@ -8,7 +8,7 @@ and fp32 (on a CPU without 16-bit matrix units that is fp32)
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -18,26 +18,29 @@ from bench.engine.timing import Step, Timer, summary
 _ROUNDS = 7
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of the copied tensor; (N, H, V) of the matmul."""
-
-    copy_bytes: int
-    matmul: tuple[int, int, int]
-
-
+# Bytes of the copied tensor; N, H and V of the matmul.
 SIZES = {
-    "cuda": Sizes(4 << 30, (8192, 8192, 16384)),
-    "cpu": Sizes(512 << 20, (1024, 1024, 32768)),
+    "cuda": {"copy_bytes": 4 << 30, "matmul": (8192, 8192, 16384)},
+    "cpu": {"copy_bytes": 512 << 20, "matmul": (1024, 1024, 32768)},
 }
 
 
-def measure(device: torch.device, dtypes: Iterable[str], sizes: Sizes | None = None) -> dict:
+def measure(device: torch.device, dtypes: Iterable[str]) -> dict:
     """``{"copy": {...}, "matmul": {dtype: {...}}}``, each with its rate and quartiles."""
-    sizes = sizes or SIZES[device.type]
-    names = dict.fromkeys(["fp32", *dtypes])
-    matmuls = {name: _matmul(device, sizes.matmul, name) for name in names}
-    return {"copy": _copy(device, sizes.copy_bytes), "matmul": matmuls, "sizes": asdict(sizes)}
+    sizes, timer = SIZES[device.type], Timer(device)
+    N, H, V = sizes["matmul"]
+    found = {"copy": _rate(timer, copy(device, sizes["copy_bytes"]), 2 * sizes["copy_bytes"])}
+    matmuls = {}
+    for name in dict.fromkeys(["fp32", *dtypes]):
+        x, w = (torch.randn(k, H, device=device).to(DTYPES[name]) for k in (N, V))
+        matmuls[name] = _rate(timer, Step(partial(torch.mm, x, w.t())), 2 * N * H * V)
+    return found | {"matmul": matmuls, "sizes": sizes}
+
+
+def copy(device: torch.device, size: int) -> Step:
+    """A copy of ``size`` bytes."""
+    source = torch.randn(size // 4, device=device)
+    return Step(partial(torch.empty_like(source).copy_, source))
 
 
 def of_case(ceilings: dict | None, case: Case) -> float | None:
@@ -47,18 +50,6 @@ def of_case(ceilings: dict | None, case: Case) -> float | None:
     if case.flops is None:
         return ceilings["copy"]["rate"]
     return max(ceilings["matmul"][dtype]["rate"] for dtype in (case.dtype, "fp32"))
-
-
-def _copy(device: torch.device, size: int) -> dict:
-    source = torch.randn(size // 4, device=device)
-    target = torch.empty_like(source)
-    return _rate(Timer(device), Step(lambda: target.copy_(source)), 2 * size)
-
-
-def _matmul(device: torch.device, shape: tuple[int, int, int], dtype: str) -> dict:
-    N, H, V = shape
-    x, w = (torch.randn(k, H, device=device).to(DTYPES[dtype]) for k in (N, V))
-    return _rate(Timer(device), Step(lambda: torch.mm(x, w.t())), 2 * N * H * V)
 
 
 def _rate(timer: Timer, step: Step, amount: int) -> dict:

@@ -1,10 +1,7 @@
 """pytest-benchmark over the cases of the loss: ``pytest --benchmark-only bench``.
 
 One provider at a time, the floor timed before each of its rounds: ``extra_info["of_floor"]`` is
-the median of floor / provider within a round. pytest-benchmark's own options work
-(``--benchmark-save``, ``--benchmark-compare``), and ``python -m bench compare OLD.json NEW.json``
-sets two saved runs against each other by that ratio. The report's ratios to peers come from
-``python -m bench loss``, which interleaves all.
+the median of floor / provider within a round, which ``python -m bench compare`` reads.
 """
 
 from __future__ import annotations
@@ -58,7 +55,7 @@ def test_bench(benchmark, case: Case, provider: Provider) -> None:
     ratio = paired(floors[-len(taken) :], taken) if taken else None
     benchmark.extra_info |= {"provider": provider.name, "of_floor": ratio}
     if not provider.is_floor:
-        row = loss.blank(case, provider)
+        row = loss.SUITE.blank(case, provider)
         loss.check(row, make_truth(inputs), float(value), step)
         benchmark.extra_info |= {k: v for k, v in row.items() if k.endswith("_error")}
         assert not row["wrong"], row

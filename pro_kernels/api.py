@@ -191,7 +191,7 @@ def token_stats(
         vocab = weight.shape[0] if group is None else None
         scored = scored_targets(targets, how).reshape(1, 1, -1)
         layout = Layout.of_targets(scored, how.ignore_index, vocab)
-        _check_scale(scale, "hidden", hidden, bias, layout.rows, layout.targets)
+        validate.check_row_scale(scale, "hidden", hidden, bias, layout.rows, layout.targets)
         call = _call(hidden, dtypes, logits, how, weight).but(outputs=outputs, top=top or 1)
         return call, layout, how, terms
 
@@ -249,7 +249,7 @@ def token_logps(
     transform, how = _LOGITS.split(options)
     _check_logits(logits, targets)
     flat = mark_unscored(scored_targets(targets, how), how.ignore_index).reshape(-1)
-    _check_scale(scale, "logits", logits, None, None, flat)
+    validate.check_row_scale(scale, "logits", logits, None, None, flat)
     outputs = ("logps", "entropy") if return_entropy else ("logps",)
     call = _call(logits, (logits.dtype,) * 2, transform, how).but(outputs=outputs)
     args = (_rows(logits), flat, _flat(scale, call), how.inplace_backward, call)
@@ -316,7 +316,7 @@ def linear_pro_loss(
         dtypes = validate.check_head(hidden, weight, bias, how.head_dtype)
         vocab = weight.shape[0] if group is None else None
         found = _lists(hidden, targets, layout, candidate_mask, how, vocab)
-        _check_scale(scale, "hidden", hidden, bias, found.rows, found.targets)
+        validate.check_row_scale(scale, "hidden", hidden, bias, found.rows, found.targets)
         return _call(hidden, dtypes, logits, how, weight, loss, found), found, how, loss
 
     def source(call: Call, scored: Layout, how: CallOptions, scalar_loss: bool) -> tuple:
@@ -372,7 +372,7 @@ def pro_loss(
         loss, transform, how = _PRO_OF_LOGITS.split(options)
         _check_logits(logits, targets, lists=True)
         found = Layout.dense(scored_targets(targets, how, candidate_mask), how.ignore_index)
-        _check_scale(scale, "logits", logits, None, None, found.targets)
+        validate.check_row_scale(scale, "logits", logits, None, None, found.targets)
         dtypes = (logits.dtype,) * 2
         return _call(logits, dtypes, transform, how, None, loss, found), found, how, loss
 
@@ -446,24 +446,6 @@ def _call(
         batch_invariant=how.batch_invariant,
         grad_filter=None if how.grad_filter == "auto" and compute.itemsize > 2 else how.grad_filter,
     )
-
-
-def _check_scale(
-    scale: Tensor | None,
-    name: str,
-    like: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,  # that are scored; None: those with a target
-    targets: Tensor,
-) -> None:
-    """A ``logit_scale`` of each row, its values only on the CPU."""
-    if scale is None:
-        return
-    validate.check_row_scale(scale, name, like, bias)
-    if validate.readable(scale):
-        flat = scale.detach().reshape(-1)
-        scored = torch.where(targets < 0, 1.0, flat) if rows is None else flat[rows]
-        validate.check_scales(scored)
 
 
 def _flat(scale: Tensor | None, call: Call) -> Tensor | None:

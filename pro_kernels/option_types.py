@@ -104,13 +104,13 @@ def shared_options(own: Collection[str], compares: bool, **defaults: Any) -> dic
 
     ``compares``: with a reference model.
     """
-    names = [
-        name for name in SHARED_OPTIONS if not name.startswith("sft") or "sft_weight" not in own
-    ]
+    left_out: tuple[str, ...] = () if compares else ("reference_free",)
+    if "sft_weight" in own:
+        left_out += ("sft_weight", "sft_on", "sft_reduction")
     return {
-        name: (SHARED_OPTIONS[name][0], defaults.get(name, SHARED_OPTIONS[name][1]))
-        for name in names
-        if compares or name != "reference_free"
+        name: (kind, defaults.get(name, default))
+        for name, (kind, default) in SHARED_OPTIONS.items()
+        if name not in left_out
     }
 
 

@@ -117,15 +117,6 @@ def linear_cross_entropy(
     return losses.sum() / classes[targets[scored]].sum() + z_losses.sum() / scored.sum()
 
 
-def sequence_scores(
-    logps: Tensor,  # (B, n, T), 0 where not scored
-    scored: Tensor,  # (B, n, T) bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(s, S, m)``, each ``(B, n)``: mean and sum of the scored log-probs, and their number."""
-    sums, lengths = logps.sum(-1), scored.sum(-1)
-    return sums / lengths.clamp_min(1), sums, lengths
-
-
 def rank_terms(
     scores: Tensor,  # (n,) best first
     rewards: Tensor | None,  # (n,) descending; None: every tau is ``tau``
@@ -176,7 +167,7 @@ def pro_loss(
         logit_scale = logit_scale if layout.rows is None else logit_scale[layout.rows]
     logps: Any = token_logps(logits, targets, softcap=softcap, logit_scale=logit_scale)
     if layout is None:
-        _, sums, lengths = sequence_scores(logps, targets.ne(IGNORE_INDEX))
+        sums, lengths = logps.sum(-1), targets.ne(IGNORE_INDEX).sum(-1)
     else:
         sums, lengths = _layout_sums(logps, layout)
         if candidate_mask is not None:

@@ -245,8 +245,17 @@ def check_head(
     return compute, compute
 
 
-def check_row_scale(scale: object, like_name: str, like: Tensor, bias: object) -> None:
-    """A ``logit_scale`` of each row of ``like`` (..., D), but for its values."""
+def check_row_scale(
+    scale: object,
+    like_name: str,
+    like: Tensor,
+    bias: object,
+    rows: Tensor | None,  # that are scored; None: those with a target
+    targets: Tensor,
+) -> None:
+    """None, or a ``logit_scale`` of each row of ``like`` (..., D); its values only on the CPU."""
+    if scale is None:
+        return
     scale = check_float("logit_scale", scale)
     legend = f"{like_name}.shape[:-1]"
     check_same_shape("logit_scale", scale, tuple(like.shape[:-1]), legend)
@@ -260,17 +269,15 @@ def check_row_scale(scale: object, like_name: str, like: Tensor, bias: object) -
         raise ValueError(
             "logit_scale must be a constant, got a tensor that requires a gradient: detach it"
         )
+    if readable(scale):
+        flat, (low, high) = scale.detach().reshape(-1), (SIZES[0], LARGEST_SCALE)
+        flat = torch.where(targets < 0, 1.0, flat) if rows is None else flat[rows]
+        text = f"logit_scale must be of a size in [{low:g}, {high:g}] in every row"
+        good = (flat.abs() >= low) & (flat.abs() <= high)
+        check_all(text, good, lambda i: f", got {flat[i]}")
 
 
 # Values
-
-
-def check_scales(scale: Tensor) -> None:
-    """``scale`` (N,), of rows that are scored, holds numbers that could each be a logit_scale."""
-    low, high = SIZES[0], LARGEST_SCALE
-    good = (scale.abs() >= low) & (scale.abs() <= high)
-    text = f"logit_scale must be of a size in [{low:g}, {high:g}] in every row"
-    check_all(text, good, lambda i: f", got {scale[i]}")
 
 
 def readable(tensor: Tensor) -> bool:

@@ -25,6 +25,7 @@ from pro_trainer.evaluate.tables import markdown_table
 from pro_trainer.prepare.output import write_json
 from pro_trainer.rounds.state import STATE, Round
 from study import short_and_named
+from study.report import PACKAGES, provenance
 
 SUBJECTS = """
 glacier volcano compass lighthouse submarine telescope microscope bicycle windmill waterfall rainbow
@@ -85,7 +86,7 @@ def results(folder: Path) -> dict[str, Any]:
         minutes.append(own)
     answers = [json.loads(this.answers.read_text().splitlines()[0]) for this in of_rounds]
     return {
-        "facts": record.facts(torch.device("cpu"), ("torch", "transformers", "pro-kernels")),
+        "facts": record.facts(torch.device("cpu"), PACKAGES),
         "options": OPTIONS,
         "prompts": sum(1 for _ in (folder / "prompts.jsonl").open()),
         **{name: found[name] for name in ("base", "rounds", "best", "ended")},
@@ -118,10 +119,8 @@ def table(found: Mapping[str, Any]) -> str:
         [
             markdown_table(header, rows),
             f"{found['prompts']} prompts to train on and {found['base']['prompts']} held out. "
-            f"{facts['machine']}; fp32; "
-            + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-            + f"; commit {(facts['commit'] or 'unknown')[:12]}; {facts['date'][:10]}."
-            f" The first answers to the held-out prompt *{example['prompt']}* (64 tokens at most):",
+            f"{facts['machine']}; fp32; {provenance(facts)} The first answers to the held-out "
+            f"prompt *{example['prompt']}* (64 tokens at most):",
             *(part for name, text in zip(names, said, strict=True) for part in (f"{name}:", text)),
         ]
     )

@@ -12,11 +12,11 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,8 +59,7 @@ class Settings:
     learning_rate: float = 5e-5
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One method with one seed; ``base`` is the model as it comes, with its scores only."""
 
     method: str
@@ -141,7 +140,7 @@ def measure(path: str, data: str, settings: Settings, run: Run) -> dict[str, Any
     """Train by one method, and score the held-out lists."""
     model, tokenizer = load(path, ModelOptions(dtype="float32"))
     _, held_out = lists_of(data, tokenizer, settings, settings.candidates)
-    result: dict[str, Any] = {"method": run.method, "seed": run.seed, "seconds": 0.0, "log": []}
+    result: dict[str, Any] = {**run._asdict(), "seconds": 0.0, "log": []}
     if run.method == "base":
         result["whole_lengths"] = whole_lengths(data, tokenizer, settings)
         with _trainer(model, tokenizer, settings, held_out=held_out) as trainer:
@@ -188,23 +187,18 @@ def whole_lengths(data: str, tokenizer: Any, settings: Settings) -> list[list[in
     return [[len(ids) for ids in row["completions"]] for row in held_out]
 
 
+_NUMBERS = ("logps", "lengths", "rewards", "mask")
+
+
 def numbers(scores: Scores) -> dict[str, Any]:
     """``Scores`` as lists for JSON; ``scores_from`` turns them back."""
-    return {
-        name: getattr(scores, name).tolist() for name in ("logps", "lengths", "rewards", "mask")
-    }
+    return {name: getattr(scores, name).tolist() for name in _NUMBERS}
 
 
-def scores_from(run: dict[str, Any]) -> Scores:
+def scores_from(run: Mapping[str, Any]) -> Scores:
     """What ``numbers`` wrote; the SFT candidate is the best."""
-    rewards = torch.tensor(run["rewards"])
-    return Scores(
-        torch.tensor(run["logps"]),
-        torch.tensor(run["lengths"]),
-        rewards,
-        torch.tensor(run["mask"]),
-        rewards.masked_fill(~torch.tensor(run["mask"]), -torch.inf).argmax(1),
-    )
+    logps, lengths, rewards, mask = (torch.tensor(run[name]) for name in _NUMBERS)
+    return Scores(logps, lengths, rewards, mask, rewards.masked_fill(~mask, -torch.inf).argmax(1))
 
 
 def _config(folder: str, settings: Settings, **options: Any) -> PROConfig:

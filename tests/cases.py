@@ -17,11 +17,11 @@ import pro_kernels as pk
 from pro_kernels import backends
 from pro_kernels.fused import matmul
 from pro_kernels.options import LogitOptions
+from pro_kernels.selfcheck.trust.measure import FLOOR, allowance
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = ["fp32", "bf16", "fp16"]
-FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 
 
 def usable_backends(dtype: torch.dtype = torch.float32) -> list[str]:
@@ -111,7 +111,7 @@ class Result:
 def run(
     function,
     case: Case,
-    dtype: torch.dtype,
+    dtype: torch.dtype | tuple[torch.dtype, torch.dtype],  # of all, or of hidden and of the head
     upstream=1.7,
     freeze: tuple[str, ...] = (),
     kind: torch.dtype | None = None,
@@ -125,10 +125,10 @@ def run(
     here = torch.get_default_device()
     hidden, weight, bias, targets, rewards = case.tensors()
     options = {**case.options, **options}
-    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    own, head = dtype if isinstance(dtype, tuple) else (dtype, dtype)
     leaves = {
-        k: v.to(here, dtype).to(kind or dtype).requires_grad_(k not in freeze)
-        for k, v in leaves.items()
+        k: v.to(here, to).to(kind or to).requires_grad_(k not in freeze)
+        for k, v, to in (("hidden", hidden, own), ("weight", weight, head), ("bias", bias, head))
         if v is not None
     }
     targets = None if targets is None else targets.to(here)
@@ -223,21 +223,6 @@ def same_compiled(function, leaves: tuple[Tensor, ...], *rest, backend="aot_eage
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
     grads = [torch.autograd.grad(x[0], leaves) for x in found]
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
-
-
-def allowance(what: str, dtype: torch.dtype, device: str) -> float:
-    """How many times plain PyTorch's error a gradient may have, by the roundings to 16 bits.
-
-    Plain PyTorch rounds the gradient of the logits and the result. With fp32 matmuls so do we, and
-    with fp32 sums for dHidden and dbias; dW then has one rounding more, of w X (independent, of the
-    same size: sqrt(3/2)). Native matmuls without fp32 sums round dZ0 W too, and plain PyTorch's
-    share may be down to one of three: sqrt(3).
-    """
-    if dtype.itemsize > 2 or matmul.upcasts(dtype, device):
-        return 1.0
-    if matmul.leaves_sums(dtype, device):
-        return 1.5**0.5 if "weight" in what else 1.0
-    return 3**0.5
 
 
 def assert_no_worse(

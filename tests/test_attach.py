@@ -14,8 +14,9 @@ import transformers
 from torch import nn
 
 import pro_kernels as pk
+import tiny_models
 from pro_kernels.models.lazy import LazyLogits
-from tiny_models import CONFIGS, SIZES, SPECIAL, V, assert_close, assert_same_grads, grads, make
+from tiny_models import V, assert_close, assert_same_grads, grads, make, next_logps
 
 REWARDS = torch.tensor([[0.5, -1.0], [2.0, 1.0]])
 LINEAR = nn.functional.linear
@@ -53,13 +54,10 @@ def assert_as_before(model: nn.Module, inputs: dict, attach=pk.attach, **more):
     return out, plain
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_cross_entropy_is_the_models_own(name, inputs):
     out, plain = assert_as_before(make(name), inputs)
-    logps = plain.logits[:, :-1].log_softmax(-1)
-    targets = inputs["labels"][:, 1:]
-    picked = logps.gather(2, targets.clamp_min(0)[..., None])[..., 0] * (targets >= 0)
-    assert_close(out.token_logps[:, :-1], picked, 1e-4)
+    assert_close(out.token_logps[:, :-1], next_logps(plain.logits, inputs["labels"]), 1e-4)
     assert not out.token_logps[:, -1].any()
 
 
@@ -561,11 +559,13 @@ def test_a_call_within_a_call_is_refused_and_leaves_nothing_behind(attached, inp
 
 
 def test_a_vision_language_model():
-    sizes = {x: SIZES[x] for x in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    sizes = {
+        x: tiny_models.SIZES[x] for x in ("hidden_size", "intermediate_size", "num_attention_heads")
+    }
     vision = transformers.CLIPVisionConfig(
         num_hidden_layers=2, image_size=8, patch_size=4, projection_dim=16, **sizes
     )
-    text = transformers.LlamaConfig(**SIZES, **SPECIAL)
+    text = transformers.LlamaConfig(**tiny_models.SIZES, **tiny_models.SPECIAL)
     config = transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=66, image_token_id=66
     )

@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 import pro_kernels as pk
+from tiny_models import next_logps
 
 pytestmark = pytest.mark.slow
 
@@ -108,8 +109,7 @@ def test_exact_or_refused(kind, tally):
     torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(gradients(model, fused.loss), grads, strict=True):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
-    log_p = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    want = torch.where(batch["labels"][:, 1:] == -100, 0.0, log_p)
+    want = next_logps(logits, batch["labels"])
     torch.testing.assert_close(fused.token_logps[:, :-1].detach(), want, rtol=1e-5, atol=2e-5)
 
 

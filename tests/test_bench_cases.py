@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,7 @@ import torch
 import pro_kernels as pk
 from bench.engine import lists, losses
 from bench.engine.case import Case, real_case
-from bench.engine.rounds import Settings
-from bench.engine.run import Run
+from bench.engine.run import Run, Settings
 from bench.engine.step import MODELS, HeadAlone, TrainingCase, TrainingStep, Workload, make_features
 from bench.engine.timing import Refused, backward_step
 from bench.engine.truth import make_inputs, make_truth
@@ -40,44 +40,37 @@ def _trl() -> None:
     pytest.importorskip("trl", reason="needs TRL 1.16")
 
 
+EAGER = ("ours-torch", "ours-layout", "plain-fp32", "official", "trl", "torch-lce",
+         "torch-lce-chunked", "torch-lce-mean")  # fmt: skip
+LEAVES = {"linear": 2, "ce": 2, "frozen": 1, "score": 0, "logits": 1, "ranking": 1}
+
+
 @pytest.mark.parametrize(
-    ("kind", "softcap"),
-    [("linear", None), ("linear", 3.0), ("frozen", None), ("score", None), ("logits", None),
-     ("ce", None), ("ranking", None)],
+    ("name", "kind", "softcap"),
+    [
+        *itertools.product(EAGER, LEAVES, [None]),
+        *itertools.product(EAGER, ["linear"], [3.0]),
+        *(pytest.param(name, "linear", None, marks=pytest.mark.slow)
+          for name in ("official-compiled", "liger", "cce")),
+    ],
 )  # fmt: skip
-@pytest.mark.parametrize(
-    "name",
-    ["ours-torch", "ours-layout", "plain-fp32", "official", "trl", "torch-lce",
-     "torch-lce-chunked", "torch-lce-mean"],
-)  # fmt: skip
-def test_every_provider_computes_the_same_loss_and_gradient(kind, name, softcap):
-    case = Case("case", 16, 101, 2, 3, 8, 0.5, "fp32", kind, softcap=softcap)
-    if kind in ("logits", "ranking"):
-        case = Case("case", 0, 101, 2, 3, 8, 0.5 * (kind == "logits"), "fp32", kind)
-    inputs = make_inputs(case)
+def test_every_provider_computes_the_same_loss_and_gradient(name, kind, softcap):
+    n, masked = 3 if name in EAGER else 2, 0.0 if kind == "ranking" else 0.5
+    H = 0 if kind in ("logits", "ranking") else 16
+    inputs = make_inputs(Case("case", H, 101, 2, n, 8, masked, "fp32", kind, softcap=softcap))
     try:
         made = base.all_providers(CPU)[name].build(inputs)
     except Refused as refused:
-        assert kind in ("logits", "ranking", "score") or softcap or "mean" in str(refused)
+        expected = kind in ("logits", "ranking", "score") or softcap or name not in EAGER
+        assert expected or "mean" in str(refused)
         return
     errors = make_truth(inputs).errors(float(made.run()), made)
     assert errors.pop("loss_error") < 1e-5
     assert all(e < 1e-5 for e in errors.values() if e is not None), errors
-    leaves = {"linear": 2, "ce": 2, "frozen": 1, "score": 0, "logits": 1, "ranking": 1}[kind]
-    assert len(made.leaves) == leaves and (made.gradient_bytes > 0) == (leaves > 0)
-    assert (errors["logp_error"] is None) == (kind == "ranking" or "mean" in name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["official-compiled", "liger", "cce"])
-def test_compiled_providers_compute_the_same_loss_and_gradient(name):
-    inputs = make_inputs(Case("case", 16, 101, 2, 2, 8, 0.5, "fp32"))
-    try:
-        made = base.all_providers(CPU)[name].build(inputs)
-    except Refused as refused:
-        pytest.skip(str(refused))
-    errors = make_truth(inputs).errors(float(made.run()), made)
-    assert all(e < 1e-5 for e in errors.values() if e is not None), errors
+    assert len(made.leaves) == LEAVES[kind]
+    assert (made.gradient_bytes > 0) == (LEAVES[kind] > 0)
+    if name in EAGER:
+        assert (errors["logp_error"] is None) == (kind == "ranking" or "mean" in name)
 
 
 def test_a_wrong_gradient_is_flagged_though_the_loss_is_near():
@@ -93,7 +86,7 @@ def test_a_wrong_gradient_is_flagged_though_the_loss_is_near():
         (backward_step(sft_only, inputs.leaves), True),
         (official.build(inputs), False),
     ):
-        row = loss.blank(CASE, official)
+        row = loss.SUITE.blank(CASE, official)
         loss.check(row, truth, float(made.run()), made)
         assert row["wrong"] is wrong and (row["input_grad_error"] > 0.2) is wrong
         made.clear()
@@ -130,7 +123,7 @@ def test_hidden_states_of_real_models(model, shared, monkeypatch):
     truth = make_truth(inputs)
     assert truth.logps.mean() > -0.5 * torch.tensor(float(case.V)).log()
     made = base.all_providers(CPU)[base.ours_name(CPU)].build(inputs)
-    row = loss.blank(case, base.all_providers(CPU)["floor"])
+    row = loss.SUITE.blank(case, base.all_providers(CPU)["floor"])
     loss.check(row, truth, float(made.run()), made)
     assert not row["wrong"] and row["loss_error"] < 1e-3
 
@@ -173,57 +166,51 @@ def test_a_tier_is_reached_by_its_budget(tier, monkeypatch):
     assert [plan.tier for plan in plans] == [tier]
 
 
-def test_a_step_leaves_the_problem_as_it_was():
-    work = Workload(STEP, CPU)
-    before = {name: p.clone() for name, p in work.model.named_parameters()}
-    made = STEPS["ours-lists"].build(work)
-    first = made.run(keep_gradients=True)
+@pytest.mark.parametrize("name", ["official", "ours-padded", "ours-lists", *DPO])
+def test_a_step_leaves_the_problem_as_it_was_and_its_head_alone_is_its_head(name):
+    work, calls = Workload(PAIRS, CPU), []
+    before = {key: p.clone() for key, p in work.model.named_parameters()}
+    made, weight = STEPS[name].build(work), work.model.lm_head.weight
+    value = made.run(keep_gradients=True).loss
     assert all(p.grad.norm() > 0 for p in work.model.parameters())
     assert len(work.optimizer.state) == len(before), "AdamW did its work"
+    expected = weight.grad.clone()
     work.clear()
-    assert made.run().loss == first.loss
+    assert made.run().loss == pytest.approx(value, rel=1e-6)
     assert all(p.grad is None for p in work.model.parameters())
-    assert all(torch.equal(p, before[name]) for name, p in work.model.named_parameters())
+    assert all(torch.equal(p, before[key]) for key, p in work.model.named_parameters())
+
+    head, gradients = HeadAlone(made), []
+    clear, work.clear = work.clear, lambda: gradients.append(weight.grad.clone())
+    work.model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    assert head.run().loss == pytest.approx(value, rel=1e-6)
+    torch.testing.assert_close(gradients[0], expected)  # the test model is not tied
+    assert not calls, "the decoder does not run"
+    assert all(hidden.grad is None for hidden in head.decoder.kept)
+    clear()
 
 
-def test_a_step_with_another_gradient_is_flagged_and_leaves_no_checkpointing_behind():
-    def build(work):
-        made = STEPS["ours-padded"].build(work)
+def test_a_step_with_another_gradient_or_a_loss_that_changes_is_flagged():
+    def other(work):
+        made, head = STEPS["ours-padded"].build(work), work.model.lm_head.weight
+        return replace(made, loss=lambda x: made.loss(x) + 0.01 * (head - head.detach()).sum())
 
-        def other(model):
-            head = model.lm_head.weight
-            return made.loss(model) + 0.01 * (head - head.detach()).sum()
+    def changing(work):
+        made, calls = STEPS["ours-padded"].build(work), itertools.count(1)
+        return replace(made, loss=lambda x: made.loss(x) * (2 if next(calls) == 4 else 1))
 
-        return TrainingStep(other, work, collate=made.collate)
-
-    def fails(model):
-        raise ValueError("enough")
-
-    more = [replace(STEPS["official"], name="other", build=build)]
+    wrong = {"other": other, "changing": changing}
+    more = [replace(STEPS["official"], name=name, build=build) for name, build in wrong.items()]
     rows = measured("step", None, "official", more=more)
-    assert rows["other"]["wrong"] and not rows["official"]["wrong"]
-    assert rows["other"]["loss_error"] < 1e-5
+    assert {name for name, row in rows.items() if row["wrong"]} == {*wrong}
+    assert rows["other"]["loss_error"] < 1e-5 and "round to round" in rows["changing"]["note"]
+
+
+def test_a_step_that_fails_leaves_no_checkpointing_behind():
     work = Workload(STEP, CPU)
-    with pytest.raises(ValueError, match="enough"):
-        TrainingStep(fails, work, checkpointed=True).run()
+    with pytest.raises(ZeroDivisionError):
+        TrainingStep(lambda _: 1 / 0, work, checkpointed=True).run()
     assert not work.model.is_gradient_checkpointing
-
-
-def test_a_loss_that_changes_from_round_to_round_is_flagged():
-    def build(work):
-        made, calls = STEPS["ours-padded"].build(work), []
-
-        def changing(model):
-            calls.append(1)
-            return made.loss(model) * (2 if len(calls) == 4 else 1)
-
-        return replace(made, loss=changing)
-
-    rows = measured(
-        "step", None, "official", more=[replace(STEPS["official"], name="b", build=build)]
-    )
-    assert rows["b"]["wrong"] and "round to round" in rows["b"]["note"]
-    assert not rows["official"]["wrong"]
 
 
 def test_errors_are_against_the_plain_procedure_and_a_truth_that_fails_is_said(monkeypatch):
@@ -244,26 +231,6 @@ def test_errors_are_against_the_plain_procedure_and_a_truth_that_fails_is_said(m
     assert row["note"] == "head not measured: RuntimeError: out of memory" and not row["wrong"]
 
 
-@pytest.mark.parametrize("name", ["official", "ours-padded", "ours-lists", *DPO])
-def test_the_head_alone_is_the_steps_head(name):
-    """Same loss; the head's gradient is the step's, as the test model is not tied."""
-    work = Workload(PAIRS, CPU)
-    made = STEPS[name].build(work)
-    value = made.run(keep_gradients=True).loss
-    weight = work.model.lm_head.weight
-    expected = weight.grad.clone()
-    work.clear()
-    head, gradients = HeadAlone(made), []
-    clear, work.clear = work.clear, lambda: gradients.append(weight.grad.clone())
-    calls = []
-    work.model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    assert head.run().loss == pytest.approx(value, rel=1e-6)
-    clear()
-    torch.testing.assert_close(gradients[0], expected)
-    assert not calls, "the decoder does not run"
-    assert all(hidden.grad is None for hidden in head.decoder.kept)
-
-
 def test_trl_and_ours_agree_on_dpo_and_leave_the_model_alone(monkeypatch):
     work = Workload(PAIRS, CPU)
     forward, settings = work.model.forward, work.model.config.to_dict()
@@ -273,7 +240,6 @@ def test_trl_and_ours_agree_on_dpo_and_leave_the_model_alone(monkeypatch):
         values[name] = made.run(keep_gradients=True).loss
         gradients[name] = [p.grad.clone() for p in work.model.parameters()]
         work.clear()
-        assert made.run().loss == pytest.approx(values[name], rel=1e-6)
     assert abs(values["trl-dpo"] - 0.6931) > 1e-3, "policy and reference differ"
     for name in DPO[1:]:
         assert values[name] == pytest.approx(values["trl-dpo"], rel=1e-5)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from cases import Case, compare, run, upstreams
+from cases import Case, compare, run, same_compiled, upstreams
 from pro_kernels.fused import matmul
 from pro_kernels.fused.gather_scatter import add_rows
 from pro_kernels.fused.thin import ChosenLogits
@@ -169,10 +169,7 @@ def test_compiled_whole(name, used):
         found = outputs(name, h, w, targets)
         return sum(found[i].sin().sum() for i in used)
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    grads = (torch.autograd.grad(f(*tensors), tensors) for f in (loss, compiled))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    same_compiled(loss, tensors)
 
 
 def test_without_autocasts_rounding():

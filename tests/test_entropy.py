@@ -9,15 +9,10 @@ import pytest
 import torch
 
 import pro_kernels as pk
-from cases import CPU, DTYPES, IDS, Case, assert_no_worse, compare, fp32_sums, upstreams
-from pro_kernels import backends
+from cases import DTYPES, IDS, Case, assert_no_worse, compare, fp32_sums, upstreams
 from pro_kernels.api import linear_token_stats
-from pro_kernels.backends.protocol import Rows
-from pro_kernels.fused.planner import make_plan
-from pro_kernels.options import LogitOptions
 from subjects import every_case, every_subject_and_dtype
 
-reference = backends.get("torch")
 every_tier = pytest.mark.parametrize("tier", ["T1", "T3"])
 every_output = pytest.mark.parametrize("output", ["entropy", "lse"])
 WITH = {"return_entropy": True}
@@ -27,24 +22,6 @@ def floats(case: Case, dtype: torch.dtype = torch.float32):
     """Hidden states, weight and bias, which want gradients, and targets of a case."""
     *tensors, targets, _ = case.tensors()
     return *(None if x is None else x.to(dtype).requires_grad_() for x in tensors), targets
-
-
-@pytest.mark.parametrize(
-    "options",
-    [LogitOptions(), LogitOptions(None, 0.3), LogitOptions(5.0, 0.5)],
-    ids=["plain", "scaled", "capped"],
-)
-def test_the_formula_is_what_autograd_derives(options):
-    x = torch.randn(6, 33, dtype=torch.float64).mul(4).requires_grad_()
-    targets, (weights, by) = torch.tensor([0, 32, 5, -100, 7, 8]), torch.randn(2, 6).double()
-    keywords = {"softcap": options.softcap, "logit_scale": options.logit_scale}
-    logp, entropy = pk.reference.token_logps(x, targets, **keywords, **WITH)
-    (logp * weights + entropy * by).sum().backward()
-    rows = Rows(x.detach(), targets, options)
-    _, lse, value = reference.logp(rows, entropy=True)
-    torch.testing.assert_close(value, entropy.detach(), rtol=1e-12, atol=1e-12)
-    got = reference.logits_grad(rows, lse, weights, entropy=(value, by))
-    torch.testing.assert_close(got, x.grad, rtol=1e-10, atol=1e-12)
 
 
 CASES = [
@@ -152,17 +129,6 @@ def test_fp16_keeps_small_and_large_upstream_gradients(tier, size, force_tier):
         grads.append(torch.autograd.grad((logps * up[0] + entropy * up[1]).sum(), tensors))
     for ours, exact in zip(*grads, strict=True):
         assert (ours - exact).norm() < 4e-3 * exact.norm()
-
-
-def test_a_budget_is_kept_and_decides_how_much_is_computed_again():
-    shape = (4096, (32000, 64, torch.bfloat16), CPU)
-    needs = {"need_hidden": True, "need_weight": True, "entropy": True}
-    large = make_plan(*shape, **needs, budget=1 << 30)
-    assert (large.tier, large.retained) == ("T1", 4096)
-    small = make_plan(*shape, **needs, budget=200 << 20)
-    assert small.tier == "T3" and small.chunk >= 512 and 0 < small.retained < 4096
-    assert 2 * 32000 * (small.retained + small.chunk) <= 200 << 20
-    assert make_plan(*shape, need_hidden=False, need_weight=False, entropy=True).tier == "T0"
 
 
 @every_tier

@@ -6,17 +6,18 @@ In every backend and tier, and of operands of any dtypes.
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 
 import pro_kernels as pk
-from cases import Case, assert_no_worse, upstreams
+from cases import Case, assert_no_worse, run, upstreams
 from pro_kernels.fused import matmul
 from pro_kernels.models.lazy import LazyLogits, real
 from pro_kernels.selfcheck.trust.measure import threads
 from subjects import every_subject
-from tiny_models import V, make
+from tiny_models import V, make, next_logps
 
 FP32 = {"head_dtype": "float32"}
 # Of hidden states and of the head, and autocast's.
@@ -32,44 +33,34 @@ DTYPES = [
 CASE = Case("wide", T=9, H=48, V=333, bias=True, options={"softcap": 5.0, "logit_scale": 0.8})
 
 
-def results(function, dtypes, kind=None, **options) -> list[torch.Tensor]:
-    """What the function returns for ``CASE`` and its gradients; ``kind``: the dtype to run in."""
-    here = torch.get_default_device()
-    *tensors, targets, rewards = (x.to(here) for x in CASE.tensors())
-    own, head, autocast = dtypes
-    leaves = [
-        x.to(dtype).to(kind or dtype).requires_grad_()
-        for x, dtype in zip(tensors, (own, head, head), strict=True)
-    ]
-    args = (*leaves[:2], targets)
-    with torch.autocast(here.type, autocast, enabled=autocast is not None and kind is None):
-        if "cross_entropy" in function.__name__:
-            values = [function(*args, bias=leaves[2], z_loss=0.1, **options)]
-        elif "pro_loss" in function.__name__:
-            out = function(*args, rewards, bias=leaves[2], **options)
-            values = [out.loss, out.logps]
-        else:
-            values = list(function(*args, bias=leaves[2], return_entropy=True, **options))
-    up = upstreams(CASE).to(here) if values[0].dim() else [torch.tensor(1.7)]
-    sum((x * u).sum() for x, u in zip(values, up, strict=False)).backward()
-    assert [x.grad.dtype for x in leaves] == [x.dtype for x in leaves]
-    return [*(x.detach() for x in values), *(x.grad for x in leaves)]
-
-
 def check(function: str, dtypes, **options) -> None:
-    plain = getattr(pk.reference, function)
-    ours = results(getattr(pk, function), dtypes, **CASE.options, **options, **FP32)
-    exact = results(plain, dtypes, torch.float64, **CASE.options)
+    *pair, autocast = dtypes
+    same = pair[0] == pair[1]
+    given = {"upstream": 1.7}
+    if function == "linear_token_logps":
+        given = {"upstream": upstreams(CASE), "return_entropy": True}
+    elif function == "linear_cross_entropy":
+        given = {"upstream": [torch.tensor(1.7)], "z_loss": 0.1}
+    with torch.autocast(torch.get_default_device().type, autocast, enabled=autocast is not None):
+        ours = run(getattr(pk, function), CASE, tuple(pair), **given, **options, **FP32)
+    plain = functools.partial(run, getattr(pk.reference, function), CASE, tuple(pair), **given)
+    exact = plain(kind=torch.float64)
     # What the gradient matmuls round to is the dtype that both operands have.
-    same = dtypes[0] == dtypes[1]
-    rounded = results(plain, (*dtypes[:2], None), **CASE.options, **({} if same else FP32))
-    values = len(ours) - 3
-    for i, what in enumerate((*["value"] * values, "hidden", "weight", "bias")):
-        if i < values:
-            torch.testing.assert_close(ours[i].double(), exact[i], rtol=2e-6, atol=2e-6)
-        else:
-            dtype = dtypes[0] if same else ours[i].dtype
-            assert_no_worse(ours[i], rounded[i], exact[i], dtype, f"{what} weight", norm=True)
+    rounded = plain(**({} if same else FP32))
+    for value, want in zip(*map(values_of, (ours, exact)), strict=True):
+        torch.testing.assert_close(value.double(), want, rtol=2e-6, atol=2e-6)
+    for name, grad in ours.grads.items():
+        assert grad.dtype == pair[name != "hidden"]
+        grads = (grad, rounded.grads[name], exact.grads[name])
+        dtype = pair[0] if same else grad.dtype
+        assert_no_worse(*grads, dtype, f"gradient of {name} weight", norm=True)
+
+
+def values_of(result) -> list[torch.Tensor]:
+    out = result.output
+    if hasattr(out, "loss"):
+        return [out.loss, out.logps]
+    return list(out) if isinstance(out, tuple) else [out]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +94,7 @@ def test_an_attached_model(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         heads = []
         plain.run(lambda head: heads.append(head) or (ids.sum(), {"logps": ids}), input_ids=ids)
-    exact = heads[0].exact_logits().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    exact = next_logps(heads[0].exact_logits(), ids)
     attached, out, logits = run(**FP32)
     _, rounded, _ = run()
     near = {"rtol": 0, "atol": 2e-6, "check_dtype": False}
@@ -112,12 +103,10 @@ def test_an_attached_model(autocast):
     for z in (out.logits, logits):
         assert isinstance(z, LazyLogits) and z.dtype == torch.float32
         for way in (torch.clone, real):  # lazy, and made
-            log_p = way(z)[:, :-1].log_softmax(-1)
-            torch.testing.assert_close(log_p.gather(-1, ids[:, 1:, None])[..., 0], exact, **near)
-        hot = torch.rand(2, 8, 1) + 0.5
-        cooled = (z[:, :-1] / hot).log_softmax(-1).gather(-1, ids[:, 1:, None])
-        want = (heads[0].exact_logits()[:, :-1] / hot).log_softmax(-1).gather(-1, ids[:, 1:, None])
-        torch.testing.assert_close(cooled, want, **near)
+            torch.testing.assert_close(next_logps(way(z), ids), exact, **near)
+        hot = torch.rand(2, 9, 1) + 0.5
+        want = next_logps(heads[0].exact_logits() / hot, ids)
+        torch.testing.assert_close(next_logps(z / hot, ids), want, **near)
         top = z[:, :-1].topk(2).values
         torch.testing.assert_close(top, heads[0].exact_logits()[:, :-1].topk(2).values, **near)
     with torch.no_grad():  # of a few rows, too
@@ -129,9 +118,8 @@ def test_an_fp32_weight_behind_16_bits_of_hidden_states():
     model.lm_head.float()
     model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
     ids = torch.randint(0, V, (2, 9))
-    exact = model(input_ids=ids).logits.double().log_softmax(-1)[:, :-1]
+    exact = next_logps(model(input_ids=ids).logits.double(), ids).float()
     out = pk.attach(model, **FP32)(input_ids=ids, labels=ids)
-    exact = exact.gather(-1, ids[:, 1:, None])[..., 0].float()
     torch.testing.assert_close(out.token_logps[:, :-1], exact, rtol=0, atol=2e-6)
 
 

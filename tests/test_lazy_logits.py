@@ -19,8 +19,7 @@ from bench.engine.memory import peak_extra_bytes
 from bench.engine.timing import Step
 from cases import CPU
 from pro_kernels.fused import matmul
-from pro_kernels.models import lazy
-from pro_kernels.models.counts import COUNTS
+from pro_kernels.models import COUNTS, lazy
 from pro_kernels.models.lazy import LazyLogits
 from tiny_models import V, make
 

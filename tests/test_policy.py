@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,7 +9,6 @@ import pro_kernels as pk
 from pro_kernels.policy import PolicyOptions
 from test_no_sync import Gpu
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "losses.md"
 B, T, NAN = 5, 7, float("nan")
 
 
@@ -265,23 +261,3 @@ def test_group_advantages(scale, dtype):
 def test_rewards_that_cannot_be(rewards, scale, message):
     with pytest.raises(ValueError, match=message):
         pk.group_advantages(rewards, scale)
-
-
-def test_the_example_of_the_page():
-    code = re.search(r"## Policy losses.*?```python\n(.*?)```", PAGE.read_text(), re.S)[1]
-    torch.manual_seed(0)
-    g = {"hidden": torch.randn(4, 6, 8), "ref_hidden": torch.randn(4, 6, 8)}
-    names = g | {"weight": torch.randn(11, 8), "ref_weight": torch.randn(11, 8)}
-    for name in ("hidden", "weight"):
-        names[name].requires_grad_()
-    names["targets"] = torch.randint(0, 11, (4, 6)).masked_fill(torch.rand(4, 6) < 0.3, -100)
-    names |= {"old_logps": torch.randn(4, 6) - 2, "rewards": torch.randn(2, 2)}
-    exec(code, names)
-    logits = names["hidden"] @ names["weight"].T
-    plain = logits.log_softmax(-1)
-    logps = plain.gather(-1, names["targets"].clamp(min=0)[..., None])[..., 0]
-    given = {name: names[name] for name in ("old_logps", "advantages", "mask", "ref_logps")}
-    entropies = -(plain.exp() * plain).sum(-1)
-    want, _ = pk.policy_loss(logps, **given, entropies=entropies, **names["options"])
-    torch.testing.assert_close(names["loss"], want)
-    torch.testing.assert_close(names["weight"].grad, torch.autograd.grad(want, names["weight"])[0])

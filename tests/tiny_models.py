@@ -49,6 +49,13 @@ def make(name: str = "Llama", **extra) -> nn.Module:
     return model.eval()
 
 
+def next_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B, T - 1): of the next label at each position, 0 where it does not count."""
+    targets = labels[:, 1:]
+    log_p = logits[:, :-1].log_softmax(-1).gather(2, targets.clamp_min(0)[..., None])
+    return log_p[..., 0] * (targets >= 0)
+
+
 def grads(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()

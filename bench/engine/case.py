@@ -15,66 +15,56 @@ from bench.engine import lists
 from pro_kernels.fused.matmul import upcasts
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Head matmuls on the scored rows that no exact method avoids, by kind.
-MATMULS = {"linear": 3, "memory": 3, "ce": 3, "frozen": 2, "score": 1}
-KINDS = (*MATMULS, "logits", "ranking")
+# What is done, and the head matmuls on the scored rows that no exact method of it avoids.
+KINDS = {
+    "linear": 3,  # hidden states and head are trained
+    "memory": 3,  # the same, weighed only, never interleaved
+    "ce": 3,  # mean cross-entropy of the scored tokens instead of PRO
+    "frozen": 2,  # the head is frozen
+    "score": 1,  # no gradient
+    "logits": 0,  # the logits are the input
+    "ranking": 0,  # log-probs are the input
+}
 # Below this many bytes a case is measured warm too: larger ones never fit a cache.
 _WARM_BYTES = 128 << 20
+
+_FACTS = ("group", "kind", "dtype", "H", "V", "B", "n", "T", "masked", "tokens", "scored", "budget",
+          "softcap", "flops", "bytes", "data", "model")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch shape and what is done with it.
+    """One batch shape and what is done with it."""
 
-    Attributes:
-        name: unique within a preset.
-        H: hidden size; 0 where hidden states are not the input.
-        V: vocabulary; 0 where log-probs are the input.
-        B: prompts.
-        n: candidates a prompt.
-        T: positions a candidate.
-        masked: share of positions that are not scored, in [0, 1).
-        dtype: "bf16", "fp16" or "fp32", of hidden states, weight and logits.
-        kind: "linear" (hidden and head trained), "frozen" (head frozen), "score" (no gradient),
-            "logits" (the logits are the input), "ce" (mean cross-entropy of the scored tokens
-            instead of PRO), "ranking" (log-probs are the input), "memory" (linear, weighed only,
-            never interleaved).
-        group: section of the report.
-        only: provider names measured here ("ours" is what backend="auto" picks); empty for all.
-        memory: weigh it too.
-        repeats: rounds.
-        budget: bytes given to ours, None for its default.
-        softcap: cap of the logits, None for none.
-        data: entry of ``lists.json`` that lengths and rewards are from; "": made up, T and masked
-            hold on average.
-        model: key of ``lists.MODELS``, whose hidden states and head these are; "": random.
-    """
-
-    name: str
-    H: int
-    V: int
+    name: str  # unique within a preset
+    H: int  # 0 where hidden states are not the input
+    V: int  # 0 where log-probs are the input
     B: int
     n: int
     T: int
-    masked: float
-    dtype: str = "bf16"
-    kind: str = "linear"
-    group: str = "head"
-    only: tuple[str, ...] = ()
-    memory: bool = False
-    repeats: int = 7
-    budget: int | None = None
+    masked: float  # in [0, 1)
+    dtype: str = "bf16"  # of hidden states, weight and logits: one of DTYPES
+    kind: str = "linear"  # one of KINDS
+    group: str = "head"  # section of the report
+    only: tuple[str, ...] = ()  # providers ("ours" is what backend="auto" picks); empty for all
+    memory: bool = False  # weigh it too
+    repeats: int = 7  # rounds
+    budget: int | None = None  # bytes given to ours, None for its default
     softcap: float | None = None
-    data: str = ""
-    model: str = ""
+    data: str = ""  # entry of lists.json with its lengths and rewards; "": made up on average
+    model: str = ""  # key of lists.MODELS, whose hidden states and head these are; "": random
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES or self.kind not in KINDS or not 0 <= self.masked < 1:
             raise ValueError(f"not a case: {self}")
 
     @property
+    def facts(self) -> dict:
+        """What a results row says of it."""
+        return {key: getattr(self, key) for key in _FACTS}
+
+    @property
     def tokens(self) -> int:
-        """All positions, R."""
         return self.B * self.n * self.T
 
     @property
@@ -91,14 +81,12 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
         return DTYPES[self.dtype]
 
     @property
     def flops(self) -> int | None:
         """Of the matmuls that no exact method avoids, 2 N H V each; None without a matmul."""
-        count = MATMULS.get(self.kind)
-        return None if count is None else 2 * count * self.scored * self.H * self.V
+        return 2 * KINDS[self.kind] * self.scored * self.H * self.V or None
 
     @property
     def bytes(self) -> int | None:
@@ -132,12 +120,7 @@ def native() -> str:
 
 def head_case(H: int, V: int, masked: float, n: int = 4, tokens: int = 2048, **more) -> Case:
     """Equal lists: ``tokens`` positions, 128 a candidate."""
-    case = Case("", H, V, max(1, tokens // (128 * n)), n, 128, masked, **more)
-    what = "" if case.kind == "linear" else f"{case.kind} "
-    size = f"V={V}" if case.kind == "logits" else f"H={H} V={V}"
-    return replace(
-        case, name=f"{what}{size} {case.dtype} n={n} R={case.tokens} masked {masked:.0%}"
-    )
+    return _named(Case("", H, V, max(1, tokens // (128 * n)), n, 128, masked, **more))
 
 
 def real_case(data: str, B: int, H: int, V: int, model: str = "", **more) -> Case:
@@ -145,13 +128,17 @@ def real_case(data: str, B: int, H: int, V: int, model: str = "", **more) -> Cas
     found = lists.load()[data].head(B)
     n, T = len(found.completions[0]), found.longest
     case = Case("", H, V, B, n, T, 0.0, data=data, model=model, **more)
+    return _named(replace(case, masked=1 - case.scored / case.tokens))
+
+
+def _named(case: Case) -> Case:
+    """Named by what it is made of."""
     what = "" if case.kind == "linear" else f"{case.kind} "
-    size = f"V={V}" if case.kind == "logits" else f"H={H} V={V}"
-    whose = f" of {lists.MODELS[model].label}" if model else ""
-    return replace(
-        case, masked=1 - case.scored / case.tokens,
-        name=f"{what}{size}{whose} {case.dtype} {data} n={n} R={case.tokens}",
-    )  # fmt: skip
+    size = f"V={case.V}" if case.kind == "logits" else f"H={case.H} V={case.V}"
+    whose = f" of {lists.MODELS[case.model].label}" if case.model else ""
+    name = f"{what}{size}{whose} {case.dtype}{case.data and f' {case.data}'} n={case.n}"
+    end = "" if case.data else f" masked {case.masked:.0%}"
+    return replace(case, name=f"{name} R={case.tokens}{end}")
 
 
 def is_main(row: dict) -> bool:

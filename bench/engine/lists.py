@@ -45,26 +45,16 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Lists:
-    """An entry: lists of n candidates each.
+    """An entry: lists of n candidates each."""
 
-    Attributes:
-        source: file that they are from, without its ending.
-        model: key of ``MODELS``, whose tokenizer counted.
-        start: tokens that all lists begin with.
-        prompts: of each list, tokens that its candidates share, those of the start included.
-        completions: of each list, tokens of each candidate after that; best first.
-        rewards: of each list.
-    """
-
-    source: str
-    model: str
-    start: int
-    prompts: list[int]
-    completions: list[list[int]]
+    source: str  # file that they are from, without its ending
+    model: str  # key of MODELS, whose tokenizer counted
+    start: int  # tokens that all lists begin with
+    prompts: list[int]  # tokens that the candidates of a list share, those of the start included
+    completions: list[list[int]]  # tokens of each candidate after that; best first
     rewards: list[list[float]]
 
     def head(self, count: int) -> Lists:
-        """The first lists."""
         cut = (x[:count] for x in (self.prompts, self.completions, self.rewards))
         return Lists(self.source, self.model, self.start, *cut)
 
@@ -77,13 +67,11 @@ class Lists:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
         return max(p + max(own) for p, own in zip(self.prompts, self.completions, strict=True))
 
 
 @lru_cache
 def load() -> dict[str, Lists]:
-    """Every entry by name."""
     return {name: Lists(**entry) for name, entry in json.loads(PATH.read_text()).items()}
 
 

@@ -14,14 +14,15 @@ SFT_WEIGHT = 0.05
 SFT = {"sft_weight": SFT_WEIGHT, "sft_reduction": "sum"}
 
 
-def ranking_loss(
-    sums: Tensor,  # (B, n)
-    lengths: Tensor,  # (B, n)
+def loss_of_logps(
+    logps: Tensor,  # (B, n, T), any value where targets are -100
+    targets: Tensor,  # (B, n, T)
     rewards: Tensor,  # (B, n)
 ) -> Tensor:
-    """PRO from summed log-probs: the mean over prompts of all rank terms and the SFT term."""
-    n = sums.shape[1]
-    scores = sums / lengths
+    """PRO from per-token log-probs: the mean over prompts of all rank terms and the SFT term."""
+    live, n = targets != -100, targets.shape[1]
+    sums = torch.where(live, logps, 0.0).sum(-1)
+    scores = sums / live.sum(-1)
     loss = -SFT_WEIGHT * (n - 1) ** 2 * sums[:, 0].mean()
     for k in range(n - 1):
         tau = rewards[:, k : k + 1] - rewards[:, k + 1 :]
@@ -29,16 +30,6 @@ def ranking_loss(
         entries = torch.cat([own, scores[:, k + 1 :] * tau], 1)
         loss = loss + (entries.logsumexp(1) - own[:, 0]).mean()
     return loss
-
-
-def loss_of_logps(
-    logps: Tensor,  # (B, n, T), any value where targets are -100
-    targets: Tensor,  # (B, n, T)
-    rewards: Tensor,  # (B, n)
-) -> Tensor:
-    """``ranking_loss`` of per-token log-probs under the targets' mask."""
-    live = targets != -100
-    return ranking_loss(torch.where(live, logps, 0.0).sum(-1), live.sum(-1), rewards)
 
 
 def plain_logps(logits: Tensor, targets: Tensor) -> Tensor:

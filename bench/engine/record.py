@@ -6,11 +6,9 @@ Written after every case, so an interrupted run keeps what it measured, with "co
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import torch
@@ -28,56 +26,44 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross
 class Record:
     """Rows of one run, kept in step with its file."""
 
-    def __init__(self, path: Path, facts: dict) -> None:
-        """Start a file at ``path``; ``facts`` describe the run."""
-        self.path = path
-        self.data = {"schema": SCHEMA, "complete": False, **facts, "results": []}
-        self.save()
-
-    @classmethod
-    def resume(cls, path: Path, facts: dict) -> Record:
-        """Go on with the file at ``path``, or start it.
+    def __init__(self, path: Path, facts: dict, resume: bool = False) -> None:
+        """Start a file at ``path``, or go on with the one there; ``facts`` describe the run.
 
         Cases that had no time are measured again; whoever was running when the process died is
         remembered as lost.
 
         Raises:
-            ValueError: it is of another machine, commit, preset or set of versions.
+            ValueError: the file to go on with is of another machine, commit, preset or versions.
         """
-        if not path.exists():
-            return cls(path, facts)
-        record = cls.__new__(cls)
-        record.path, record.data = path, load(path)
+        self.path = path
+        self.data = {"schema": SCHEMA, "complete": False, **facts, "results": []}
+        if resume and path.exists():
+            self.data = load(path)
+            self._go_on(facts)
+        self.save()
+
+    def _go_on(self, facts: dict) -> None:
         for key in ("machine", "device", "threads", "versions", "commit"):
-            if record.data.get(key) != facts[key]:
+            if self.data.get(key) != facts[key]:
                 raise ValueError(
-                    f"{path} was made with {key} {record.data.get(key)}, not {facts[key]}: "
-                    "it cannot be resumed"
+                    f"{self.path} was made with {key} {self.data.get(key)}, not {facts[key]}: it "
+                    "cannot be resumed"
                 )
-        if record.data["settings"]["preset"] != facts["settings"]["preset"]:
-            raise ValueError(f"{path} is of preset {record.data['settings']['preset']!r}")
-        late = {r["case"] for r in record.data["results"] if r["note"].endswith(NO_TIME)}
-        record.data["results"] = [r for r in record.data["results"] if r["case"] not in late]
-        record.data["complete"] = False
-        running = record.data.pop("running", None)
-        if running is not None:
-            record.data.setdefault("lost", []).append(running)
-        record.save()
-        return record
+        if self.data["settings"]["preset"] != facts["settings"]["preset"]:
+            raise ValueError(f"{self.path} is of preset {self.data['settings']['preset']!r}")
+        late = {r["case"] for r in self.data["results"] if r["note"].endswith(NO_TIME)}
+        self.data["results"] = [r for r in self.data["results"] if r["case"] not in late]
+        self.data["complete"] = False
+        if "running" in self.data:
+            self.data.setdefault("lost", []).append(self.data.pop("running"))
 
     def has(self, case: str) -> bool:
-        """Whether the case is measured."""
         return any(row["case"] == case for row in self.data["results"])
 
     def lost(self, case: str, provider: str) -> str | None:
         """Why a provider takes no further part in a case: the process died in it."""
         died = [case, provider] in self.data.get("lost", [])
         return "not run: the process died, or the GPU was lost, in its first try" if died else None
-
-    def row(self, case: str, provider: str) -> dict:
-        """The row of a case and provider."""
-        rows = self.data["results"]
-        return next(r for r in rows if (r["case"], r["provider"]) == (case, provider))
 
     def put(self, **facts: object) -> None:
         """Set what is said of the whole run and save; None takes it away."""
@@ -88,19 +74,18 @@ class Record:
         self.save()
 
     def add(self, rows: list[dict]) -> None:
-        """Append rows and save."""
         self.data["results"] += rows
         self.save()
 
     def update(self, case: str, provider: str, numbers: dict) -> None:
         """Merge numbers into one row and save; notes add up."""
-        row = self.row(case, provider)
+        rows = self.data["results"]
+        row = next(r for r in rows if (r["case"], r["provider"]) == (case, provider))
         note(row, numbers.pop("note", ""))
         row.update(numbers)
         self.save()
 
     def finish(self) -> None:
-        """Mark the run complete."""
         self.data["complete"] = True
         self.save()
 
@@ -129,7 +114,6 @@ def load(path: Path) -> dict:
 
 def facts(device: torch.device, packages: tuple[str, ...] = PACKAGES, **settings) -> dict:
     """Machine, versions, commit, threads and date of a run, with its settings."""
-    root = Path(__file__).resolve().parents[2]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": env.machine(),
@@ -139,30 +123,10 @@ def facts(device: torch.device, packages: tuple[str, ...] = PACKAGES, **settings
         if matmul.upcasts(torch.bfloat16, device.type)
         else "native",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "modified": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "versions": {name: env.version(name) for name in packages},
+        "commit": env.git("rev-parse", "HEAD") or None,
+        "modified": bool(env.git("status", "--porcelain", "--untracked-files=no")),
         "settings": settings,
-    }
-
-
-# What every suite measures, in a row of its own for each (case, provider); None where it was not.
-COMMON = ("seconds", "q1", "q3", "of_floor", "peak_bytes", "gradient_bytes", "loss", "loss_error")
-
-
-def empty_row(
-    case: str, provider: str, label: str, fields: dict, measured: tuple[str, ...]
-) -> dict:
-    """A row without numbers: every key is always there. ``fields`` describe the case."""
-    return {
-        "case": case,
-        **fields,
-        "provider": provider,
-        "label": label,
-        **dict.fromkeys((*COMMON, *measured)),
-        "rounds": 0,
-        "wrong": False,
-        "note": "",
     }
 
 
@@ -174,20 +138,3 @@ def note(row: dict, *texts: str) -> None:
 def flag_wrong(row: dict, why: str = "WRONG RESULT: not comparable") -> None:
     """Take a row out of every comparison, with the reason."""
     row["wrong"], row["note"] = True, why
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

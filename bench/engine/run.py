@@ -12,7 +12,7 @@ import torch
 from bench import roofline
 from bench.engine import isolate
 from bench.engine.record import NO_TIME, Record, facts
-from bench.engine.rounds import Clock, Settings
+from bench.engine.timing import Clock
 from bench.providers.base import Provider, all_providers, select
 
 
@@ -20,37 +20,52 @@ class DeviceLost(Exception):
     """A provider left the GPU unusable; whoever goes on needs a new process."""
 
 
+# What every suite measures, in a row of its own for each (case, provider); None where it was not.
+COMMON = ("seconds", "q1", "q3", "of_floor", "peak_bytes", "gradient_bytes", "loss", "loss_error")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is made."""
+
+    preset: str = "cpu-small"
+    cases: tuple[str, ...] = ()  # substrings of case names, or group names; empty for all
+    providers: tuple[str, ...] = ()  # empty for all
+    without: tuple[str, ...] = ()  # providers to leave out
+    repeats: int | None = None  # rounds; None for each case's own
+    memory: bool = True  # weigh the cases marked for it
+    # A peer leaves a case's rounds once it has run this long. If its first call took longer, and
+    # nothing was compiled in it, that call is its one round. Floors and ours take part in all.
+    peer_seconds: float = 12.0
+    seconds: float | None = None  # start nothing more after this time
+
+
 @dataclass(frozen=True)
 class Suite:
-    """Cases and how one is measured.
+    """Cases and how one is measured."""
 
-    Attributes:
-        name: as on the command line.
-        case_type: class of the cases; each has name, only, repeats, memory, dtype.
-        presets: name -> the cases on a GPU (True) or a CPU.
-        measure: rows of one case, one a provider.
-        line: a row in the log.
-        weigh: peak_bytes and more of a provider on a case, in a process made for it.
-        blank: a row without numbers.
-        about: what the file says of the run, beside its rows.
-        in_process: whether a device's memory is weighed where it is timed.
-        check: raises ValueError where the suite cannot run.
-    """
-
-    name: str
-    case_type: type
-    presets: dict[str, Callable[[bool], list]]
-    measure: Callable[[Any, list[Provider], Run], list[dict]]
-    line: Callable[[dict], str]
+    name: str  # as on the command line
+    case_type: type  # of the cases; each has name, only, repeats, memory, dtype, facts
+    presets: dict[str, Callable[[bool], list]]  # the cases on a GPU (True) or a CPU
+    measure: Callable[[Any, list[Provider], Run], list[dict]]  # rows of a case, one a provider
+    # peak_bytes and more of a provider on a case, in a process made for it.
     weigh: Callable[[Provider, Any, torch.device], dict]
-    blank: Callable[[Any, Provider], dict]
+    measured: tuple[str, ...]  # what its rows have beside COMMON
+    # What the file says of the run, beside its rows; ValueError where the suite cannot run.
     about: Callable[[Settings, list, torch.device], dict] = lambda *_: {}
+    # Whether a device's memory is weighed where it is timed.
     in_process: Callable[[torch.device], bool] = lambda _: False
-    check: Callable[[], None] = lambda: None
 
     def providers(self, device: torch.device) -> dict[str, Provider]:
-        """Its providers by name."""
         return all_providers(device, self.name)
+
+    def blank(self, case: Any, provider: Provider) -> dict:
+        """A row without numbers: every key is always there."""
+        return {
+            "case": case.name, **case.facts, "provider": provider.name,
+            "label": provider.label_of(case), "loss_type": provider.loss_type,
+            **dict.fromkeys((*COMMON, *self.measured)), "rounds": 0, "wrong": False, "note": "",
+        }  # fmt: skip
 
     def cases(self, preset: str, patterns: tuple[str, ...] = (), on_gpu: bool = False) -> list:
         """The cases of a preset whose name or group contains one of ``patterns`` (none: all).
@@ -80,17 +95,16 @@ class Run:
     record: Record | None = None
 
     def repeats(self, case: Any) -> int:
-        """Rounds of a case."""
         return self.settings.repeats or case.repeats
+
+    def running(self, *case_and_provider: str) -> None:
+        """The record says who runs, or that nobody does: whoever runs as it dies is left out."""
+        if self.record is not None:
+            self.record.put(running=list(case_and_provider) or None)
 
 
 def run(
-    suite: Suite,
-    settings: Settings,
-    path: Path,
-    device: torch.device,
-    log: Callable[[str], None] = print,
-    resume: bool = False,
+    suite: Suite, settings: Settings, path: Path, device: torch.device, resume: bool = False
 ) -> dict:
     """Measure a preset into the JSON file ``path``; returns its content.
 
@@ -102,50 +116,47 @@ def run(
         ValueError: a case or provider that there is not.
         DeviceLost: a provider left the GPU unusable; start again with ``resume``.
     """
-    suite.check()
     cases = suite.cases(settings.preset, settings.cases, device.type == "cuda")
-    table = suite.providers(device)
-    chosen = {
-        case.name: select(table, case.only, settings.providers, settings.without) for case in cases
-    }
-    about = {
-        "benchmark": suite.name,
-        **suite.about(settings, cases, device),
-        **facts(device, **asdict(settings)),
-    }
-    record = Record.resume(path, about) if resume else Record(path, about)
+    table, names = suite.providers(device), (settings.providers, settings.without)
+    chosen = {case.name: select(table, case.only, *names) for case in cases}
+    about = suite.about(settings, cases, device) | facts(device, **asdict(settings))
+    about["benchmark"] = suite.name
+    record = Record(path, about, resume)
     clock = Clock(settings.seconds)
+    one = Run(settings, device, clock, record)
     if "ceilings" not in record.data:
-        log(f"{clock} ceilings")
+        print(f"{clock} ceilings")
         record.put(ceilings=roofline.measure(device, [case.dtype for case in cases]))
     for i, case in enumerate(cases):
         if record.has(case.name):
             continue
-        log(f"{clock} {i + 1}/{len(cases)} {case.name}")
+        print(f"{clock} {i + 1}/{len(cases)} {case.name}")
         if clock.over:
-            rows = [
-                suite.blank(case, p) | {"note": f"not run: {NO_TIME}"} for p in chosen[case.name]
-            ]
+            late = {"note": f"not run: {NO_TIME}"}
+            rows = [suite.blank(case, provider) | late for provider in chosen[case.name]]
         else:
-            one = Run(settings, device, clock, record)
             rows = suite.measure(case, chosen[case.name], one)
         record.add(rows)
-        log("\n".join(f"    {suite.line(row)}" for row in rows))
+        print("\n".join(f"    {_line(row)}" for row in rows))
     if settings.memory and not suite.in_process(device):
-        _weigh(suite, cases, record, device, clock, log)
+        _weigh(suite, cases, one)
     record.finish()
     return record.data
 
 
-def _weigh(
-    suite: Suite,
-    cases: list,
-    record: Record,
-    device: torch.device,
-    clock: Clock,
-    log: Callable[[str], None],
-) -> None:
+def _line(row: dict) -> str:
+    """A row in the log."""
+    if row["seconds"] is None:
+        return f"{row['label']:52} {row['note'] or 'to be weighed'}"
+    names = {"of_floor": "of the floor", "vs_ours": "x ours", "speedup": "x official",
+             "vs_trl": "x TRL", "head_share": "in the head"}  # fmt: skip
+    ratios = [f"{row[key]:6.2f} {name}" for key, name in names.items() if row.get(key) is not None]
+    return "  ".join([f"{row['label']:52} {row['seconds'] * 1e3:10.1f} ms", *ratios, row["note"]])
+
+
+def _weigh(suite: Suite, cases: list, run: Run) -> None:
     """Memory of what ran, one process a provider."""
+    record = run.record
     by_name = {case.name: case for case in cases if case.memory}
     groups: dict[str, list] = {}
     for row in record.data["results"]:
@@ -155,16 +166,13 @@ def _weigh(
     for name, group in groups.items():
         if name.startswith("floor"):
             continue
-
-        def put(answer: dict, name: str = name) -> None:
+        if run.clock.over:
+            answers = [{"case": case.name, "note": f"not weighed: {NO_TIME}"} for case in group]
+        else:
+            print(f"{run.clock} memory of {name}")
+            answers = isolate.weigh(suite.name, name, group, run.device)
+        for answer in answers:
             record.update(answer.pop("case"), name, answer)
-
-        if clock.over:
-            for case in group:
-                put({"case": case.name, "note": f"not weighed: {NO_TIME}"})
-            continue
-        log(f"{clock} memory of {name}")
-        isolate.weigh(suite.name, name, group, device, put)
 
 
 def collect(
@@ -172,7 +180,6 @@ def collect(
     parts: Iterable[Callable[[], list[dict]]],
     path: Path,
     line: Callable[[dict], str],
-    log: Callable[[str], None] = print,
     **about: Any,
 ) -> dict:
     """Rows of a suite without providers, part after part, into the file ``path``; its content."""
@@ -180,6 +187,6 @@ def collect(
     for part in parts:
         rows = part()
         record.add(rows)
-        log("\n".join(map(line, rows)))
+        print("\n".join(map(line, rows)))
     record.finish()
     return record.data

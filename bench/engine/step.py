@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 import pro_kernels as pk
 from bench.engine import lists
 from bench.engine.case import DTYPES, native
-from bench.engine.timing import Refused, wait
+from bench.engine.timing import Refused, backward_step, clocked
 
 BETA = 0.1  # of DPO
 DPO_NOTE = "another loss: DPO; reference log-probs precomputed"
@@ -32,24 +31,17 @@ GROWTH = "growth "  # how the name of a case begins that differs from others in 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama-shaped model with random weights.
-
-    Attributes:
-        tied: the head is the embedding.
-        kv_heads: of keys and values; None: as many as ``heads``.
-        dtype: of the weights, "fp32" or "bf16".
-        needs_gpu: too large to be measured on a CPU.
-    """
+    """A Llama-shaped model with random weights."""
 
     layers: int
     H: int
     feed_forward: int
     heads: int
     V: int
-    tied: bool = False
-    kv_heads: int | None = None
-    dtype: str = "fp32"
-    needs_gpu: bool = False
+    tied: bool = False  # the head is the embedding
+    kv_heads: int | None = None  # of keys and values; None: as many as heads
+    dtype: str = "fp32"  # of the weights, "fp32" or "bf16"
+    needs_gpu: bool = False  # too large to be measured on a CPU
 
 
 MODELS = {
@@ -64,53 +56,43 @@ MODELS = {
     "SmolLM2": ModelShape(30, 576, 1536, 9, 49152, tied=True, kv_heads=3, dtype=native()),
     "test": ModelShape(2, 32, 48, 4, 211),
 }
+_FACTS = ("n", "P", "R", "B", "model", "tokens", "scored", "needed")
 
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """Lists of one shape and a model.
+    """Lists of one shape and a model."""
 
-    Attributes:
-        name: unique within a preset.
-        n: candidates.
-        P: tokens of a prompt.
-        R: tokens of a completion.
-        B: prompts a batch.
-        model: key of ``MODELS``.
-        only: names of the providers.
-        repeats: rounds.
-        data: entry of ``lists.json`` that the lists have their lengths from; "": all P and R.
-        memory: weigh it too.
-    """
-
-    name: str
+    name: str  # unique within a preset
     n: int
     P: int
     R: int
     B: int = 2
-    model: str = "small"
-    only: tuple[str, ...] = ()
-    repeats: int = 5
-    data: str = ""
-    memory: bool = True
+    model: str = "small"  # key of MODELS
+    only: tuple[str, ...] = ()  # names of the providers; empty for all
+    repeats: int = 5  # rounds
+    data: str = ""  # entry of lists.json that the lengths are from; "": all P and R
+    memory: bool = True  # weigh it too
 
     def __post_init__(self) -> None:
         if self.model not in MODELS or self.n < 2 or min(self.P, self.R, self.B) < 1:
             raise ValueError(f"not a case: {self}")
 
     @property
+    def facts(self) -> dict:
+        """What a results row says of it."""
+        return {key: getattr(self, key) for key in _FACTS} | {"shape": asdict(self.shape)}
+
+    @property
     def group(self) -> str:
-        """Section of the report."""
         return "growth" if self.name.startswith(GROWTH) else ""
 
     @property
     def dtype(self) -> str:
-        """Of the model's weights."""
         return self.shape.dtype
 
     @property
     def shape(self) -> ModelShape:
-        """Of the model."""
         return MODELS[self.model]
 
     @property
@@ -133,12 +115,10 @@ class TrainingCase:
 
     @property
     def tokens(self) -> int:
-        """Positions of all sequences."""
         return sum(prompt + own for prompt, completions in self.lists for own in completions)
 
     @property
     def scored(self) -> int:
-        """Tokens of all completions."""
         return sum(own for _, completions in self.lists for own in completions)
 
     @property
@@ -151,21 +131,20 @@ class TrainingCase:
 class Workload:
     """Model, optimizer and lists of a case, shared by its providers."""
 
-    def __init__(self, case: TrainingCase, device: torch.device, seed: int = 0) -> None:
-        """Make all of it; the same seed gives the same numbers."""
-        self.case, self.device, self.seed = case, device, seed
-        self.features = make_features(case, seed)
-        self.model = make_model(case, seed).to(device)
+    def __init__(self, case: TrainingCase, device: torch.device) -> None:
+        """Make all of it, always the same numbers."""
+        self.case, self.device = case, device
+        self.features = make_features(case)
+        self.model = make_model(case).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
 
     @property
     def pad(self) -> int:
-        """The padding id."""
         return self.model.config.pad_token_id
 
     def reference_model(self):  # noqa: ANN201
         """A new frozen model of other random weights: what DPO's policy is measured against."""
-        model = make_model(self.case, self.seed + 1).to(self.device)
+        model = make_model(self.case, seed=1).to(self.device)
         return model.eval().requires_grad_(False)
 
     @cached_property
@@ -193,16 +172,13 @@ class Workload:
         return self.model if fp32 else copy.deepcopy(self.model).float()
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch where the model is."""
         return {k: x.to(self.device) if hasattr(x, "to") else x for k, x in batch.items()}
 
     def clear(self) -> None:
-        """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients now held."""
         return sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
 
 
@@ -265,78 +241,46 @@ def check_pairs(work: Workload) -> None:
         raise Refused("n > 2: DPO is measured on pairs")
 
 
-Loss = Callable[[nn.Module], Tensor]
-
-
 @dataclass(frozen=True)
 class Timed:
-    """What one call gave.
-
-    Attributes:
-        gradient_seconds: forward and backward.
-        optimizer_seconds: AdamW; 0 for the floor.
-        loss: None for the floor.
-        head_seconds: of the head alone, run after the step; None where that is not measured.
-    """
-
-    gradient_seconds: float
-    optimizer_seconds: float
-    loss: float | None
-    head_seconds: float | None = None
+    gradient_seconds: float  # forward and backward
+    optimizer_seconds: float = 0.0
+    loss: float | None = None
+    head_seconds: float | None = None  # of the head alone, run after the step
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
         return self.gradient_seconds + self.optimizer_seconds
+
+
+Around = Callable[[], contextlib.AbstractContextManager]
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One timed unit.
+    """One timed unit."""
 
-    Attributes:
-        loss: model -> forward of one batch.
-        work: its model and optimizer.
-        checkpointed: with gradient checkpointing.
-        collate: makes the batch, as a data loader would; None where there is nothing to make.
-        detail: what is worth a note.
-        around: what the model is made to do meanwhile (distinct rows), outside the timing.
-        around_head: the same for the head alone.
-    """
-
-    loss: Loss
+    loss: Callable[[nn.Module], Tensor]  # forward of one batch
     work: Workload
-    checkpointed: bool = False
-    collate: Callable[[], Any] | None = None
-    detail: str = ""
-    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    around_head: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    checkpointed: bool = False  # with gradient checkpointing
+    collate: Callable[[], Any] = lambda: None  # makes the batch, as a data loader would
+    detail: str = ""  # what is worth a note
+    # What the model is made to do meanwhile (distinct rows), outside the timing; and its head.
+    around: Around = contextlib.nullcontext
+    around_head: Around = contextlib.nullcontext
 
     def run(self, keep_gradients: bool = False) -> Timed:
         """Forward, backward, AdamW; gradients are dropped afterwards, outside the timing."""
-        with self.around():
-            return self._run(keep_gradients)
-
-    def _run(self, keep_gradients: bool) -> Timed:
         model = self.work.model
-        if self.checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        try:
-            wait(self.work.device)
-            start = time.perf_counter()
-            loss = self.loss(model)
-            loss.backward()
-            wait(self.work.device)
-            middle = time.perf_counter()
-            self.work.optimizer.step()
-            wait(self.work.device)
-            end = time.perf_counter()
-        finally:  # a step that fails must not leave the others checkpointed
+        with self.around(), contextlib.ExitStack() as at_end:
             if self.checkpointed:
-                model.gradient_checkpointing_disable()
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                at_end.callback(model.gradient_checkpointing_disable)  # also where the step fails
+            both = backward_step(partial(self.loss, model), ()).run, self.work.optimizer.step
+            seconds, (loss, _) = clocked(self.work.device, *both)
         if not keep_gradients:
             self.work.clear()
-        return Timed(middle - start, end - middle, loss.item())
+        return Timed(*seconds, loss.item())
 
 
 class HeadAlone:
@@ -348,29 +292,45 @@ class HeadAlone:
 
     def __init__(self, step: TrainingStep) -> None:
         """Run the step's forward once and keep what its head reads."""
-        self.step = step
-        model = step.work.model
-        recorder = _Recorder(model.base_model)
+        self.step, model, kept = step, step.work.model, []
+        hook = model.base_model.register_forward_hook(
+            lambda _, __, output: kept.append(output.last_hidden_state)
+        )
         with torch.no_grad(), step.around():
-            step.loss(with_decoder(model, recorder))
-        self.decoder = _Replay(model.base_model, recorder.kept)
-        self.model = with_decoder(model, self.decoder)
+            step.loss(model)
+        hook.remove()
+        self.decoder = _Replay(model.base_model, kept)
+        self.model = copy.copy(model)  # the parameters are shared
+        self.model._modules = {**model._modules, model.base_model_prefix: self.decoder}
 
     def run(self) -> Timed:
-        """Forward and backward once; no optimizer."""
         with self.step.around_head():
-            return self._run()
-
-    def _run(self) -> Timed:
-        wait(self.step.work.device)
-        start = time.perf_counter()
-        loss = self.step.loss(self.model)
-        loss.backward()
-        wait(self.step.work.device)
-        seconds = time.perf_counter() - start
+            both = backward_step(partial(self.step.loss, self.model), ()).run
+            (seconds,), (loss,) = clocked(self.step.work.device, both)
         self.decoder.clear()
         self.step.work.clear()
-        return Timed(seconds, 0.0, loss.item())
+        return Timed(seconds, loss=loss.item())
+
+
+class _Replay(nn.Module):
+    """Hands out kept hidden states in their order, over and over, and collects their gradients."""
+
+    def __init__(self, decoder: nn.Module, kept: list[Tensor]) -> None:
+        super().__init__()
+        self.embed_tokens = decoder.get_input_embeddings()  # transformers looks for it
+        self.kept, self.calls = [x.detach().clone().requires_grad_() for x in kept], 0
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        hidden = self.kept[self.calls % len(self.kept)]
+        self.calls += 1
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def clear(self) -> None:
+        self.calls = 0
+        for hidden in self.kept:
+            hidden.grad = None
 
 
 @dataclass(frozen=True)
@@ -382,18 +342,17 @@ class Floor:
     """
 
     work: Workload
-    checkpointed = False
-    collate = None
     detail = ""
 
     @cached_property
     def shapes(self) -> list[tuple[int, Tensor]]:
         """(rows, weight) of every linear layer."""
-        case, head = self.work.case, self.work.model.get_output_embeddings()
-        linear = [m for m in self.work.model.modules() if isinstance(m, nn.Linear)]
+        case, model = self.work.case, self.work.model
+        head = model.get_output_embeddings()
         return [
             (case.scored if layer is head else case.needed, layer.weight.detach())
-            for layer in linear
+            for layer in model.modules()
+            if isinstance(layer, nn.Linear)
         ]
 
     @cached_property
@@ -405,64 +364,15 @@ class Floor:
         return {size: torch.randn(size, generator=g, **options) for size in sizes}
 
     def run(self, keep_gradients: bool = False) -> Timed:
-        """All matmuls once."""
         operands = self.operands
-        wait(self.work.device)
-        start = time.perf_counter()
-        for rows, weight in self.shapes:
-            out, into = weight.shape
-            x, gradient = operands[rows, into], operands[rows, out]
-            torch.mm(x, weight.t())
-            torch.mm(gradient, weight)
-            torch.mm(gradient.t(), x)
-        wait(self.work.device)
-        return Timed(time.perf_counter() - start, 0.0, None)
 
+        def matmuls() -> None:
+            for rows, weight in self.shapes:
+                out, into = weight.shape
+                x, gradient = operands[rows, into], operands[rows, out]
+                torch.mm(x, weight.t())
+                torch.mm(gradient, weight)
+                torch.mm(gradient.t(), x)
 
-def with_decoder(model: nn.Module, decoder: nn.Module) -> nn.Module:
-    """The model, its parameters shared, with another decoder under its head."""
-    other = copy.copy(model)
-    other._modules = {**model._modules, model.base_model_prefix: decoder}
-    return other
-
-
-class _StandIn(nn.Module):
-    """Takes a decoder's place under the head; transformers looks for its embedding."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self.embed_tokens = decoder.get_input_embeddings()
-
-
-class _Recorder(_StandIn):
-    """A decoder that keeps what it gives the head, call by call."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__(decoder)
-        self.decoder, self.kept = decoder, []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.decoder(*args, **kwargs)
-        self.kept.append(output.last_hidden_state.detach())
-        return output
-
-
-class _Replay(_StandIn):
-    """Hands out kept hidden states in their order, over and over, and collects their gradients."""
-
-    def __init__(self, decoder: nn.Module, kept: list[Tensor]) -> None:
-        super().__init__(decoder)
-        self.kept, self.calls = [x.clone().requires_grad_() for x in kept], 0
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        hidden = self.kept[self.calls % len(self.kept)]
-        self.calls += 1
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
-
-    def clear(self) -> None:
-        """Drop the gradients, and begin again with the first."""
-        self.calls = 0
-        for hidden in self.kept:
-            hidden.grad = None
+        (seconds,), _ = clocked(self.work.device, matmuls)
+        return Timed(seconds)

@@ -1,17 +1,24 @@
-"""One timed call, and what is made of its times."""
+"""One timed call, the one interleaved-round loop, and what is made of the times.
+
+Every round runs each contender once, in a random order, so that a slow minute of the machine falls
+on all of them. Ratios are medians over rounds of times taken in the same round (``paired``).
+"""
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Taken = TypeVar("Taken")
 # More than the L2 of any GPU and than most CPUs' caches.
 _FLUSH_BYTES = 256 << 20
 _LEAD_CYCLES = 10_000_000  # of a GPU's clock: some 5 ms, more than the host needs for any step
@@ -26,27 +33,19 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One timed unit.
+    """One timed unit."""
 
-    Attributes:
-        run: does the work; returns the detached loss, or for a floor what it made.
-        leaves: tensors whose ``.grad`` it fills; cleared outside the timing.
-        logps: its log-prob of every position (B, n, T), any value where nothing is scored; for the
-            errors, never timed. None where it gives none.
-    """
-
-    run: Callable[[], Any]
-    leaves: tuple[Tensor, ...] = ()
+    run: Callable[[], Any]  # returns the detached loss, or for a floor what it made
+    leaves: tuple[Tensor, ...] = ()  # whose .grad it fills; cleared outside the timing
+    # Its log-prob of every position (B, n, T), any value where nothing is scored. Never timed.
     logps: Callable[[], Tensor] | None = None
 
     def clear(self) -> None:
-        """Drop the gradients."""
         for leaf in self.leaves:
             leaf.grad = None
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients made."""
         return sum(x.grad.nbytes for x in self.leaves if x.grad is not None)
 
 
@@ -94,6 +93,20 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def clocked(device: torch.device, *calls: Callable[[], Any]) -> tuple[list[float], list[Any]]:
+    """Seconds of each call until the device is idle again, and what they returned."""
+    seconds, values = [], []  # a value is freed after the clock has stopped
+    wait(device)
+    start = time.perf_counter()
+    for call in calls:
+        values.append(call())
+        wait(device)
+        end = time.perf_counter()
+        seconds.append(end - start)
+        start = end
+    return seconds, values
+
+
 class Timer:
     """Seconds of one call, caches cold: the clock on a CPU, events on a GPU.
 
@@ -106,7 +119,6 @@ class Timer:
     """
 
     def __init__(self, device: torch.device, flush: bool = False, lead: bool = True) -> None:
-        """Make the events and the flush buffer."""
         self.device, self.events = device, None
         if device.type != "cuda":
             keep_memory()
@@ -121,20 +133,76 @@ class Timer:
         if self.buffer is not None and not warm:
             self.buffer.zero_()
         if self.events is None:
-            wait(self.device)
-            start = time.perf_counter()
-            value = step.run()
-            wait(self.device)
-            seconds = time.perf_counter() - start
-        else:
-            torch.cuda._sleep(_LEAD_CYCLES)
-            self.events[0].record()
-            value = step.run()
-            self.events[1].record()
-            torch.cuda.synchronize()
-            seconds = self.events[0].elapsed_time(self.events[1]) / 1e3
-        del value
+            return clocked(self.device, step.run)[0][0]
+        torch.cuda._sleep(_LEAD_CYCLES)
+        self.events[0].record()
+        _ = step.run()
+        self.events[1].record()
+        torch.cuda.synchronize()
+        return self.events[0].elapsed_time(self.events[1]) / 1e3
+
+
+class Clock:
+    """Time since the start, and whether it is over."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.start, self.seconds = time.perf_counter(), seconds
+
+    def __str__(self) -> str:
+        return f"[{time.perf_counter() - self.start:6.0f} s]"
+
+    @property
+    def over(self) -> bool:
+        return self.seconds is not None and time.perf_counter() - self.start > self.seconds
+
+
+def interleaved(
+    names: Iterable[str],
+    rounds: int,
+    take: Callable[[str], Taken],
+    *,
+    clock: Clock | None = None,
+    least: int = 1,
+    skip: Callable[[str, list[Taken]], bool] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
+) -> dict[str, list[Taken]]:
+    """What ``take(name)`` gave of every contender, round by round.
+
+    ``least`` rounds are made whatever the clock says. ``skip``: whether one sits out this round,
+    given what it gave so far. ``failed`` is told of one that raised, which leaves; without it the
+    exception goes through.
+    """
+    order, taken = random.Random(0), {name: [] for name in names}
+    for turn in range(rounds):
+        if turn >= least and clock is not None and clock.over:
+            break
+        gc.collect()
+        for name in order.sample(sorted(taken), len(taken)):
+            if skip is not None and skip(name, taken[name]):
+                continue
+            try:
+                taken[name].append(take(name))
+            except Exception as error:  # a peer may raise anything
+                if failed is None:
+                    raise
+                del taken[name]
+                failed(name, error)
+    return taken
+
+
+def timed(
+    steps: dict[str, Step], rounds: int, timer: Callable[[Step], float], warm: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each step by round, after ``warm`` calls each; gradients dropped in between."""
+
+    def take(name: str) -> float:
+        seconds = timer(steps[name])
+        steps[name].clear()
         return seconds
+
+    for name in [*steps] * warm:
+        take(name)
+    return interleaved(steps, rounds, take)
 
 
 def paired(numerator: list[float], denominator: list[float]) -> float | None:

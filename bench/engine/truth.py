@@ -40,7 +40,6 @@ class Inputs:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
         return self.targets.device
 
     @property
@@ -60,18 +59,18 @@ class Inputs:
         return self.hidden.detach().reshape(-1, self.case.H)[self.rows]
 
 
-def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """Tensors of a case, made on the device; the same seed there gives the same tensors.
+def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
+    """Tensors of a case, made on the device; always the same ones there.
 
     Raises:
         Refused: the model or the data of the case is not there.
     """
     device = torch.device(device)
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     targets = _make_targets(case, g).to(device)
     rewards = _make_rewards(case, g)
     inputs = Inputs(case, targets, rewards.to(device))
-    there = torch.Generator(device).manual_seed(seed)
+    there = torch.Generator(device).manual_seed(0)
 
     def leaf(*size: int, scale: float = 1.0, grad: bool = True) -> Tensor:
         x = torch.randn(*size, generator=there, device=device).mul_(scale)
@@ -96,27 +95,20 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
 
 def _make_targets(case: Case, g: torch.Generator) -> Tensor:
     """Prompt, completion, padding; made up, lengths vary by up to a quarter, their sum is exact."""
+    size = (case.B, case.n)
     if case.data:
-        targets = torch.full((case.B, case.n, case.T), -100)
         found = lists.load()[case.data].head(case.B)
-        for rows, start, lengths in zip(targets, found.prompts, found.completions, strict=True):
-            for row, length in zip(rows, lengths, strict=True):
-                ids = torch.randint(0, max(1, case.V), (length,), generator=g)
-                row[start : start + length] = ids
-        return targets
-    mean = case.scored_each
-    spread = min(mean - 1, case.T - mean, mean // 4)
-    targets = torch.full((case.B * case.n, case.T), -100)
-    delta = 0
-    for s in range(case.B * case.n):
-        delta = -delta if s % 2 else int(torch.randint(0, spread + 1, (), generator=g))
-        if s == case.B * case.n - 1 and s % 2 == 0:
-            delta = 0
-        length = mean + delta
-        start = int(torch.randint(0, case.T - length + 1, (), generator=g))
-        ids = torch.randint(0, max(1, case.V), (length,), generator=g)
-        targets[s, start : start + length] = ids
-    return targets.view(case.B, case.n, case.T)
+        lengths, starts = torch.tensor(found.completions), torch.tensor(found.prompts)[:, None]
+    else:
+        mean = case.scored_each
+        spread = min(mean - 1, case.T - mean, mean // 4)
+        longer = torch.randint(0, spread + 1, (case.B * case.n // 2,), generator=g)
+        lengths = mean + torch.cat([longer, -longer, longer.new_zeros(case.B * case.n % 2)])
+        lengths = lengths.view(size)
+        starts = (torch.rand(size, generator=g) * (case.T - lengths + 1)).long()
+    ids = torch.randint(0, max(1, case.V), (*size, case.T), generator=g)
+    place = torch.arange(case.T) - starts[..., None]
+    return torch.where((place >= 0) & (place < lengths[..., None]), ids, -100)
 
 
 def _make_rewards(case: Case, g: torch.Generator) -> Tensor:
@@ -130,34 +122,21 @@ def _make_rewards(case: Case, g: torch.Generator) -> Tensor:
 
 @dataclass
 class Truth:
-    """The loss and the log-probs in fp64, and samples of the gradients: rows of both.
-
-    Attributes:
-        loss: of the case.
-        rows: (N,) flat positions that are scored.
-        logps: (N,) their log-probs; None where log-probs are the input.
-        row_ids: some of ``rows``, and the rows of the input's gradient there (dlogps: one column).
-        unscored: some positions whose gradient is 0.
-        column_ids: some of the vocabulary, and the rows of dW there.
-    """
+    """The loss and the log-probs in fp64, and samples of the gradients: rows of both."""
 
     loss: float
-    rows: Tensor
-    logps: Tensor | None
-    row_ids: Tensor
-    row_grads: Tensor
-    unscored: Tensor
-    column_ids: Tensor | None = None
-    column_grads: Tensor | None = None
+    rows: Tensor  # (N,) flat positions that are scored
+    logps: Tensor | None  # (N,); None where log-probs are the input
+    row_ids: Tensor  # some of rows
+    row_grads: Tensor  # of the input's gradient there (dlogps: one column)
+    unscored: Tensor  # some positions whose gradient is 0
+    column_ids: Tensor | None = None  # some of the vocabulary
+    column_grads: Tensor | None = None  # the rows of dW there
 
     def errors(self, loss: float, step: Step) -> dict[str, float | None]:
         """Relative error of loss and gradients, largest error of a log-prob; None: not there."""
-        found = {
-            "loss_error": abs(loss - self.loss) / abs(self.loss),
-            "logp_error": None,
-            "input_grad_error": None,
-            "weight_grad_error": None,
-        }
+        names = ("logp_error", "input_grad_error", "weight_grad_error")
+        found = dict.fromkeys(names) | {"loss_error": abs(loss - self.loss) / abs(self.loss)}
         if step.logps is not None and self.logps is not None:
             got = step.logps().detach().reshape(-1)[self.rows].double()
             found["logp_error"] = float((got - self.logps).abs().max())

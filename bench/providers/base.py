@@ -18,6 +18,7 @@ from bench.engine.case import Case
 from bench.engine.timing import Refused, Step, backward_step
 from bench.engine.truth import Inputs, case_loss
 from pro_kernels import backends
+from pro_kernels.fused.planner import host_memory
 
 # In the order of the tables.
 _FILES = ("floor", "ours", "torch", "official", "trl", "liger", "cce", "quack", "verl")
@@ -35,44 +36,33 @@ _SHARE = 0.7
 
 @dataclass(frozen=True)
 class Provider:
-    """One contender.
-
-    Attributes:
-        name: as on the command line and in the JSON.
-        label: as in tables and plots.
-        build: ``Inputs`` -> ``Step`` for the loss, ``Workload`` -> ``TrainingStep`` for a step;
-            raises Refused where it does not apply.
-        logit_bytes: bytes it holds at its peak for each logit of every token, for fp32 and for
-            16-bit inputs; to refuse a case that this machine cannot hold. 0 where it holds few.
-        compiles: uses torch.compile (first call takes long).
-        suite: "loss" or "step".
-        loss_type: of a step, "pro" or "dpo"; only rows of one loss are compared.
-    """
-
-    name: str
-    label: str
+    name: str  # as on the command line and in the JSON
+    label: str  # as in tables and plots
+    # Inputs -> Step for the loss, Workload -> TrainingStep for a step; Refused where it cannot.
     build: Callable[[Any], Any]
+    # Bytes held at its peak for each logit of every token, for fp32 and for 16-bit inputs; to
+    # refuse a case that this machine cannot hold. 0 where it holds few.
     logit_bytes: tuple[int, int] = (0, 0)
-    compiles: bool = False
-    suite: str = "loss"
-    loss_type: str = "pro"
+    compiles: bool = False  # uses torch.compile (first call takes long)
+    suite: str = "loss"  # or "step"
+    loss_type: str = "pro"  # or "dpo", of a step; only rows of one loss are compared
 
     @property
     def is_floor(self) -> bool:
-        """Whether it is a bound, not a loss."""
         return self.name.startswith("floor")
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is pro_kernels."""
         return self.name.startswith("ours-")
 
-    def label_of(self, case: Case) -> str:
-        """The label in a case's table: floors say what they are there."""
-        if self.is_floor and case.flops is None:
+    def label_of(self, case: Any) -> str:
+        """The label in a case's table: floors of the loss say what they are there."""
+        if self.suite == "step" or not self.is_floor:
+            return self.label
+        if case.flops is None:
             made = "gradient buffer made" if case.kind == "logits" else "log-probs copied"
             return f"floor: {made}"
-        return f"{self.label}, {case.dtype}" if self.name == "floor" else self.label
+        return self.label if self.name == "floor-fp32" else f"{self.label}, {case.dtype}"
 
     def refusal_of_size(self, case: Case) -> str | None:
         """Why a case is too large for this provider on this machine."""
@@ -128,14 +118,7 @@ def select(
 
 def available_bytes() -> int:
     """Memory that is free for use now."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as f:
-            line = next(x for x in f if x.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return 1 << 62
+    return (torch.cuda.mem_get_info() if torch.cuda.is_available() else host_memory())[0]
 
 
 def require(package: str) -> None:
@@ -150,9 +133,12 @@ def require(package: str) -> None:
 
 
 def refuse(
-    inputs: Inputs, *kinds: str, softcap: bool = False, scalar: bool = False, gpu: bool = False
-) -> None:
+    inputs: Inputs, *kinds: str, softcap: bool = False, scalar: bool = False, gpu: bool = False,
+    package: str = "",
+) -> None:  # fmt: skip
     """Refuse what a peer cannot do: these kinds, a softcap, per-token weights, a CPU."""
+    if package:
+        require(package)
     case = inputs.case
     reasons = {
         "ranking": "has no ranking loss from log-probs",
@@ -181,6 +167,16 @@ def scored(inputs: Inputs) -> tuple[Tensor, Tensor]:
     mask = inputs.targets != -100
     assert inputs.hidden is not None
     return inputs.hidden[mask], inputs.targets[mask]
+
+
+def mean_step(inputs: Inputs, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """A peer's mean loss of the scored rows and their targets."""
+    return backward_step(lambda: loss(*scored(inputs)), inputs.leaves)
+
+
+def rows_step(inputs: Inputs, logps: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """The case's loss from a peer's log-probs (N,) of the scored rows and their targets."""
+    return logps_step(inputs, lambda: on_scored_rows(inputs, logps))
 
 
 def on_scored_rows(inputs: Inputs, logps: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

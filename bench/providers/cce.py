@@ -7,18 +7,16 @@ from torch import Tensor
 
 from bench.engine.timing import Step
 from bench.engine.truth import Inputs
-from bench.providers.base import Provider, logps_step, refuse, require
+from bench.providers.base import Provider, logps_step, refuse
 
 
 def providers(_: torch.device) -> list[Provider]:
-    """Of the loss."""
     return [Provider("cce", "CCE 25.1", cce, (12, 8), compiles=True)]
 
 
 def cce(inputs: Inputs) -> Step:
     """CCE's per-token losses (``torch_compile`` where its kernels cannot run), plain ranking."""
-    require("cut-cross-entropy")
-    refuse(inputs, "ranking", "logits")
+    refuse(inputs, "ranking", "logits", package="cut-cross-entropy")
     from cut_cross_entropy import linear_cross_entropy
 
     impl = "cce" if inputs.device.type == "cuda" else "torch_compile"

@@ -14,7 +14,7 @@ from bench.providers.base import Provider
 
 
 def providers(_: torch.device) -> list[Provider]:
-    """Of the loss, and of a step."""
+
     wide = partial(floor, upcast=True)
     return [
         Provider("floor", "floor: head matmuls", floor),

@@ -10,18 +10,10 @@ from torch import Tensor
 from bench.engine.losses import SFT_WEIGHT
 from bench.engine.timing import Refused, Step, backward_step
 from bench.engine.truth import Inputs
-from bench.providers.base import (
-    Provider,
-    logps_step,
-    on_scored_rows,
-    refuse,
-    require,
-    scored,
-)
+from bench.providers.base import Provider, mean_step, refuse, rows_step
 
 
 def providers(_: torch.device) -> list[Provider]:
-    """Of the loss."""
     preference = "Liger 0.8 fused linear preference"
     return [
         Provider("liger", preference, liger_preference, compiles=True),
@@ -39,9 +31,8 @@ def liger_preference(inputs: Inputs) -> Step:
     ``-log sigmoid(tau (s_1 - s_2))``, SimPO with beta = tau and gamma = 0; its NLL term, a mean
     over chosen tokens, is the SFT term with alpha = w (chosen tokens) / B.
     """
-    require("liger-kernel")
     case = inputs.case
-    refuse(inputs, "ranking", "logits", "score", "ce", softcap=True)
+    refuse(inputs, "ranking", "logits", "score", "ce", softcap=True, package="liger-kernel")
     if case.n != 2:
         raise Refused("n > 2: its fused preference losses take pairs")
     from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
@@ -65,23 +56,17 @@ def liger_preference(inputs: Inputs) -> Step:
 
 def liger_ce(inputs: Inputs) -> Step:
     """Liger's fused linear cross-entropy, a mean: it has no gradient per token."""
-    require("liger-kernel")
-    refuse(inputs, "ranking", "logits", "score", scalar=True, gpu=True)
+    refuse(inputs, "ranking", "logits", "score", scalar=True, gpu=True, package="liger-kernel")
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     module = LigerFusedLinearCrossEntropyLoss(softcap=inputs.case.softcap)
-
-    def loss() -> Tensor:
-        x, y = scored(inputs)
-        return module(inputs.weight, x, y)
-
-    return backward_step(loss, inputs.leaves)
+    return mean_step(inputs, lambda x, y: module(inputs.weight, x, y))
 
 
 def liger_sm90(inputs: Inputs, mean: bool = False) -> Step:
     """Liger's CuTe kernels for sm_90, per token or a mean; they need NVIDIA's CUTLASS DSL."""
-    require("liger-kernel")
-    refuse(inputs, "ranking", "logits", "score", softcap=True, scalar=mean, gpu=True)
+    refuse(inputs, "ranking", "logits", "score", softcap=True, scalar=mean, gpu=True,
+           package="liger-kernel")  # fmt: skip
     if torch.cuda.get_device_capability(inputs.device) != (9, 0):
         raise Refused("its kernels need sm_90")
     from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90 as linear
@@ -91,10 +76,7 @@ def liger_sm90(inputs: Inputs, mean: bool = False) -> Step:
         per_token = scaled.LigerFusedScaledCrossEntropySM90Function
         return -per_token.apply(x, inputs.weight, labels).float()
 
-    def loss() -> Tensor:
-        x, y = scored(inputs)
-        return linear.liger_fused_linear_cross_entropy_sm90(x, inputs.weight, y)
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        return linear.liger_fused_linear_cross_entropy_sm90(x, inputs.weight, labels)
 
-    if mean:
-        return backward_step(loss, inputs.leaves)
-    return logps_step(inputs, lambda: on_scored_rows(inputs, of_rows))
+    return mean_step(inputs, loss) if mean else rows_step(inputs, of_rows)

@@ -25,7 +25,6 @@ _AS_PUBLISHED = {"output_hidden_states": True, "use_cache": True}
 
 
 def providers(_: torch.device) -> list[Provider]:
-    """Of the loss, and of a step."""
 
     def of_step(name: str, label: str, **options: Any) -> Provider:
         return Provider(name, label, partial(step, **options), suite="step")

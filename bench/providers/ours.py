@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,25 +124,29 @@ def _budget_of_tier(inputs: Inputs, tier: str) -> int:
 
 def _ranking_kernel(inputs: Inputs, backend: str) -> Step:
     """The ranking kernel: the loss and its gradient by the log-probs, in one call."""
-    case, logps = inputs.case, inputs.logps
-    assert logps is not None
-    module, device, S = backends.get(backend), inputs.device, case.B * case.n
-    candidates = Candidates(
-        torch.arange(S + 1, device=device) * case.T,
-        torch.full((S,), case.T, device=device),
-        torch.arange(S, device=device).view(case.B, case.n),
-        inputs.rewards,
-        torch.zeros(case.B, dtype=torch.int64, device=device),
-        torch.full((case.B,), 1 / case.B, device=device),
-    )
-    flat = logps.detach().reshape(-1)
+    logps = inputs.logps
+    call = ranking_call(backends.get(backend), logps.detach(), inputs.rewards)
 
     def run() -> Tensor:
-        terms, _, gradient = module.ranking(flat, candidates, RankingOptions())
+        terms, _, gradient = call()
         logps.grad = gradient.view(logps.shape)
-        return terms.sum() / case.B
+        return terms.sum() / inputs.case.B
 
     return Step(run, (logps,))
+
+
+def ranking_call(module: Any, logps: Tensor, rewards: Tensor) -> Callable[[], Any]:
+    """A call of a backend's ranking kernel on log-probs (B, n, T), all scored, best first."""
+    (B, n, T), device = logps.shape, logps.device
+    candidates = Candidates(
+        torch.arange(B * n + 1, device=device) * T,
+        torch.full((B * n,), T, device=device),
+        torch.arange(B * n, device=device).view(B, n),
+        rewards,
+        torch.zeros(B, dtype=torch.int64, device=device),
+        torch.full((B,), 1 / B, device=device),
+    )
+    return partial(module.ranking, logps.reshape(-1), candidates, RankingOptions())
 
 
 def step(

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.engine.timing import Step, backward_step
+from bench.engine.timing import Step
 from bench.engine.truth import Inputs
-from bench.providers.base import Provider, logps_step, on_scored_rows, refuse, require, scored
+from bench.providers.base import Provider, logps_step, mean_step, refuse, rows_step
 
 
 def providers(_: torch.device) -> list[Provider]:
-    """Of the loss."""
     return [
         Provider("quack", "QuACK 0.6 cross-entropy", quack, (0, 2), compiles=True),
         Provider("quack-mean", "QuACK 0.6 linear CE (mean)", quack_mean, compiles=True),
@@ -21,8 +20,7 @@ def providers(_: torch.device) -> list[Provider]:
 
 def quack(inputs: Inputs) -> Step:
     """QuACK's cross-entropy kernel, per token, in place, behind one matmul on the scored rows."""
-    require("quack-kernels")
-    refuse(inputs, "ranking", softcap=True, gpu=True)
+    refuse(inputs, "ranking", softcap=True, gpu=True, package="quack-kernels")
     from quack.cross_entropy import cross_entropy
 
     def of_rows(x: Tensor, labels: Tensor) -> Tensor:
@@ -34,21 +32,18 @@ def quack(inputs: Inputs) -> Step:
         loss = cross_entropy(flat, inputs.targets.reshape(-1), reduction="none")
         return -loss.view(inputs.targets.shape)
 
-    if inputs.logits is not None:
-        return logps_step(inputs, of_logits)
-    return logps_step(inputs, lambda: on_scored_rows(inputs, of_rows))
+    return rows_step(inputs, of_rows) if inputs.logits is None else logps_step(inputs, of_logits)
 
 
 def quack_mean(inputs: Inputs) -> Step:
     """QuACK's chunked linear cross-entropy, a mean: it has no gradient per token."""
-    require("quack-kernels")
-    refuse(inputs, "ranking", "logits", "score", softcap=True, scalar=True, gpu=True)
+    refuse(inputs, "ranking", "logits", "score", softcap=True, scalar=True, gpu=True,
+           package="quack-kernels")  # fmt: skip
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    def loss() -> Tensor:
-        x, y = scored(inputs)
+    def of_rows(x: Tensor, y: Tensor) -> Tensor:
         extra = -len(y) % 8  # it takes multiples of 8 rows
         x, y = F.pad(x, (0, 0, 0, extra)), F.pad(y, (0, extra), value=-100)
         return chunked_linear_cross_entropy(x, inputs.weight, y)
 
-    return backward_step(loss, inputs.leaves)
+    return mean_step(inputs, of_rows)

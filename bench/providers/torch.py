@@ -11,11 +11,10 @@ from torch.nn import functional as F
 from bench.engine.losses import plain_logps
 from bench.engine.timing import Refused, Step, backward_step
 from bench.engine.truth import Inputs, case_loss
-from bench.providers.base import Provider, capped, logps_step, on_scored_rows, refuse, scored
+from bench.providers.base import Provider, capped, mean_step, refuse, rows_step
 
 
 def providers(_: torch.device) -> list[Provider]:
-    """Of the loss."""
     return [
         Provider("plain-fp32", "plain PyTorch, fp32 log_softmax", plain, (16, 16)),
         Provider("plain-compiled", "plain PyTorch, torch.compile", partial(plain, compiled=True),
@@ -54,14 +53,9 @@ def torch_linear(inputs: Inputs, chunked: bool = False, mean: bool = False) -> S
     refuse(inputs, "ranking", "logits", softcap=True, scalar=mean)
     chunks = torch.nn.LinearCrossEntropyOptions() if chunked or mean else None
 
-    def logps() -> Tensor:
-        return on_scored_rows(
-            inputs,
-            lambda x, y: -function(x, inputs.weight, y, reduction="none", options=chunks).float(),
-        )
+    def logps(x: Tensor, y: Tensor) -> Tensor:
+        return -function(x, inputs.weight, y, reduction="none", options=chunks).float()
 
-    def loss() -> Tensor:
-        x, y = scored(inputs)
-        return function(x, inputs.weight, y, options=chunks)
-
-    return backward_step(loss, inputs.leaves) if mean else logps_step(inputs, logps)
+    if mean:
+        return mean_step(inputs, lambda x, y: function(x, inputs.weight, y, options=chunks))
+    return rows_step(inputs, logps)

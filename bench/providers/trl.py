@@ -19,7 +19,7 @@ from bench.engine.step import BETA, DPO_NOTE, TrainingStep, Workload, check_pair
 from bench.engine.timing import Step
 from bench.engine.truth import Inputs
 from bench.providers.base import Provider, logps_step, on_scored_rows, refuse, require
-from pro_kernels.models import trl as swap
+from pro_kernels.models.trl import accelerate_trl, restore_trl
 
 
 def providers(_: torch.device) -> list[Provider]:
@@ -42,10 +42,9 @@ def trl(inputs: Inputs) -> Step:
     As there, the scored positions alone are projected where Triton runs, every position elsewhere.
     From logits: its ``selective_log_softmax``.
     """
-    require("trl")
+    refuse(inputs, "ranking", package="trl")
     from trl.trainer import utils
 
-    refuse(inputs, "ranking")
     targets, case = inputs.targets, inputs.case
     compact = inputs.logits is None and utils._use_triton(inputs.device)
     chunk = utils._CHUNKED_LOGPROB_CHUNK_SIZE
@@ -88,19 +87,11 @@ def dpo_step(work: Workload, rows: str | None = None) -> TrainingStep:
         return trainer.compute_loss(fused, batch)
 
     @contextlib.contextmanager
-    def fused_head() -> Iterator[None]:
-        swap.accelerate_trl(rows="padded")
-        try:
-            yield
-        finally:
-            swap.restore_trl()
-
-    @contextlib.contextmanager
     def accelerated() -> Iterator[None]:
-        with fused_head(), pk.distinct_rows(work.model):
+        with swapped("padded"), pk.distinct_rows(work.model):
             yield
 
-    head = contextlib.nullcontext if rows is None else fused_head
+    head = contextlib.nullcontext if rows is None else partial(swapped, "padded")
     return TrainingStep(
         loss,
         work,
@@ -109,6 +100,16 @@ def dpo_step(work: Workload, rows: str | None = None) -> TrainingStep:
         around=accelerated if rows == "distinct" else head,
         around_head=head,
     )
+
+
+@contextlib.contextmanager
+def swapped(rows: str = "distinct") -> Iterator[None]:
+    """TRL accelerated for a while."""
+    accelerate_trl(rows=rows)
+    try:
+        yield
+    finally:
+        restore_trl()
 
 
 def _trainer(work: Workload) -> Any:
@@ -120,11 +121,8 @@ def _trainer(work: Workload) -> Any:
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset  # token ids already
 
-    rows = [
-        {"prompt_ids": f["prompts"][0], "chosen_ids": chosen, "rejected_ids": rejected}
-        for f in work.features
-        for chosen, rejected in [f["completions"]]
-    ]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [dict(zip(names, x["prompts"] + x["completions"], strict=True)) for x in work.features]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         options = DPOConfig(
             output_dir=folder, beta=BETA, max_length=None, precompute_ref_log_probs=True,

@@ -7,21 +7,19 @@ from torch import Tensor
 
 from bench.engine.timing import Step
 from bench.engine.truth import Inputs
-from bench.providers.base import Provider, logps_step, on_scored_rows, refuse, require
+from bench.providers.base import Provider, refuse, rows_step
 
 
 def providers(_: torch.device) -> list[Provider]:
-    """Of the loss."""
     return [Provider("verl", "verl 0.9 fused linear CE", verl, compiles=True)]
 
 
 def verl(inputs: Inputs) -> Step:
     """Verl's fused linear cross-entropy (Triton), per token, on the scored rows."""
-    require("verl")
-    refuse(inputs, "ranking", "logits", softcap=True, gpu=True)
+    refuse(inputs, "ranking", "logits", softcap=True, gpu=True, package="verl")
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     def of_rows(x: Tensor, labels: Tensor) -> Tensor:
         return linear_cross_entropy(x, inputs.weight, labels, 1.0)[0].float()
 
-    return logps_step(inputs, lambda: on_scored_rows(inputs, of_rows))
+    return rows_step(inputs, of_rows)

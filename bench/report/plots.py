@@ -6,14 +6,12 @@ A panel shows who ran. Equal numbers give equal bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,7 +20,6 @@ from bench.report.tables import by_case
 from bench.suites.filter import certified
 
 Label = Callable[[dict], str]
-Panels = dict[str, list[dict]]
 _OURS, _FLOOR, _PEER = "#c2410c", "#94a3b8", "#3b6ea5"
 _ENTRANCES = (
     *("real", "equal", "fp32", "fp16", "frozen"),
@@ -53,10 +50,12 @@ _STYLE = {
 
 def draw(data: dict, folder: Path) -> list[str]:
     """Write every plot that the results have numbers for; returns their file names."""
-    makers = {"loss": _loss, "step": _step, "filter": _filter}.get(data["benchmark"])
+    makers = {"loss": _loss, "step": _step, "filter": _filter}
+    rows = [row for row in data["results"] if not row.get("wrong")]
     written = []
     with plt.rc_context(_STYLE):
-        for name, figure in (makers(data) if makers else {}).items():
+        maker = makers.get(data["benchmark"], lambda *_: {})
+        for name, figure in maker(rows, data.get("machine")).items():
             if figure is not None:
                 # No date or version in the file.
                 figure.savefig(folder / name, metadata={"Software": None}, bbox_inches="tight")
@@ -65,18 +64,14 @@ def draw(data: dict, folder: Path) -> list[str]:
     return written
 
 
-def _loss(data: dict) -> dict[str, Figure | None]:
-    rows = [row for row in data["results"] if not row["wrong"]]
+def _loss(rows: list[dict], machine: str) -> dict[str, Figure | None]:
     main = [row for row in rows if is_main(row)]
     others = [row for row in rows if row["group"] in _ENTRANCES]
     weighed = [row for row in rows if row["group"] in ("head", "logits")]
-    title = f"PRO loss, forward + backward\n{data['machine']}"
     return {
-        "time.png": _bars(_panels(main, "seconds"), title, "seconds", _time, "seconds"),
+        "time.png": _times(main, f"PRO loss, forward + backward\n{machine}"),
         "errors.png": _errors(main),
-        "entrances.png": _bars(
-            _panels(others, "seconds"), "PRO loss: the other entrances", "seconds", _time, "seconds"
-        ),
+        "entrances.png": _times(others, "PRO loss: the other entrances"),
         "memory.png": _memory(weighed, "PRO loss, forward + backward: peak extra memory"),
         "growth.png": _growth(rows),
         "memory-by-n.png": _memory_by_n(rows),
@@ -84,25 +79,22 @@ def _loss(data: dict) -> dict[str, Figure | None]:
     }
 
 
-def _step(data: dict) -> dict[str, Figure | None]:
-    rows = [row for row in data["results"] if not row["wrong"]]
+def _step(rows: list[dict], machine: str) -> dict[str, Figure | None]:
     shares = [{**r, "percent": 100 * r["head_share"]} for r in rows if r["head_share"] is not None]
-    title = f"One training step\n{data['machine']}"
+    head = "One training step: share spent between hidden states and loss"
     return {
-        "time.png": _bars(_panels(rows, "seconds"), title, "seconds", _time, "seconds"),
+        "time.png": _times(rows, f"One training step\n{machine}"),
         "memory.png": _memory(rows, "One training step: peak memory beyond model and optimizer"),
-        "head.png": _bars(
-            _panels(shares, "percent"),
-            "One training step: share spent between hidden states and loss", "percent",
-            lambda row: f"{row['percent']:.0f} % of {_seconds(row)}", "% of the step",
-        ),
-    }  # fmt: skip
+        "head.png": _bars(shares, "percent", head, _percent, "% of the step"),
+    }
 
 
-def _panels(rows: list[dict], value: str) -> Panels:
-    """Rows with a number, by case; cases with three bars or more."""
-    found = by_case([row for row in rows if row[value] is not None])
-    return {case: bars for case, bars in found.items() if len(bars) > 2}
+def _times(rows: list[dict], title: str) -> Figure | None:
+    return _bars(rows, "seconds", title, _time, "seconds")
+
+
+def _percent(row: dict) -> str:
+    return f"{row['percent']:.0f} % of {_seconds(row)}"
 
 
 def _memory(rows: list[dict], title: str) -> Figure | None:
@@ -113,7 +105,7 @@ def _memory(rows: list[dict], title: str) -> Figure | None:
         if r["peak_bytes"] is not None
     ]
     name = "MB (dashed: the gradients)"
-    return _bars(_panels(scaled, "peak"), title, "peak", lambda r: f"{r['peak']:.0f} MB", name)
+    return _bars(scaled, "peak", title, lambda r: f"{r['peak']:.0f} MB", name)
 
 
 def _errors(rows: list[dict]) -> Figure | None:
@@ -121,32 +113,31 @@ def _errors(rows: list[dict]) -> Figure | None:
     mine = [r for r in rows if r["logp_error"] is not None and r["case"] == rows[0]["case"]]
     if len(mine) < 3:
         return None
-    panels = {title: [r for r in mine if r[key]] for key, title in _ERRORS.items()}
     figure, axes = plt.subplots(1, 3, figsize=(17, 1.5 + 0.27 * len(mine)), squeeze=False)
-    for axis, key, (title, shown) in zip(axes.flat, _ERRORS, panels.items(), strict=True):
+    for axis, (key, title) in zip(axes.flat, _ERRORS.items(), strict=True):
+        shown = [r for r in mine if r[key]]
         _bar(axis, title, shown, key, lambda row, key=key: f"{row[key]:.1e}")
         axis.set_xscale("log")
         axis.set_xlim(min(r[key] for r in shown) / 3, max(r[key] for r in shown) * 30)
     return _finished(figure, f"Error against fp64 ({mine[0]['case']})")
 
 
-def _bars(panels: Panels, title: str, value: str, label: Label, name: str) -> Figure | None:
-    """Two columns of panels, bars of one height everywhere."""
-    if not panels:
+def _bars(rows: list[dict], value: str, title: str, label: Label, name: str) -> Figure | None:
+    """A panel a case that has three bars or more, in two columns, bars of one height everywhere."""
+    found = by_case([row for row in rows if row[value] is not None])
+    items = [(case, bars) for case, bars in found.items() if len(bars) > 2]
+    if not items:
         return None
-    columns = min(len(panels), 2)
-    items = list(panels.items())
+    columns = min(len(items), 2)
     lines = [items[i : i + columns] for i in range(0, len(items), columns)]
     heights = [1.2 + 0.27 * max(len(bars) for _, bars in line) for line in lines]
     figure, axes = plt.subplots(
         len(lines), columns, figsize=(6.4 * columns, sum(heights) + 0.4), squeeze=False,
         height_ratios=heights,
     )  # fmt: skip
-    for axis, item in zip_longest(axes.flat, items):
-        if item is None:
-            axis.set_visible(False)
-            continue
-        case, bars = item
+    for axis in axes.flat[len(items) :]:
+        axis.set_visible(False)
+    for axis, (case, bars) in zip(axes.flat, items, strict=False):
         _bar(axis, case, bars, value, label)
         if "grads" in bars[0]:
             axis.axvline(bars[0]["grads"], color="black", lw=1, ls="--")
@@ -263,13 +254,10 @@ def _memory_by_n(rows: list[dict]) -> Figure | None:
 
 def _roofline(rows: list[dict]) -> Figure | None:
     """Share of the measured ceiling by vocabulary: logits in (copy), hidden states in (matmul)."""
+    logits = [r for r in rows if r["group"] == "logits" and r["dtype"] == "bf16"]
     panels = {
-        "logits in, bf16: share of the copy bandwidth": [
-            r for r in rows if r["group"] == "logits" and r["dtype"] == "bf16"
-        ],
-        "hidden states in, 60 % not scored: share of the matmul rate": [
-            r for r in rows if is_main(r)
-        ],
+        "logits in, bf16: share of the copy bandwidth": logits,
+        "hidden states in, 60 % not scored: share of the matmul rate": [*filter(is_main, rows)],
     }
     panels = {k: [r for r in v if r["of_ceiling"]] for k, v in panels.items()}
     panels = {k: v for k, v in panels.items() if len({r["V"] for r in v}) > 1}
@@ -284,24 +272,23 @@ def _roofline(rows: list[dict]) -> Figure | None:
         axis.set_xlabel("vocabulary V")
         axis.set_ylim(0, max(1.05, 1.05 * max(row["of_ceiling"] for row in mine)))
         axis.axhline(1, color="gray", lw=0.8)
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3}
-        axis.legend(frameon=False, fontsize=8, **below)
+        axis.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3
+        )
         axis.set_title(title, fontsize=10)
     return _finished(figure, "Share of this machine's ceiling")
 
 
-def _filter(data: dict) -> dict[str, Figure | None]:
+def _filter(results: list[dict], _: str) -> dict[str, Figure | None]:
     """Time against tau, and against the certified error."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for which in dict.fromkeys((r["batch"], r["dtype"]) for r in data["results"]):
-        own = [r for r in data["results"] if (r["batch"], r["dtype"]) == which]
+    for which in dict.fromkeys((r["batch"], r["dtype"]) for r in results):
+        own = [r for r in results if (r["batch"], r["dtype"]) == which]
         rows = [r for r in own if isinstance(r["tau"], float)]
         label = f"{', '.join(which)} (top-1 {rows[0]['top1']:.2f})"
-        times = np.array([r["of_floor"] for r in rows])
-        axes[0].plot(np.array([r["tau"] for r in rows]), times, "o-", label=label)
-        bound = np.array([certified(r) for r in rows])
-        told = (bound > 0) & np.isfinite(bound)
-        axes[1].plot(bound[told], times[told], "o-")
+        axes[0].plot([r["tau"] for r in rows], [r["of_floor"] for r in rows], "o-", label=label)
+        told = [(certified(r), r["of_floor"]) for r in rows if 0 < certified(r) < float("inf")]
+        axes[1].plot(*zip(*told, strict=True) if told else ((), ()), "o-")
     for axis, text in zip(axes, ("tau", "certified relative error"), strict=True):
         if any(len(line.get_xdata()) for line in axis.lines):
             axis.set_xscale("log", base=2)

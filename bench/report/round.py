@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from bench.report.tables import (
     Column,
@@ -11,118 +10,83 @@ from bench.report.tables import (
     case_table,
     columns_table,
     header,
+    joined,
     number,
     outcome_table,
     table,
 )
-from bench.report.targets import PEERS, Outcome, linear_misfit
-from bench.suites.filter import best as best_filter
-from bench.suites.filter import shown
+from bench.report.targets import (
+    FROZEN,
+    MEANS,
+    PEERS,
+    Outcome,
+    Rows,
+    Target,
+    best,
+    inverse,
+    linear,
+    misfit,
+)
+from bench.suites import filter
 from bench.suites.gpu.parts import PARTS
 
-Rows = list[dict]
-Value = Callable[[Rows], float | None]
 # Milliseconds by rows that QuACK and Liger publish for sm_90, H 4096 and V 128256.
-RECORD = {4096: 16.7, 8192: 34.35, 16384: 73.7}
-_MEANS = ("quack-mean", "liger-sm90-mean", "liger-ce", "torch-lce-mean")  # no gradient per token
+_PUBLISHED = {4096: 16.7, 8192: 34.35, 16384: 73.7}
 
 
-class Target(NamedTuple):
-    """What a part is held to: at most ``bound`` in ``unit``, or at least."""
-
-    part: str
-    what: str
-    bound: float
-    unit: str
-    value: Value
-    least: bool = False
-
-    def outcome(self, data: dict) -> Outcome:
-        """Against what was measured of its part; a dry run measured nothing."""
-        on_gpu = data["device"] != "cpu"
-        rows = [r for r in data["results"] if r["part"] == self.part and not r.get("wrong")]
-        value = self.value(rows) if on_gpu else None
-        target = f"{'>=' if self.least else '<='} {self.bound:g} {self.unit}".rstrip()
-        if value is None:
-            return Outcome(self.what, target, "not measured", None)
-        met = value >= self.bound if self.least else value <= self.bound
-        return Outcome(self.what, target, f"{value:.3g}", met)
-
-
-def _best(key: str, where: str = "", scale: float = 1.0, **of: str | tuple) -> Value:
-    """The least of a number, or of the ratio to ``key`` in the same rounds.
-
-    Of rows whose case holds ``where``, and whose field is (one of) what ``of`` says.
-    """
-
+def _filter(model: str) -> Target:
     def value(rows: Rows) -> float | None:
-        fit = [row for row in rows if where in row["case"]]
-        for name, what in of.items():
-            fit = [r for r in fit if r.get(name) in ((what,) if isinstance(what, str) else what)]
-        found = [row.get("over", {}).get(key, row.get(key)) for row in fit]
-        return min((scale * x for x in found if x is not None), default=None)
-
-    return value
-
-
-def _inverse(value: Value) -> Value:
-    return lambda rows: None if (found := value(rows)) is None else 1 / found
-
-
-def _copy_rate(rows: Rows) -> float | None:
-    return min((r["predicted"] / r["seconds"] for r in rows if "predicted" in r), default=None)
-
-
-def _filter(model: str) -> Value:
-    def value(rows: Rows) -> float | None:
-        found = best_filter([row for row in rows if row["batch"] == model])
+        found = filter.best([r for r in rows if r.get("batch") == model])
         return found[0]["of_floor"] if found else None
 
-    return value
+    most = {"SmolLM2": 0.55, "Gemma 3": 0.5}[model]
+    return Target(f"the filter, {model}", value, most, " of the dense floor")
 
 
-def _off_a_line(rows: Rows) -> float | None:
-    ours = [r for r in rows if r["group"] == "growth N" and r["vs_ours"] == 1.0]
-    points = [(r["scored"], r["seconds"]) for r in ours]
-    return linear_misfit(*map(list, zip(*points, strict=True))) if len(points) > 2 else None
+def _copied(rows: Rows) -> float | None:
+    mine = (r for r in rows if r["part"] == "logits" and "predicted" in r)
+    found = (r["predicted"] / r["seconds"] for r in mine)
+    return min(found, default=None)
 
 
+# Of the rounds on a GPU, in the order of their parts.
 TARGETS = (
-    Target("check", "comparisons that fail", 0, "", _best("failed")),
-    Target("tests", "tests marked gpu that fail", 0, "", _best("failed", "all")),
-    Target("tests", "tests marked gpu that did not run", 0, "", _best("not_run", "all")),
-    Target("peers", "the best peer measured, in any case", 1, "times ours",
-           _best("vs_ours", provider=(*PEERS, *_MEANS)), least=True),
-    *(Target("peers", f"QuACK or Liger for sm_90, {n} rows, {ms} ms as published", 1.1 * ms, "ms",
-             _best("seconds", f"ce H=4096 V=128256 bf16 n=4 R={n} masked 0%", 1e3,
-                   provider=("quack-mean", "liger-sm90-mean", "liger-sm90")))
-      for n, ms in RECORD.items()),
-    Target("gemm", "three matmuls with QuACK's epilogue, 6528 rows", 27.4, "ms",
-           _best("seconds", "N=6528", 1e3, name="QuACK, three")),
-    *(Target("scoring", f"scoring 6528 rows, {how}", 0.95, "of one matmul",
-             _inverse(_best("floor", f"N=6528 H=4096 V=128256, {how}", name="ours")), least=True)
+    Target("comparisons that fail", best("failed", part="check"), 0),
+    Target("tests marked gpu that fail", best("failed", "all", part="tests"), 0),
+    Target("tests marked gpu that did not run", best("not_run", "all", part="tests"), 0),
+    Target("the best peer measured, in any case",
+           best("vs_ours", part="peers", provider=(*PEERS, *MEANS)), 1, " times ours", least=True),
+    *(Target(f"QuACK or Liger for sm_90, {n} rows, {ms} ms as published",
+             best("seconds", f"ce H=4096 V=128256 bf16 n=4 R={n} masked 0%", 1e3,
+                  provider=("quack-mean", "liger-sm90-mean", "liger-sm90")), 1.1 * ms, " ms")
+      for n, ms in _PUBLISHED.items()),
+    Target("three matmuls with QuACK's epilogue, 6528 rows",
+           best("seconds", "N=6528", 1e3, part="gemm", name="QuACK, three"), 27.4, " ms"),
+    *(Target(f"scoring 6528 rows, {how}",
+             inverse(best("floor", f"N=6528 H=4096 V=128256, {how}", name="ours")), 0.95,
+             " of one matmul", least=True)
       for how in ("device", "with the host")),
-    Target("budgets", "the least memory (T3)", 1.6, "times T1",
-           _best("vs_ours", provider="ours-T3")),
-    Target("frozen", "a frozen head", 0.7, "of the full time",
-           _inverse(_best("vs_ours", provider="ours-trained-head"))),
-    Target("logits", "logits in", 0.9, "of a copy's rate", _copy_rate, least=True),
-    Target("ranking", "ranking 4096 prompts of 64 candidates, 16 tokens each", 50, "us",
-           _best("seconds", "n=64, 4096 prompts, 16 tokens", 1e6)),
-    Target("filter", "the filter, SmolLM2", 0.55, "of the dense floor", _filter("SmolLM2")),
-    Target("filter", "the filter, Gemma 3", 0.5, "of the dense floor", _filter("Gemma 3")),
-    *(Target("packed", f"distinct tokens by {way}", 1, "of padded rows", _best("padded", name=way))
+    Target("the least memory (T3)", best("vs_ours", part="budgets", provider="ours-T3"), 1.6,
+           " times T1"),
+    FROZEN,
+    Target("logits in", _copied, 0.9, " of a copy's rate", least=True),
+    Target("ranking 4096 prompts of 64 candidates, 16 tokens each",
+           best("seconds", "n=64, 4096 prompts, 16 tokens", 1e6), 50, " us"),
+    *map(_filter, ("SmolLM2", "Gemma 3")),
+    *(Target(f"distinct tokens by {way}", best("padded", part="packed", name=way), 1,
+             " of padded rows")
       for way in ("varlen", "FlexAttention")),
-    Target("growth", "time in scored tokens, distance from a line", 0.2, "", _off_a_line),
-    Target("dtensor", "a sharded head of one rank", 1.05, "of the tensor's time",
-           _best("tensor", name="DTensor, sharded")),
+    linear("time in scored tokens",
+            misfit("scored", "seconds", group="growth N", vs_ours=1.0), 0.2),
+    Target("a sharded head of one rank", best("tensor", name="DTensor, sharded"), 1.05,
+           " of the tensor's time"),
 )  # fmt: skip
 _NUMBERS: list[Column] = [
     *((k or "", lambda row, k=k or "name": row.get(k, "")) for k in ("case", "")),
     ("ms", number("seconds", ".4g", 1e3)),
     ("predicted, ms", number("predicted", ".4g", 1e3)),
     ("TB/s", number("bytes_per_second", ".3g", 1e-12)),
-    ("tau", lambda row: shown(row) if row.get("tau") else ""),
+    ("tau", lambda row: filter.shown(row) if row.get("tau") else ""),
     ("of floor", number("of_floor", ".2f")),
     ("times the others", lambda r: ", ".join(f"{k} {v:.3f}" for k, v in r.get("over", {}).items())),
     *((k, lambda row, k=k: row.get(k, "")) for k in ("found", "note")),
@@ -140,7 +104,7 @@ def report(data: dict, _: Sequence[str] = ()) -> str:
             lines.append(columns_table(_NUMBERS, rows))
         elif rows:
             lines += [f"**{case}**\n\n{case_table(x)}" for case, x in by_case(rows).items()]
-    return "\n\n".join(lines) + "\n"
+    return joined(*lines) + "\n"
 
 
 def blocks(data: dict, _: dict[str, str]) -> dict[str, str]:
@@ -148,17 +112,22 @@ def blocks(data: dict, _: dict[str, str]) -> dict[str, str]:
     return {"gpu-round": _summary(data)}
 
 
+def outcomes(data: dict) -> list[Outcome]:
+    """Every target, measured or not; a dry run measured nothing."""
+    rows = [row for row in data["results"] if not row.get("wrong") and data["device"] != "cpu"]
+    return [target.outcome(rows) for target in TARGETS]
+
+
 def _summary(data: dict) -> str:
     """Machine, targets, and what became of each part."""
     ended = {x["part"]: x for x in data["parts"] if x["status"] != "skipped"}
     lines, notes = [], []
     for part in PARTS:
-        units = [f"{part.name}: {name}" for name in part.units(data["device"])]
+        units = part.units(data["device"])
         mine = [ended[unit] for unit in units if unit in ended]
         well = sum(x["status"] == "ok" for x in mine)
         when = ", ".join(sorted({f"{x['date']} ({x['commit']})" for x in mine}))
-        took = f"{sum(x['seconds'] for x in mine):.0f}"
-        counts = f"{well} of {len(units)}"
+        took, counts = f"{sum(x['seconds'] for x in mine):.0f}", f"{well} of {len(units)}"
         lines.append([str(part.section), part.what, counts, took, when or "not measured"])
         for x in mine:
             if x["status"] != "ok":
@@ -167,6 +136,6 @@ def _summary(data: dict) -> str:
     where = header(data) if data["parts"] else "No round has run yet."
     if data["parts"] and data["device"] == "cpu":
         where += "\n\n**A dry run on the CPU: its numbers mean nothing.**"
-    found = outcome_table([target.outcome(data) for target in TARGETS])
     head = ["", "part", "units measured", "seconds", "date (commit)"]
-    return "\n\n".join(filter(None, [where, found, table(head, lines), "\n".join(notes)]))
+    parts = [where, outcome_table(outcomes(data)), table(head, lines), "\n".join(notes)]
+    return joined(*parts)

@@ -12,7 +12,6 @@ Column = tuple[str, Callable[[dict], str]]
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -24,14 +23,23 @@ def columns_table(columns: list[Column], rows: list[dict]) -> str:
     return table(used, [[cells[title][i] for title in used] for i in range(len(rows))])
 
 
-def number(key: str, form: str, scale: float = 1) -> Callable[[dict], str]:
+def number(key: str, form: str, scale: float = 1, after: str = "") -> Callable[[dict], str]:
     """A cell: ``row[key]`` scaled and formatted, empty for None."""
 
     def cell(row: dict) -> str:
         value = row.get(key)
-        return "" if value is None else format(value * scale, form)
+        return "" if value is None else format(value * scale, form) + after
 
     return cell
+
+
+def joined(*parts: str) -> str:
+    """Paragraphs, without those that are empty."""
+    return "\n\n".join(part.strip("\n") for part in parts if part)
+
+
+def image(name: str, where: str) -> str:
+    return f"![{name.removesuffix('.png')}]({where})"
 
 
 def milliseconds(value: float | None) -> str:
@@ -41,24 +49,20 @@ def milliseconds(value: float | None) -> str:
 
 def seconds(value: float | None) -> str:
     """Three digits, in seconds."""
-    if value is None:
-        return ""
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def times(unit: Callable[[float | None], str]) -> list[Column]:
-    """Median and quartiles."""
-    name = {milliseconds: "ms", seconds: "step, s"}[unit]
-
-    def quartiles(row: dict) -> str:
-        return "" if row["seconds"] is None else f"{unit(row['q1'])} - {unit(row['q3'])}"
-
-    return [(name, lambda row: unit(row["seconds"])), ("quartiles", quartiles)]
+def _times(name: str, unit: Callable[[float | None], str]) -> list[Column]:
+    """Who, median and quartiles."""
+    return [
+        ("", lambda row: row["label"]),
+        (name, lambda row: unit(row["seconds"])),
+        ("quartiles", lambda row: f"{unit(row['q1'])} - {unit(row['q3'])}"),
+    ]
 
 
 _MIB = 2**-20
-LABEL: Column = ("", lambda row: row["label"])
-NOTE: Column = ("note", lambda row: row["note"])
+_NOTE: Column = ("note", lambda row: row["note"])
 _MEMORY: list[Column] = [
     ("peak extra MB", number("peak_bytes", ".1f", _MIB)),
     (
@@ -67,8 +71,7 @@ _MEMORY: list[Column] = [
     ),
 ]
 _LOSS: list[Column] = [
-    LABEL,
-    *times(milliseconds),
+    *_times("ms", milliseconds),
     ("warm ms", lambda row: milliseconds(row["warm_seconds"])),
     ("TFLOP/s", lambda row: number("rate", ".3g", 1e-12)(row) if row["flops"] else ""),
     ("GB/s", lambda row: "" if row["flops"] else number("rate", ".3g", 1e-9)(row)),
@@ -81,11 +84,10 @@ _LOSS: list[Column] = [
     ("log-prob", number("logp_error", ".0e")),
     ("d input", number("input_grad_error", ".0e")),
     ("d weight", number("weight_grad_error", ".0e")),
-    NOTE,
+    _NOTE,
 ]
 _STEP: list[Column] = [
-    LABEL,
-    *times(seconds),
+    *_times("step, s", seconds),
     ("tokens/s", number("tokens_per_second", ",.0f")),
     ("forward + backward, s", lambda row: seconds(row["gradient_seconds"])),
     ("AdamW, s", lambda row: seconds(row["optimizer_seconds"])),
@@ -101,21 +103,20 @@ _STEP: list[Column] = [
     ("of the step", number("collate_share", ".2%")),
     ("error: loss", number("loss_error", ".0e")),
     ("gradient", number("grad_error", ".0e")),
-    NOTE,
+    _NOTE,
 ]
 
 
 def case_table(rows: list[dict]) -> str:
     """One case: a line a provider that ran; who did not is named under it."""
     official = next((r["peak_bytes"] for r in rows if r["provider"] == "official"), None)
-    found = []
-    for row in rows:
+    ran = []
+    for row in (row for row in rows if row["seconds"] is not None):
         peak, same = row["peak_bytes"], row.get("loss_type") == "pro"
         share = peak / official if peak and official and same else None
-        found.append({**row, "of_official": share})
-    ran = [row for row in found if row["seconds"] is not None]
-    text = columns_table(_STEP if "loss_type" in rows[0] else _LOSS, ran) if ran else ""
-    return "\n\n".join(filter(None, (text, not_run(rows))))
+        ran.append({**row, "of_official": share})
+    text = columns_table(_STEP if "shape" in rows[0] else _LOSS, ran) if ran else ""
+    return joined(text, not_run(rows))
 
 
 def not_run(rows: list[dict]) -> str:
@@ -157,8 +158,8 @@ def outcome_table(found: list[Outcome]) -> str:
     said = {True: "yes", False: "**no**"}
     lines = [[o.what, o.target, o.measured, said[o.met]] for o in found if o.met is not None]
     missing = [o.what for o in found if o.met is None]
-    text = [table(["", "target", "measured", "met"], lines)] if lines else []
-    return "\n\n".join([*text, f"Not measured: {'; '.join(missing)}."] if missing else text)
+    text = table(["", "target", "measured", "met"], lines) if lines else ""
+    return joined(text, f"Not measured: {'; '.join(missing)}." if missing else "")
 
 
 def header(data: dict) -> str:
@@ -170,8 +171,6 @@ def header(data: dict) -> str:
         f"{data['threads']} threads.",
         f"Versions: {versions}, Python {data['python']}; commit {commit}; {data['date'][:10]}.",
     ]
-    if "remeasured" in data:
-        lines.append(data["remeasured"])
     if not data["complete"]:
         lines.append("**Partial: the run did not end; what is missing was not measured.**")
     return "\n".join(lines)
@@ -186,7 +185,6 @@ def machine_kind(data: dict) -> str:
 
 
 def command(data: dict) -> str:
-    """What was called."""
     settings = data["settings"]
     words = [f"pro-kernels bench {data['benchmark']} --preset", settings["preset"]]
     for flag, names in (("case", settings["cases"]), ("provider", settings["providers"])):
@@ -222,6 +220,6 @@ def update_block(page: Path, text: str, block: str) -> None:
     begin, end = marks(block)
     old = block_of(page, block)
     if old is None:
-        raise ValueError(f"{page} must hold {begin} and, after it, {end}, once each")
+        raise ValueError(f"{page} must hold the marks {begin} and {end}")
     before, rest = page.read_text().split(begin)
     page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
 
 from bench.engine.case import is_main
 from bench.engine.step import GROWTH
 
-MIB = 1 << 20
-MEMORY_SLACK = 64 * MIB
-# Pages, log-probs and statistics beside a gradient of hundreds of megabytes.
-_GRADIENT_SLACK = 8 * MIB
-# Peers that serve a gradient per token, which PRO needs.
+# Peers that serve a gradient per token, which PRO needs; and those that do not.
 PEERS = ("trl", "cce", "verl", "quack", "liger-sm90", "torch-lce")
-# Of the steps: against the official procedure, lists against the same step on padded rows, and the
-# floor. Names say nothing of the dtype, which is the machine's.
+MEANS = ("quack-mean", "liger-sm90-mean", "liger-ce", "torch-lce-mean")
+# Of the steps: against the official procedure, and lists against the same step on padded rows.
+# Names say nothing of the dtype, which is the machine's.
 SPEED = {"n=4 P=512 R=64": 3.5, "n=8 P=512 R=64": 5.0}
 AGAINST_PADDED = {
     "n=8 P=128 R=128": 1.0,
@@ -23,8 +22,9 @@ AGAINST_PADDED = {
     "ranked pairs n=2, SmolLM2": 1.0,
     "n=16 P=2048 R=64": 8.0,
 }
-OF_FLOOR = {"ranked n=8, SmolLM2": 0.8}
 TRL = "HH n=2, SmolLM2"
+Rows = list[dict]
+Value = Callable[[Rows], float | None]
 
 
 class Outcome(NamedTuple):
@@ -36,215 +36,231 @@ class Outcome(NamedTuple):
     met: bool | None
 
 
+class Target(NamedTuple):
+    """At most ``bound`` is to be reached, or at least."""
+
+    what: str
+    value: Value
+    bound: float
+    unit: str = ""
+    least: bool = False
+    form: str = "{:.3g}"
+    aside: Callable[[Rows], Any] = lambda _: ""  # what stands behind the number
+
+    def outcome(self, rows: Rows) -> Outcome:
+        """Against what was measured."""
+        bound = f"{self.bound:.0%}" if "%" in self.form else f"{self.bound:.3g}"
+        target = f"{'>=' if self.least else '<='} {bound}{self.unit}"
+        value = self.value(rows)
+        if value is None:
+            return Outcome(self.what, target, "not measured", None)
+        aside = self.aside(rows)
+        measured = self.form.format(value) + (f" ({aside})" if aside else "")
+        met = value >= self.bound if self.least else value <= self.bound
+        return Outcome(self.what, target, measured, met)
+
+
 def outcomes(data: dict) -> list[Outcome]:
     """Every target of the suite and this kind of device, measured or not."""
-    rows = [row for row in data["results"] if not row["wrong"]]
+    rows = [row for row in data["results"] if not row.get("wrong")]
     if data["benchmark"] == "step":
-        return _of_steps(rows)
-    loss = Loss(rows)
-    return _of_loss_on_gpu(loss) if data["device"].startswith("cuda") else _of_loss(loss)
+        targets = STEP
+    else:
+        targets, rows = ON_GPU if data["device"].startswith("cuda") else LOSS, _named_ours(rows)
+    return [target.outcome([*map(_known, rows)]) for target in targets]
 
 
-def _outcome(
-    what: str,
-    target: str,
-    value: float | None,
-    met: Callable[[float], bool],
-    form: str | Callable[[float], str] = "{:.2f}",
-) -> Outcome:
-    if value is None:
-        return Outcome(what, target, "not measured", None)
-    text = form.format(value) if isinstance(form, str) else form(value)
-    return Outcome(what, target, text, met(value))
+def _named_ours(rows: Rows) -> Rows:
+    """What backend="auto" picked is "ours"."""
+    ours = {r["provider"]: r for r in rows if r["provider"].startswith("ours-")}
+    ours.pop("ours-trained-head", None)
+    timed = [r["provider"] for r in rows if r["provider"] in ours and r["vs_ours"] == 1.0]
+    name = min(timed or ours, default="")
+    return [r | {"provider": "ours" if r["provider"] == name else r["provider"]} for r in rows]
 
 
-def _faster(what: str, value: float | None, least: float, form: str = "{:.2f}x") -> Outcome:
-    target = "never slower" if least == 1 else f">= {least:g}x as fast"
-    return _outcome(what, target, value, lambda x: x >= least, form)
+def _known(row: dict) -> dict:
+    """A row with what follows from its numbers; memory in MB."""
+    weighed = (row.get("peak_bytes"), row.get("gradient_bytes"))
+    beyond = None if None in weighed else (weighed[0] - weighed[1]) / 2**20
+    budget = (row.get("budget") or 0) / 2**20
+    return row | {
+        "main": "group" in row and is_main(row),
+        "grown": row["case"].startswith(GROWTH),
+        "step": row["case"].split(" in ")[0],
+        "beyond": beyond,
+        "over_budget": None if beyond is None else beyond - budget,
+        "budgets": beyond / budget if beyond and budget else None,
+    }
 
 
-def _at_most(what: str, value: float | None, most: float, of: str = "x") -> Outcome:
-    return _outcome(what, f"<= {most:.2f}{of}", value, lambda x: x <= most, "{:.2f}" + of[:1])
+def of(key: str, where: str = "", scale: float = 1.0, **fields: Any) -> Value:
+    """The first number, or ratio to ``key`` in the same rounds, of rows that fit.
+
+    Their case holds ``where``, and their fields are (one of) what ``fields`` says.
+    """
+
+    def value(rows: Rows) -> float | None:
+        return next(_numbers(rows, key, where, scale, fields), None)
+
+    return value
 
 
-def _linear(what: str, points: list[tuple[float, float]], most: float) -> Outcome:
-    worst = linear_misfit(*map(list, zip(*points, strict=True))) if len(points) > 2 else None
-    return _outcome(what, f"a line fits within {most:.0%}", worst, lambda x: x <= most, "{:.1%}")
+def best(key: str, where: str = "", scale: float = 1.0, **fields: Any) -> Value:
+    """The least of these."""
+
+    def value(rows: Rows) -> float | None:
+        return min(_numbers(rows, key, where, scale, fields), default=None)
+
+    return value
 
 
-class Loss:
-    """Look-ups in the rows of a results file of the loss."""
-
-    def __init__(self, rows: list[dict]) -> None:
-        """Index ``rows`` of a results file."""
-        self.rows = rows
-        timed = [r for r in rows if r["provider"].startswith("ours-") and r["vs_ours"] == 1.0]
-        ours = {r["provider"] for r in timed} - {"ours-trained-head"}
-        known = {r["provider"] for r in rows if r["provider"].startswith("ours-")}
-        self.ours = min(ours or known, default="ours")
-
-    def all(self, provider: str, **fields) -> list[dict]:
-        """Rows of a provider ("ours" for backend="auto") with these fields."""
-        name = self.ours if provider == "ours" else provider
-        same = [r for r in self.rows if r["provider"] == name]
-        return [r for r in same if all(r[k] == v for k, v in fields.items())]
-
-    def of(self, key: str, provider: str, **fields) -> float | None:
-        """A number of the first such row."""
-        return next((r[key] for r in self.all(provider, **fields)), None)
-
-    def main(self, key: str, provider: str, H: int, V: int) -> float | None:
-        """The same of a main case."""
-        found = self.all(provider, H=H, V=V)
-        return next((r[key] for r in found if is_main(r)), None)
+def _numbers(
+    rows: Rows, key: str, where: str, scale: float, fields: dict[str, Any]
+) -> Iterator[float]:
+    for row in rows:
+        wanted = ((row.get(k), v if isinstance(v, tuple) else (v,)) for k, v in fields.items())
+        found = row.get("over", {}).get(key, row.get(key))
+        if found is not None and where in row["case"] and all(x in v for x, v in wanted):
+            yield scale * found
 
 
-def _of_loss(loss: Loss) -> list[Outcome]:
-    lines = []
-    for (H, V), least in {(1024, 32000): 0.92, (896, 151936): 0.9, (2048, 128256): 0.9}.items():
-        value, wide = (loss.main(k, "ours", H, V) for k in ("of_floor", "of_floor_fp32"))
-        aside = f" ({wide:.2f} of the fp32-operand floor)" if wide else ""
-        what, target = f"({H}, {V}), 60 % not scored", f">= {least:.2f} of the floor"
-        lines.append(_outcome(what, target, value, lambda x, y=least: x >= y, "{:.2f}" + aside))
-    for name, label, least in (
-        ("official", "the official formulation", 2.3),
-        ("official-compiled", "its torch.compile", 1.9),
-        ("trl", "TRL's chunked log-probs + the same loss", 4.0),
-    ):
-        value = loss.main("vs_ours", name, 1024, 32000)
-        lines.append(_faster(f"the first against {label}", value, least))
-    logits = {"group": "logits", "dtype": "bf16", "V": 32000}
-    speed = loss.of("vs_ours", "plain-fp32", **logits)
-    lines.append(_faster("from logits, against plain fp32 PyTorch", speed, 3.0))
-    lines.append(
-        _outcome(
-            "from logits: peak extra memory", f"the gradient (+ {_GRADIENT_SLACK // MIB} MB)",
-            _beyond(loss.all("ours", **logits)), lambda x: x <= _GRADIENT_SLACK,
-            lambda x: f"gradient {x / MIB:+.1f} MB",
-        )
-    )  # fmt: skip
-    lines += [_frozen(loss), _prompt_memory(loss), _budget(loss)]
-    growth = [(r["scored"], r["seconds"]) for r in loss.all("ours", group="growth N")]
-    lines.append(_linear("time linear in scored tokens", growth, 0.2))
-    return [*lines, _unscored(loss)]
+def ratio(one: Value, other: Value) -> Value:
+    """Of two numbers; None without both."""
+
+    def value(rows: Rows) -> float | None:
+        a, b = one(rows), other(rows)
+        return a / b if a and b else None
+
+    return value
 
 
-def _of_loss_on_gpu(loss: Loss) -> list[Outcome]:
-    shape = {"group": "head", "H": 4096, "V": 128256, "n": 4, "tokens": 16384}
-
-    def best(masked: float) -> tuple[float | None, str]:
-        found = [r for peer in PEERS for r in loss.all(peer, masked=masked, **shape)]
-        ran = [(r["vs_ours"], r["label"]) for r in found if r["vs_ours"]]
-        return min(ran, default=(None, ""))
-
-    share = loss.of("of_floor", "ours", masked=0.6, **shape)
-    lines = [_outcome("60 % not scored", ">= 0.91 of the floor", share, lambda x: x >= 1 / 1.1)]
-    value, label = best(0.6)
-    what = "the same against the best peer measured"
-    lines.append(_faster(what, value, 2.3, "{:.2f}x (" + label + ")"))
-    official = loss.of("vs_ours", "official", masked=0.6, **shape)
-    lines.append(_faster("the same against the official formulation", official, 8.0))
-    value, label = best(0.0)
-    what = "nothing masked, against the best peer measured that has gradients per token"
-    lines.append(_faster(what, value, 1.0, "{:.2f}x (" + label + ")"))
-    trl = loss.of("vs_ours", "trl", masked=0.0, **shape)
-    return [*lines, _faster("nothing masked, against TRL", trl, 1.25), _frozen(loss)]
+def inverse(value: Value) -> Value:
+    return ratio(lambda _: 1.0, value)
 
 
-def _beyond(rows: list[dict]) -> int | None:
-    """Peak memory of the first row beyond the gradients of its inputs."""
-    weighed = [r["peak_bytes"] - r["gradient_bytes"] for r in rows if r["peak_bytes"]]
-    return weighed[0] if weighed else None
+def _noted(value: Value, form: str) -> Callable[[Rows], str]:
+    return lambda rows: "" if (found := value(rows)) is None else form.format(found)
 
 
-def _frozen(loss: Loss) -> Outcome:
-    full = loss.of("vs_ours", "ours-trained-head", group="frozen")
-    return _at_most("frozen head", 1 / full if full else None, 0.7, " of the full time")
+def misfit(x: str, y: str, **fields: Any) -> Value:
+    """Distance from a line of one number in another, of rows that fit."""
 
+    def value(rows: Rows) -> float | None:
+        fit = (r for r in rows if r.get(y) and all(r.get(k) == v for k, v in fields.items()))
+        points = [(r[x], r[y]) for r in fit]
+        return linear_misfit(*map(list, zip(*points, strict=True))) if len(points) > 2 else None
 
-def _prompt_memory(loss: Loss) -> Outcome:
-    rows = loss.all("ours", group="memory")
-    limit = rows[0]["budget"] + MEMORY_SLACK if rows else 0
-    what = f"peak extra memory, {rows[0]['case'] if rows else 'one long prompt'}"
-    return _outcome(
-        what, "<= gradients + budget + 64 MB", _beyond(rows), lambda x: x <= limit,
-        lambda x: f"gradients + {x / MIB:.0f} MB (limit {limit / MIB:.0f} MB)",
-    )  # fmt: skip
-
-
-def _budget(loss: Loss) -> Outcome:
-    """Beyond the gradients: ours within its budget, the official formulation ten times that."""
-    rows = loss.all("ours", group="budget")
-    theirs = _beyond(loss.all("official", group="budget")) or 0
-    budget = rows[0]["budget"] if rows else 1
-    return _outcome(
-        "peak extra memory beyond the gradients, under a small budget",
-        "the budget; official >= 10x that", _beyond(rows) if theirs else None,
-        lambda x: x <= budget and theirs >= 10 * budget,
-        lambda x: f"{x / MIB:.0f} MB of {budget // MIB} MB; official {theirs / MIB:.0f} MB, "
-        f"{theirs / budget:.0f}x the budget",
-    )  # fmt: skip
-
-
-def _unscored(loss: Loss) -> Outcome:
-    """Each time taken against the floor of its own rounds, which the cases share."""
-    rows = [r for r in loss.all("ours", group="growth unscored") if r["of_floor"]]
-    what, value = "unscored tokens cost nothing", None
-    if len(rows) > 1:
-        value = rows[0]["of_floor"] / rows[-1]["of_floor"]
-        what += f": {rows[-1]['tokens'] // rows[0]['tokens']}x the positions, the same scored ones"
-    return _at_most(what, value, 1.1, "x the time")
-
-
-def _of_steps(rows: list[dict]) -> list[Outcome]:
-    """Every target of a training step; against the leaner official procedure."""
-    found = {(row["case"].split(" in ")[0], row["provider"]): row for row in rows}
-
-    def of(case: str, key: str, provider: str = "ours-lists") -> float | None:
-        return found.get((case, provider), {}).get(key)
-
-    def peak(what: str, case: str, ours: str, theirs: str, most: float) -> Outcome:
-        mine, other = (of(case, "peak_bytes", name) for name in (ours, theirs))
-        return _at_most(what, mine / other if mine and other else None, most)
-
-    lines = []
-    for case, least in SPEED.items():
-        alone = of(case, "speedup_gradient")
-        aside = f" ({alone:.2f}x without the optimizer)" if alone else ""
-        what = f"one training step, {case}, against the official procedure"
-        lines.append(_faster(what, of(case, "speedup"), least, "{:.2f}x" + aside))
-    for case in SPEED:
-        what = f"peak memory of that step, {case}"
-        lines.append(peak(what, case, "ours-lists", "official", 0.4))
-    for case, least in AGAINST_PADDED.items():
-        what = f"{case}: lists against padded rows"
-        lines.append(_faster(what, of(case, "vs_padded"), least, "{:.2f}x as fast"))
-    for case, least in OF_FLOOR.items():
-        value, target = of(case, "of_floor"), f">= {least:.2f} of the floor"
-        lines.append(_outcome(f"{case}: lists", target, value, lambda x, y=least: x >= y))
-    full, head = (of(TRL, "vs_trl", f"trl-dpo-{name}") for name in ("distinct", "head"))
-    lines.append(_faster(f"{TRL}: TRL with accelerate_trl() against TRL", full, 3.5))
-    over = full / head if full and head else None
-    lines.append(_faster("the same against TRL with the fused head alone", over, 3.0))
-    what = "peak memory of that step against TRL's"
-    lines.append(peak(what, TRL, "trl-dpo-distinct", "trl-dpo", 0.5))
-    mine = [r for r in rows if r["case"].startswith(GROWTH) and r["provider"] == "ours-lists"]
-    for name, key in (("time", "seconds"), ("memory", "peak_bytes")):
-        points = [(r["needed"], r[key]) for r in mine if r[key]]
-        span = f", {points[0][0]:,} to {points[-1][0]:,}" if len(points) > 2 else ""
-        lines.append(_linear(f"{name} linear in tokens that differ{span}", points, 0.1))
-    shares = [r["collate_share"] for r in rows if r["provider"].startswith("ours-")]
-    worst = max((x for x in shares if x is not None), default=None)
-    what = "collation, the worst case"
-    return [*lines, _outcome(what, "< 3% of a step", worst, lambda x: x < 0.03, "{:.2%}")]
+    return value
 
 
 def linear_misfit(x: list[float], y: list[float]) -> float:
     """Largest relative distance of ``y`` from the line a + b x of least relative squares."""
-    w = [1 / value**2 for value in y]
-    total = sum(w)
-    mean_x = sum(a * b for a, b in zip(w, x, strict=True)) / total
-    mean_y = sum(a * b for a, b in zip(w, y, strict=True)) / total
-    covariance = sum(a * (b - mean_x) * (c - mean_y) for a, b, c in zip(w, x, y, strict=True))
-    slope = covariance / sum(a * (b - mean_x) ** 2 for a, b in zip(w, x, strict=True))
-    return max(abs(mean_y + slope * (a - mean_x) - b) / b for a, b in zip(x, y, strict=True))
+    lines = torch.tensor([[1 / b, a / b] for a, b in zip(x, y, strict=True)], dtype=torch.float64)
+    ones = torch.ones(len(y), 1, dtype=torch.float64)
+    return float((lines @ torch.linalg.lstsq(lines, ones).solution - ones).abs().max())
+
+
+def _faster(what: str, value: Value, least: float, aside: Any = lambda _: "") -> Target:
+    return Target(what, value, least, "x as fast", True, "{:.2f}x", aside)
+
+
+def linear(what: str, value: Value, most: float) -> Target:
+    return Target(f"{what}, distance from a line", value, most, form="{:.1%}")
+
+
+def _best_peer(masked: float) -> tuple[Value, Callable[[Rows], str]]:
+    """How far the best peer of the large head is, and its label."""
+    large = {**_LARGE, "provider": PEERS, "masked": masked}
+    value = best("vs_ours", **large)
+
+    def label(rows: Rows) -> str:
+        return next(r["label"] for r in rows if value([r]) == value(rows))
+
+    return value, label
+
+
+_LARGE = {"group": "head", "H": 4096, "V": 128256, "n": 4, "tokens": 16384}
+_FIRST = {"main": True, "H": 1024, "V": 32000}
+_LOGITS = {"group": "logits", "dtype": "bf16", "V": 32000}
+FROZEN = Target(
+    "frozen head", inverse(of("vs_ours", provider="ours-trained-head", group="frozen")), 0.7,
+    " of the full time",
+)  # fmt: skip
+_GROWTH = {"provider": "ours", "group": "growth unscored"}
+LOSS = (
+    *(Target(f"({H}, {V}), 60 % not scored", of("of_floor", provider="ours", main=True, H=H, V=V),
+             least, " of the floor", least=True,
+             aside=_noted(of("of_floor_fp32", provider="ours", main=True, H=H, V=V),
+                          "{:.2f} of the fp32-operand floor"))
+      for H, V, least in ((1024, 32000, 0.92), (896, 151936, 0.9), (2048, 128256, 0.9))),
+    *(_faster(f"the first against {what}", of("vs_ours", provider=name, **_FIRST), least)
+      for name, what, least in (
+          ("official", "the official formulation", 2.3),
+          ("official-compiled", "its torch.compile", 1.9),
+          ("trl", "TRL's chunked log-probs + the same loss", 4.0))),
+    _faster("from logits, against plain fp32 PyTorch",
+            of("vs_ours", provider="plain-fp32", **_LOGITS), 3.0),
+    Target("from logits: peak memory beyond the gradient",
+           of("beyond", provider="ours", **_LOGITS), 8, " MB", form="{:.1f} MB"),
+    FROZEN,
+    Target("one long prompt: peak memory beyond the gradients and the budget",
+           of("over_budget", provider="ours", group="memory"), 64, " MB", form="{:.0f} MB"),
+    Target("a small budget: peak memory beyond the gradients, of the budget",
+           of("budgets", provider="ours", group="budget"), 1, "x", form="{:.2f}x"),
+    Target("the same of the official formulation",
+           of("budgets", provider="official", group="budget"), 10, "x", True, "{:.0f}x"),
+    linear("time in scored tokens",
+            misfit("scored", "seconds", provider="ours", group="growth N"), 0.2),
+    # Each time taken against the floor of its own rounds, which the cases share.
+    Target("8x the positions, the same scored ones",
+           ratio(of("of_floor", " 1x", **_GROWTH), of("of_floor", " 8x", **_GROWTH)), 1.1,
+           "x the time", form="{:.2f}x"),
+)  # fmt: skip
+ON_GPU = (
+    Target("60 % not scored", of("of_floor", provider="ours", masked=0.6, **_LARGE), 1 / 1.1,
+           " of the floor", least=True, form="{:.2f}"),
+    _faster("the same against the best peer measured", _best_peer(0.6)[0], 2.3, _best_peer(0.6)[1]),
+    _faster("the same against the official formulation",
+            of("vs_ours", provider="official", masked=0.6, **_LARGE), 8.0),
+    _faster("nothing masked, against the best peer measured that has gradients per token",
+            _best_peer(0.0)[0], 1.0, _best_peer(0.0)[1]),
+    _faster("nothing masked, against TRL", of("vs_ours", provider="trl", masked=0.0, **_LARGE),
+            1.25),
+    FROZEN,
+)  # fmt: skip
+
+
+def _lists(key: str, step: str, provider: str = "ours-lists") -> Value:
+    return of(key, step=step, provider=provider)
+
+
+def _peak(what: str, step: str, ours: str, theirs: str, most: float) -> Target:
+    """Against the other's."""
+    value = ratio(_lists("peak_bytes", step, ours), _lists("peak_bytes", step, theirs))
+    return Target(what, value, most, "x", form="{:.2f}x")
+
+
+STEP = (
+    *(_faster(f"one training step, {step}, against the official procedure", _lists("speedup", step),
+              least, _noted(_lists("speedup_gradient", step), "{:.2f}x without the optimizer"))
+      for step, least in SPEED.items()),
+    *(_peak(f"peak memory of that step, {step}", step, "ours-lists", "official", 0.4)
+      for step in SPEED),
+    *(_faster(f"{step}: lists against padded rows", _lists("vs_padded", step), least)
+      for step, least in AGAINST_PADDED.items()),
+    Target("ranked n=8, SmolLM2: lists", _lists("of_floor", "ranked n=8, SmolLM2"), 0.8,
+           " of the floor", least=True),
+    _faster(f"{TRL}: TRL with accelerate_trl() against TRL",
+            _lists("vs_trl", TRL, "trl-dpo-distinct"), 3.5),
+    _faster("the same against TRL with the fused head alone",
+            ratio(_lists("vs_trl", TRL, "trl-dpo-distinct"), _lists("vs_trl", TRL, "trl-dpo-head")),
+            3.0),
+    _peak("peak memory of that step against TRL's", TRL, "trl-dpo-distinct", "trl-dpo", 0.5),
+    *(linear(f"{name} in tokens that differ",
+              misfit("needed", key, provider="ours-lists", grown=True), 0.1)
+      for name, key in (("time", "seconds"), ("memory", "peak_bytes"))),
+    Target("collation, the worst case",
+           lambda rows: max((r["collate_share"] for r in rows if r["collate_share"]), default=None),
+           0.03, " of a step", form="{:.2%}"),
+)  # fmt: skip

@@ -13,5 +13,4 @@ from bench.engine.run import Suite
 
 
 def load(name: str) -> Suite:
-    """The suite "loss" or "step"."""
     return importlib.import_module(f"bench.suites.{name}").SUITE

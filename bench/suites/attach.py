@@ -4,14 +4,11 @@
   decoder with ``linear_pro_loss`` called on its hidden states.
 - *TRL*: the head of TRL's trainers, from hidden states and labels to log-probs and gradients
   (``add_fused_lm_head``), with its own function and after ``accelerate_trl()``.
-
-Rounds are interleaved; ratios are medians over rounds of times taken in the same round.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,25 +18,23 @@ from torch import Tensor, nn
 
 import pro_kernels as pk
 from bench.engine.record import facts
-from bench.engine.rounds import timed
 from bench.engine.run import collect
-from bench.engine.timing import Refused, Step, Timer, paired, quartiles
+from bench.engine.timing import Refused, Step, Timer, backward_step, paired, quartiles, timed
 from bench.providers.base import require
-from pro_kernels.models.trl import accelerate_trl, restore_trl
+from bench.providers.trl import swapped
 
-FOLDER = Path(__file__).resolve().parents[1] / "results" / "attach"
 PROMPTS, CANDIDATES, LENGTH, MASKED = 4, 2, 128, 0.6
 ROUNDS = 7
 HEADS = ((896, 151936), (1024, 32000))
 
 
-def run(path: Path, rounds: int = ROUNDS, log: Callable[[str], None] = print) -> dict:
+def run(path: Path, rounds: int = ROUNDS) -> dict:
     """Measure into the JSON file ``path``; returns its content."""
     parts = [
         lambda head=head: [attach_overhead(*head, rounds), trl_head(*head, rounds)]
         for head in HEADS
     ]
-    return collect("attach", parts, path, _line, log, **facts(torch.device("cpu"), rounds=rounds))
+    return collect("attach", parts, path, _line, **facts(torch.device("cpu"), rounds=rounds))
 
 
 def attach_overhead(width: int, vocab: int, rounds: int) -> dict:
@@ -66,8 +61,9 @@ def attach_overhead(width: int, vocab: int, rounds: int) -> dict:
     def through_attach() -> Tensor:
         return attached(input_ids=ids, labels=labels, rewards=rewards, use_cache=False).loss
 
-    sides = {"plain": _step(functional, model), "ours": _step(through_attach, model)}
-    return _row(f"attach, H={width} V={vocab}", sides, rounds, wanted="<= 1.02x")
+    both = {"plain": functional, "ours": through_attach}
+    sides = {side: backward_step(loss, tuple(model.parameters())) for side, loss in both.items()}
+    return _row(f"attach, H={width} V={vocab}", sides, rounds, "<= 1.02x")
 
 
 def trl_head(width: int, vocab: int, rounds: int) -> dict:
@@ -91,8 +87,12 @@ def trl_head(width: int, vocab: int, rounds: int) -> dict:
     def loss() -> Tensor:
         return (model(labels=labels, fused_lm_head=True).log_probs * upstream).sum()
 
-    plain, ours = _step(loss, model), _step(loss, model, swapped)
-    return _row(name, {"plain": plain, "ours": ours}, rounds, wanted="<= 0.33x")
+    def ours() -> Tensor:
+        with swapped():
+            return plain.run()
+
+    plain = backward_step(loss, tuple(model.parameters()))
+    return _row(name, {"plain": plain, "ours": replace(plain, run=ours)}, rounds, "<= 0.33x")
 
 
 class _Head(nn.Module):
@@ -114,32 +114,6 @@ class _Head(nn.Module):
         raise NotImplementedError
 
 
-@contextlib.contextmanager
-def swapped() -> Iterator[None]:
-    """TRL accelerated for a while."""
-    accelerate_trl()
-    try:
-        yield
-    finally:
-        restore_trl()
-
-
-def _step(
-    loss: Callable[[], Tensor],
-    model: nn.Module,
-    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> Step:
-    """Forward and backward; returns the loss."""
-
-    def run() -> Tensor:
-        with around():
-            value = loss()
-            value.backward()
-        return value.detach()
-
-    return Step(run, tuple(model.parameters()))
-
-
 def _tokens(vocab: int) -> tuple[Tensor, Tensor]:
     ids = torch.randint(3, vocab, (PROMPTS * CANDIDATES, LENGTH))
     labels = ids.clone()
@@ -154,12 +128,9 @@ def _row(name: str, sides: dict[str, Step], rounds: int, wanted: str) -> dict:
         step.clear()
     times = timed(sides, rounds, Timer(torch.device("cpu")), warm=0)
     return {
-        "name": name,
-        "wanted": wanted,
-        "seconds": {k: quartiles(v) for k, v in times.items()},
-        "ratio": paired(times["ours"], times["plain"]),
-        "losses": losses,
-    }
+        "name": name, "wanted": wanted, "seconds": {k: quartiles(v) for k, v in times.items()},
+        "ratio": paired(times["ours"], times["plain"]), "losses": losses,
+    }  # fmt: skip
 
 
 def _line(row: dict) -> str:

@@ -18,9 +18,8 @@ from torch import Tensor
 
 import pro_kernels as pk
 from bench.engine.record import facts
-from bench.engine.rounds import timed
 from bench.engine.run import collect
-from bench.engine.timing import Step, Timer, paired
+from bench.engine.timing import Step, Timer, paired, timed
 from bench.suites.peaked import Peaked, real, trained, zipf
 from pro_kernels.fused import matmul
 
@@ -29,17 +28,16 @@ ROWS = 1024  # scored rows of real lists, at least
 REAL = (("smollm2-135m-instruct", "ranked 4"), ("gemma3-270m", "ranked, Gemma 3"))
 ERROR = 2.0**-8  # certified error that the table picks the fastest run for
 SIZES = {"zipf": (4, 4, 128, 1024, 32000), "trained": (4, 4, 128, 1024, 32000)}
-FOLDER = Path(__file__).resolve().parents[1] / "results" / "filter"
 ROUNDS = 3
 _STEPS = 60
 
 
-def run(path: Path, rounds: int = ROUNDS, log: Callable[[str], None] = print) -> dict:
+def run(path: Path, rounds: int = ROUNDS) -> dict:
     """Measure all batches into the JSON file ``path``; returns its content."""
     made = [partial(real, *which, ROWS, dtype) for which in REAL for dtype in _dtypes()]
     made += [partial(zipf, *SIZES["zipf"]), partial(trained, *SIZES["trained"], steps=_STEPS)]
     parts = [lambda make=make: measure(make(), TAUS, rounds) for make in made]
-    return collect("filter", parts, path, _line, log, **facts(torch.device("cpu"), rounds=rounds))
+    return collect("filter", parts, path, _line, **facts(torch.device("cpu"), rounds=rounds))
 
 
 def _dtypes() -> list[torch.dtype]:
@@ -135,6 +133,5 @@ def _line(row: dict) -> str:
 
 
 def shown(row: dict) -> str:
-    """Tau as a table shows it."""
     tau = row["tau"] or "none"
     return tau if isinstance(tau, str) else f"{tau:.2g}"

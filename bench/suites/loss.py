@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,34 +16,25 @@ import torch
 from bench import roofline
 from bench.engine import memory
 from bench.engine.case import Case, head_case, native, real_case
-from bench.engine.record import NO_TIME, empty_row, flag_wrong, note
-from bench.engine.rounds import interleaved
+from bench.engine.record import NO_TIME, flag_wrong, note
 from bench.engine.run import DeviceLost, Run, Suite
-from bench.engine.timing import Refused, Step, Timer, describe, paired, summary, wait
+from bench.engine.timing import Refused, Step, Timer, describe, interleaved, paired, summary, wait
 from bench.engine.truth import Inputs, Truth, make_inputs, make_truth
 from bench.providers.base import Provider, available_bytes, ours_name
 
 # A provider further than this from fp64 computes something else: its row is flagged. Gradient rows
 # of the official code's bf16 arithmetic are off by 0.05, a missing rank term by 1.
 TOLERANCES = {"loss_error": 2e-2, "input_grad_error": 0.2, "weight_grad_error": 0.2}
-# What a row has beside ``record.COMMON``: rates of what the maths needs, of the ceiling; ratios
+# What a row has beside ``run.COMMON``: rates of what the maths needs, of the ceiling; ratios
 # floor / this and this / ours; errors against fp64.
 _MEASURED = ("warm_seconds", "rate", "of_ceiling", "of_floor_fp32", "vs_ours", "logp_error",
              "input_grad_error", "weight_grad_error")  # fmt: skip
-_FIELDS = ("group", "kind", "dtype", "H", "V", "B", "n", "T", "masked", "tokens", "scored",
-           "budget", "softcap", "flops", "bytes", "data", "model")  # fmt: skip
-
-
-def blank(case: Case, provider: Provider) -> dict:
-    """A row without numbers."""
-    fields = {key: getattr(case, key) for key in _FIELDS}
-    return empty_row(case.name, provider.name, provider.label_of(case), fields, _MEASURED)
 
 
 def measure(case: Case, providers: list[Provider], run: Run) -> list[dict]:
     """One row a provider: numbers, or why there are none."""
     need, free = case.input_bytes, available_bytes()
-    rows = {p.name: blank(case, p) for p in providers}
+    rows = {p.name: SUITE.blank(case, p) for p in providers}
     if case.kind == "memory" and run.device.type != "cuda":
         return list(rows.values())  # weighed later
     try:
@@ -63,76 +52,76 @@ class _Contest:
     def __init__(self, case: Case, run: Run, rows: dict[str, dict]) -> None:
         torch._dynamo.reset()  # or the recompile limit would quietly turn compilation off
         self.case, self.run, self.rows, self.device = case, run, rows, run.device
-        self.inputs: Inputs = make_inputs(case, run.device, run.settings.seed)
+        self.inputs: Inputs = make_inputs(case, run.device)
         self.truth: Truth = make_truth(self.inputs)
-        self.warm = case.fits_cache
-        self.timer = Timer(run.device, flush=self.warm, lead=not self.warm)
+        self.timer = Timer(run.device, flush=case.fits_cache, lead=not case.fits_cache)
+        self.always = {"floor", "floor-fp32", ours_name(run.device)}  # take part in every round
         self.steps: dict[str, Step] = {}
         self.first: dict[str, float] = {}  # seconds of one that takes no part in the rounds
 
     def rows_of(self, providers: list[Provider]) -> list[dict]:
         for provider in providers:
             self._prepare(provider)
-        always = {"floor", "floor-fp32", ours_name(self.device)}
         most = self.run.settings.peer_seconds
         taken = interleaved(
             [name for name in self.steps if name not in self.first],
             self.run.repeats(self.case), self._time,
-            seed=self.run.settings.seed, clock=self.run.clock, least=3, failed=self._failed,
-            skip=lambda name, so_far: name not in always and sum(t for t, _ in so_far) > most,
+            clock=self.run.clock, least=3, failed=self._failed,
+            skip=lambda name, so_far: name not in self.always and sum(t for t, _ in so_far) > most,
         )  # fmt: skip
         cold = {name: [t for t, _ in times] for name, times in taken.items()}
         cold |= {name: [seconds] for name, seconds in self.first.items()}
         names = [ours_name(self.device), *(n for n in self.rows if n.startswith("ours-"))]
-        ours = next((n for n in names if n in cold and not self.rows[n]["wrong"]), None)
+        ours = next((n for n in names if n in cold and not self.rows[n]["wrong"]), "")
         for name, times in cold.items():
             warm = [w for _, w in taken.get(name, []) if w is not None]
-            self._fill(self.rows[name], cold, times, warm, cold.get(ours or "", []))
+            self._fill(self.rows[name], cold, times, warm, cold.get(ours, []))
         return list(self.rows.values())
 
     def _prepare(self, provider: Provider) -> None:
         """Build, warm up, check and, on a GPU, weigh one provider; a note where it cannot run."""
-        row, record = self.rows[provider.name], self.run.record
-        lost = record.lost(self.case.name, provider.name) if record else None
-        row["note"] = lost or provider.refusal_of_size(self.case) or ""
-        if self.run.clock.over and not row["note"]:
-            row["note"] = f"not run: {NO_TIME}"
+        name, row, record = provider.name, self.rows[provider.name], self.run.record
+        lost = record.lost(self.case.name, name) if record else None
+        late = f"not run: {NO_TIME}" if self.run.clock.over else ""
+        row["note"] = lost or provider.refusal_of_size(self.case) or late
         if row["note"]:
             return
+        self.run.running(self.case.name, name)
         try:
-            with self._named(provider.name):
-                step = provider.build(self.inputs)
-                start = time.perf_counter()
-                value = step.run()
-                wait(self.device)
-                first = time.perf_counter() - start
-                if not provider.is_floor:
-                    check(row, self.truth, float(value), step)
-                step.clear()
-                if in_process(self.device) and self.case.memory and not provider.is_floor:
-                    del value
-                    row["peak_bytes"], _ = memory.peak_extra_bytes(step, self.device)
+            step = provider.build(self.inputs)
+            start = time.perf_counter()
+            value = step.run()
+            wait(self.device)
+            first = time.perf_counter() - start
+            if not provider.is_floor:
+                check(row, self.truth, float(value), step)
+            step.clear()
+            if in_process(self.device) and self.case.memory and not provider.is_floor:
+                del value
+                row["peak_bytes"], _ = memory.peak_extra_bytes(step, self.device)
         except Exception as error:  # a peer may raise anything; its row says what
-            self._failed(provider.name, error)
+            self._failed(name, error)
             return
         finally:
             for leaf in self.inputs.leaves:
                 leaf.grad = None
-        self.steps[provider.name] = step
-        always = provider.is_floor or provider.name == ours_name(self.device) or provider.compiles
-        if not always and first > self.run.settings.peer_seconds:
-            self.first[provider.name] = first
+        self.run.running()
+        self.steps[name] = step
+        may_leave = name not in self.always and not provider.compiles
+        if may_leave and first > self.run.settings.peer_seconds:
+            self.first[name] = first
             note(row, "one call, the first")
 
     def _time(self, name: str) -> tuple[float, float | None]:
         """Seconds with cold caches and, of small cases, with warm ones."""
-        step = self.steps[name]
-        with self._named(name):
-            cold, warm = self.timer(step), None
+        step, warm = self.steps[name], None
+        self.run.running(self.case.name, name)
+        cold = self.timer(step)
+        step.clear()
+        if self.case.fits_cache:
+            warm = self.timer(step, warm=True)
             step.clear()
-            if self.warm:
-                warm = self.timer(step, warm=True)
-                step.clear()
+        self.run.running()
         return cold, warm
 
     def _failed(self, name: str, error: Exception) -> None:
@@ -142,8 +131,7 @@ class _Contest:
             wait(self.device)
         except RuntimeError as lost:
             raise DeviceLost(f"{name}: {describe(lost)}") from None
-        if self.run.record is not None:
-            self.run.record.put(running=None)  # what comes next is not to blame
+        self.run.running()  # what comes next is not to blame
 
     def _fill(
         self, row: dict, cold: dict, times: list[float], warm: list[float], ours: list[float]
@@ -161,15 +149,6 @@ class _Contest:
         known = self.run.record.data.get("ceilings") if self.run.record else None
         ceiling = roofline.of_case(known, self.case)
         row["of_ceiling"] = row["rate"] / ceiling if ceiling else None
-
-    @contextmanager
-    def _named(self, name: str) -> Iterator[None]:
-        """The record says who runs: if the process dies, that one is left out."""
-        if self.run.record is not None:
-            self.run.record.put(running=[self.case.name, name])
-        yield
-        if self.run.record is not None:
-            self.run.record.put(running=None)
 
 
 def check(row: dict, truth: Truth, loss: float, step: Step) -> None:
@@ -207,14 +186,6 @@ def weigh(provider: Provider, case: Case, device: torch.device) -> dict:
     return answer
 
 
-def _line(row: dict) -> str:
-    if row["seconds"] is None:
-        return f"{row['label']:42} {row['note'] or 'to be weighed'}"
-    of = "" if row["of_floor"] is None else f"  {row['of_floor']:6.2f} of the floor"
-    vs = "" if row["vs_ours"] is None else f"  {row['vs_ours']:6.2f}x ours"
-    return f"{row['label']:42} {row['seconds'] * 1e3:10.1f} ms{of}{vs}  {row['note']}"
-
-
 _FLOORS = ("floor", "floor-fp32")
 _PLAIN = (*_FLOORS, "ours", "plain-fp32", "official")
 _ONE_FLOOR = ("floor", *_PLAIN[2:])
@@ -234,21 +205,13 @@ _RANKING = (*_BOTH, "ours-torch", "ours-cuda", "ours-triton", "plain-fp32", "pla
 MASKED = (0.6, 0.0, 0.9)
 
 
-@dataclass(frozen=True)
-class Head:
-    """The head of a model, as its configuration file has it."""
-
-    H: int
-    V: int
-    softcap: float | None = None
-
-
-MODELS = {
-    "llama3-8b": Head(4096, 128256),
-    "qwen2.5-0.5b": Head(896, 151936),
-    "qwen2.5-7b": Head(3584, 152064),
-    "gemma2-2b": Head(2304, 256000, softcap=30.0),
-    "gemma3-27b": Head(5376, 262208),
+# H, V and the softcap of the head of a model, as its configuration file has it.
+MODELS: dict[str, tuple[int, int, float | None]] = {
+    "llama3-8b": (4096, 128256, None),
+    "qwen2.5-0.5b": (896, 151936, None),
+    "qwen2.5-7b": (3584, 152064, None),
+    "gemma2-2b": (2304, 256000, 30.0),
+    "gemma3-27b": (5376, 262208, None),
 }
 
 
@@ -294,20 +257,22 @@ def _cpu_small(_: bool) -> list[Case]:
 def _cpu(_: bool) -> list[Case]:
     """Half an hour on two slow cores; at the large shapes fewer lists, peers and rounds."""
     few = (*_FLOORS, "ours", "official")
-    pairs = (*_BOTH, "official", "liger")
-    dtype = native()
+    large = {"only": (*few, "cce"), "repeats": 3, "dtype": native()}
+    pairs = {"only": (*_BOTH, "official", "liger"), "repeats": 5, "dtype": native()}
+    models = {**large, "only": (*few, "trl", "cce"), "group": "real"}
+    equal = {**large, "only": (*_PLAIN, "trl", "cce"), "group": "equal"}
+    of_masks = [head_case(1024, 32000, masked, **equal) for masked in MASKED]
     return [
-        real_case("ranked 4", 2, 1024, 32000, repeats=7, memory=True, only=_EVERY, dtype=dtype),
-        real_case("ranked 4", 2, 896, 151936, repeats=3, only=(*few, "trl", "cce"), dtype=dtype),
-        real_case("ranked 4", 1, 2048, 128256, repeats=3, only=(*few, "cce"), dtype=dtype),
-        real_case(
-            "ranked 4", 1, 2304, 256000, repeats=3, softcap=30.0, only=(*few, "cce"), dtype=dtype
-        ),
-        *_hidden_cases(dtype),
-        real_case("HH", 8, 1024, 32000, repeats=5, only=pairs, dtype=dtype),
-        real_case("ranked", 2, 1024, 32000, repeats=5, only=pairs, dtype=dtype),
-        *_equal_cases(dtype),
-        *_entrances(2, 1024, 32000, repeats=5, dtype=dtype),
+        real_case("ranked 4", 2, 1024, 32000, memory=True, only=_EVERY, dtype=native()),
+        real_case("ranked 4", 2, 896, 151936, **{**large, "only": (*few, "trl", "cce")}),
+        real_case("ranked 4", 1, 2048, 128256, **large),
+        real_case("ranked 4", 1, 2304, 256000, softcap=30.0, **large),
+        real_case("ranked 4", 2, 576, 49152, "smollm2-135m-instruct", **models),
+        real_case("ranked, Gemma 3", 2, 640, 262144, "gemma3-270m", **models),
+        real_case("HH", 8, 1024, 32000, **pairs),
+        real_case("ranked", 2, 1024, 32000, **pairs),
+        *(replace(case, name=f"equal lengths, {case.name}") for case in of_masks),
+        *_entrances(2, 1024, 32000, repeats=5, dtype=native()),
         *_logits_cases(512, (32000, 64000, 128256, 256000), 7),
         *(_ranking_case(512, n, 16, 9) for n in (2, 4, 8, 16, 32, 64)),
         *(_small_case(2, n, 64, 256, 41) for n in (2, 4, 8)),
@@ -315,27 +280,6 @@ def _cpu(_: bool) -> list[Case]:
         _prompt_case(896, 151936, 4096, 1 << 30),
         _budget_case(896, 151936, 64 << 20),
     ]
-
-
-def _hidden_cases(dtype: str) -> list[Case]:
-    """Hidden states and heads of real models on real lists."""
-    more = {
-        "repeats": 3,
-        "only": (*_FLOORS, "ours", "official", "trl", "cce"),
-        "dtype": dtype,
-        "group": "real",
-    }
-    return [
-        real_case("ranked 4", 2, 576, 49152, "smollm2-135m-instruct", **more),
-        real_case("ranked, Gemma 3", 2, 640, 262144, "gemma3-270m", **more),
-    ]
-
-
-def _equal_cases(dtype: str) -> list[Case]:
-    """Equal lists, and the share of scored positions from 10 to 100 %."""
-    more = {"repeats": 3, "only": (*_PLAIN, "trl", "cce"), "dtype": dtype, "group": "equal"}
-    cases = [head_case(1024, 32000, masked, **more) for masked in MASKED]
-    return [replace(case, name=f"equal lengths, {case.name}") for case in cases]
 
 
 def _gpu_quick(_: bool) -> list[Case]:
@@ -366,17 +310,16 @@ def _gpu(_: bool) -> list[Case]:
         head_case(H, V, 0.6, n=8, only=(*_BOTH, "official", "trl"), **main),
         *_growth_cases(1024, 32000, 5, points=5, T=512),
         *(
-            head_case(head.H, head.V, 0.6, tokens=4096, repeats=7, softcap=head.softcap,
+            head_case(H, V, 0.6, tokens=4096, softcap=softcap,
                       only=(*_BOTH, "official", *_HEAD_PEERS))
-            for head in MODELS.values()
+            for H, V, softcap in MODELS.values()
         ),
     ]  # fmt: skip
 
 
 def _model(name: str, on_gpu: bool) -> list[Case]:
     """One model's head: masks, candidates, entrances. On a CPU few tokens and peers."""
-    head = MODELS[name]
-    H, V, cap = head.H, head.V, head.softcap
+    H, V, cap = MODELS[name]
     sizes, repeats = ((4096, 16384), 7) if on_gpu else ((512,), 3)
     few = (*_FLOORS, "ours", "official", *_HEAD_PEERS) if on_gpu else (*_FLOORS, "ours", "official")
     cases = []
@@ -479,4 +422,4 @@ PRESETS = {
     "gpu": _gpu,
     **{name: partial(_model, name) for name in MODELS},
 }
-SUITE = Suite("loss", Case, PRESETS, measure, _line, weigh, blank, in_process=in_process)
+SUITE = Suite("loss", Case, PRESETS, measure, weigh, _MEASURED, in_process=in_process)

@@ -18,7 +18,7 @@ from torch import nn
 from pro_kernels.distinct import interface, states
 from pro_kernels.distinct.row import row_of, run_row
 from pro_kernels.distinct.tryout import cannot, carriers, refusal, try_out
-from pro_kernels.models.counts import COUNTS
+from pro_kernels.models import COUNTS
 from pro_kernels.models.opened import unwrapped
 
 STATE = "_pro_kernels_distinct"  # the attribute of a decoder that holds its ``Distinct``

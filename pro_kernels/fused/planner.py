@@ -195,12 +195,12 @@ def _default_budget(device_type: str, index: int | None) -> int:
         # What the caching allocator holds for nobody is as good as free.
         free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
     else:
-        free, total = _host_memory()
+        free, total = host_memory()
     budget = 1 << (max(1, min(total // 8, free // 2)).bit_length() - 1)
     return min(max(budget, _MIN_BUDGET), _MAX_BUDGET)
 
 
-def _host_memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """(available, total) bytes of this machine or of the container's limit."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")

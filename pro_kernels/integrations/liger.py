@@ -75,7 +75,7 @@ def _made_of(theirs: Any, compute: Callable[..., Result], own: str) -> Any:
     """A Function with Liger's forward for what ``compute`` does not do; None if it is unknown."""
     signature = inspect.signature(theirs.forward)
     known = own.split()
-    formula = inspect.signature(_formula(theirs) or _nothing).parameters
+    formula = inspect.signature(_formula(theirs)).parameters if _formula(theirs) else ()
     if unknown := [x for x in list(signature.parameters)[1:] if x not in (*known, *formula)]:
         warnings.warn(
             f"{theirs.__name__} takes {', '.join(unknown)}, which is not known here; it stays "
@@ -107,9 +107,6 @@ def _made_of(theirs: Any, compute: Callable[..., Result], own: str) -> Any:
 def _formula(function: Any) -> Any:
     """A loss as a function of log-probs, where a Function has one."""
     return getattr(function, "preference_loss_fn", getattr(function, "ppo_loss_fn", None))
-
-
-def _nothing() -> None: ...
 
 
 def _left_to_liger(given: dict[str, Any]) -> str | None:

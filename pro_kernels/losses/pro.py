@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from pro_kernels import validate
 from pro_kernels.option_types import (
     Eps,
     LengthNormalize,
@@ -18,13 +19,6 @@ from pro_kernels.option_types import (
     TopK,
 )
 from pro_kernels.ranking import rank_terms, scaled_rewards, temperatures
-from pro_kernels.validate import (
-    check_candidates,
-    check_device,
-    check_gaps,
-    check_of_prompts,
-    readable,
-)
 
 from .ranked import Ranked, Result, preference_metrics
 from .registry import register
@@ -68,18 +62,18 @@ def pro(
     Metrics: "rank_losses" (n−1,) and "sft_loss" sum to the loss.
     """
     valid, dtype = ranked.valid, ranked.logps.dtype
-    check_candidates(ranked.shape, None, None, sft_index)
+    validate.check_candidates(ranked.shape, None, None, sft_index)
     if sft_index is not None:
-        check_device("sft_index", sft_index, "logps", ranked.logps)
-    if readable(valid):
-        check_of_prompts(None, sft_index, valid.shape[1], dtype, None)
+        validate.check_device("sft_index", sft_index, "logps", ranked.logps)
+    if validate.readable(valid):
+        validate.check_of_prompts(None, sft_index, valid.shape[1], dtype, None)
     scores = ranked.scores(length_normalize)
     tau, tied = None, None
     if not isinstance(temperature, str):
         tau = scores.new_full((1, 1, 1), 1.0 / temperature)
     elif ranked.rewards is not None:
-        if readable(valid):
-            check_gaps(
+        if validate.readable(valid):
+            validate.check_gaps(
                 ranked.rewards,
                 valid,
                 reward_scale,

@@ -16,17 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pro_kernels import validate
 from pro_kernels.ranking import later_pairs, mean_weights, rank_of
-from pro_kernels.validate import (
-    check_device,
-    check_finite,
-    check_float,
-    check_mask,
-    check_of_prompts,
-    check_real,
-    check_same_shape,
-    readable,
-)
 
 Result = tuple[Tensor, dict[str, Tensor]]
 
@@ -148,12 +139,9 @@ def ranked_batch(
 
     Equal rewards keep their column order.
     """
-    _check_inputs(logps, lengths=lengths, rewards=rewards, ref_logps=ref_logps, mask=mask)
-    if prompt_weights is not None:
-        check_real("prompt_weights", prompt_weights)
-        check_same_shape("prompt_weights", prompt_weights, tuple(logps.shape[:1]), "(B,)")
-        check_device("prompt_weights", prompt_weights, "logps", logps)
-    if readable(lengths):
+    given = {"lengths": lengths, "rewards": rewards, "ref_logps": ref_logps, "mask": mask}
+    _check_inputs(logps, **given, prompt_weights=prompt_weights)
+    if validate.readable(lengths):
         rows = (lengths < 0).any(1).nonzero()[:, 0].tolist()
         if rows:
             raise ValueError(f"lengths must be >= 0, got a negative one in rows {rows}")
@@ -162,15 +150,15 @@ def ranked_batch(
     if mask is not None:
         valid = valid & mask
     present = valid.any(1)
-    if readable(valid):
-        check_of_prompts(prompt_weights, None, valid.shape[1], dtype, present)
+    if validate.readable(valid):
+        validate.check_of_prompts(prompt_weights, None, valid.shape[1], dtype, present)
     if rewards is not None:
         held = torch.int64
         if rewards.is_floating_point():
             held = torch.promote_types(rewards.dtype, torch.float32)
         rewards = torch.where(valid, rewards.detach().to(held), 0)
-        if readable(rewards):
-            check_finite("rewards", rewards, valid)
+        if validate.readable(rewards):
+            validate.check_finite("rewards", rewards, valid)
     order = rank_of(valid, rewards)
     valid = valid.gather(1, order)
 
@@ -236,12 +224,14 @@ def preference_metrics(
 
 
 def _check_inputs(logps: Tensor, **others: Tensor | None) -> None:
-    check_float("logps", logps)
+    validate.check_float("logps", logps)
     if logps.dim() != 2 or logps.shape[1] == 0:
         raise ValueError(f"logps must have shape (B, n) with n >= 1, got {tuple(logps.shape)}")
-    checks = {"ref_logps": check_float, "mask": check_mask}  # others: of real numbers
+    shape = tuple(logps.shape)
+    checks = {"ref_logps": validate.check_float, "mask": validate.check_mask}
     for name, value in others.items():
         if value is not None:
-            value = checks.get(name, check_real)(name, value)
-            check_same_shape(name, value, tuple(logps.shape), "(B, n)")
-            check_device(name, value, "logps", logps)
+            value = checks.get(name, validate.check_real)(name, value)
+            of = (shape[:1], "(B,)") if name == "prompt_weights" else (shape, "(B, n)")
+            validate.check_same_shape(name, value, *of)
+            validate.check_device(name, value, "logps", logps)

@@ -19,16 +19,8 @@ from torch import Tensor, nn
 from pro_kernels.distinct.decoder import distinct_rows
 from pro_kernels.fused.shards import group_of
 from pro_kernels.losses import LOSSES
-from pro_kernels.models.forward import (
-    CLASS_OPTIONS,
-    KERNEL_OPTIONS,
-    LOSS_OPTIONS,
-    OPTIONS,
-    STATE,
-    after_call,
-    before_call,
-    fused_forward,
-)
+from pro_kernels.models import forward
+from pro_kernels.models.forward import STATE
 from pro_kernels.models.head import unfit
 from pro_kernels.models.opened import LossOf, Opened, base_of, causal_lm
 from pro_kernels.models.probe import agree
@@ -125,20 +117,21 @@ def attach(
     check_choice("loss", loss, (*_LOSSES, *LOSSES))
     loss = "ranking" if loss == "pro" else loss
     of_scores = None if loss in _LOSSES else LOSSES[loss]
-    there = OPTIONS.difference(CLASS_OPTIONS if loss == "ranking" else ())
+    there = forward.OPTIONS.difference(forward.CLASS_OPTIONS if loss == "ranking" else ())
     if of_scores is not None:
-        there = {*KERNEL_OPTIONS, *of_scores.types}
+        there = {*forward.KERNEL_OPTIONS, *of_scores.types}
     if unknown := sorted(set(options) - there):
         raise TypeError(f"attach got options {unknown}; there are {sorted(there)}")
     check_choice("rows", rows, ("padded", "distinct"))
     check_choice("lazy_logits", lazy_logits, (True, False))
+    group_of("process_group", process_group)
+    classes = {}
     if of_scores is None:
         loss_options(options)
+        names = [name for name in forward.CLASS_OPTIONS if name in options]
+        classes = {name: options.pop(name) for name in names}
     else:
         of_scores.check({name: x for name, x in options.items() if name in of_scores.types})
-    group_of("process_group", process_group)
-    own_names = CLASS_OPTIONS if of_scores is None else ()
-    classes = {name: options.pop(name) for name in own_names if name in options}
     CrossEntropyOptions(**{name: x for name, x in classes.items() if name != "class_weight"})
     options |= {"backend": backend, "budget": budget}
     own = {name: lm.__dict__[name] for name in _REPLACED if name in lm.__dict__}
@@ -146,9 +139,9 @@ def attach(
     setattr(lm, STATE, opened)
     try:
         try_out(opened, example)
-        lm.forward = MethodType(fused_forward(type(lm).forward), lm)
-        opened.hooks.append(lm.register_forward_pre_hook(before_call, with_kwargs=True))
-        opened.hooks.append(lm.register_forward_hook(after_call))
+        lm.forward = MethodType(forward.fused_forward(type(lm).forward), lm)
+        opened.hooks.append(lm.register_forward_pre_hook(forward.before_call, with_kwargs=True))
+        opened.hooks.append(lm.register_forward_hook(forward.after_call))
         if loss not in ("auto", "cross_entropy"):
             lm.accepts_loss_kwargs = False
         if rows == "distinct":
@@ -258,7 +251,9 @@ def attached_options(model: nn.Module) -> dict[str, Any] | None:
 
 def loss_options(options: Mapping[str, Any]) -> PROOptions:
     """Those of ``attach``'s options that say which loss it is, checked."""
-    return PROOptions(**{name: value for name, value in options.items() if name in LOSS_OPTIONS})
+    return PROOptions(
+        **{name: value for name, value in options.items() if name in forward.LOSS_OPTIONS}
+    )
 
 
 def _restore(opened: Opened) -> None:

@@ -238,12 +238,10 @@ def loss_of_scores(
         scored = (targets[:, 1:] if asked.shift else targets) != asked.ignore_index
         logps, lengths = (x.sum(1).view(-1, _candidates(asked)) for x in (found, scored))
     loss = get_loss(opened.loss)
-    names = {"rewards": "rewards", "ref_logps": "ref_logps", "candidate_mask": "mask",
-             "prompt_weights": "prompt_weights", "desirable": "desirable"}  # fmt: skip
     inputs = {
-        name: given[key].to(logps.device, non_blocking=True)
-        for key, name in names.items()
-        if key in given
+        "mask" if name == "candidate_mask" else name: x.to(logps.device, non_blocking=True)
+        for name, x in given.items()
+        if name not in ("num_candidates", "layout")
     }
     value, metrics = loss(logps, lengths, **inputs, **_own_options(opened))
     logps = logps.detach()

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from pro_kernels.api import linear_token_logps
 from pro_kernels.fused.autograd import first_order
 from pro_kernels.fused.thin import ChosenLogits, mean_column, mean_logits
-from pro_kernels.models.counts import COUNTS
+from pro_kernels.models import COUNTS
 from pro_kernels.models.head import HeadInputs
 from pro_kernels.options import LogitOptions
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pro_kernels.models import COUNTS
 from pro_kernels.models.attach import attach, detach
-from pro_kernels.models.counts import COUNTS
 from pro_kernels.models.forward import STATE
 from pro_kernels.models.opened import base_of
 

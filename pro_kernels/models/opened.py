@@ -194,7 +194,12 @@ class Opened:
             return loss
 
         # A head that gathers itself is called once, for the loss: its hooks then see what needs it.
-        stubbed = _in_place_of(self.lm, head, stub) if apart else replaced(head, "forward", stub)
+        stubbed = replaced(head, "forward", stub)
+        if apart:
+            found = [
+                (x, name) for x in self.lm.modules() for name, y in x.named_children() if y is head
+            ]
+            stubbed = exchanged([(owner, name, _StandIn(head, stub)) for owner, name in found])
         labels = kwargs.pop("labels", None)
         calls: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.calls_loss_function:
@@ -328,14 +333,6 @@ class _StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """What models ask of their head: its weight's dtype, say."""
         return getattr(self.__dict__["head"], name)
-
-
-def _in_place_of(
-    lm: nn.Module, head: nn.Module, stub: Callable[..., Tensor]
-) -> contextlib.AbstractContextManager:
-    """``_StandIn`` wherever ``lm`` has its head."""
-    owners = [(x, name) for x in lm.modules() for name, y in x.named_children() if y is head]
-    return exchanged([(owner, name, _StandIn(head, stub)) for owner, name in owners])
 
 
 def _output_class(base: type) -> type:

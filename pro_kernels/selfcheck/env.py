@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import subprocess
+from pathlib import Path
 
 import torch
 
@@ -12,6 +14,7 @@ from pro_kernels import backends
 from pro_kernels._version import __version__
 from pro_kernels.fused import matmul, planner
 
+ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy")
 _LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,13 +28,15 @@ def report() -> dict:
         "pro_kernels": __version__,
         "python": platform.python_version(),
         "machine": machine(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version(name) for name in _PACKAGES},
         "threads": torch.get_num_threads(),
         "devices": {
             str(device): {
                 "backends": {
                     name: backends.refusal(name, device, torch.bfloat16)
-                    or f"usable{_only_when_named(name, device)}"
+                    or "; auto passes it over: ".join(
+                        filter(None, ("usable", backends.not_by_itself(name, device)))
+                    )
                     for name in backends.ORDER
                 },
                 "auto": backends.resolve("auto", device, torch.bfloat16),
@@ -89,13 +94,20 @@ def _matmuls(dtype: torch.dtype, device: torch.device) -> str:
     return "native"
 
 
-def _only_when_named(name: str, device: torch.device) -> str:
-    reason = backends.not_by_itself(name, device)
-    return f"; auto passes it over: {reason}" if reason else ""
-
-
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of what is installed; None without it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def git(*arguments: str) -> str:
+    """What git says of this checkout; empty where it is none, as below another's repository."""
+    if not (ROOT / ".git").exists():
+        return ""
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
+import timeit
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def main(output_dir: str = "demo-output", steps: int | None = None) -> int:
     apart, rounding = print_table(fused, reference, disturbed)
     device, dtype = config.device, torch.float32
     print(f"\nloss of the fused run: {describe_backend(config, device, dtype)}")
-    print_refusals(device, dtype)
+    for name in pk.backends.ORDER:
+        print(f"  backend {name}: {pk.backends.passed_over(name, device, dtype) or 'usable'}")
     print_times(trainer)
     print(f"\nplot: {output_dir}/curves.png   model: {output_dir}")
     same = apart <= max(ROUNDING_FACTOR * rounding, 1e-5 * losses(fused)[0])
@@ -137,13 +139,6 @@ def print_table(
     return max(apart), max(rounding)
 
 
-def print_refusals(device: torch.device, dtype: torch.dtype) -> None:
-    """Which backends could serve here, and why the others cannot."""
-    for name in pk.backends.ORDER:
-        reason = pk.backends.passed_over(name, device, dtype)
-        print(f"  backend {name}: {'usable' if reason is None else reason}")
-
-
 def print_times(trainer: PROTrainer) -> None:
     """Seconds of the loss alone, forward and backward, on a demo batch and at a real vocabulary."""
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
@@ -155,33 +150,27 @@ def print_times(trainer: PROTrainer) -> None:
     for title, (hidden_size, vocab) in (("this model", own), ("a real head", REAL_HEAD)):
         hidden = torch.randn(batch["input_ids"].numel(), hidden_size, device=device)
         weight = torch.randn(vocab, hidden_size, device=device) * hidden_size**-0.5
-        ours, theirs = time_losses(hidden, weight, batch)
+        both = pk.linear_pro_loss, pk.reference.linear_pro_loss
+        ours, theirs = (seconds_in(function, hidden, weight, batch) for function in both)
         name = f"{title} (H {hidden_size}, V {vocab}, {batch['layout'].num_tokens} tokens)"
         print(f"{name:<44}{ours:>9.4f}{theirs:>11.4f}{theirs / ours:>8.2f}x")
 
 
-def time_losses(
-    hidden: Tensor, weight: Tensor, batch: dict[str, Any], repeats: int = 3
-) -> list[float]:
-    """Median seconds of the fused and of the reference loss, taken in turns after a warm-up."""
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    layout, rewards = batch["layout"].to(hidden.device), batch["preferences"].rewards
-    mask = batch["preferences"].candidate_mask
-    seconds: list[list[float]] = [[], []]
-    for _ in range(repeats + 1):
-        for taken, loss_function in zip(
-            seconds, (pk.linear_pro_loss, pk.reference.linear_pro_loss), strict=True
-        ):
-            hidden.grad = weight.grad = None
-            start = time.perf_counter()
-            output = loss_function(
-                hidden, weight, None, rewards, layout=layout, candidate_mask=mask
-            )
-            output.loss.backward()
-            weight.grad[0, 0].item()  # waits for a device
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken[1:]) for taken in seconds]
+def seconds_in(
+    loss_function: Callable[..., Any], hidden: Tensor, weight: Tensor, batch: dict[str, Any]
+) -> float:
+    """Median seconds of forward and backward, after a warm-up."""
+    preferences, layout = batch["preferences"], batch["layout"].to(hidden.device)
+    given = hidden.requires_grad_(), weight.requires_grad_(), None, preferences.rewards
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        out = loss_function(*given, layout=layout, candidate_mask=preferences.candidate_mask)
+        out.loss.backward()
+        weight.grad[0, 0].item()  # waits for a device
+
+    step()
+    return statistics.median(timeit.repeat(step, repeat=3, number=1))
 
 
 if __name__ == "__main__":

@@ -271,6 +271,6 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or "no message").splitlines()[0]

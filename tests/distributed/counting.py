@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -19,43 +20,30 @@ _OTHERS = ("broadcast", "reduce", "scatter", "gather", "all_to_all", "all_to_all
 def collectives() -> Iterator[list[tuple[str, str, int]]]:
     """Count the calls to ``torch.distributed`` within; one that is not known here raises."""
     found: list[tuple[str, str, int]] = []
-    kept = {}
-
-    def wrap(name: str, note) -> None:
-        if hasattr(dist, name):
-            kept[name] = original = getattr(dist, name)
-
-            def counted(*args, **kwargs):
-                found.append(note(*args, **kwargs))
-                return original(*args, **kwargs)
-
-            setattr(dist, name, counted)
 
     def reduced(tensor, op=dist.ReduceOp.SUM, *_, **__):
         return "all_reduce", "max" if op == dist.ReduceOp.MAX else "sum", tensor.nbytes
 
     def gathered(output_tensor, input_tensor, *_, **__):
-        return "all_gather", "", output_tensor.nbytes
+        parts = output_tensor if isinstance(output_tensor, list) else [output_tensor]
+        return "all_gather", "", sum(x.nbytes for x in parts)
 
     def scattered(output, input, *_, **__):
         return "reduce_scatter", "sum", input.nbytes
 
-    def refuse(name: str):
-        def note(*_, **__):
-            raise AssertionError(f"{name} is not counted")
+    def counted(name: str, note, original):
+        def call(*args, **kwargs):
+            assert note is not None, f"{name} is not counted"
+            found.append(note(*args, **kwargs))
+            return original(*args, **kwargs)
 
-        return note
+        return call
 
-    wrap("all_reduce", reduced)
-    wrap("all_gather", lambda parts, *_, **__: ("all_gather", "", sum(x.nbytes for x in parts)))
-    for name in _GATHERS:
-        wrap(name, gathered)
-    for name in _SCATTERS:
-        wrap(name, scattered)
-    for name in _OTHERS:
-        wrap(name, refuse(name))
-    try:
+    notes = {"all_reduce": reduced, "all_gather": gathered} | dict.fromkeys(_OTHERS)
+    notes |= dict.fromkeys(_GATHERS, gathered) | dict.fromkeys(_SCATTERS, scattered)
+    with contextlib.ExitStack() as patched:
+        for name, note in notes.items():
+            if original := getattr(dist, name, None):
+                new = counted(name, note, original)
+                patched.enter_context(mock.patch.object(dist, name, new))
         yield found
-    finally:
-        for name, original in kept.items():
-            setattr(dist, name, original)

@@ -22,7 +22,7 @@ import pro_kernels as pk
 from bench.suites.ranks import wire
 from cases import assert_no_worse
 from pro_kernels.fused import shards
-from pro_kernels.models.counts import COUNTS
+from pro_kernels.models import COUNTS
 
 BUDGETS = (None, 1 << 13)  # everything retained; most computed again
 OPTIONS = {"loss": "ranking", "temperature": 2.0}

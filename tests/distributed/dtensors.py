@@ -59,16 +59,9 @@ def averaged(results, mine: int) -> dict:
 
 
 def compare(what, place, data, mine, peers=1, groups=(None, None), **options) -> None:
-    """Against the reference; twice the same bits.
+    """Heads as ``place`` makes them, on the data of rank ``mine``: as the reference, twice alike.
 
-    Args:
-        what: for messages.
-        place: makes the head's DTensors.
-        data: of each rank whose gradients are averaged.
-        mine: which of them is this rank's.
-        peers: over how many ranks dHidden is summed.
-        groups: a ``process_group`` for each of the budgets.
-        options: of the fused function.
+    dHidden is summed over so many ``peers``, the head's gradients averaged over ``data``.
     """
     for dtype in (torch.float32, torch.bfloat16):
         for (fused, reference), more, frozen in CALLS[: 2 if groups[0] else None]:
@@ -84,10 +77,8 @@ def compare(what, place, data, mine, peers=1, groups=(None, None), **options) ->
                 for budget, group in zip(BUDGETS, groups, strict=True):
                     told = f"{what} {dtype} {fused.__name__} {more} {freeze} {budget}"
                     given = {**more, **options, "process_group": group, "budget": budget}
-                    got, again = (
-                        run(fused, held(data[mine], place), dtype, freeze=freeze, **given)
-                        for _ in range(2)
-                    )
+                    case = held(data[mine], place)
+                    got, again = (run(fused, case, dtype, freeze=freeze, **given) for _ in range(2))
                     grads, repeated = whole(got.grads), whole(again.grads)
                     assert grads.keys() == {"hidden", "weight", "bias"} - set(freeze), told
                     for name, x in grads.items():

@@ -324,7 +324,7 @@ def check_refusals(group) -> None:
     hidden, weight, _, targets, rewards = Case("bad").tensors()
     h, w = hidden.float(), weight.float()
     rank = dist.get_rank(group)
-    other, some, rows = rank == 1, slice(3 - rank % 2), slice(37 - rank % 2)
+    some, rows = slice(3 - rank % 2), slice(37 - rank % 2)
 
     def loss(h=h, w=w, t=targets, r=rewards, **options):
         pk.linear_pro_loss(h, w, t, r, **{"sequence_group": group, **options})
@@ -332,55 +332,41 @@ def check_refusals(group) -> None:
     def from_logits(z=h @ w.T, t=targets, r=rewards, **options):
         pk.pro_loss(z, t, r, sequence_group=group, **options)
 
-    at_1 = "ValueError: in sequence_group, rank 1: "
+    def at_1(**wrong):
+        return wrong if rank == 1 else {}
+
+    says = "ValueError: in sequence_group, rank 1: "
     disagree = "ValueError: the ranks of sequence_group disagree on "
-    layout = pk.Layout.from_padded
-    far = targets.masked_fill(targets >= 0, 37) if other else targets
-    low = targets.clamp_max(35)
+    far, low = targets.masked_fill(targets >= 0, 37), targets.clamp_max(35)
+    short = pk.Layout.from_padded(targets[:, :, :5])
+    by_layout = {"t": None, "layout": pk.Layout.from_padded(targets)}
+    nobody = dist.GroupMember.NON_GROUP_MEMBER
     for expected, options in (
         (disagree + "(B, n)", {"h": h[:, some], "t": targets[:, some], "r": rewards[:, some]}),
         (disagree + "loss", {"sft_weight": 0.1 * rank}),
-        (disagree + "rewards", {"r": rewards + other}),
-        (at_1 + "TypeError: sft_weight must be a", {"sft_weight": "much" if other else 0.05}),
-        (at_1 + "ValueError: targets must lie in [0, 37)", {"t": far}),
-        (
-            at_1 + "ValueError: targets must be None when layout",
-            {"layout": layout(targets[:, :, :5]) if other else None},
-        ),
-        (disagree + "dtypes", {"h": h.double(), "w": w.double()} if other else {}),
-        (
-            disagree + "the shape of the head: [(37, 16), (36",
-            {"w": w[rows], "t": targets.clamp_max(35)},
-        ),
-        (at_1 + "ValueError: budget must be > 0 bytes, got -1", {"budget": -1 if other else None}),
-        (at_1 + "ValueError: backend='cuda' cannot", {"backend": "cuda" if other else "auto"}),
-        (
-            at_1 + "TypeError: candidate_mask must be a bool tensor",
-            {"candidate_mask": torch.ones(2, 3, dtype=None if other else torch.bool)},
-        ),
+        (disagree + "rewards", {"r": rewards + (rank == 1)}),
+        (disagree + "dtypes", at_1(h=h.double(), w=w.double())),
+        (disagree + "the shape of the head: [(37, 16), (36", {"w": w[rows], "t": low}),
+        (says + "TypeError: sft_weight must be a", at_1(sft_weight="much")),
+        (says + "ValueError: targets must lie in [0, 37)", at_1(t=far)),
+        (says + "ValueError: targets must be None when layout", at_1(layout=short)),
+        (says + "ValueError: budget must be > 0 bytes, got -1", at_1(budget=-1)),
+        (says + "ValueError: backend='cuda' cannot", at_1(backend="cuda")),
+        (says + "TypeError: candidate_mask must be a bool", at_1(candidate_mask=rewards)),
+        (says + "TypeError: hidden must be a tensor, got None", at_1(h=None)),
+        (says + "TypeError: layout must be a Layout", by_layout | at_1(layout="none")),
         ("ValueError: rewards are all equal in prompts [0, 1]", {"r": torch.ones(2, 3)}),
         ("ValueError: rewards must be finite, got nan for", {"r": torch.full((2, 3), torch.nan)}),
-        (at_1 + "TypeError: hidden must be a tensor, got None", {"h": None if other else h}),
-        (
-            at_1 + "TypeError: layout must be a Layout",
-            {"t": None, "layout": "none" if other else layout(targets)},
-        ),
         ("TypeError: sequence_group must be a torch.distributed.Proc", {"sequence_group": "sp"}),
-        (
-            "ValueError: sequence_group does not contain this process",
-            {"sequence_group": dist.GroupMember.NON_GROUP_MEMBER},
-        ),
+        ("sequence_group does not contain this process", {"sequence_group": nobody}),
     ):
         refused(expected, loss, **options)
     for expected, options in (
         (disagree + "the shape", {"z": (h @ w.T)[..., rows], "t": low}),
-        (at_1 + "ValueError: targets must lie in [0, 37)", {"t": far}),
-        (at_1 + "TypeError: targets must be an int", {"t": targets.float() if other else targets}),
         (disagree + "loss", {"top_k": 1 + rank}),
-        (
-            at_1 + "ValueError: targets must be on the device of logit",
-            {"t": targets.to("meta") if other else targets},
-        ),
+        (says + "ValueError: targets must lie in [0, 37)", at_1(t=far)),
+        (says + "TypeError: targets must be an int", at_1(t=targets.float())),
+        (says + "ValueError: targets must be on the device of logit", at_1(t=targets.to("meta"))),
     ):
         refused(expected, from_logits, **options)
 

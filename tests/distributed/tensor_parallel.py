@@ -184,19 +184,16 @@ def check_refusals(group) -> None:
     def cross_entropy(**options):
         pk.linear_cross_entropy(h, w, targets, process_group=group, **options)
 
-    some = slice(3 - rank % 2)
+    some, half = slice(3 - rank % 2), w[: 20 * rank]
+    fewer_of_each = {"h": h[:, some], "t": targets[:, some], "r": rewards[:, some]}
     nobody = dist.GroupMember.NON_GROUP_MEMBER
-    empty = "in process_group, rank 0: ValueError: weight must not be empty"
+    at_0 = "in process_group, rank 0: ValueError: weight must"
     for expected, function, options in (
         ("disagree on softcap", log_probs, {"softcap": 1.0 + rank}),
-        (empty, log_probs, {"w": w[: 20 * rank]}),
-        (empty, loss, {"w": w[: 20 * rank]}),
+        (f"{at_0} not be empty", log_probs, {"w": half}),
+        (f"{at_0} not be empty", loss, {"w": half}),
         ("disagree on dtypes", log_probs, {"h": h.to(wide), "w": w.to(wide)}),
-        (
-            "disagree on (B, n)",
-            loss,
-            {"h": h[:, some], "t": targets[:, some], "r": rewards[:, some], "temperature": 2.0},
-        ),
+        ("disagree on (B, n)", loss, {**fewer_of_each, "temperature": 2.0}),
         ("disagree on loss", loss, {"sft_weight": 0.1 * rank}),
         ("disagree on targets (checksum)", log_probs, {"t": other}),
         ("disagree on scored tokens", loss, {"t": fewer}),
@@ -206,11 +203,7 @@ def check_refusals(group) -> None:
         ("label_smoothing cannot be had with a process_g", cross_entropy, {"label_smoothing": 0.1}),
         ("", log_probs, {"t": targets + 10**6}),  # out of range: in words of its own
         ("rank 1: ValueError: bias must", log_probs, {"bias": torch.zeros(20 + (rank == 1))}),
-        (
-            "in process_group, rank 0: ValueError: weight must",
-            log_probs,
-            {"w": w if rank else w[0]},
-        ),
+        (at_0, log_probs, {"w": w if rank else w[0]}),
         ("in process_group, rank 1: ", log_probs, {"backend": "cuda" if rank == 1 else "auto"}),
         ("DeviceMesh of one dimension, got str", log_probs, {"process_group": "tp"}),
         ("process_group does not contain this process", log_probs, {"process_group": nobody}),

@@ -7,7 +7,7 @@ import torch
 
 import pro_kernels as pk
 from pro_kernels.losses import LOSSES
-from tiny_models import V, assert_close, assert_same_grads, grads, make
+from tiny_models import V, assert_close, assert_same_grads, grads, make, next_logps
 
 B, N, T = 2, 3, 7
 REWARDS = torch.tensor([[0.5, 2.0, 1.0], [3.0, 1.0, 1.0]])
@@ -23,10 +23,8 @@ def inputs():
 
 
 def plain_scores(model, inputs):
-    logps = model(input_ids=inputs["input_ids"]).logits[:, :-1].log_softmax(-1)
-    targets = inputs["labels"][:, 1:]
-    picked = logps.gather(2, targets.clamp_min(0)[..., None])[..., 0] * (targets >= 0)
-    return picked.sum(1).view(B, N), (targets >= 0).sum(1).view(B, N)
+    logps = next_logps(model(input_ids=inputs["input_ids"]).logits, inputs["labels"])
+    return logps.sum(1).view(B, N), (inputs["labels"][:, 1:] >= 0).sum(1).view(B, N)
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"pro"}))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pro_kernels as pk
 import trees
 from pro_kernels.distinct import tryout
+from pro_kernels.models import trl as swap
 from pro_kernels.models.probe import FACTOR
 from pro_trainer import PROConfig, PROTrainer
 from pro_trainer.cli import commands
@@ -21,6 +22,7 @@ from pro_trainer.options import ModelOptions
 from pro_trainer.text.encode import Encoder, TokenizedList
 from pro_trainer.text.options import ListOptions
 from pro_trainer.text.store import load_dataset
+from test_integrations import ARGUMENTS
 
 pytestmark = pytest.mark.models
 
@@ -203,38 +205,43 @@ def test_quantised_weights_train_under_adapters(smollm, bits, tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0][-1] < found[0][0]
 
 
+def trl_logs(smollm: str, folder, kind: str, rows: str | None, data: list, **options) -> list[dict]:
+    """What the steps of one of TRL's trainers log, as it is or accelerated."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    more = {"reward_funcs": options.pop("reward")} if "reward" in options else {}
+    options |= {"output_dir": str(folder), "learning_rate": 1e-5}
+    config = getattr(trl, f"{kind}Config")(**ARGUMENTS | options | {"optim": "adamw_torch"})
+    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
+    if rows is not None:
+        swap.accelerate_trl(rows=rows)
+    try:
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model, args=config, train_dataset=Dataset.from_list(data),
+            processing_class=AutoTokenizer.from_pretrained(smollm), **more,
+        )  # fmt: skip
+        trainer.train()
+    finally:
+        swap.restore_trl()
+    print(rows, trainer.state.log_history)
+    return [x for x in trainer.state.log_history if "loss" in x]
+
+
 @pytest.mark.shared
 def test_twenty_steps_of_trl_are_the_same_on_distinct_rows(smollm, shared, tmp_path):
     """TRL's DPO on dialogues: as it is, with the fused head, on distinct rows. Prints (``-s``)."""
-    trl = pytest.importorskip("trl")
     from datasets import load_dataset as load_records
 
-    from pro_kernels.models import trl as swap
-
     path = str(shared / "data" / "hh-harmless-base-dev.jsonl.gz")
-    records = load_records("json", data_files=path, split="train").select(range(40))
+    records = load_records("json", data_files=path, split="train").select(range(40)).to_list()
     found = {}
     for rows in (None, "padded", "distinct"):
-        folder = tmp_path / str(rows)
-        config = trl.DPOConfig(
-            output_dir=str(folder), max_steps=20, per_device_train_batch_size=2, max_length=192,
-            learning_rate=1e-5, lr_scheduler_type="constant", logging_steps=1, report_to="none",
-            disable_tqdm=True, use_cpu=True, save_strategy="no", bf16=False,
-            gradient_checkpointing=False,
+        logs = trl_logs(
+            smollm, tmp_path / str(rows), "DPO", rows, records, max_steps=20, max_length=192,
+            per_device_train_batch_size=2,
         )  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
-        if rows is not None:
-            swap.accelerate_trl(rows=rows)
-        try:
-            trainer = trl.DPOTrainer(
-                model, None, config, train_dataset=records,
-                processing_class=AutoTokenizer.from_pretrained(smollm),
-            )  # fmt: skip
-            seconds = trainer.train().metrics["train_runtime"]
-        finally:
-            swap.restore_trl()
-        found[rows] = [x["loss"] for x in trainer.state.log_history if "loss" in x]
-        print(f"{rows or 'as it is'}: {seconds:.0f} s, {found[rows]}")
+        found[rows] = [x["loss"] for x in logs]
     assert len(found[None]) == 20 and found[None][0] == pytest.approx(0.693, abs=1e-3)
     for rows in ("padded", "distinct"):
         assert found[rows] == pytest.approx(found[None], rel=1e-3)
@@ -250,40 +257,19 @@ def test_twenty_steps_of_trl_are_the_same_on_distinct_rows(smollm, shared, tmp_p
 )
 def test_steps_of_trls_grpo_are_the_same_on_distinct_rows(smollm, tmp_path, options):
     """As it is, then on the fused head and distinct rows; prints what they log (``-s``)."""
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    from pro_kernels.models import trl as swap
-
     prompts = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
-    found = []
-    for accelerated in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
-        config = trl.GRPOConfig(
-            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4,
-            num_generations=2, num_iterations=2, max_completion_length=16, learning_rate=1e-5,
-            lr_scheduler_type="constant", logging_steps=1, report_to="none", disable_tqdm=True,
-            use_cpu=True, save_strategy="no", bf16=False, gradient_checkpointing=False, **options,
-        )  # fmt: skip
-        if accelerated:
-            swap.accelerate_trl()
-        try:
-            trainer = trl.GRPOTrainer(
-                model,
-                lambda completions, **_: [float(len(set(x[0]["content"]))) for x in completions],
-                config, Dataset.from_list(prompts),
-                processing_class=AutoTokenizer.from_pretrained(smollm),
-            )  # fmt: skip
-            trainer.train()
-        finally:
-            swap.restore_trl()
-        logs = [x for x in trainer.state.log_history if "loss" in x]
-        found.append({x: [log[x] for log in logs] for x in ("loss", "grad_norm", "entropy")})
-        print(found[-1], [x["clip_ratio/region_mean"] for x in logs])
-    plain, fused = found
-    assert plain["grad_norm"][3] > 0.1  # of a step on old samples
-    for name, values in fused.items():
-        assert values == pytest.approx(plain[name], rel=1e-3, abs=2e-5), name
+    plain, fused = (
+        trl_logs(
+            smollm, tmp_path, "GRPO", rows, prompts, max_steps=4, per_device_train_batch_size=4,
+            num_generations=2, num_iterations=2, max_completion_length=16, **options,
+            reward=lambda completions, **_: [float(len(set(x[0]["content"]))) for x in completions],
+        )
+        for rows in (None, "distinct")
+    )  # fmt: skip
+    assert plain[3]["grad_norm"] > 0.1  # of a step on old samples
+    for name in ("loss", "grad_norm", "entropy"):
+        values = [x[name] for x in plain]
+        assert [x[name] for x in fused] == pytest.approx(values, rel=1e-3, abs=2e-5), name
 
 
 def test_log_probs_of_an_fp32_head_are_those_of_a_plain_fp32_forward(smollm):

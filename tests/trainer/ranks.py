@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from trainer_runs import SHORT
 
 from pro_trainer.cli import commands as cli
 from pro_trainer.train import callbacks, trainer
@@ -35,31 +36,35 @@ _PRELOADED = [  # not this file, which the server's path does not reach
 def argv(work: Path, output: Path, batch: int, accumulation: int = 1, **more: object) -> list[str]:
     """The words of a short run on the files of ``work``."""
     held_out = work / "eval.jsonl"
-    options = {
-        "demo": True,
-        "data": work / "train.jsonl",
-        "eval_data": held_out if held_out.exists() else None,
-        "eval_fraction": 0,
-        "output_dir": output,
-        "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": 2,
-        "gradient_accumulation_steps": accumulation,
-        "max_steps": 5,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "ddp_timeout": TIMEOUT,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "use_cpu": True,
-    } | more
-    return words(options)
+    return words(
+        SHORT
+        | {
+            "demo": True,
+            "data": work / "train.jsonl",
+            "eval_data": held_out if held_out.exists() else None,
+            "eval_fraction": 0,
+            "output_dir": output,
+            "per_device_train_batch_size": batch,
+            "per_device_eval_batch_size": 2,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": 5,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "ddp_timeout": TIMEOUT,
+        }
+        | more
+    )
 
 
 def words(options: dict[str, object]) -> list[str]:
     """Options as a command line has them, without those that are None."""
     return [str(x) for k, v in options.items() if v is not None for x in (f"--{k}", v)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @dataclass
@@ -82,10 +87,7 @@ def launch(
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(world):
         argv = list(argvs[rank % len(argvs)])
         log = str(folder / f"rank{rank}.log")

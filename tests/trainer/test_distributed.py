@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+import tiny_models
 from pro_trainer.train.distributed import call_through
 from pro_trainer.train.usage import Activations
 
@@ -52,8 +52,7 @@ def test_runs_inside_the_hooks_of_fsdp2_and_what_it_keeps_is_measured(tmp_path):
         made.sum().backward()
         assert module.weight.grad.full_tensor().shape == (4, 4)
 
-        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=11, num_hidden_layers=1, **sizes))
+        model = tiny_models.make()
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
         with Activations(torch.device("cpu"), True).measured(model, batch):

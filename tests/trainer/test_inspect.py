@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 from texts import chat_tokenizer, pair, save
-from transformers import LlamaConfig, LlamaForCausalLM
 
+import tiny_models
 from pro_trainer.cli import commands
 from pro_trainer.text.options import ListOptions
 from pro_trainer.text.store import load_dataset
@@ -26,12 +26,8 @@ RECORDS = [
 def model(tmp_path_factory):
     """The folder of a tiny chat model."""
     tokenizer = chat_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, eos_token_id=0, bos_token_id=1, max_position_embeddings=512,
-    )  # fmt: skip
-    return save(tmp_path_factory.mktemp("model"), LlamaForCausalLM(config), tokenizer)
+    made = tiny_models.make(vocab_size=len(tokenizer), eos_token_id=0)
+    return save(tmp_path_factory.mktemp("model"), made, tokenizer)
 
 
 @pytest.fixture
@@ -65,9 +61,6 @@ def test_text_marks_what_is_scored_and_reports(model, write_lines, capsys):
     assert "=== list 1" in out and "\n[yes<|im_end|>]\n" in out
     assert "--- cut: the prompt lost the first " in out and "of its last turn" in out
     assert "cut to length: 1 prompts, 0 completions" in out
-
-
-def test_the_demo(capsys):
     assert commands.inspect(["--demo", "true", "--num", "1"]) == 0
     assert capsys.readouterr().out.count("=== list") == 1
 

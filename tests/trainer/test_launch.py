@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from ranks import argv, launch
+from ranks import argv, free_port, launch
 from safetensors.torch import load_file
 from trainer_runs import records
 
@@ -28,12 +27,6 @@ def environment(**more: object) -> dict[str, str]:
     found = os.environ | {k: str(v) for k, v in more.items()} | {"OMP_NUM_THREADS": "1"}
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found['PATH']}"
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 
 import pro_kernels as pk
+import tiny_models
 from pro_trainer.batch.collate import PROCollator
 from pro_trainer.train.objective import batch_loss
 from pro_trainer.train.official import loss_of_logits, official_batch, official_loss
@@ -48,34 +48,27 @@ def test_outputs_of_the_official_code(name, request):
     assert error <= tolerance
 
 
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+UNTIED = {"tie_word_embeddings": False}
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 MODELS = {
-    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
-    "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}),
-    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "qwen2 untied": ("Qwen2Config", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
-    "gpt2": ("GPT2Config", NO_DROPOUT),
-    "gpt2 untied": ("GPT2Config", NO_DROPOUT | {"tie_word_embeddings": False}),
+    "llama": ("Llama", {}),
+    "llama tied": ("Llama tied", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 untied": ("Qwen2", UNTIED),
+    "gpt2": ("GPT2", NO_DROPOUT),
+    "gpt2 untied": ("GPT2", NO_DROPOUT | UNTIED),
 }
-VOCABULARY = 61
 
 
 @pytest.fixture(scope="module")
 def models():
     """Tiny models by name, in fp32, with random biases and without dropout."""
-    made = {}
-    for name, (config_class, options) in MODELS.items():
-        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                 "num_attention_heads": 4}  # fmt: skip
-        if config_class == "GPT2Config":
-            shape = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
-        config = getattr(transformers, config_class)(
-            vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=PAD, pad_token_id=PAD,
-            **{**shape, **options},
-        )  # fmt: skip
-        torch.manual_seed(0)
-        made[name] = transformers.AutoModelForCausalLM.from_config(config).train()
-        for parameter in made[name].parameters():  # far from the flat start, biases not 0
+    made = {
+        name: tiny_models.make(kind, num_hidden_layers=2, **more).train()
+        for name, (kind, more) in MODELS.items()
+    }
+    for model in made.values():
+        for parameter in model.parameters():  # far from the flat start, biases not 0
             torch.nn.init.normal_(parameter, mean=0.1 * (parameter.dim() == 1), std=0.2)
     return made
 
@@ -85,7 +78,7 @@ def make_features(num_prompts: int, n: int, ties: bool = False, seed: int = 0) -
     rng = random.Random(seed)
 
     def tokens(least: int, most: int) -> list[int]:
-        return rng.choices(range(2, VOCABULARY), k=rng.randint(least, most))
+        return rng.choices(range(2, tiny_models.V), k=rng.randint(least, most))
 
     def one() -> dict:
         rewards = sorted((rng.random() for _ in range(n)), reverse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -106,8 +107,14 @@ def naive_metrics(lists: list[list[tuple[float, float]]]) -> dict[str, float]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(LISTS, st.integers(1, 5))
-def test_metrics_equal_loops_over_the_pairs(lists, quantiles):
+@given(LISTS, st.integers(1, 5), st.sampled_from([1, 1 << 22]))
+def test_metrics_equal_loops_over_the_pairs(lists, quantiles, at_once):
+    """Also where lists are taken one by one."""
+    with mock.patch.object(ranking, "_COMPARISONS_AT_ONCE", at_once):
+        check_metrics(lists, quantiles)
+
+
+def check_metrics(lists, quantiles):
     statistics = ranking.list_statistics(*pad(lists))
     assert ranking.ranking_metrics(*pad(lists)) == near(naive_metrics(lists))
     rows = ranking.metrics_by_candidates(statistics)
@@ -134,7 +141,9 @@ def test_gaps_without_ties_are_quarters():
     assert [row["pairs"] for row in rows] == [75, 75, 75, 75]
 
 
-def test_score_by_rank_takes_off_the_mean_of_each_list():
+@pytest.mark.parametrize("at_once", [1, 1 << 22])
+def test_score_by_rank_takes_off_the_mean_of_each_list(at_once, monkeypatch):
+    monkeypatch.setattr(ranking, "_COMPARISONS_AT_ONCE", at_once)
     lists = [
         [(-10.0, 1.0), (-12.0, 0.0)],
         [(5.0, 0.0), (9.0, 3.0)],
@@ -188,21 +197,6 @@ def test_names_shared_with_the_losses_mean_the_same():
     assert len(shared) == 4
     for name in shared:
         assert ours[name] == pytest.approx(metrics[name].item(), abs=1e-6), name
-
-
-def test_many_lists_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch):
-    generator = torch.Generator().manual_seed(1)
-    scores, rewards = torch.randint(0, 4, (2, 37, 5), generator=generator).float()
-    mask = torch.rand(37, 5, generator=generator) < 0.8
-    whole = ranking.list_statistics(scores, rewards, mask)
-    gaps = ranking.accuracy_by_reward_gap(scores, rewards, mask)
-    ranks = ranking.score_by_rank(scores, rewards, mask)
-    monkeypatch.setattr(ranking, "_COMPARISONS_AT_ONCE", 100)
-    for one, other in zip(whole, ranking.list_statistics(scores, rewards, mask), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    assert ranking.accuracy_by_reward_gap(scores, rewards, mask) == gaps
-    for one, other in zip(ranks, ranking.score_by_rank(scores, rewards, mask), strict=True):
-        assert one == pytest.approx(other, nan_ok=True)
 
 
 @pytest.mark.parametrize("lists", [0, 2])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.report.tables import block_of
 from pro_trainer.evaluate.compare import Difference
 from study import report
 from study.__main__ import main
@@ -91,6 +92,12 @@ def test_sft_is_shown_the_best_answer_alone():
     assert best_alone(row) == {"prompts": [[1]], "completions": [[3]], "rewards": [0.0]}
 
 
+def test_the_committed_page_is_what_the_results_give():
+    results = json.loads(report.PAGE.with_suffix(".json").read_text())
+    for name, text in report.blocks(results).items():
+        assert block_of(report.PAGE, name) == text
+
+
 def test_the_page_holds_the_numbers_of_the_runs_and_no_text(results, tmp_path: Path):
     report.write({**results, "facts": report.facts(1, "the command")}, tmp_path)
     assert {x.name for x in tmp_path.iterdir()} == {"study.md", "study.json", "study.png"}
@@ -111,7 +118,6 @@ def test_findings_follow_from_the_intervals():
     against = {
         "base": {"sft": of(0.1, 0.2), "pro_2": of(-0.1, 0.1)},
         "sft": {"pro_2": of(-0.3, -0.1)},
-        "dpo": {},
     }
     found = {"sft": {"pairwise_accuracy": (0.6, 0.5, 0.7)}}
     said = report.findings(against, found, 0.7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 import traceback
 
 import pytest
@@ -203,7 +204,7 @@ def test_the_reference_without_adapters_draws_no_dropout(batching, tmp_path):
 
 
 def test_held_out_sets_are_evaluated_and_shown_with_samples_in_prints_card_and_curves(
-    tmp_path, capsys, curves
+    tmp_path, capsys, curves, monkeypatch
 ):
     options = {"eval_strategy": "steps", "eval_steps": 2, "sample_steps": 2, "sample_tokens": 5}
     trained(tmp_path, eval_data=records(2), **options).save_model()
@@ -211,6 +212,8 @@ def test_held_out_sets_are_evaluated_and_shown_with_samples_in_prints_card_and_c
     for part in ("library_name: transformers", "2306.17492", "| loss | pro |"):
         assert part in card, part
     assert "| | step 2 | step 4 |" in card
+    monkeypatch.chdir(tmp_path.parent)
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
     assert printed.count("sample, step 2: 'q") == printed.count("sample, step 4: 'q") == 2
     assert printed.count("  -> ") == 4
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

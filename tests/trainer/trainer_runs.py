@@ -29,18 +29,20 @@ def records(count: int = 8, n: int = 3) -> list[dict]:
     ]
 
 
+SHORT = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "use_cpu": True,
+}
+
+
 def config(output: Path, **options) -> PROConfig:
-    defaults = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "report_to": "none",
-        "use_cpu": True,
-    }
-    return PROConfig(output_dir=str(output), **(defaults | options))
+    return PROConfig(
+        output_dir=str(output), **SHORT | {"max_steps": 4, "save_strategy": "no"} | options
+    )
 
 
 def trainer_for(output: Path, model=None, data=None, eval_data=None, **options) -> PROTrainer:

@@ -22,26 +22,14 @@ class Framework:
     broken: str = ""  # files of the environment that cannot be loaded without a GPU, a glob
 
     @property
-    def package(self) -> str:
-        """The package of the framework."""
-        return self._pin[1]
-
-    @property
-    def version(self) -> str:
-        """The version that is installed."""
-        return self._pin[2]
+    def pin(self) -> tuple[str, str]:
+        """The framework's package, and its version."""
+        return re.findall(r"([\w-]+)==(\S+)", self.install[0])[0]
 
     @property
     def key(self) -> str:
         """Names it in the results, and its environment."""
-        return f"{self.package}-{self.version}"
-
-    @property
-    def _pin(self) -> re.Match[str]:
-        found = re.search(r"([\w-]+)==(\S+)", self.install[0])
-        if found is None:
-            raise ValueError(f"{self.name}: no version in {self.install[0]!r}")
-        return found
+        return "-".join(self.pin)
 
 
 def _trl(requirements: str) -> Framework:

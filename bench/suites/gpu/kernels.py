@@ -10,45 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.engine.rounds import timed
-from bench.engine.timing import Refused, Step, describe, paired, summary
+from bench import roofline
+from bench.engine.timing import Refused, Step, describe, paired, summary, timed
+from bench.providers.ours import ranking_call
 from pro_kernels import backends
-from pro_kernels.backends.protocol import Candidates, Rows
-from pro_kernels.options import LogitOptions, RankingOptions
+from pro_kernels.backends.protocol import Rows
+from pro_kernels.options import LogitOptions
 
 
 @dataclass
 class Setting:
-    """Where and how the parts run.
+    """Where and how the parts run."""
 
-    Attributes:
-        device: of all tensors.
-        timer: seconds of a step on the device.
-        clock: the same by the clock, with the host's work.
-        results: the results file, of this round and those before.
-        scratch: a folder that outlives a process that dies.
-        rounds: how often each step is timed.
-        inner: calls in one timing where a call takes microseconds.
-        copy_bytes: of the copy that kernels are held against.
-        seconds: that a part may take.
-    """
-
-    device: torch.device
-    timer: Callable[[Step], float]
-    clock: Callable[[Step], float]
-    results: Path
-    scratch: Path
-    rounds: int = 11
-    inner: int = 20
-    copy_bytes: int = 2 << 30
-    seconds: float = 60.0
+    device: torch.device  # of all tensors
+    timer: Callable[[Step], float]  # seconds of a step on the device
+    clock: Callable[[Step], float]  # the same by the clock, with the host's work
+    results: Path  # the results file, of this round and those before
+    scratch: Path  # a folder that outlives a process that dies
+    rounds: int = 11  # how often each step is timed
+    inner: int = 20  # calls in one timing where a call takes microseconds
+    copy_bytes: int = 2 << 30  # of the copy that kernels are held against
+    seconds: float = 60.0  # that a part may take
 
     def module(self, backend: str, candidates: int | None = None) -> Any:
         """The backend; "auto" is the one that is picked here.
@@ -64,19 +52,11 @@ class Setting:
         return backends.get(backend)
 
     def randn(self, *size: int, scale: float = 1.0, grad: bool = False) -> Tensor:
-        """Random bf16 numbers."""
         x = torch.randn(*size, device=self.device, dtype=torch.bfloat16)
         return x.mul_(scale).requires_grad_(grad)
 
     def tokens(self, V: int, *size: int) -> Tensor:
-        """Random targets."""
         return torch.randint(0, V, size, device=self.device)
-
-    def copy(self) -> Step:
-        """The copy that kernels are held against."""
-        source = torch.randn(self.copy_bytes // 4, device=self.device)
-        target = torch.empty_like(source)
-        return Step(lambda: target.copy_(source))
 
     def rows(
         self,
@@ -123,7 +103,7 @@ def rows(s: Setting, backend: str, N: int, V: int) -> Iterator[dict]:
         return module.logits_grad(given, lse, weights, out=out)
 
     steps = {
-        "copy": s.copy(),
+        "copy": roofline.copy(s.device, s.copy_bytes),
         "logp": Step(lambda: module.logp(given)),
         "logits_grad": Step(grad),
         # On its own output from the second call on: other numbers, the same bytes.
@@ -136,17 +116,9 @@ def rows(s: Setting, backend: str, N: int, V: int) -> Iterator[dict]:
 
 def ranking(s: Setting, backend: str, B: int, n: int, tokens: int) -> Iterator[dict]:
     """The ranking kernel, many calls in one graph."""
-    module = s.module(backend, n)
-    logps = -torch.rand(B * n * tokens, device=s.device)
-    candidates = Candidates(
-        torch.arange(B * n + 1, device=s.device) * tokens,
-        torch.full((B * n,), tokens, device=s.device),
-        torch.arange(B * n, device=s.device).view(B, n),
-        torch.rand(B, n, device=s.device).sort(1, descending=True).values,
-        torch.zeros(B, dtype=torch.int64, device=s.device),
-        torch.full((B,), 1 / B, device=s.device),
-    )
-    call = partial(module.ranking, logps, candidates, RankingOptions())
+    rewards = torch.rand(B, n, device=s.device).sort(1, descending=True).values
+    logps = -torch.rand(B, n, tokens, device=s.device)
+    call = ranking_call(s.module(backend, n), logps, rewards)
     case = f"{backend}, n={n}, {B} prompts, {tokens} tokens a candidate"
     yield from s.rows(case, {"ours": Step(_repeated(s, call))}, s.inner)
 

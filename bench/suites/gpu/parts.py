@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
+from bench import roofline
 from bench.engine.case import Case, head_case
-from bench.engine.isolate import DEVICE_LOST, MARK, ROOT
+from bench.engine.isolate import DEVICE_LOST, ROOT, say
 from bench.engine.record import Record, facts
-from bench.engine.rounds import Clock, Settings
-from bench.engine.run import Run
+from bench.engine.run import Run, Settings
 from bench.engine.step import TrainingCase
-from bench.engine.timing import Refused, Step, Timer, backward_step, describe, wait
+from bench.engine.timing import Clock, Refused, Step, Timer, backward_step, describe, wait
 from bench.engine.truth import make_inputs
 from bench.providers.base import all_providers, ours_name, select
 from bench.report.targets import PEERS
@@ -54,30 +54,18 @@ H, V = 4096, 128256
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a round.
-
-    Attributes:
-        section: of the list in docs/benchmarks.md.
-        name: as on the command line and in the results.
-        what: it measures.
-        measure: rows of one unit, which is its arguments.
-        sizes: the units.
-        dry: those of a dry run.
-        limit: seconds for each unit.
-    """
-
-    section: int
-    name: str
-    what: str
-    measure: Callable[..., Iterator[dict]]
-    sizes: tuple[tuple, ...]
-    dry: tuple[tuple, ...]
-    limit: float = 45.0
+    section: int  # of the list in docs/benchmarks.md
+    name: str  # as on the command line and in the results
+    what: str  # it measures
+    measure: Callable[..., Iterator[dict]]  # rows of one unit, which is its arguments
+    sizes: tuple[tuple, ...]  # the units
+    dry: tuple[tuple, ...]  # those of a dry run
+    limit: float = 45.0  # seconds for each unit
 
     def units(self, device: torch.device | str) -> dict[str, tuple]:
-        """The units by name."""
         chosen = self.dry if torch.device(device).type == "cpu" else self.sizes
-        return {" ".join(str(getattr(x, "name", x)) for x in unit): unit for unit in chosen}
+        names = (" ".join(str(getattr(x, "name", x)) for x in unit) for unit in chosen)
+        return {f"{self.name}: {name}": unit for name, unit in zip(names, chosen, strict=True)}
 
 
 def check(s: Setting, what: str) -> Iterator[dict]:
@@ -132,7 +120,7 @@ def providers(s: Setting, case: Case | TrainingCase) -> Iterator[dict]:
     about = facts(s.device, preset="round")
     path = s.scratch / f"{re.sub(r'[^a-zA-Z0-9]+', '-', case.name)}.json"
     settings = Settings("round", repeats=1 if s.rounds == 1 else None)
-    run = Run(settings, s.device, Clock(0.6 * s.seconds), Record.resume(path, about))
+    run = Run(settings, s.device, Clock(0.6 * s.seconds), Record(path, about, resume=True))
     yield from suite.measure(case, select(suite.providers(s.device), case.only), run)
 
 
@@ -213,7 +201,7 @@ def scoring(s: Setting, N: int, H: int, V: int) -> Iterator[dict]:
 def logits_in(s: Setting, case: Case) -> Iterator[dict]:
     """The loss from logits and its gradient against a copy of as many bytes."""
     ours = all_providers(s.device)[ours_name(s.device)].build(make_inputs(case, s.device))
-    steps = {"copy": s.copy(), "ours": ours}
+    steps = {"copy": roofline.copy(s.device, s.copy_bytes), "ours": ours}
     yield from s.rows(case.name, steps, copy=2 * s.copy_bytes, ours=case.bytes or 0)
 
 
@@ -363,9 +351,9 @@ PARTS = (
     Part(7, "growth", "time and memory along one axis", providers, _cases("gpu", "growth"),
          _cases("tiny", "growth N", **_TINY), 20),
     Part(7, "heads", "the heads of other models", providers,
-         tuple((head_case(h.H, h.V, 0.6, tokens=4096, softcap=h.softcap,
+         tuple((head_case(H, V, 0.6, tokens=4096, softcap=cap,
                           only=(*_BOTH, "trl", "cce", "liger-ce")),)
-               for h in loss.MODELS.values()), _cases("tiny", "tiny softcap", **_TINY)),
+               for H, V, cap in loss.MODELS.values()), _cases("tiny", "tiny softcap", **_TINY)),
     Part(7, "blocks", "the plain backend's blocks", blocks, ((6528, H, V),), ((8, 16, 64),)),
     Part(7, "dtensor", "heads that are DTensors", dtensor, ((6528, H, V),), ((8, 16, 64),)),
 )  # fmt: skip
@@ -384,22 +372,19 @@ def main(kind: str, results: str, scratch: str, *names: str) -> int:
         device, Timer(device), Timer(device, lead=False), Path(results), Path(scratch),
         **({"rounds": 1, "inner": 1, "copy_bytes": 1 << 12} if dry else {}),
     )  # fmt: skip
-    every = {f"{p.name}: {u}": (p, unit) for p in PARTS for u, unit in p.units(device).items()}
-
-    def say(name: str, **said: Any) -> None:
-        print(MARK + json.dumps({"part": name, **said}), flush=True)
+    every = {name: (part, unit) for part in PARTS for name, unit in part.units(device).items()}
 
     for name in names:
         part, unit = every[name]
         status, why = "ok", ""
         try:
             for row in part.measure(replace(setting, seconds=0.9 * part.limit), *unit):
-                say(name, row=row)
+                say(part=name, row=row)
         except Refused as refused:
             status, why = "refused", str(refused)
         except Exception as error:  # a kernel that never ran may raise anything
             status, why = "failed", describe(error)
-        say(name, status=status, note=why)
+        say(part=name, status=status, note=why)
         try:
             wait(device)
             torch.cuda.empty_cache()

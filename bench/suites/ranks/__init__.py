@@ -3,7 +3,3 @@
 ``wire`` (the bytes of a step's collectives), ``measure`` and ``worker`` (gloo runs on this
 machine). ``python -m bench ranks`` measures and rewrites the block of docs/scaling.md.
 """
-
-from bench.suites.ranks.measure import FOLDER, ROUNDS, run
-
-__all__ = ["FOLDER", "ROUNDS", "run"]

@@ -1,8 +1,7 @@
 """Gloo runs on this machine: what a head over ranks weighs, and how two ranks scale.
 
-One and two ranks take turns within each round, times are medians over rounds, ratios are medians of
-ratios within a round, and what other processes took of the machine meanwhile is measured: a run
-that was not alone is kept, and not called clean.
+One and two ranks take turns within each round. What other processes took of the machine meanwhile
+is measured: a run that was not alone is kept, and not called clean.
 """
 
 from __future__ import annotations
@@ -14,21 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from bench.engine.isolate import ROOT
 from bench.engine.memory import CHILD_ENV
-from bench.engine.record import Record, facts, load
+from bench.engine.record import Record, facts
 from bench.engine.timing import quartiles
 from bench.suites.ranks import worker
 from bench.suites.ranks.worker import Shape
 from pro_kernels.fused import planner
 
-FOLDER = ROOT / "bench" / "results" / "ranks"
 ROUNDS = 15
 SPLIT_RANKS, WEAK_RANKS = 4, 2
 SPLIT: Shape = (2, 2, 160, 512, 64128)
@@ -38,33 +35,28 @@ _OTHERS, _STOLEN = 0.05, 0.02
 _FP32_FLOOR = 4e-6  # of gradients, relative, beside plain PyTorch's error: tests/cases.py
 
 
-@dataclass(frozen=True)
-class Clock:
+class Clock(NamedTuple):
     """Processor seconds since the machine started, and those of this process and its children."""
 
     wall: float
-    busy: float | None
-    stolen: float | None
+    busy: float
+    stolen: float
     ours: float
 
     @classmethod
     def now(cls) -> Clock:
-        """Read it; None where there is no /proc/stat."""
-        ours = sum(os.times()[:4])  # those of children once they are waited for
-        try:
-            fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
-        except OSError:
-            return cls(time.perf_counter(), None, None, ours)
+        """Read it, from Linux's /proc/stat."""
+        fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
         user, nice, system, _idle, _wait, irq, soft, stolen = (
             int(x) / os.sysconf("SC_CLK_TCK") for x in fields[:8]
         )
+        ours = sum(os.times()[:4])  # those of children once they are waited for
         return cls(time.perf_counter(), user + nice + system + irq + soft, stolen, ours)
 
 
 def run(
     path: Path,
     rounds: int = ROUNDS,
-    log: Callable[[str], None] = print,
     split: Shape = SPLIT,
     weak: Shape = WEAK,
 ) -> dict:
@@ -84,13 +76,13 @@ def run(
         one = _launch("split", 1, folder, split, rounds, CHILD_ENV)[0]
         many = _launch("split", SPLIT_RANKS, folder, split, rounds, CHILD_ENV)
         record.add([_split_row(one, many, split)])
-        log(f"split over {SPLIT_RANKS}: {record.data['results'][-1]}")
+        print(f"split over {SPLIT_RANKS}: {record.data['results'][-1]}")
         before = Clock.now()
         ranks = _launch("weak", WEAK_RANKS, folder, weak, rounds, {})
         after = Clock.now()
     record.add([_weak_row(name, ranks) for name in ranks[0]])
     for row in record.data["results"][1:]:
-        log(f"{row['name']}: {row['alone']:.4f} s, {row['both']:.4f} s, {row['efficiency']:.3f}")
+        print(f"{row['name']}: {row['alone']:.4f} s, {row['both']:.4f} s, {row['efficiency']:.3f}")
     record.put(**judged(before, after))
     record.finish()
     return record.data
@@ -98,28 +90,9 @@ def run(
 
 def judged(before: Clock, after: Clock) -> dict:
     """Cores that others and the host took, and whether the run may be called clean."""
-    if before.busy is None or after.busy is None:
-        return {"others": None, "stolen": None, "clean": False}
-    wall = after.wall - before.wall
-    others = max(0.0, (after.busy - before.busy) - (after.ours - before.ours)) / wall
-    assert before.stolen is not None and after.stolen is not None
-    stolen = (after.stolen - before.stolen) / wall
-    clean = others <= _OTHERS and stolen <= _STOLEN
-    return {"others": others, "stolen": stolen, "clean": clean}
-
-
-def read(path: Path) -> dict:
-    """A results file of ``run``.
-
-    Raises:
-        ValueError: it is none, or the run did not end.
-    """
-    data = load(path)
-    if data.get("benchmark") != "scaling":
-        raise ValueError(f"{path} is not a results file of bench.suites.ranks")
-    if not data["complete"]:
-        raise ValueError(f"{path}: the run did not end")
-    return data
+    wall, busy, stolen, ours = (b - a for a, b in zip(before, after, strict=True))
+    others, stolen = max(0.0, busy - ours) / wall, stolen / wall
+    return {"others": others, "stolen": stolen, "clean": others <= _OTHERS and stolen <= _STOLEN}
 
 
 def _launch(

@@ -14,32 +14,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Collective:
-    """Calls of one kind in a step.
+    """Calls of one kind in a step."""
 
-    Attributes:
-        name: what is sent.
-        kind: "all_gather", "reduce_scatter" or "all_reduce".
-        size: bytes, of all calls together: of the tensor that is summed, of the whole that is
-            gathered or scattered.
-        calls: how many.
-    """
-
-    name: str
-    kind: str
-    size: int
+    name: str  # what is sent
+    kind: str  # "all_gather", "reduce_scatter" or "all_reduce"
+    size: int  # bytes of all calls: of the tensor that is summed, of the whole that is gathered
     calls: int = 1
 
 
 def tensor_parallel(
-    ranks: int,
-    N: int,
-    R: int,
-    H: int,
-    b: int,
-    chunks: int = 1,
-    need_hidden: bool = True,
+    ranks: int, N: int, R: int, H: int, b: int, chunks: int = 1, need_hidden: bool = True,
     steps: int = 1,
-) -> list[Collective]:
+) -> list[Collective]:  # fmt: skip
     """``process_group``: what ranks agree on, the statistics of each chunk, dHidden.
 
     ``steps``: micro-batches, with N, R and chunks of all together.

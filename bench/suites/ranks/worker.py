@@ -19,8 +19,7 @@ from torch import Tensor
 
 import pro_kernels as pk
 from bench.engine.memory import peak_extra_bytes
-from bench.engine.rounds import interleaved
-from bench.engine.timing import Step, backward_step, keep_memory
+from bench.engine.timing import Step, backward_step, interleaved, keep_memory
 
 Shape = tuple[int, int, int, int, int]  # B, n, T, H, V of a batch and its head
 MASKED = 0.6

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +34,6 @@ from pro_kernels.selfcheck.trust.measure import (
     measure,
 )
 
-_ROOT = Path(__file__).resolve().parents[3]
 # The report's columns; the gradients of weight and bias share one.
 _COLUMNS = {
     "log-probs": ("log-probs",),
@@ -86,36 +84,25 @@ def run(out: Path, cases: Sequence[Case] = CASES) -> int:
 
 def _peers() -> tuple[Peers | None, str | None]:
     """``bench.trust.compare`` of this checkout; else why peers are not compared."""
-    if not (_ROOT / "bench" / "trust.py").is_file():
+    if not (env.ROOT / "bench" / "trust.py").is_file():
         return None, "not compared: no folder bench/ beside the package (run from a checkout)"
-    sys.path.insert(0, str(_ROOT))
+    sys.path.insert(0, str(env.ROOT))
     try:
         return importlib.import_module("bench.trust").compare, None
     except Exception as error:
         return None, f"not compared: bench/ cannot be imported: {error}"
     finally:
-        sys.path.remove(str(_ROOT))
+        sys.path.remove(str(env.ROOT))
 
 
 def _facts() -> dict:
     """Machine, versions and commit."""
     found = env.report()
-    commit = _git("rev-parse", "HEAD") or "unknown"
-    if _git("status", "--porcelain", "-uno"):
+    commit = env.git("rev-parse", "HEAD") or "unknown"
+    if env.git("status", "--porcelain", "-uno"):
         commit += ", with uncommitted changes"
     versions = {"python": found["python"], "pro_kernels": found["pro_kernels"], **found["packages"]}
     return {"machine": found["machine"], "commit": commit, "versions": versions}
-
-
-def _git(*arguments: str) -> str:
-    """What git says of this checkout; empty where it is none, as below another's repository."""
-    if not (_ROOT / ".git").exists():
-        return ""
-    command = ["git", "-C", str(_ROOT), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
 
 
 def _not_run() -> list[str]:
@@ -192,7 +179,7 @@ def _rule(rows: list[Row], compared: bool) -> str:
         floors=", ".join(f"{label(d)} {x:.0e}" for d, x in FLOOR.items()),
         routes=routes,
         allowed=sum(r.by_allowance for r in rows) or "no",
-        official="bench/engine/losses.py, everything in the model's dtype"
+        official="pro_trainer/train/official.py, everything in the model's dtype"
         if compared
         else 'the reference with compat="official"',
     )

@@ -51,8 +51,7 @@ class ServerOptions:
         "completions: texts are sent as they are.",
     )
     server_fields: str = option(
-        "",
-        "Further fields of every request, as a JSON object: '{\"top_k\": 50}'.",
+        "", "Further fields of every request, as a JSON object: '{\"top_k\": 50}'."
     )
     cut_samples: Literal["keep", "drop"] = option(
         "keep", "What becomes of a server's samples that reach max_new_tokens before their end."

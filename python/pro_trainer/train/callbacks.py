@@ -28,6 +28,8 @@ _HELD_OUT = {
     "_kendall_tau": "tau {:.3f}",
 }
 _MOST = 0.8  # share of the loss from which on a term is worth a word
+_OF_RANK = "the other ranks hardly count; --temperature 1 weighs them alike"
+_OF_SFT = "the ranking hardly counts; a lower --sft_weight or --sft_reduction mean changes that"
 
 
 class ProgressLine(TrainerCallback):
@@ -98,15 +100,10 @@ class TermHint(TrainerCallback):
             ranks = {}  # of pairs it is all there is to learn
         for name, value in {"sft_loss": logs.get("sft_loss", 0), **ranks}.items():
             if value > _MOST * loss:
-                what = "the SFT term" if name == "sft_loss" else f"rank term {name[10:]}"
-                print(f"{what} is {value:.4g} of a loss of {loss:.4g}: {_advice(name)}")
-
-
-def _advice(name: str) -> str:
-    if name == "sft_loss":
-        how = "a lower --sft_weight or --sft_reduction mean"
-        return f"the ranking hardly counts; {how} changes that"
-    return "the other ranks hardly count; --temperature 1 weighs them alike"
+                what, advice = f"rank term {name[10:]}", _OF_RANK
+                if name == "sft_loss":
+                    what, advice = "the SFT term", _OF_SFT
+                print(f"{what} is {value:.4g} of a loss of {loss:.4g}: {advice}")
 
 
 def held_out_names(logs: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,21 +103,13 @@ def _lora(peft: Any) -> str:
 
 def _snippet(name: str, chat: bool) -> str:
     """Code that loads the model (adapters with their base) and answers a question."""
-    prompt = "What is a preference ranking?"
-    ids = f'tokenizer("{prompt}", return_tensors="pt")'
-    if chat:
-        ids = (
-            f'tokenizer.apply_chat_template(\n    [{{"role": "user", "content": "{prompt}"}}],\n'
-            '    add_generation_prompt=True,\n    return_tensors="pt",\n    return_dict=True,\n)'
-        )
-    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+    asked: Any = "What is a preference ranking?"
+    asked = [{"role": "user", "content": asked}] if chat else asked
+    return f"""from transformers import pipeline
 
-path = "{name}"  # this folder
-model = AutoModelForCausalLM.from_pretrained(path)
-tokenizer = AutoTokenizer.from_pretrained(path)
-inputs = {ids}
-output = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+generate = pipeline("text-generation", model="{name}")  # this folder
+asked = {json.dumps(asked)}
+print(generate(asked, max_new_tokens=64, return_full_text=False)[0]["generated_text"])"""
 
 
 def _step(trainer: Trainer) -> int:

@@ -67,13 +67,8 @@ def step_size(args: PROConfig) -> dict[str, int]:
     return {"tokens" if args.tokens_per_batch else "lists": math.prod(made.values()), **made}
 
 
-def write_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Put ``pro_run.json`` into a checkpoint."""
-    (folder / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
-
-
 def read_identity(folder: Path) -> dict[str, Any]:
-    """What ``write_identity`` wrote.
+    """The ``pro_run.json`` of a checkpoint or of a saved model.
 
     Raises:
         ValueError: nothing of that kind is there.

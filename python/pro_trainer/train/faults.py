@@ -23,6 +23,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pro_trainer.errors import TrainingError
+from pro_trainer.models import first_line
 
 _POLL = 0.5  # seconds between two looks at the store
 _GRACE = 4.0  # seconds that ranks give one another to be heard
@@ -102,7 +103,7 @@ class _Watch:
 
     def tell(self, error: BaseException) -> None:
         """Give the others this rank's error, and time to read it."""
-        text = f"failed with {type(error).__name__}: {_first_line(error)}"
+        text = f"failed with {type(error).__name__}: {first_line(error)}"
         if isinstance(error, KeyboardInterrupt):
             text = "was interrupted"
         with contextlib.suppress(dist.DistError):  # the store went first: nobody is there to read
@@ -123,7 +124,7 @@ class _Watch:
         except dist.DistError:
             return (
                 "the process group's store is gone, and with it the process that kept it: rank 0, "
-                f"or torchrun's agent there ({_first_line(error)})"
+                f"or torchrun's agent there ({first_line(error)})"
             )
 
     def _roll_call(self, error: BaseException) -> str:
@@ -143,7 +144,7 @@ class _Watch:
                 f"{late} stuck or slow: a collective that the others were in was given up after "
                 f"ddp_timeout={self._timeout:g} s"
             )
-        return f"a collective failed, and no rank is gone: {_first_line(error)}"
+        return f"a collective failed, and no rank is gone: {first_line(error)}"
 
     def _ranks_with(self, mark: str) -> list[int]:
         return [r for r in range(self._world) if self._store.check([f"{mark} {r}"])]
@@ -182,7 +183,3 @@ class _Watch:
                 if not self._over.wait(_GRACE):
                     os._exit(1)  # the main thread waits for those who will not come
                 return
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

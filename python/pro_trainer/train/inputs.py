@@ -88,9 +88,8 @@ def first_list(*data: Any) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    for dataset in _parts(data):
-        if dataset is not None and len(dataset):
-            return dataset[0]
+    for dataset in filter(len, _parts(data)):
+        return dataset[0]
     raise ValueError("train_dataset and eval_dataset hold no lists")
 
 
@@ -104,17 +103,13 @@ def check_lengths(model: nn.Module, max_length: int, *data: Any) -> None:
     if not limit or max_length <= limit:
         return
     for dataset in _parts(data):
-        longest = max(map(longest_sequence, dataset))
+        sizes = ([max(map(len, one[k])) for k in ("prompts", "completions")] for one in dataset)
+        longest = max(map(sum, sizes))  # at most: the longest prompt may have a short completion
         if longest > limit:
             raise ValueError(
                 f"sequences of up to {longest} tokens, but {type(lm).__name__} has "
                 f"max_position_embeddings={limit}; set max_length to {limit} or less"
             )
-
-
-def longest_sequence(example: Mapping[str, Any]) -> int:
-    """Tokens of the longest prompt + completion of a list (an upper bound)."""
-    return max(map(len, example["prompts"])) + max(map(len, example["completions"]))
 
 
 def make_collator(
@@ -150,10 +145,9 @@ def make_collator(
         raise ValueError(f"batching='lists': {reason}")
     if reason and args.batching == "auto" and args.should_log:
         print(f"lists run as padded rows: {reason}")
-    form: Literal["padded", "lists"] = "padded" if reason else "lists"
     return PROCollator(
         pad_id(tokenizer),
-        form=form,
+        form="padded" if reason else "lists",
         official=args.compat == "official",
         ranks_only=args.ranks_only(),
         kl_length=args.max_length if args.loss_type == "kto" and args.kto_kl != "batch" else None,

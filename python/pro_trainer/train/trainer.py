@@ -53,6 +53,7 @@ from pro_trainer.models import (
     load_tokenizer,
     quiet,
 )
+from pro_trainer.prepare.output import write_json
 from pro_trainer.train import card, checkpoints, faults, reference
 from pro_trainer.train.callbacks import (
     CurvesCallback,
@@ -457,7 +458,7 @@ class PROTrainer(Trainer):
             if "running" in self.args.loss().defaults and "checkpoint-" in folder.name:
                 (writing / _RUNNING).write_text(json.dumps(self._running_of_all.tolist()))
             if hasattr(self, "_run_identity"):
-                checkpoints.write_identity(writing, self._run_identity)
+                write_json(writing / checkpoints.IDENTITY, self._run_identity)
             checkpoints.remove_model(folder)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
