@@ -55,42 +55,6 @@ def test_all_golden_outputs_of_the_official_code(shared, name, function):
     check_golden(shared / "golden" / f"{name}.npz", function)
 
 
-def paper_loss(scores, sums, rewards, w):
-    """Sections 2's formula for one prompt, in Python floats, straight from the page."""
-    n = len(scores)
-    total = 0.0
-    for k in range(n - 1):
-        tau = {i: rewards[k] - rewards[i] for i in range(k + 1, n)}
-        own = max(tau.values())
-        z = math.exp(scores[k] * own) + sum(math.exp(scores[i] * tau[i]) for i in tau)
-        total += math.log(z) - scores[k] * own
-    return total + w * (n - 1) ** 2 * -sums[0]
-
-
-def test_paper_formula_against_python_floats():
-    g = torch.Generator().manual_seed(3)
-    logits = torch.randn(3, 4, 5, 11, generator=g, dtype=torch.float64)
-    targets = torch.randint(0, 11, (3, 4, 5), generator=g)
-    targets[torch.rand(3, 4, 5, generator=g) < 0.3] = -100
-    rewards = torch.randn(3, 4, generator=g, dtype=torch.float64).sort(1, descending=True).values
-    expected = []
-    for b in range(3):
-        sums, scores = [], []
-        for i in range(4):
-            total, count = 0.0, 0
-            for t in range(5):
-                if targets[b, i, t] == -100:
-                    continue
-                row = [math.exp(x) for x in logits[b, i, t].tolist()]
-                total += math.log(row[targets[b, i, t]] / sum(row))
-                count += 1
-            sums.append(total)
-            scores.append(total / count)
-        expected.append(paper_loss(scores, sums, rewards[b].tolist(), 0.05))
-    out = pk.reference.pro_loss(logits, targets, rewards, sft_reduction="sum")
-    assert out.loss.item() == pytest.approx(sum(expected) / 3, rel=1e-12)
-
-
 def test_order_only_is_plackett_luce_of_the_scores():
     logits = torch.randn(2, 4, 3, 9, dtype=torch.float64)
     targets = torch.randint(0, 9, (2, 4, 3))
@@ -108,11 +72,15 @@ def test_scale_and_softcap_by_hand():
     assert slope.tolist() == pytest.approx([0.7 * (1 - x * x) for x in t], rel=1e-12)
 
 
-def test_token_logps_are_cross_entropy():
-    logits, targets = torch.randn(7, 13, dtype=torch.float64), torch.randint(0, 13, (7,))
-    targets[2] = -100
-    expected = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(pk.reference.token_logps(logits, targets), expected)
+def test_log_probs_are_cross_entropies_and_scores_their_means():
+    logits, targets = torch.randn(2, 3, 5, 13).double(), torch.randint(0, 13, (2, 3, 5))
+    targets[torch.rand(2, 3, 5) < 0.3] = -100
+    cross_entropy = torch.nn.functional.cross_entropy
+    logps = -cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(2, 3, 5)
+    torch.testing.assert_close(pk.reference.token_logps(logits, targets), logps)
+    out = pk.reference.pro_loss(logits, targets, torch.randn(2, 3))
+    torch.testing.assert_close(out.logps, logps.sum(-1))
+    torch.testing.assert_close(out.scores, logps.sum(-1) / (targets >= 0).sum(-1).clamp(min=1))
 
 
 def test_official_final_casts():

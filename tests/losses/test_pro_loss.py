@@ -14,8 +14,8 @@ pro = LOSSES["pro"]
 
 @pytest.mark.parametrize("temperature", ["reward", 0.5])
 @pytest.mark.parametrize("ties", ["zero", "skip"])
-def test_ties_are_those_of_the_reference(ties, temperature):
-    """With a number as temperature rewards only order, and nothing is skipped."""
+def test_it_is_the_references(ties, temperature):
+    """With a number as temperature rewards only order, and no tie is skipped."""
     logits = torch.randn(2, 4, 3, 9, dtype=torch.float64)
     targets, rewards = torch.randint(0, 9, (2, 4, 3)), torch.tensor([[1.0, 3, 3, 0], [2, 2, 2, 1]])
     how = {"ties": ties, "temperature": temperature}

@@ -27,12 +27,7 @@ OnBadLine = Literal["error", "skip"]
 def split(
     options: RoundOptions, report: DataReport, on_bad_line: OnBadLine = "error"
 ) -> tuple[list[Record], list[Record]]:
-    """Records of prompts alone: those to train on, and those held out; ``report`` is of reading.
-
-    Raises:
-        DataError: as ``read_lists``.
-        ValueError: one of the two is empty.
-    """
+    """Records of prompts alone, to train on and held out; ValueError without some of both."""
     prompts = list(read_prompts(options.prompts, report, on_bad_line))
     share = options.share_held_out()
     if share is None:
@@ -63,12 +58,7 @@ def references(
     report: DataReport,
     on_bad_line: OnBadLine = "error",
 ) -> list[Record]:
-    """Ranked lists as records, without those of prompts that are held out.
-
-    Raises:
-        DataError: as ``read_lists``.
-        ValueError: none is left.
-    """
+    """Ranked lists as records, but for prompts that are held out; ValueError where none is left."""
     taken = {_text(record["prompt"]) for record in held_out}
     lists = read_lists(sources, report, DataOptions(on_bad_line=on_bad_line))
     records = [ranked.record() for ranked in lists if key(ranked) not in taken]
