@@ -75,12 +75,10 @@ def fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"the forward of {type(self).__name__} takes {names} by position, each once, got "
                 f"{len(args)} of them and {sorted(kwargs)}"
             )
-        of_loss = (
-            LOSSES[loss].defaults.keys() if (loss := getattr(self, STATE).loss) in LOSSES else ()
-        )
+        loss = getattr(self, STATE).loss
+        of_loss = LOSSES[loss].defaults.keys() if loss in LOSSES else ()
         strange = _NOT_OF_A_CALL.union(of_loss).difference(RANKING, own.parameters)
-        strange = strange.intersection(kwargs)
-        if strange:
+        if strange := strange.intersection(kwargs):
             raise ValueError(
                 f"a call of an attached model takes {RANKING}, got {sorted(strange)}; options are "
                 "given to attach, and sequence_group to linear_pro_loss only"
