@@ -286,13 +286,8 @@ def _prompt_loss(
         if at_rank.dtype != torch.float32 or opts.reward_scale != 1:
             at_rank = at_rank.double() if at_rank.is_floating_point() else at_rank.long()
             at_rank = (at_rank - at_rank.max()).double() * opts.reward_scale
-    terms = rank_terms(
-        scores[columns],
-        at_rank,
-        tau=1.0 if isinstance(opts.temperature, str) else 1.0 / opts.temperature,
-        ties=opts.ties,
-        eps=kernel.eps,
-    )
+    tau = 1.0 if isinstance(opts.temperature, str) else 1.0 / opts.temperature
+    terms = rank_terms(scores[columns], at_rank, tau=tau, ties=opts.ties, eps=kernel.eps)
     best = columns[0] if sft_index is None else sft_index
     factor = opts.sft_weight * (len(columns) - 1) ** 2
     if len(columns) == 1 and not opts.official:
