@@ -197,8 +197,9 @@ def numbers(scores: Scores) -> dict[str, Any]:
 
 def scores_from(run: Mapping[str, Any]) -> Scores:
     """What ``numbers`` wrote; the SFT candidate is the best."""
-    logps, lengths, rewards, mask = (torch.tensor(run[name]) for name in _NUMBERS)
-    return Scores(logps, lengths, rewards, mask, rewards.masked_fill(~mask, -torch.inf).argmax(1))
+    known = {name: torch.tensor(run[name]) for name in _NUMBERS}
+    best = known["rewards"].masked_fill(~known["mask"], -torch.inf).argmax(1)
+    return Scores(**known, sft_index=best)
 
 
 def _config(folder: str, settings: Settings, **options: Any) -> PROConfig:

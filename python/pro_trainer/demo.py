@@ -165,7 +165,7 @@ def seconds_in(
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        out = loss_function(*given, layout=layout, candidate_mask=preferences.candidate_mask)
+        out = loss_function(*given, layout=layout, candidate_mask=preferences.mask)
         out.loss.backward()
         weight.grad[0, 0].item()  # waits for a device
 

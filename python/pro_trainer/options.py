@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -52,6 +53,18 @@ def check_positive(config: object, *names: str) -> None:
             raise TypeError(f"{name} must be a number, got {value!r}")
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and > 0, got {value}")
+
+
+def json_object(config: object, name: str) -> dict[str, Any]:
+    """What the JSON of the named field says, {} for None; ValueError unless it is an object."""
+    given = getattr(config, name)
+    try:
+        found = json.loads(given or "{}")
+    except ValueError as error:
+        raise ValueError(f"{name} must be a JSON object: {error}, got {given}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} must be a JSON object, got {given}")
+    return found
 
 
 def import_module(written: str, name: str, key: str | None = None) -> ModuleType:

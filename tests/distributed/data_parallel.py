@@ -9,8 +9,7 @@ import judged
 import torch
 import torch.distributed as dist
 import transformers
-from counting import collectives
-from judged import few_ranks
+from judged import collectives, few_ranks
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh

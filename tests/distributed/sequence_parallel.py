@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from counting import collectives
 from judged import (
     FROZEN,
     PRO,
     bounds,
     close,
+    collectives,
     few_ranks,
     gathered,
     held,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from counting import collectives
 from judged import (
     FROZEN,
     LOG_PROBS,
     LSE,
     PRO,
     bounds,
+    collectives,
     few_ranks,
     gathered,
     held,

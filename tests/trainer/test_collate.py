@@ -42,29 +42,18 @@ def sequences(features: list[dict[str, Any]]) -> list[tuple[list[int], list[int]
 
 
 def read(batch: dict[str, Any]) -> list[tuple[tuple[int, ...], int]]:
-    """What each scored token is predicted from: the ids in sight at its row, by position."""
+    """What each scored token is predicted from: the ids up to its row (what it sees: test_tree)."""
     ids, layout = batch["input_ids"], batch["layout"]
     if "tree" in batch:
-        position, index = batch["position_ids"], torch.arange(ids.shape[1])
-        first, end, last, _ = batch["tree"].segments.T
-        # A token is seen by what follows it in its segment and by that segment's descendants.
-        lasts = torch.repeat_interleave(last, end - first)
-        sight = (index[None] <= index[:, None]) & (index[:, None] < lasts[None])
-        sight = sight[None]
+        places = batch["tree"].places.split(batch["tree"].lengths.tolist())
     else:
-        position = torch.arange(ids.shape[1]).expand_as(ids)
-        causal = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
-        sight = causal & (batch["attention_mask"] == 1)[:, None, :]
-    pairs = []
-    for row, target in zip(layout.rows.tolist(), layout.targets.tolist(), strict=True):
-        where = divmod(row, ids.shape[1])
-        seen = sight[where].nonzero()[:, 0]
-        seen = seen[position[where[0], seen].argsort()]
-        # Each position of the context once, the token's own the last.
-        assert position[where[0], seen].equal(torch.arange(len(seen)))
-        assert seen[-1] == where[1]
-        pairs.append((tuple(ids[where[0], seen].tolist()), target))
-    return pairs
+        lengths = batch["attention_mask"].sum(1).tolist()
+        places = [row * ids.shape[1] + torch.arange(n) for row, n in enumerate(lengths)]
+    sight = {int(own[i]): own[: i + 1] for own in places for i in range(len(own))}
+    return [
+        (tuple(ids.flatten()[sight[row]].tolist()), target)
+        for row, target in zip(layout.rows.tolist(), layout.targets.tolist(), strict=True)
+    ]
 
 
 token = st.integers(1, 3)  # so few that completions often begin alike, and prompts too
@@ -131,7 +120,7 @@ def test_padded_batch():
     preferences = batch["preferences"]
     assert preferences.rewards.tolist() == [[0.5, 2.0, 0.0], [3.0, 2.0, 1.0]]
     assert preferences.rewards.dtype == torch.float64
-    assert preferences.candidate_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert preferences.mask.tolist() == [[True, True, False], [True, True, True]]
     assert not preferences.by_order and preferences.sft_index.tolist() == [1, 0]
     assert preferences.num_positions == 17 and preferences.num_prompts == 2
 

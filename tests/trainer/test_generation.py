@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -185,7 +184,7 @@ def test_a_peft_model_samples_with_its_adapter(model, tokenizer):
         assert draw(adapted, tokenizer, PROMPTS) == plain
 
 
-def test_bleu(monkeypatch):
+def test_bleu():
     pytest.importorskip("sacrebleu")
     reference = "the cat sat on the mat today"
     assert bleu([reference], [reference]) == pytest.approx(100)
@@ -193,8 +192,3 @@ def test_bleu(monkeypatch):
     assert bleu(["the cat sat on the mat again"], [reference]) == pytest.approx(
         100 * (6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25
     )
-    with pytest.raises(ValueError, match="2 hypotheses and 1 references"):
-        bleu(["a", "b"], ["a"])
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)  # importing it fails
-    with pytest.raises(ModuleNotFoundError, match=r"pro-kernels\[train\]"):
-        bleu(["a"], ["a"])

@@ -88,24 +88,24 @@ def test_messages_are_scored_as_the_template_writes_them(tokenizer, tmp_path):
 
 
 def test_a_long_text_loses_its_start_but_for_the_first_special_token_and_is_counted(tokenizer):
-    reward_model = RewardModel(llama(), tokenizer, max_length=12)
+    tokenizer.model_max_length = 12
+    reward_model = RewardModel(llama(), tokenizer)
     long, cut = reward_model.encode("x" * 50 + "end", " answer")
     assert cut and len(long) == 12
     assert tokenizer.decode(long) == "xend answer</s>"
-    assert reward_model.truncated == 1
     assert reward_model.score(["x" * 50 + "end"], [" answer"]) == reward_model.score(
         ["y" * 9 + "xend"], [" answer"]
     )
-    assert reward_model.truncated == 3
-    reward_model.score(["x"], ["y"])
-    assert reward_model.truncated == 3
+    assert not reward_model.encode("x", "y")[1]
+    tokenizer.model_max_length = 10**30
     assert RewardModel(gpt2(), tokenizer).max_length == 256  # the model's own limit
 
     class WithStart(ByT5Tokenizer):
         def build_inputs_with_special_tokens(self, ids, other=None):
             return [self.unk_token_id, *ids]
 
-    ids, cut = RewardModel(llama(), WithStart(extra_ids=0), max_length=4).encode("abcd", "efg")
+    started = WithStart(extra_ids=0, model_max_length=4)
+    ids, cut = RewardModel(llama(), started).encode("abcd", "efg")
     assert cut and ids[0] == tokenizer.unk_token_id and tokenizer.decode(ids[1:]) == "efg"
 
 
@@ -151,8 +151,6 @@ def test_what_cannot_be_scored(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="without tokens"):
         reward_model.score_ids([[5], []])
     for wrong, options in {
-        "batch_size must be at least 1, got 0": {"batch_size": 0},
-        "max_length must be at least 2, got 1": {"max_length": 1},
         "the tokenizer has 300 tokens, .* only 259": {"tokenizer": ByT5Tokenizer(extra_ids=41)},
         "num_labels=3": {"model": llama(3)},
     }.items():

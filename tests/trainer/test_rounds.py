@@ -141,10 +141,16 @@ def test_a_model_that_did_not_change_answers_as_the_base_does(plain, begin, tmp_
 def test_killed_at_random_moments_it_ends_the_same(begin, plain, tmp_path):
     output, draws = tmp_path / "out", random.Random(3)
     context, kills, where = multiprocessing.get_context("fork"), 0, set()
+
+    def files():
+        return sum(len(names) for *_, names in os.walk(output))
+
     while True:
         process = context.Process(target=lambda: sys.exit(begin(output, "--mix_previous", "0.25")))
         process.start()
-        process.join(draws.uniform(0.03, 0.4) if kills < 14 else 120)
+        enough = files() + draws.randint(1, 6) if kills < 14 else 10_000
+        while process.exitcode is None and files() < enough:
+            process.join(draws.uniform(0.002, 0.1))
         if process.exitcode is not None:
             assert process.exitcode == 0
             break

@@ -1,7 +1,7 @@
 """The collectives of a step and their bytes, exactly: what gloo runs count (tests/distributed).
 
 Bytes are those of the tensors that are summed, gathered or scattered, as
-``tests/distributed/counting.py`` counts them.
+``collectives`` in ``tests/distributed/judged.py`` counts them.
 
 Legend: ``N`` scored rows and ``R`` rows of hidden states on a rank, ``H`` hidden, ``V`` rows of
 the head weight on a rank (its share under tensor parallelism), ``b`` bytes of a number.

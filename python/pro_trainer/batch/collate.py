@@ -21,33 +21,42 @@ from torch import Tensor
 import pro_kernels as pk
 
 
-@dataclass(frozen=True)
-class Preferences:
-    """What the loss needs to know about a batch beside its tokens; it stays on the host.
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """What is known of B ranked lists, on the host.
 
     Attributes:
-        rewards: (B, n) float64, 0 where a candidate is absent; n - 1, ..., 0 without rewards.
-        candidate_mask: (B, n) bool, whether the candidate is there.
+        rewards: (B, n), 0 where a candidate is absent; n - 1, ..., 0 without rewards.
+        mask: (B, n) bool, candidates that are there.
         sft_index: (B,) int64, the candidate that carries the SFT term.
         by_order: whether the lists have no rewards, only their order.
-        num_positions: tokens that the decoder runs on, padding not counted.
         weights: (B,) float64, of each list in the mean over lists; None: all weigh 1.
-        kl_index: (B,) int64, the candidate that is another prompt's completion, scored for KTO's KL
-            and outside the mask; None: there is none.
-        desirable: (B, n) bool, False where a candidate is absent; None: no list marks any.
-        idle: whether the batch only keeps a rank without lists in step, and counts for nothing.
-        ref_logps: (B, n) float32, the reference model's log-probs where the lists hold them.
+        desirable: (B, n) bool, for losses that take candidates one by one; None: the best are.
+        ref_logps: (B, n) float32, the reference model's S, where it is known.
     """
 
     rewards: Tensor
-    candidate_mask: Tensor
+    mask: Tensor
     sft_index: Tensor
-    by_order: bool
-    num_positions: int
-    idle: bool = False
-    ref_logps: Tensor | None = None
+    by_order: bool = False
     weights: Tensor | None = None
     desirable: Tensor | None = None
+    ref_logps: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferences(Lists):
+    """What the loss needs to know about a batch beside its tokens; rewards are float64.
+
+    Attributes:
+        num_positions: tokens that the decoder runs on, padding not counted.
+        idle: whether the batch only keeps a rank without lists in step, and counts for nothing.
+        kl_index: (B,) int64, the candidate that is another prompt's completion, scored for KTO's KL
+            and outside the mask; None: there is none.
+    """
+
+    num_positions: int
+    idle: bool = False
     kl_index: Tensor | None = None
 
     @property
@@ -128,30 +137,31 @@ class PROCollator:
         idle = not features and self.idle is not None
         if idle:
             features = [self.idle]
-        rewards, candidate_mask, by_order = _rewards(features, self.ranks_only)
-        desirable = _desirable(features, rewards, candidate_mask)
+        rewards, mask, by_order = _rewards(features, self.ranks_only)
+        desirable = _desirable(features, rewards, mask)
         kl_index, run = None, features
         if self.kl_length is not None and len(features) > 1:
-            kl_index = candidate_mask.sum(1)
+            kl_index = mask.sum(1)
             run = _with_others(features, rewards, self.kl_length)
-            wider = [None if x is None else torch.nn.functional.pad(x, (0, 1))
-                     for x in (rewards, candidate_mask, desirable)]  # fmt: skip
-            rewards, candidate_mask, desirable = wider
+            rewards, mask, desirable = (
+                None if x is None else torch.nn.functional.pad(x, (0, 1))
+                for x in (rewards, mask, desirable)
+            )
         sequences = read_sequences(run)
         batch, rows = self._inputs(sequences)
         size = batch["input_ids"].numel()
         batch["layout"] = self._layout(sequences, rows, size)
         batch["preferences"] = Preferences(
-            rewards,
-            candidate_mask,
-            _sft_index(features),
-            by_order,
-            size if self.form == "lists" else len(rows),
-            idle,
-            _ref_logps(features),
-            _weights(features),
-            desirable,
-            kl_index,
+            rewards=rewards,
+            mask=mask,
+            sft_index=_sft_index(features),
+            by_order=by_order,
+            weights=_weights(features),
+            desirable=desirable,
+            ref_logps=_ref_logps(features),
+            num_positions=size if self.form == "lists" else len(rows),
+            idle=idle,
+            kl_index=kl_index,
         )
         return batch
 

@@ -92,11 +92,7 @@ class InspectArguments(TrainArguments):
 
 @dataclass
 class EvalArguments(ModelOptions):
-    """Which model is evaluated on which data, and against which; the rest is ``PROConfig``.
-
-    Raises:
-        ValueError: something needed is missing, or a number out of range.
-    """
+    """Which model is evaluated on which data, and against which; the rest is ``PROConfig``."""
 
     group: ClassVar[str] = "eval"
 

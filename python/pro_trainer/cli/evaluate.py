@@ -132,11 +132,7 @@ def _measured(scores: dict[str, Scores], report: DataReport, config: PROConfig) 
 
 
 def _base(arguments: EvalArguments, config: PROConfig) -> str | None:
-    """The model to compare with.
-
-    Raises:
-        ValueError: the loss has a reference model, and none is known.
-    """
+    """The model to compare with. ValueError: the loss has a reference model, and none is known."""
     base = None if arguments.base == "none" else arguments.base
     if base and Path(base).resolve() == Path(arguments.model or "").resolve():
         base = None  # the same weights

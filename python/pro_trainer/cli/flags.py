@@ -34,11 +34,7 @@ _WITHOUT = {
 
 
 def parse(argv: Sequence[str]) -> Flags:
-    """``--name value ...``, ``--name=value`` and ``--no_name``; dashes in names count as ``_``.
-
-    Raises:
-        ValueError: a value before any option.
-    """
+    """``--name value``, ``--name=value``, ``--no_name``; ValueError for a value before any."""
     flags: Flags = []
     for word in argv:
         if re.match(r"--\w", word):
@@ -65,11 +61,7 @@ def last(flags: Flags, name: str) -> str | None:
 
 
 def config_file(flags: Flags) -> str | None:
-    """The file of options that is named, or None.
-
-    Raises:
-        ValueError: the option stands without one.
-    """
+    """The file of options that is named, or None. ValueError: the option stands without one."""
     if any(name == "config" and len(values) != 1 for name, values in flags):
         raise ValueError("--config: one YAML file is needed, as --config run.yaml")
     return last(flags, "config")

@@ -147,11 +147,7 @@ def overview() -> str:
 
 
 def page(command: str, topic: str = "") -> str:
-    """The help of a command: its first screens, a group, one option, or all.
-
-    Raises:
-        ValueError: no such topic.
-    """
+    """The help of a command: its first screens, a group, one option, or all; else ValueError."""
     about, groups = COMMANDS[command], options(command)
     known = {option.name: option for listed in groups.values() for option in listed}
     if topic in groups:

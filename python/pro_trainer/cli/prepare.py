@@ -35,13 +35,7 @@ from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
 from pro_trainer.prepare.build import build_rewards, recipe_of, try_out_servers
 from pro_trainer.prepare.options import PrepareArguments
-from pro_trainer.prepare.output import (
-    REPORT,
-    PartialFile,
-    check_output,
-    file_identity,
-    write_json,
-)
+from pro_trainer.prepare.output import REPORT, PartialFile, check_output, file_identity, write_json
 from pro_trainer.prepare.recipe import LINE_KEYS, Recipe
 from pro_trainer.prepare.report import PrepareReport
 from pro_trainer.prepare.rewards.base import Scorer

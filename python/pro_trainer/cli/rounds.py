@@ -86,11 +86,7 @@ def _check_config(config: PROConfig) -> None:
 
 
 def _begin(parts: Parts) -> dict[str, Any]:
-    """Check all that can be checked, write the prompts, and return the settings of the run.
-
-    Raises:
-        ValueError: as of ``rounds``.
-    """
+    """Check all that can be checked, write the prompts, and return the settings of the run."""
     given = parts.arguments
     for source in (given.model, *given.prompts, *given.mix_reference, given.held_out):
         if source and files.lies_in(source, parts.output) and Path(source).exists():

@@ -300,11 +300,7 @@ def _prompt(columns: Columns) -> Text:
 
 
 def _asking(columns: Columns) -> Text:
-    """A prompt that an answer can follow.
-
-    Raises:
-        DataError: an empty text, or messages that end with the assistant's.
-    """
+    """A prompt that an answer can follow: neither empty nor ended by the assistant's message."""
     prompt = _prompt(columns)
     if isinstance(prompt, str):
         if not prompt.strip():

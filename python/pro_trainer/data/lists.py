@@ -138,11 +138,7 @@ def _usable(parsed: ParsedRecord, report: DataReport, options: DataOptions) -> R
 
 
 def _gaps(rewards: tuple[float, ...] | None, options: DataOptions) -> list[float] | None:
-    """How far each reward lies below the best one of its list: what losses tell apart.
-
-    Raises:
-        DataError: they do not suit the loss, where the options name one.
-    """
+    """How far each reward lies below the best of its list: what losses tell apart."""
     if rewards is None:
         return None
     if fault := options.reward_fault(rewards):

@@ -69,11 +69,7 @@ def rows(source: Source) -> Iterator[Row]:
 
 
 def decode_line(line: bytes) -> Any:
-    """The JSON value of one line.
-
-    Raises:
-        DataError: it is not UTF-8 or not JSON.
-    """
+    """The JSON value of one line. DataError: it is not UTF-8 or not JSON."""
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -243,11 +239,7 @@ def _split(splits: list[str], advice: str) -> str:
 
 
 def required_package(name: str, source: str | Path) -> ModuleType:
-    """Import what only some sources need.
-
-    Raises:
-        DataError: the package is not installed.
-    """
+    """Import what only some sources need. DataError: the package is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -50,23 +50,14 @@ class DataReport:
     completion_lengths: Numbers = field(default_factory=Numbers)
     rankings: Rankings = field(default_factory=Rankings)
 
-    def count(self, ranked: RankedList) -> None:
-        """Count a list that is kept."""
-        self._add(ranked, 1)
-
     def say(self, sentence: str) -> None:
         """Something that holds for all of the data."""
         self.once[sentence] = None
 
     def uncount(self, ranked: RankedList, why: str) -> None:
         """Move a list that was counted as kept to those dropped, for a later stage's reason."""
-        self._add(ranked, -1)
+        self.count(ranked, -1)
         self.dropped[why] += 1
-
-    def recount(self, ranked: RankedList, fewer: RankedList) -> None:
-        """A list that was counted as kept lost some of its candidates."""
-        self._add(ranked, -1)
-        self._add(fewer, 1)
 
     def bad_line(self, message: str) -> None:
         """Count a malformed record; the first few messages are kept to be shown."""
@@ -76,7 +67,7 @@ class DataReport:
 
     def uncount_as_bad(self, ranked: RankedList, message: str) -> None:
         """Move a list that was counted as kept to the malformed records."""
-        self._add(ranked, -1)
+        self.count(ranked, -1)
         self.records -= 1
         self.bad_line(message)
 
@@ -133,7 +124,8 @@ class DataReport:
             "completion_tokens": self.completion_lengths.summary(),
         }
 
-    def _add(self, ranked: RankedList, sign: int) -> None:
+    def count(self, ranked: RankedList, sign: int = 1) -> None:
+        """Count a list that is kept, or (``sign`` -1) uncount it."""
         n = len(ranked.completions)
         self.lists += sign
         self.candidates[n] += sign

@@ -25,6 +25,7 @@ Shapes: L lists, n places for candidates (``mask`` tells which are taken).
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -101,8 +102,7 @@ def list_statistics(
     Raises:
         ValueError: as ``ranking_metrics``.
     """
-    scores, rewards = _check(scores, rewards, mask)
-    parts = [_statistics(*chunk) for chunk in _chunks(scores, rewards, mask)]
+    parts = [_statistics(*piece) for piece in _pieces(scores, rewards, mask)]
     return ListStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
@@ -132,32 +132,26 @@ def accuracy_by_reward_gap(
     """
     if quantiles < 1:
         raise ValueError(f"quantiles must be at least 1, got {quantiles}")
-    scores, rewards = _check(scores, rewards, mask)
     gaps, rights = [], []
-    for chunk_scores, chunk_rewards, present in _chunks(scores, rewards, mask):
-        better = _above(chunk_rewards, present)
-        gaps.append((chunk_rewards[:, :, None] - chunk_rewards[:, None, :])[better])
-        rights.append(_above(chunk_scores, present)[better])
+    for s, r, present in _pieces(scores, rewards, mask):
+        better = _above(r, present)
+        gaps.append((r[:, :, None] - r[:, None, :])[better])
+        rights.append(_above(s, present)[better])
     gap, order = torch.cat(gaps).sort()
-    right = torch.cat(rights)[order].long().cumsum(0)
+    right = torch.cat(rights)[order]
     if not len(gap):
         return []
     cuts = gap[[math.ceil(len(gap) * k / quantiles) - 1 for k in range(1, quantiles + 1)]]
     ends = torch.searchsorted(gap, cuts.unique(), right=True).tolist()
-    rows: list[Row] = []
-    start = 0
-    for end in ends:
-        before = int(right[start - 1]) if start else 0
-        rows.append(
-            {
-                "gap_from": gap[start].item(),
-                "gap_to": gap[end - 1].item(),
-                "pairs": end - start,
-                "pairwise_accuracy": (int(right[end - 1]) - before) / (end - start),
-            }
-        )
-        start = end
-    return rows
+    return [
+        {
+            "gap_from": gap[start].item(),
+            "gap_to": gap[end - 1].item(),
+            "pairs": end - start,
+            "pairwise_accuracy": right[start:end].double().mean().item(),
+        }
+        for start, end in itertools.pairwise([0, *ends])
+    ]
 
 
 def score_by_rank(
@@ -175,9 +169,8 @@ def score_by_rank(
     Raises:
         ValueError: as ``ranking_metrics``.
     """
-    scores, rewards = _check(scores, rewards, mask)
-    better = [_above(r, present).sum(1) for _, r, present in _chunks(scores, rewards, mask)]
-    ranks = 1 + torch.cat(better)
+    better = [_above(r, present).sum(1) for _, r, present in _pieces(scores, rewards, mask)]
+    ranks, scores = 1 + torch.cat(better), scores.double()
     sizes = mask.sum(1, keepdim=True)
     centred = scores - torch.where(mask, scores, 0.0).sum(1, keepdim=True) / sizes.clamp(min=1)
     rows: list[Row] = []
@@ -237,12 +230,6 @@ def _above(values: Tensor, present: Tensor) -> Tensor:
     return both & (values[:, :, None] > values[:, None, :])
 
 
-def _chunks(scores: Tensor, rewards: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    lists = max(1, _COMPARISONS_AT_ONCE // max(1, scores.shape[1] ** 2))
-    parts = (tensor.split(lists) for tensor in (scores, rewards, mask))
-    return list(zip(*parts, strict=True))
-
-
 def _row_mean(values: Tensor, weights: Tensor) -> Tensor:
     """(L, n), (L, n) -> (L,): weighted means; NaN where all weights are 0."""
     return torch.where(weights > 0, values * weights, 0.0).sum(1) / weights.sum(1)
@@ -252,8 +239,8 @@ def _mean(values: Tensor) -> float:
     return values.mean().item()
 
 
-def _check(scores: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and rewards as float64, or ValueError."""
+def _pieces(scores: Tensor, rewards: Tensor, mask: Tensor) -> list[tuple[Tensor, ...]]:
+    """Scores and rewards as float64, and the mask, so many lists at a time; or ValueError."""
     if scores.dim() != 2 or not scores.shape == rewards.shape == mask.shape:
         raise ValueError(
             "scores, rewards and mask must all be (L, n), got "
@@ -270,4 +257,6 @@ def _check(scores: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
                 f"{name} of {len(lists)} of {len(mask)} lists are not numbers, first in list "
                 f"{lists[0]}"
             )
-    return scores.double(), rewards.double()
+    lists = max(1, _COMPARISONS_AT_ONCE // scores.shape[1] ** 2)
+    parts = (x.split(lists) for x in (scores.double(), rewards.double(), mask))
+    return list(zip(*parts, strict=True))

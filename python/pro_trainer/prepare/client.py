@@ -65,12 +65,7 @@ class Client:
     """
 
     def __init__(self, urls: Sequence[str], options: ServerOptions | None = None) -> None:
-        """Take base URLs, to which the paths of the requests are appended.
-
-        Raises:
-            ValueError: one that is no http URL or holds a password or a query; a key that the
-                environment lacks or that no header can hold.
-        """
+        """Take base URLs, before all paths; ValueError for a URL or key that cannot be."""
         for url in urls:
             answers.check_url(url)
         self.options = options or ServerOptions()
@@ -195,19 +190,16 @@ class Client:
     async def _send(self, server: _Server, request: Request) -> Any:
         """One try: the JSON of the answer; Failed where there is none."""
         path, body = request
-        status = 0
 
         async def answer() -> bytes:
-            nonlocal status
             method = "GET" if body is None else "POST"
             async with self._http.stream(method, f"{server.url}{path}", json=body) as response:
-                status = response.status_code
                 content = bytearray()
                 async for piece in response.aiter_bytes():
                     content += piece
                     if len(content) > MAX_BYTES:
                         raise Failed("answer too large", "own", f"> {MAX_BYTES} B")
-                if status != 200:
+                if (status := response.status_code) != 200:
                     wait = answers.retry_after(response.headers.get("Retry-After", ""))
                     text = content[:2000].decode(errors="replace")
                     raise Failed(f"HTTP {status}", answers.kind_of(status), text, wait)

@@ -47,11 +47,7 @@ class TokenPicker(LogitsProcessor):
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (S, V) to 0 at the drawn token and -inf elsewhere.
-
-        Raises:
-            ValueError: logits that are NaN or infinite.
-        """
+        """Logits (S, V) to 0 at the drawn token, -inf elsewhere; ValueError if not finite."""
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
         uniform = self.uniforms[:, self.step, None].to(scores.device, wide)  # (S, 1)
         self.step += 1

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from pro_trainer.options import check_choices, check_integers, check_positive, option
+from pro_trainer.options import (
+    check_choices,
+    check_integers,
+    check_positive,
+    json_object,
+    option,
+)
 from pro_trainer.prepare.answers import check_url
 from pro_trainer.prepare.rewards.options import RewardOptions
 from pro_trainer.text.options import TemplateOptions
@@ -51,8 +56,7 @@ class ServerOptions:
         "completions: texts are sent as they are.",
     )
     server_fields: str = option(
-        "",
-        "Further fields of every request, as a JSON object: '{\"top_k\": 50}'.",
+        "", "Further fields of every request, as a JSON object: '{\"top_k\": 50}'."
     )
     cut_samples: Literal["keep", "drop"] = option(
         "keep", "What becomes of a server's samples that reach max_new_tokens before their end."
@@ -76,12 +80,7 @@ class ServerOptions:
 
     def further_fields(self) -> dict[str, Any]:
         """What ``server_fields`` says; ValueError where that is no object, or of other options."""
-        try:
-            found = json.loads(self.server_fields or "{}")
-        except ValueError as error:
-            raise ValueError(f"server_fields must be a JSON object: {error}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"server_fields must be a JSON object, got {self.server_fields}")
+        found = json_object(self, "server_fields")
         own = {"model", "messages", "prompt", "n", "seed", "temperature", "top_p", "max_tokens",
                "stop", "stream", "tools"}  # fmt: skip
         if taken := sorted(own & found.keys()):

@@ -30,8 +30,7 @@ class RewardModel:
     """Scores by a sequence classifier with one label; higher is better.
 
     Attributes:
-        truncated: texts so far that were longer than ``max_length`` and lost their start.
-        max_length: most tokens of a text.
+        max_length: most tokens of a text, as model and tokenizer take them.
     """
 
     def __init__(
@@ -40,26 +39,16 @@ class RewardModel:
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int = 16,
-        max_length: int | None = None,
         options: ListOptions | None = None,
     ) -> None:
         """Take over a loaded model (it stays in evaluation mode) and its tokenizer.
 
-        Args:
-            model: sequence classifier with ``num_labels`` 1, on its device.
-            tokenizer: its tokenizer.
-            batch_size: texts run together.
-            max_length: tokens of a text. Default: as many as model and tokenizer take.
-            options: how texts are written. Default: as ``ListOptions()`` says.
+        ``batch_size`` texts are run together, written as ``options`` say.
 
         Raises:
-            ValueError: more than one label, an option out of range, a tokenizer that does not fit.
+            ValueError: more than one label, a tokenizer that does not fit.
         """
         _check_labels(model.config.num_labels, model.name_or_path or type(model).__name__)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length must be at least 2, got {max_length}")
         embeddings = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > embeddings:
             raise ValueError(
@@ -71,9 +60,8 @@ class RewardModel:
         self.encoder = Encoder(tokenizer, options)
         self.batch_size = batch_size
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limits = (max_length, context, tokenizer.model_max_length, _NO_LIMIT)
+        limits = (context, tokenizer.model_max_length, _NO_LIMIT)
         self.max_length = min(limit for limit in limits if limit and limit > 0)
-        self.truncated = 0
         self._pad = model.config.get_text_config().pad_token_id
 
     @classmethod
@@ -142,7 +130,6 @@ class RewardModel:
         ``prompt``: a text, or the list that the completion is of.
         """
         ids, cut = self.encoder.text(prompt, completion, room=self.max_length)
-        self.truncated += cut is not None
         return ids, cut is not None
 
     @torch.no_grad()

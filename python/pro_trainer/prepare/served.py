@@ -168,11 +168,7 @@ def _plan(options: PrepareArguments, together: bool) -> list[tuple[float, list[i
 
 
 def read_answer(answer: Any) -> Answer:
-    """The samples of an answer, in the order of their index.
-
-    Raises:
-        ValueError: it is malformed.
-    """
+    """The samples of an answer, in the order of their index. ValueError: it is malformed."""
     if not isinstance(answer, Mapping):
         raise ValueError("not an object")
     choices = as_list(answer.get("choices"), "choices")

@@ -66,11 +66,7 @@ def try_out(options: PrepareArguments) -> tuple[Servers, list[str]]:
 
 
 def models_of(client: Client) -> list[str]:
-    """The names of the models that a server lists; none where it has no list.
-
-    Raises:
-        ServerError: as of ``Client.ask``.
-    """
+    """Names of the models that a server lists, if any; ServerError as of ``Client.ask``."""
     (answer,) = client.ask([("/models", None)])
     try:
         return [str(model["id"]) for model in answer["data"]]

@@ -11,7 +11,7 @@ import heapq
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pro_trainer.data.fields import Text
 from pro_trainer.data.lists import read_lists
@@ -21,18 +21,12 @@ from pro_trainer.data.report import DataReport
 from pro_trainer.rounds.options import RoundOptions
 
 Record = dict[str, Any]
-OnBadLine = Literal["error", "skip"]
 
 
 def split(
-    options: RoundOptions, report: DataReport, on_bad_line: OnBadLine = "error"
+    options: RoundOptions, report: DataReport, on_bad_line: str = "error"
 ) -> tuple[list[Record], list[Record]]:
-    """Records of prompts alone: those to train on, and those held out; ``report`` is of reading.
-
-    Raises:
-        DataError: as ``read_lists``.
-        ValueError: one of the two is empty.
-    """
+    """Records of prompts alone, to train on and held out; ValueError without some of both."""
     prompts = list(read_prompts(options.prompts, report, on_bad_line))
     share = options.share_held_out()
     if share is None:
@@ -51,7 +45,7 @@ def split(
 
 
 def read_prompts(
-    sources: Sequence[str], report: DataReport, on_bad_line: OnBadLine = "error"
+    sources: Sequence[str], report: DataReport, on_bad_line: str = "error"
 ) -> Iterator[RankedList]:
     """Lists of which the prompts count."""
     return read_lists(sources, report, PromptOptions(on_bad_line=on_bad_line, all_equal="order"))
@@ -61,14 +55,9 @@ def references(
     sources: Sequence[str],
     held_out: Iterable[Record],
     report: DataReport,
-    on_bad_line: OnBadLine = "error",
+    on_bad_line: str = "error",
 ) -> list[Record]:
-    """Ranked lists as records, without those of prompts that are held out.
-
-    Raises:
-        DataError: as ``read_lists``.
-        ValueError: none is left.
-    """
+    """Ranked lists as records, but for prompts that are held out; ValueError where none is left."""
     taken = {_text(record["prompt"]) for record in held_out}
     lists = read_lists(sources, report, DataOptions(on_bad_line=on_bad_line))
     records = [ranked.record() for ranked in lists if key(ranked) not in taken]

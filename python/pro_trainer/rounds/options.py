@@ -53,11 +53,7 @@ class RoundOptions:
     )
 
     def share_held_out(self) -> float | None:
-        """The share of the prompts that ``held_out`` says; None: it names a file.
-
-        Raises:
-            ValueError: a number out of range.
-        """
+        """The share of the prompts that ``held_out`` says, in (0, 1); None: it names a file."""
         try:
             share = float(self.held_out)
         except ValueError:

@@ -23,7 +23,7 @@ from itertools import islice
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
-from pro_trainer.data.fields import DataError, Text
+from pro_trainer.data.fields import DataError, Message, Text
 from pro_trainer.data.lists import select
 from pro_trainer.data.records import RankedList
 from pro_trainer.data.report import DataReport
@@ -210,9 +210,8 @@ class Encoder:
             return _Pieces(ranked, list(ranked.prompts), whole, list(ranked.completions), None)
         try:
             with _refusals(ranked.where):
-                prompts = [
-                    self._prompt_text(self.writer.turns(p), ranked, True) for p in ranked.prompts
-                ]
+                turns = [self.writer.turns(prompt) for prompt in ranked.prompts]
+                prompts = [self._written(ranked, x, generation=True) for x in turns]
                 whole = [self._whole(ranked, *text) for text in texts]
         except DataError as error:
             if self.options.on_bad_line != "skip":
@@ -234,24 +233,23 @@ class Encoder:
         """What is written of a prompt: messages under the template, else the string."""
         return self.writer.turns(prompt) if chat else prompt
 
-    def _prompt_text(self, source: Text, ranked: RankedList, chat: bool) -> str:
-        """A prompt as written; under the template with the beginning of the reply."""
-        if not chat:
-            return source
-        return self.writer.write(
-            source, ranked.template, generation=True, from_strings=_of_strings(ranked)
-        )
+    def _written(self, ranked: RankedList, turns: Sequence[Message], generation: bool) -> str:
+        """Turns under the template; ``generation``: with the beginning of the reply."""
+        strings = isinstance(ranked.prompts[0], str)
+        how = {"generation": generation, "from_strings": strings}
+        return self.writer.write(turns, ranked.template, **how)
 
     def _whole(self, ranked: RankedList, prompt: Text, completion: Text) -> str:
         """Prompt and completion under the template."""
         turns = (*self.writer.turns(prompt), *self.writer.reply(completion))
-        return self.writer.write(turns, ranked.template, from_strings=_of_strings(ranked))
+        return self._written(ranked, turns, generation=False)
 
     def _prompt_ids(
         self, source: Text, ranked: RankedList, chat: bool, beyond: str = ""
     ) -> list[int]:
-        text = self._prompt_text(source, ranked, chat).removesuffix(beyond)
-        return self._with_front(self.writer.ids([text], chat)[0], ranked, chat)
+        text = self._written(ranked, source, generation=True) if chat else source
+        ids = self.writer.ids([text.removesuffix(beyond)], chat)[0]
+        return self._with_front(ids, ranked, chat)
 
     def _tokenized(
         self, pieces: Sequence[_Pieces]
@@ -323,7 +321,8 @@ class Encoder:
             gone = self.report.dropped_completions
             gone["equals a better one as token ids"] += len(ends) - len(kept)
             fewer = select(ranked, kept)
-            self.report.recount(ranked, fewer)
+            self.report.count(ranked, -1)
+            self.report.count(fewer)
             ranked, ends = fewer, [ends[i] for i in kept]
         whole_prompts = [self._with_front(ids, ranked, p.chat) for ids in prompts]
         kept, said = [], []
@@ -396,10 +395,6 @@ def _first_of_each(ranked: RankedList, ends: Sequence[list[int]]) -> list[int]:
     for i in ranked.best_first():
         first.setdefault(tuple(ends[i]), i)
     return sorted(first.values())
-
-
-def _of_strings(ranked: RankedList) -> bool:
-    return isinstance(ranked.prompts[0], str)
 
 
 def _front(tokenizer: PreTrainedTokenizerBase) -> list[int]:

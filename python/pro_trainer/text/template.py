@@ -48,11 +48,7 @@ class Writer:
         self._any_control = re.compile("|".join(map(re.escape, self.control)) or "(?!)")
 
     def under_template(self, ranked: RankedList) -> bool:
-        """Whether the texts of a list are written as turns of the chat template.
-
-        Raises:
-            DataError: messages, and no template or ``chat_template="off"``.
-        """
+        """Whether a list is written as turns; DataError for messages that cannot be."""
         mode, literal = self.options.chat_template, self.options.split_special_tokens
         messages = not isinstance(ranked.prompts[0], str)
         control = sum(self._any_control.search(text) is not None for text in self._inner(ranked))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import pro_kernels as pk
-from pro_trainer.batch.collate import Preferences, best_candidates
+from pro_trainer.batch.collate import Lists, Preferences, best_candidates
 from pro_trainer.evaluate.metrics import ranking_metrics
 from pro_trainer.train.options import LossOptions
 
@@ -35,33 +35,19 @@ class BatchLoss(NamedTuple):
     lengths: Tensor
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What is known of L lists, on the host.
+@dataclass(frozen=True, kw_only=True)
+class Scores(Lists):
+    """What is known of L lists that were scored, on the host.
 
     Attributes:
         logps: (L, n) fp32, S; 0 where a candidate is absent.
         lengths: (L, n) int64, m.
-        rewards: (L, n) fp32; descending ranks where the lists have an order only.
-        mask: (L, n) bool, candidates that are there.
-        by_order: whether the lists have an order only.
-        sft_index: (L,) int64, the candidate that carries the SFT term.
-        ref_logps: (L, n) fp32, the reference model's S, or None.
-        weights: (L,) float64, of each list in the mean over lists; None: all weigh 1.
         kl: (L,) fp32, S less the reference model's (where there is one) of another prompt's
             completion, NaN where that was not scored.
-        desirable: (L, n) bool, for losses that take candidates one by one; None: the best are.
     """
 
     logps: Tensor
     lengths: Tensor
-    rewards: Tensor
-    mask: Tensor
-    sft_index: Tensor
-    by_order: bool = False
-    ref_logps: Tensor | None = None
-    weights: Tensor | None = None
-    desirable: Tensor | None = None
     kl: Tensor | None = None
 
     def ranked_by(self, length_normalize: bool) -> Tensor:
@@ -74,11 +60,11 @@ class Scores:
     ) -> Scores:
         """The scores of one batch; waits for the device they are on."""
         return cls(
-            logps.cpu(),
-            lengths.cpu(),
             **_of_lists(preferences),
             by_order=preferences.by_order,
             ref_logps=None if ref_logps is None else ref_logps.cpu(),
+            logps=logps.cpu(),
+            lengths=lengths.cpu(),
             kl=_kl(logps, ref_logps, preferences.kl_index).cpu(),
         )
 
@@ -105,7 +91,7 @@ _TENSORS = tuple(field.name for field in fields(Scores) if field.name != "by_ord
 
 def _of_lists(preferences: Preferences) -> dict[str, Tensor]:
     """What is known of lists that are not scored, by the names of ``Scores``; nothing is None."""
-    rewards, mask = preferences.rewards, preferences.candidate_mask
+    rewards, mask = preferences.rewards, preferences.mask
     weights, desirable = preferences.weights, preferences.desirable
     return {
         "rewards": rewards,
@@ -197,7 +183,7 @@ def _pro_loss(head: Head, batch: Mapping[str, Any], config: LossOptions) -> pk.P
         preferences.rewards,
         layout=batch["layout"],
         prompt_weights=preferences.weights,
-        candidate_mask=preferences.candidate_mask,
+        candidate_mask=preferences.mask,
         sft_index=preferences.sft_index,
         compat="official" if official else None,
         final_dtype=head.hidden.dtype if official else None,
@@ -223,7 +209,7 @@ def _loss_on_scores(
         lengths,
         rewards=None if preferences.by_order else preferences.rewards.to(logps.device),
         ref_logps=ref_logps,
-        mask=preferences.candidate_mask.to(logps.device),
+        mask=preferences.mask.to(logps.device),
         prompt_weights=_on(preferences.weights, logps),
         **{name: _on(x, logps) for name, x in own.items()},
         **config.given(),
@@ -316,17 +302,17 @@ def predicted_scores(predictions: Sequence[Any], labels: Sequence[Any]) -> Score
     if known["by_order"].unique().numel() != 1:
         raise ValueError("the lists of a data set must all have rewards or all have none")
     return Scores(
-        logps,
-        lengths,
-        known["rewards"].where(mask, 0),
-        mask,
-        known["sft_index"][:, 0],
-        bool(known["by_order"][0, 0]),
-        ref_logps[0] if ref_logps else None,
-        known["weights"][:, 0],
-        mask & (known["desirable"] == 1),
+        rewards=known["rewards"].where(mask, 0),
+        mask=mask,
+        sft_index=known["sft_index"][:, 0],
+        by_order=bool(known["by_order"][0, 0]),
+        weights=known["weights"][:, 0],
+        desirable=mask & (known["desirable"] == 1),
+        ref_logps=ref_logps[0] if ref_logps else None,
+        logps=logps,
+        lengths=lengths,
         # Of a candidate that is outside the mask.
-        _kl(scored[0], scored[2] if ref_logps else None, known["kl_index"][:, 0]),
+        kl=_kl(scored[0], scored[2] if ref_logps else None, known["kl_index"][:, 0]),
     )
 
 

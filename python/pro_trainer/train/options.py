@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pro_trainer.options import check_choices, check_positive, import_module, option
+from pro_trainer.options import (
+    check_choices,
+    check_positive,
+    import_module,
+    json_object,
+    option,
+)
 from pro_trainer.train.losses import LOSS_SETTINGS, MIXED, LossSettings
 
 if TYPE_CHECKING:
@@ -99,7 +105,7 @@ class LossOptions(LossSettings):
         if isinstance(self.loss_options, Mapping):
             self.loss_options = json.dumps(self.loss_options)
         own = [name for name in self.loss().types if name not in SET_BY_TRAINER]
-        for name in self._further().keys() & self._flags().keys():
+        for name in json_object(self, "loss_options").keys() & self._flags().keys():
             raise ValueError(f"{name} was given as a flag and in loss_options: choose one")
         for name, value in self.given().items():
             if name not in own:
@@ -136,7 +142,7 @@ class LossOptions(LossSettings):
 
     def given(self) -> dict[str, Any]:
         """The options of the loss that were given, as it takes them."""
-        return self._flags() | self._further()
+        return self._flags() | json_object(self, "loss_options")
 
     def _flags(self) -> dict[str, Any]:
         found = {
@@ -146,15 +152,6 @@ class LossOptions(LossSettings):
             with contextlib.suppress(ValueError):
                 found[name] = float(found[name])
         return found
-
-    def _further(self) -> dict[str, Any]:
-        try:
-            further = json.loads(self.loss_options or "{}")
-        except ValueError as error:
-            raise ValueError(f"loss_options must be JSON, got {self.loss_options!r}") from error
-        if not isinstance(further, dict):
-            raise ValueError(f"loss_options must be a JSON object, got {self.loss_options!r}")
-        return further
 
     def scores_are_means(self) -> bool:
         """Whether the loss, and so the ranking, is on mean log-probabilities of a token."""

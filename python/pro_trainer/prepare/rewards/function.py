@@ -29,12 +29,7 @@ class Function(Scorer):
     """A function of a module on the path (the working folder is looked into first) or of a file."""
 
     def __init__(self, spec: Spec) -> None:
-        """Import it.
-
-        Raises:
-            ValueError: no such module, file or function; one that cannot be imported; one that
-                takes no prompts and completions.
-        """
+        """Import it; ValueError where it cannot be, or takes no prompts and completions."""
         super().__init__(spec)
         module, function = spec.target, spec.part
         self._written = f"reward {module}:{function}"

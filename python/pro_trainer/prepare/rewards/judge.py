@@ -55,11 +55,7 @@ class Judge(Asked):
     """Scores read from what a chat model says at temperature 0."""
 
     def __init__(self, spec: Spec, options: PrepareArguments) -> None:
-        """Take the address and what is said.
-
-        Raises:
-            ValueError: a template that cannot be read or lacks a place, a pattern without a group.
-        """
+        """Take address and template; ValueError for a template or pattern that cannot be."""
         super().__init__(spec, options)
         mode, pattern, file = options.judge, options.judge_pattern, options.judge_template
         self._template = _TEMPLATES[mode]

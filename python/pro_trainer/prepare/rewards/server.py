@@ -37,11 +37,7 @@ class Asked(Scorer):
     """A reward that is asked of a server; inside its context requests can be sent."""
 
     def __init__(self, spec: Spec, options: PrepareArguments) -> None:
-        """Take the address.
-
-        Raises:
-            ValueError: a URL or a key that cannot be used.
-        """
+        """Take the address. ValueError: a URL or a key that cannot be used."""
         super().__init__(spec)
         asked = replace(options, api_key_env=options.reward_api_key_env)
         self._written = f"reward {spec.part + '@' if spec.part else ''}{spec.target}"
@@ -66,11 +62,7 @@ class Asked(Scorer):
         return {f"the models of {self._written}": models} if models else {}
 
     def __enter__(self) -> Asked:
-        """Start the client, and have a first text scored: what is wrong with all shows now.
-
-        Raises:
-            ValueError, ServerError: the server refuses it, or does not answer.
-        """
+        """Start the client, and have a first text scored: what is wrong with all shows now."""
         with Client([self._spec.target], self._quick) as self._client:
             self._trying = True
             self.score([(_FIRST, completion) for completion in _FIRST.completions])
