@@ -79,24 +79,16 @@ def no_sync():
 
 
 @every_tier
-def test_the_steps_tested_on_a_card_are_right_on_the_cpu(tier, force):
+@pytest.mark.parametrize("shared", [False, True], ids=["distinct", "shared"])
+def test_the_steps_tested_on_a_card_are_right_on_the_cpu(tier, shared, force):
     force(tier)
-    for shared in (False, True):
-        step = Step("cpu", torch.float32, tier, "torch", shared)
-        found = step()
-        h, w, b = step.leaves
-        rows = h.detach()[step.layout.rows][None, None].double()
-        logps = pk.reference.linear_token_logps(
-            rows, w.detach().double(), step.layout.targets[None, None], bias=b.detach().double()
-        )[0, 0]
-        sums = torch.stack([logps[a:e].sum() for a, e in _segments(step.layout)])
-        torch.testing.assert_close(found[4].double().flatten(), sums, rtol=1e-5, atol=1e-5)
-        assert len(found) == 6 + {"T0": 0, "T1f": 1}.get(tier, 3)
-
-
-def _segments(layout: pk.Layout) -> list[tuple[int, int]]:
-    ends = layout.offsets.tolist()
-    return list(zip(ends, ends[1:], strict=False))
+    step = Step("cpu", torch.float32, tier, "torch", shared)
+    h, w, b = (x.detach().double() for x in step.leaves)
+    layout = step.layout
+    logps = pk.reference.linear_token_logps(h[layout.rows], w, layout.targets, bias=b)
+    found, sums = step(), torch.segment_reduce(logps, "sum", offsets=layout.offsets)
+    torch.testing.assert_close(found[4].double().flatten(), sums, rtol=1e-5, atol=1e-5)
+    assert len(found) == 6 + {"T0": 0, "T1f": 1}.get(tier, 3)
 
 
 @gpu

@@ -42,12 +42,10 @@ fused.column_groups: fused.matmul
 fused.columns: backends fused.call fused.column_groups fused.gather_scatter fused.matmul
 fused.head: fused.call fused.columns fused.gather_scatter fused.matmul
 fused.target_columns: fused.gather_scatter fused.head
-fused.backward: fused.call fused.column_groups fused.columns fused.gather_scatter fused.head
-    fused.matmul fused.target_columns
-fused.prompts: backends fused.backward fused.call fused.columns fused.gather_scatter fused.head
-    fused.matmul
+fused.backward: backends fused.call fused.column_groups fused.columns fused.gather_scatter
+    fused.head fused.matmul fused.target_columns
 fused.ops: backends fused.backward fused.call fused.columns fused.gather_scatter
-    fused.head fused.matmul fused.prompts fused.registry fused.target_columns layout options
+    fused.head fused.matmul fused.registry fused.target_columns layout options
 fused.autograd: fused.call fused.ops fused.registry fused.shards layout
 fused.ranks: backends fused.autograd fused.call fused.ops fused.planner fused.rank_order
     fused.shards layout options output validate

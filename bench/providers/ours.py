@@ -171,10 +171,5 @@ def step(
         checkpointed,
         lambda: collator(work.features),
         detail,
-        around=distinct(work) if form == "lists" else contextlib.nullcontext,
+        around=partial(pk.distinct_rows, work.model) if form == "lists" else contextlib.nullcontext,
     )
-
-
-def distinct(work: Workload) -> Callable[[], contextlib.AbstractContextManager]:
-    """What a step on distinct rows has around it; the others share the model."""
-    return lambda: pk.distinct_rows(work.model)

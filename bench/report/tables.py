@@ -164,24 +164,19 @@ def outcome_table(found: list[Outcome]) -> str:
 
 def header(data: dict) -> str:
     """Where, with what and when it was measured."""
+    kind = "it multiplies bf16"  # which numbers it can be compared with
+    if data["bf16_matmuls"] != "native":
+        kind = "it emulates bf16, so the cases are in fp32"
+    kind = "a GPU" if data["device"].startswith("cuda") else kind
     versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items() if v)
     commit = (data["commit"] or "unknown")[:12] + (" (modified)" if data["modified"] else "")
     lines = [
-        f"Machine: {data['machine']} ({machine_kind(data)}); device {data['device']}, "
-        f"{data['threads']} threads.",
+        f"Machine: {data['machine']} ({kind}); device {data['device']}, {data['threads']} threads.",
         f"Versions: {versions}, Python {data['python']}; commit {commit}; {data['date'][:10]}.",
     ]
     if not data["complete"]:
         lines.append("**Partial: the run did not end; what is missing was not measured.**")
     return "\n".join(lines)
-
-
-def machine_kind(data: dict) -> str:
-    """Which numbers it can be compared with."""
-    if data["device"].startswith("cuda"):
-        return "a GPU"
-    native = data["bf16_matmuls"] == "native"
-    return "it multiplies bf16" if native else "it emulates bf16, so the cases are in fp32"
 
 
 def command(data: dict) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -94,35 +94,27 @@ def _known(row: dict) -> dict:
     }
 
 
-def of(key: str, where: str = "", scale: float = 1.0, **fields: Any) -> Value:
-    """The first number, or ratio to ``key`` in the same rounds, of rows that fit.
+def best(key: str, where: str = "", scale: float = 1.0, **fields: Any) -> Value:
+    """The least number, or ratio to ``key`` in the same rounds, of rows that fit.
 
     Their case holds ``where``, and their fields are (one of) what ``fields`` says.
     """
 
-    def value(rows: Rows) -> float | None:
-        return next(_numbers(rows, key, where, scale, fields), None)
-
-    return value
-
-
-def best(key: str, where: str = "", scale: float = 1.0, **fields: Any) -> Value:
-    """The least of these."""
-
-    def value(rows: Rows) -> float | None:
-        return min(_numbers(rows, key, where, scale, fields), default=None)
-
-    return value
-
-
-def _numbers(
-    rows: Rows, key: str, where: str, scale: float, fields: dict[str, Any]
-) -> Iterator[float]:
-    for row in rows:
+    def fits(row: dict) -> bool:
         wanted = ((row.get(k), v if isinstance(v, tuple) else (v,)) for k, v in fields.items())
-        found = row.get("over", {}).get(key, row.get(key))
-        if found is not None and where in row["case"] and all(x in v for x, v in wanted):
-            yield scale * found
+        return where in row["case"] and all(found in v for found, v in wanted)
+
+    def value(rows: Rows) -> float | None:
+        found = [row.get("over", {}).get(key, row.get(key)) for row in rows if fits(row)]
+        return min((scale * x for x in found if x is not None), default=None)
+
+    return value
+
+
+def of(key: str, where: str = "", **fields: Any) -> Value:
+    """The same of the first row that fits."""
+    one = best(key, where, **fields)
+    return lambda rows: next((x for row in rows if (x := one([row])) is not None), None)
 
 
 def ratio(one: Value, other: Value) -> Value:

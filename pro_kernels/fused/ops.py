@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pro_kernels.backends.protocol import Candidates
-from pro_kernels.fused import backward, head, matmul, prompts
+from pro_kernels.fused import backward, head, matmul
 from pro_kernels.fused.call import Call, acc_dtype
 from pro_kernels.fused.columns import Kept
 from pro_kernels.fused.gather_scatter import Inputs, empty_rows, in_huge_pages
@@ -264,7 +264,7 @@ def linear_pro(
         ranked = Candidates(*candidates)  # type: ignore[arg-type]
         live, tokens = _compact(rows, targets)
         given = _inputs(call, hidden, weight, bias, tokens, scale)
-        sizes = prompts.chunk_tokens(call)
+        sizes = backward.chunk_tokens(call)
         if live is not None:  # dense: the token list shrinks, and the offsets with it
             before = torch.nn.functional.pad((targets >= 0).cumsum(0), (1, 0))
             ends = torch.tensor([0, *sizes], device=before.device).cumsum(0)
@@ -273,7 +273,7 @@ def linear_pro(
         chunks = len(sizes), max(sizes, default=0)
         kept = Kept.empty(call.grad_filter, *chunks, call.vocab, targets.shape[0], hidden)
         out = [x.zero_() if x.numel() else None for x in grads]
-        terms, sums, row_weights = prompts.pro_forward(given, ranked, sizes, out, kept)
+        terms, sums, row_weights = backward.pro_forward(given, ranked, sizes, out, kept)
         if live is not None:
             compact, row_weights = row_weights, row_weights.new_zeros(targets.shape[0])
             row_weights.index_copy_(0, live, compact)
