@@ -207,17 +207,9 @@ class Layout:
         if targets.dim() != 1:
             raise ValueError(f"targets must have shape (R,), got {tuple(targets.shape)}")
         rows = torch.arange(targets.numel(), device=targets.device)
-        return cls.from_rows(
-            rows,
-            targets,
-            cu_seqlens,
-            num_candidates,
-            num_rows=targets.numel(),
-            ignore_index=ignore_index,
-            shift=shift,
-            vocab_size=vocab_size,
-            shared_rows=False,
-        )
+        how: dict[str, Any] = {"ignore_index": ignore_index, "shift": shift}
+        how |= {"vocab_size": vocab_size, "num_rows": targets.numel(), "shared_rows": False}
+        return cls.from_rows(rows, targets, cu_seqlens, num_candidates, **how)
 
     @classmethod
     def from_rows(

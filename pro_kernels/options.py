@@ -62,7 +62,7 @@ def constant_while_compiling(function: Function) -> Function:
     """Let ``torch.compile`` call this function of constants while tracing, and keep its result.
 
     What ``torch.compiler.assume_constant_result`` does, without importing the whole compiler (and
-    Triton) the moment this package is imported; tests/test_ops.py would show it if that changed.
+    Triton) the moment this package is imported; tests/test_layers.py would show it if that changed.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

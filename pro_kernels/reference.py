@@ -179,15 +179,9 @@ def pro_loss(
     per_rank = [scores.new_zeros(()) for _ in range(n)]  # the SFT term last
     weights = _prompt_weights(valid, prompt_weights, scores.dtype)
     for p in range(b):
-        terms, sft = _prompt_loss(
-            scores[p],
-            sums[p],
-            lengths[p],
-            None if rewards is None else rewards[p],
-            valid[p],
-            None if sft_index is None else int(sft_index[p]),
-            opts,
-        )
+        given = None if rewards is None else rewards[p]
+        column = None if sft_index is None else int(sft_index[p])
+        terms, sft = _prompt_loss(scores[p], sums[p], lengths[p], given, column, opts)
         for k, term in enumerate(terms[: opts.top_k]):
             per_rank[k] = per_rank[k] + weights[p] * term
         per_rank[-1] = per_rank[-1] + weights[p] * sft
@@ -276,12 +270,11 @@ def _prompt_loss(
     sums: Tensor,
     lengths: Tensor,
     rewards: Tensor | None,
-    valid: Tensor,
     sft_index: int | None,
     opts: PROOptions,
 ) -> tuple[list[Tensor], Tensor]:
     """Rank terms and weighted SFT term of one prompt, candidates in column order."""
-    columns = [i for i in range(len(scores)) if valid[i]]
+    columns = [i for i in range(len(scores)) if lengths[i]]
     if rewards is not None and not opts.official:
         columns.sort(key=lambda i: -rewards[i].item())  # stable: ties keep their columns' order
     if not columns:
@@ -293,13 +286,8 @@ def _prompt_loss(
         if at_rank.dtype != torch.float32 or opts.reward_scale != 1:
             at_rank = at_rank.double() if at_rank.is_floating_point() else at_rank.long()
             at_rank = (at_rank - at_rank.max()).double() * opts.reward_scale
-    terms = rank_terms(
-        scores[columns],
-        at_rank,
-        tau=1.0 if isinstance(opts.temperature, str) else 1.0 / opts.temperature,
-        ties=opts.ties,
-        eps=kernel.eps,
-    )
+    tau = 1.0 if isinstance(opts.temperature, str) else 1.0 / opts.temperature
+    terms = rank_terms(scores[columns], at_rank, tau=tau, ties=opts.ties, eps=kernel.eps)
     best = columns[0] if sft_index is None else sft_index
     factor = opts.sft_weight * (len(columns) - 1) ** 2
     if len(columns) == 1 and not opts.official:

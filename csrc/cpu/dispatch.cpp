@@ -3,7 +3,6 @@
 #include <atomic>
 #include <cstring>
 
-#include "../include/pk_layout.h"
 #include "kernels.h"
 #include "pro_kernels_cpu.h"
 

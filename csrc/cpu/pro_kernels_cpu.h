@@ -4,7 +4,7 @@
 
 #include "../include/pk_abi.h"
 
-// Number and structs of this ABI (pk_layout.h).
+// Number and structs of this ABI.
 PK_EXPORT const char* pk_cpu_layout(void);
 // Name of the instruction set in use.
 PK_EXPORT const char* pk_cpu_isa(void);

@@ -1,5 +1,4 @@
 // What is in this library, and whether it serves the current device.
-#include "../include/pk_layout.h"
 #include "launch.h"
 
 #ifndef PK_CUDA_TARGETS

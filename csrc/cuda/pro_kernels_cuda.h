@@ -7,7 +7,7 @@
 
 #include "../include/pk_abi.h"
 
-// Number and structs of this ABI (pk_layout.h).
+// Number and structs of this ABI.
 PK_EXPORT const char* pk_cuda_layout(void);
 // The targets compiled in, separated by spaces: "sm_80 sm_90a sm_100 compute_100".
 PK_EXPORT const char* pk_cuda_targets(void);

@@ -1,5 +1,5 @@
 // What crosses the C ABI of both libraries. Each struct is a list of fields, one line a field: from
-// it come the struct and its description (pk_layout.h), which pro_kernels/backends/native.py
+// it come the struct and its description, which pro_kernels/backends/native.py
 // compares with its own when it loads a library.
 //
 // N token rows, V vocabulary columns, S sequences, B prompts, n candidates. Pointers are to memory
@@ -8,7 +8,10 @@
 // What is computed from them is written in pro_kernels/backends/torch.py.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
+
+#include <string>
 
 #if defined(_WIN32)
 #define PK_EXPORT extern "C" __declspec(dllexport)
@@ -157,5 +160,32 @@ constexpr int kAbi = 1;
 PK_STRUCTS(PK_STRUCT)
 #undef PK_STRUCT
 #undef PK_MEMBER
+
+struct TypeName {
+  static const char* of(double) { return "float64"; }
+  static const char* of(int32_t) { return "int32"; }
+  static const char* of(int64_t) { return "int64"; }
+  static const char* of(const void*) { return "pointer"; }
+};
+
+// All of it as text, for the loader to compare: the number of the ABI, then a line for each struct
+// with its size and for each field with its type and offset.
+static inline std::string layout() {
+  std::string text = "ABI " + std::to_string(kAbi) + "\n";
+#define PK_FIELD(type, name)                                                   \
+  text += struct_name + "." #name " " + TypeName::of(Struct{}.name) + " at " + \
+          std::to_string(offsetof(Struct, name)) + "\n";
+#define PK_STRUCT(Name, FIELDS)                                              \
+  {                                                                          \
+    using Struct = Name;                                                     \
+    const std::string struct_name = #Name;                                   \
+    text += struct_name + " " + std::to_string(sizeof(Struct)) + " bytes\n"; \
+    FIELDS(PK_FIELD)                                                         \
+  }
+  PK_STRUCTS(PK_STRUCT)
+#undef PK_STRUCT
+#undef PK_FIELD
+  return text;
+}
 
 }  // namespace pk

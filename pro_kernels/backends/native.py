@@ -146,7 +146,7 @@ def signatures(result: type | None, last: type) -> Signatures:
 
 
 def layout() -> list[str]:
-    """The structs as this side has them, in the words of csrc/include/pk_layout.h."""
+    """The structs as this side has them, in the words of csrc/include/pk_abi.h."""
     lines = [f"ABI {ABI}"]
     for struct in _STRUCTS:
         name = struct.__name__

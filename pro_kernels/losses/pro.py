@@ -73,12 +73,9 @@ def pro(
         tau = scores.new_full((1, 1, 1), 1.0 / temperature)
     elif ranked.rewards is not None:
         if validate.readable(valid):
+            kept, instead = equal_rewards == "keep", ', or keep them with equal_rewards="keep"'
             validate.check_gaps(
-                ranked.rewards,
-                valid,
-                reward_scale,
-                may_be_equal=equal_rewards == "keep",
-                instead=', or keep them with equal_rewards="keep"',
+                ranked.rewards, valid, reward_scale, may_be_equal=kept, instead=instead
             )
         scaled = scaled_rewards(ranked.rewards, valid, reward_scale, torch.float64)
         tau, tied = temperatures(scaled, valid, dtype)

@@ -70,17 +70,13 @@ class Loss:
             ref_logps = None
         ranked = ranked_batch(logps, lengths, rewards, ref_logps, mask, prompt_weights)
         found = self.body(ranked, **options)
-        pair = (
-            isinstance(found, tuple) and len(found) == 2
-        )  # not by match: torch 2.10 compiles none
-        if (
-            not (pair and isinstance(found[0], Tensor) and isinstance(found[1], dict))
-            or found[0].ndim
-        ):
+        # Not by match: torch 2.10 compiles none.
+        pair = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
+        loss, metrics = pair
+        if not isinstance(loss, Tensor) or loss.ndim or not isinstance(metrics, dict):
             raise ValueError(
                 f"loss {self.name} must return a scalar tensor and a dict, got {found!r}"
             )
-        loss, metrics = found
         if weight := shared.pop("sft_weight", 0.0):
             sft = weight * ranked.mean(ranked.nll(shared["sft_reduction"], shared["sft_on"]))
             loss, metrics = loss + sft, {"sft_loss": sft.detach().float(), **metrics}

@@ -75,12 +75,10 @@ def fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"the forward of {type(self).__name__} takes {names} by position, each once, got "
                 f"{len(args)} of them and {sorted(kwargs)}"
             )
-        of_loss = (
-            LOSSES[loss].defaults.keys() if (loss := getattr(self, STATE).loss) in LOSSES else ()
-        )
+        loss = getattr(self, STATE).loss
+        of_loss = LOSSES[loss].defaults.keys() if loss in LOSSES else ()
         strange = _NOT_OF_A_CALL.union(of_loss).difference(RANKING, own.parameters)
-        strange = strange.intersection(kwargs)
-        if strange:
+        if strange := strange.intersection(kwargs):
             raise ValueError(
                 f"a call of an attached model takes {RANKING}, got {sorted(strange)}; options are "
                 "given to attach, and sequence_group to linear_pro_loss only"
@@ -110,13 +108,9 @@ def _forward(opened: Opened, kwargs: dict[str, Any]) -> Any:
             raise ValueError(f"{sorted(ranking)} need labels (or a layout), got labels=None")
         return opened.run_without_labels(kwargs)
     kwargs.pop("shift_labels", None)
-    asked = Asked(
-        labels if shifted is None else shifted,
-        shifted is None,
-        kwargs.get("ignore_index", IGNORE_INDEX),
-        kwargs.get("num_items_in_batch"),
-        ranking,
-    )
+    targets = labels if shifted is None else shifted
+    ignored, items = kwargs.get("ignore_index", IGNORE_INDEX), kwargs.get("num_items_in_batch")
+    asked = Asked(targets, shifted is None, ignored, items, ranking)
     if asked.shift and labels is not None:
         _check_labels(opened, kwargs.get("input_ids"), asked)
     _check_loss(opened, asked)
@@ -158,8 +152,10 @@ def _of_both(opened: Opened, head: HeadInputs, asked: Asked) -> dict[str, Any]:
     return {"ignore_index": asked.ignore_index, "process_group": group, **head.options()}
 
 
-def _of_kernels(opened: Opened) -> dict[str, Any]:
-    return {name: opened.options[name] for name in KERNEL_OPTIONS if name in opened.options}
+def _of_kernels(opened: Opened, head: HeadInputs, asked: Asked) -> dict[str, Any]:
+    """The same with the options that are no loss's."""
+    own = {name: opened.options[name] for name in KERNEL_OPTIONS if name in opened.options}
+    return {**_of_both(opened, head, asked), **own}
 
 
 def _own_options(opened: Opened) -> dict[str, Any]:
@@ -177,15 +173,9 @@ def cross_entropy(
         name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
         for name, x in opened.classes.items()
     }
-    found = token_losses(
-        head.hidden,
-        head.weight,
-        asked.targets.to(device, non_blocking=True),
-        shift=asked.shift,
-        **classes,
-        **_of_both(opened, head, asked),
-        **_of_kernels(opened),
-    )
+    how = {"shift": asked.shift, **classes, **_of_kernels(opened, head, asked)}
+    targets = asked.targets.to(device, non_blocking=True)
+    found = token_losses(head.hidden, head.weight, targets, **how)
     logps, items = {"token_logps": found.stats["logps"]}, asked.items
     if items is None or not opened.divides_by_items:
         return found.reduced("mean")[0], logps
@@ -206,17 +196,10 @@ def ranking_loss(
     else:
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), None
         layout = layout.to(hidden.device, non_blocking=True)
-    out = linear_pro_loss(
-        hidden,
-        head.weight,
-        targets,
-        asked.ranking.get("rewards"),
-        shift=asked.shift and layout is None,
-        layout=layout,
-        **_of_both(opened, head, asked),
-        **opened.options,
-        **{name: asked.ranking.get(name) for name in _AS_GIVEN},
-    )
+    given = {name: asked.ranking.get(name) for name in ("rewards", *_AS_GIVEN)}
+    how = {"shift": asked.shift and layout is None, **_of_both(opened, head, asked)}
+    how |= opened.options
+    out = linear_pro_loss(hidden, head.weight, targets, layout=layout, **given, **how)
     return out.loss, {name: getattr(out, name) for name in FIELDS if name != "token_logps"}
 
 
@@ -225,7 +208,7 @@ def loss_of_scores(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Any loss of ``losses.LOSSES``, of candidates as in ``ranking_loss``."""
     given, hidden = asked.ranking, head.hidden
-    layout, how = given.get("layout"), {**_of_both(opened, head, asked), **_of_kernels(opened)}
+    layout, how = given.get("layout"), _of_kernels(opened, head, asked)
     if layout is not None:
         layout = layout.to(hidden.device, non_blocking=True)
         rows = hidden.reshape(-1, hidden.shape[-1])

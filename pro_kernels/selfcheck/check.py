@@ -49,18 +49,11 @@ def run(json_path: Path | None = None) -> int:
 
 def _named(row: Row) -> dict:
     """What JSON has of a row; errors are relative, those of log-probs to the largest."""
-    note = {"note": row.note} if row.note else {}
-    return {
-        "backend": row.backend,
-        "device": row.device,
-        "dtype": row.dtype,
-        "path": row.entrance,
-        "quantity": row.quantity,
-        "error": row.error / row.scale,
-        "plain": row.plain / row.scale,
-        "passed": row.passed and not row.by_allowance,
-        **note,
-    }
+    names = ("backend", "device", "dtype", "entrance", "quantity")
+    named = {"path" if x == "entrance" else x: getattr(row, x) for x in names}
+    named |= {"error": row.error / row.scale, "plain": row.plain / row.scale}
+    named["passed"] = row.passed and not row.by_allowance
+    return named | ({"note": row.note} if row.note else {})
 
 
 def _cells(error: float, plain: float, passed: bool, note: str = "", **names: str) -> list[str]:

@@ -67,9 +67,8 @@ def altered(tmp_path_factory):
         header = (CSRC / "include" / "pk_abi.h").read_text()
         assert old in header
         (folder / "pk_abi.h").write_text(header.replace(old, new, 1))
-        (folder / "pk_layout.h").write_text((CSRC / "include" / "pk_layout.h").read_text())
         (folder / "library.cpp").write_text(
-            '#include "pk_layout.h"\nPK_EXPORT const char* pk_cpu_layout(void) {'
+            '#include "pk_abi.h"\nPK_EXPORT const char* pk_cpu_layout(void) {'
             "static const std::string text = pk::layout(); return text.c_str(); }\n"
         )
         target = folder / "library.so"

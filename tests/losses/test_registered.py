@@ -72,7 +72,7 @@ def test_the_trainer_takes_it_and_does_not_mix_order_with_gaps(toy, tmp_path):
     for wrong, message in (
         ({"loss_options": '{"slope": -1}'}, "slope must be > 0"),
         ({"loss_options": {"slop": 1}}, "slop=1 is no option of loss_type='gap_hinge', .* slope"),
-        ({"loss_options": "slope"}, "loss_options must be JSON, got 'slope'"),
+        ({"loss_options": "slope"}, "loss_options must be a JSON object: .*, got slope"),
         ({"loss_module": nowhere}, "loss_module .*nowhere.py cannot be imported"),
     ):
         with pytest.raises(ValueError, match=message):

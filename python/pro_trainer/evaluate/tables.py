@@ -16,19 +16,13 @@ _NAMES = {  # metric -> how it is called, in the order of the table
     "best_accuracy": "best against the rest, accuracy",
     "best_margin": "best against the rest, margin",
     "loss": "loss",
-    "rewards/chosen": "rewards/chosen",
-    "rewards/rejected": "rewards/rejected",
-    "rewards/margins": "rewards/margins",
-    "rewards/accuracies": "rewards/accuracies",
+    **{f"rewards/{x}": f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")},
 }
 _BY_SIZE = {
     "candidates": "candidates",
     "prompts": "lists",
     "pairs": "pairs",
-    "pairwise_accuracy": "pairwise accuracy",
-    "top1_accuracy": "top-1 accuracy",
-    "kendall_tau": "Kendall's tau-b",
-    "ndcg": "NDCG",
+    **{x: _NAMES[x] for x in ("pairwise_accuracy", "top1_accuracy", "kendall_tau", "ndcg")},
     "best_margin": "margin of the best",
 }
 _BY_GAP = {

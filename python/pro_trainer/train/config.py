@@ -76,15 +76,16 @@ class PROConfig(LossOptions, StepOptions, ListOptions, TrainingArguments):
             "auto_find_batch_size": False,
             "train_sampling_strategy": "random",
             "dataloader_drop_last": False,
+            "split_batches": False,
+            "dispatch_batches": False,
         }
-        given = {name: getattr(self, name, default) for name, default in plain.items()}
-        for name in ("split_batches", "dispatch_batches"):
-            plain[name], given[name] = False, bool(getattr(self.accelerator_config, name, None))
         for name, default in plain.items():
-            if given[name] != default:
+            holder = self.accelerator_config if name.endswith("_batches") else self
+            given = getattr(holder, name, None)
+            if given not in (None, default):
                 raise ValueError(
                     f"tokens_per_batch={self.tokens_per_batch} says which lists are in a batch, "
-                    f"and so does {name}={given[name]!r}: choose one"
+                    f"and so does {name}={given!r}: choose one"
                 )
 
     @property
