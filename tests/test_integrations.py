@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -18,7 +19,7 @@ from pro_kernels.models import COUNTS, official
 from pro_kernels.models import trl as swap
 from pro_kernels.models.lazy import LazyLogits
 from pro_trainer.train.official import official_batch, official_loss
-from tiny_models import V, grads, make
+from tiny_models import V, assert_same_grads, grads, make
 
 VOCABULARY = 259
 tiny = functools.partial(make, vocab_size=VOCABULARY)
@@ -240,6 +241,7 @@ def test_trls_trainers_give_the_same_losses_and_parameters(
 
 # ---- TRL's GRPO
 
+every_level = pytest.mark.parametrize("importance_sampling_level", ["token", "sequence"])
 GRPO = [
     {"loss_type": "grpo", "beta": 0.0, "epsilon_high": 0.28, "delta": 1.4},
     {"loss_type": "bnpo", "use_bias_correction_kl": False},
@@ -269,7 +271,7 @@ def grpo_batch(seed: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("importance_sampling_level", ["token", "sequence"])
+@every_level
 @pytest.mark.parametrize("options", GRPO, ids=str)
 def test_policy_loss_is_that_of_trls_trainer(trl, tmp_path, options, importance_sampling_level):
     options = {**options, "importance_sampling_level": importance_sampling_level}
@@ -307,6 +309,34 @@ def test_policy_loss_is_that_of_trls_trainer(trl, tmp_path, options, importance_
             assert value.item() == pytest.approx(logged[name], rel=1e-5, abs=1e-7), name
         torch.testing.assert_close(found[-1], found[-2], rtol=2e-5, atol=1e-7)
     assert found[0][0] != found[2][0]
+
+
+@every_level
+@pytest.mark.parametrize("options", [*GRPO, {"loss_type": "vespo"}], ids=str)
+def test_grpos_loss_and_gradients_stay_what_they_are(
+    trl, tmp_path, options, importance_sampling_level
+):
+    options = {**options, "importance_sampling_level": importance_sampling_level}
+    trainer, batch, found = trl_trainer(trl, tmp_path, "GRPO", **options), grpo_batch(9), []
+    model = trainer.model.eval()
+    with torch.no_grad():
+        ids = [torch.cat([batch[f"{x}_{y}"] for x in ("prompt", "completion")], 1)
+               for y in ("ids", "mask")]  # fmt: skip
+        logps = trainer._get_per_token_logps_and_entropies(model, *ids, 8)[0]
+    for of in ("old", "ref"):
+        batch[f"{of}_per_token_logps"] = logps + 0.3 * batch[f"{of}_per_token_logps"].sin()
+    for accelerated in (False, True):
+        if accelerated:
+            swap.accelerate_trl()
+        with pk.distinct_rows(model) if accelerated else contextlib.nullcontext():
+            loss = trainer._compute_loss(model, batch)
+            found.append((loss, grads(model, loss), dict(trainer._metrics["eval"])))
+            trainer._metrics["eval"].clear()
+    (theirs, expected, logged), (ours, got, metrics) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert_same_grads(got, expected)
+    for name, (value,) in logged.items():
+        assert metrics[name] == pytest.approx([value], rel=1e-4, abs=1e-6), name
 
 
 def test_a_model_that_cannot_run_distinct_rows_runs_padded_ones_and_it_is_said(

@@ -1,6 +1,6 @@
 """Real ranked lists as numbers: lengths, shared prefixes and rewards; no token, no text.
 
-    python -m bench.engine.lists NAME FILE MODEL [--lists B] [--n N]
+    python -m bench.engine.lists NAME FILE MODEL [LISTS [N]]
 
 adds an entry to ``lists.json``. MODEL is a folder whose tokenizer counts. Cases make batches of
 random tokens in that form. Where the file and the model are there, ``hidden_states`` gives the
@@ -9,9 +9,9 @@ real ones: FILE is looked for in ``$PRO_KERNELS_DATA`` and MODEL in ``$PRO_KERNE
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -136,31 +136,24 @@ def _shared(rows: list[list[int]]) -> int:
     return min(len(commonprefix(rows)), min(map(len, rows)) - 1)
 
 
-def main() -> None:
+def main(name: str, file: str, model: str, lists: str = "4", n: str = "8") -> None:
     """Read lists as the trainer does, and add their shape."""
     from pro_trainer.models import load_tokenizer
 
-    parser = argparse.ArgumentParser(prog="python -m bench.engine.lists")
-    parser.add_argument("name")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--lists", type=int, default=4)
-    parser.add_argument("--n", type=int, default=8)
-    args = parser.parse_args()
-    found = tokens(args.file, load_tokenizer(str(args.model)), args.n)
-    chosen = [(rows, _shared(rows), rewards) for rows, rewards in islice(found, args.lists)]
+    found = tokens(Path(file), load_tokenizer(model), int(n))
+    chosen = [(rows, _shared(rows), rewards) for rows, rewards in islice(found, int(lists))]
     entry = {
-        "source": args.file.name.partition(".")[0],
-        "model": args.model.name,
+        "source": Path(file).name.partition(".")[0],
+        "model": Path(model).name,
         "start": len(commonprefix([rows[0][:shared] for rows, shared, _ in chosen])),
         "prompts": [shared for _, shared, _ in chosen],
         "completions": [[len(x) - shared for x in rows] for rows, shared, _ in chosen],
         "rewards": [[round(r, 4) for r in rewards] for *_, rewards in chosen],
     }
-    every = json.loads(PATH.read_text()) if PATH.exists() else {}
-    lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in {**every, args.name: entry}.items())
+    every = json.loads(PATH.read_text()) | {name: entry}
+    lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in every.items())
     PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
