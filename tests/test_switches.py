@@ -46,6 +46,8 @@ def test_names_are_exchanged_in_modules_loaded_before_and_since(monkeypatch):
     ],
 )
 def test_a_missing_package_is_named(package, apply, needs, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=needs):
         apply()
