@@ -44,6 +44,7 @@ class FakeServer:
         self.asked: list[dict] = []
         self.keys: list[str | None] = []
         self.lock = threading.Lock()
+        self.models: dict = {"data": [{"id": MODEL}]}
         self.port, self.dies_at, self.retry_after = 0, -1, "0.01"
         self.released = threading.Event()
         self.live()
@@ -133,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.reply(200, json.dumps({"data": [{"id": MODEL}]}).encode())
+        self.reply(200, json.dumps(self.server_of.models).encode())
 
     def do_POST(self) -> None:
         owner = self.server_of

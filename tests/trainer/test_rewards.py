@@ -377,6 +377,9 @@ def test_the_settings_hold_the_model_of_a_server(build, tmp_path):
             assert reward.identity() == ({} if model else {f"the models of {written}": [MODEL]})
         (reward,) = build_rewards(build(f"{server.url}/score"), "cpu", ())
         assert list(reward.identity().values()) == [[MODEL]]
+        server.models = {"object": "error"}  # no list
+        (reward,) = build_rewards(build(f"{server.url}/score"), "cpu", ())
+        assert reward.identity() == {}
 
 
 def test_a_judge_that_gives_numbers(build, tmp_path):
