@@ -60,7 +60,7 @@ def find_compiler(kind: str, setting: str, names: list[str]) -> list[str]:
     """A compiler as an argument list; an explicit one, of the setting, never falls back."""
     if chosen := os.environ.get(setting):
         command = [chosen] if shutil.which(chosen) else shlex.split(chosen)
-        if shutil.which(command[0]) is None:
+        if not command or shutil.which(command[0]) is None:
             raise BuildError(f"no {kind} compiler found: {setting}={chosen} is not an executable")
         return command
     for name in names:
@@ -131,19 +131,20 @@ def plan_cuda(work: Path) -> tuple[dict, Units, str]:
     """What will be built for CUDA and how; asks nvcc what it knows."""
     home = os.environ.get("CUDA_HOME")
     of_home = [os.path.join(home, "bin", "nvcc")] if home else []
-    (nvcc,) = find_compiler("CUDA", "PRO_KERNELS_NVCC", [*of_home, "nvcc"])
+    nvcc = find_compiler("CUDA", "PRO_KERNELS_NVCC", [*of_home, "nvcc"])
+    shown = shlex.join(nvcc)
     version = next(
-        (line for line in output_of([nvcc, "--version"]).splitlines() if "release" in line), nvcc
+        (line for line in output_of([*nvcc, "--version"]).splitlines() if "release" in line), shown
     )
-    known = output_of([nvcc, "--list-gpu-arch"]) + output_of([nvcc, "--list-gpu-code"])
+    known = output_of([*nvcc, "--list-gpu-arch"]) + output_of([*nvcc, "--list-gpu-code"])
     chosen = os.environ.get("PRO_KERNELS_CUDA_ARCHS", "").split()
     # An old nvcc does without the new targets; those asked for by name are compiled or fail.
     targets = chosen or [t for t in CUDA_TARGETS if t.rstrip("a") in known.split()]
     if not targets:
-        raise BuildError(f"{nvcc} ({version}) knows none of {', '.join(CUDA_TARGETS)}")
+        raise BuildError(f"{shown} ({version}) knows none of {', '.join(CUDA_TARGETS)}")
     extra = [*map(gencode, targets), f"'-DPK_CUDA_TARGETS=\"{' '.join(targets)}\"'"]
     units = {p.stem: (p, " ".join(extra)) for p in sorted((CSRC / "cuda").glob("*.cu"))}
-    spec = {"compiler": shlex.quote(nvcc), "version": version, "flags": CUDA_FLAGS}
+    spec = {"compiler": shown, "version": version, "flags": CUDA_FLAGS}
     return spec | {"targets": targets}, units, "-cudart static"
 
 

@@ -190,6 +190,7 @@ def test_no_nvcc_or_a_failing_one_is_a_reason_and_never_an_error(tree, fake_nvcc
     for settings, reason in (
         (fake_nvcc, "broken on purpose"),
         ({**fake_nvcc, "PRO_KERNELS_NVCC": "/nowhere/nvcc"}, "PRO_KERNELS_NVCC=/nowhere/nvcc"),
+        ({**fake_nvcc, "PRO_KERNELS_NVCC": "env false"}, "env false"),  # with words behind it
         (no_compiler, "no CUDA compiler found"),
     ):
         assert reason in _built(tree, **settings)["cuda"]["reason"]
