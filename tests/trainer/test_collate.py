@@ -151,6 +151,9 @@ def test_preferences_of_what_lists_say_and_leave_out():
     assert marked.weights.tolist() == [1, 0.5] and marked.total_weight == 1.5
     # The best where a list marks none.
     assert marked.desirable.tolist() == [[False, True, False], [True] * 3]
+    numbers = preferences({**FIRST, "desirable": [1, 0]}, {**SECOND, "desirable": [0, 1, 1]})
+    assert numbers.desirable.dtype == torch.bool
+    assert numbers.desirable.tolist() == [[True, False, False], [False, True, True]]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -182,6 +185,7 @@ def test_a_batch_goes_to_a_device_and_its_preferences_stay_on_the_host():
         ([feature([[1], [2]], [[3], [4], [5]])], "3 completions need 1 prompt or 3, got 2"),
         ([feature([[1]], [])], "at least 1 completion"),
         ([feature([[1]], [[3], [4]], [1.0])], "2 completions and 1 rewards"),
+        ([FIRST, {**SECOND, "desirable": [True] * 2}], "list 1 .* 3 completions and 2 marks of"),
         ([{**FIRST, "sft_index": 2}], r"sft_index must lie in \[0, 2\), got 2"),
     ],
 )

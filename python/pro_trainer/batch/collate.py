@@ -339,9 +339,17 @@ def _desirable(
     marks = [feature.get("desirable") for feature in features]
     if all(given is None for given in marks):
         return None
-    best = best_candidates(rewards, mask)
-    rows = zip(best, marks, strict=True)
-    return _padded([own if given is None else torch.tensor(given) for own, given in rows])
+    rows = []
+    for row, (best, here, given) in enumerate(
+        zip(best_candidates(rewards, mask), mask, marks, strict=True)
+    ):
+        n = int(here.sum())
+        if given is not None and len(given) != n:
+            raise ValueError(
+                f"list {row} of the batch: {n} completions and {len(given)} marks of desirable ones"
+            )
+        rows.append(best if given is None else torch.tensor(given, dtype=torch.bool))
+    return _padded(rows)
 
 
 def _ref_logps(features: Sequence[Mapping[str, Any]]) -> Tensor | None:
