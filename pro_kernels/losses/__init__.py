@@ -50,6 +50,8 @@ from .registry import LOSSES, Loss, get_loss, register
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+for _name in sorted(LOSSES):  # as a refusal lists them
+    LOSSES[_name] = LOSSES.pop(_name)
 
 __all__ = [
     "LOSSES",

@@ -76,6 +76,8 @@ def test_every_option_of_every_loss_is_a_flag_and_no_other():
         for name, options in declared().items()
     }
     assert read == there
+    assert list(read) == ["pro", *sorted(there.keys() - {"pro"})]  # as help lists them
+    assert list(there) == sorted(there)  # and a refusal
     assert without_a_flag == {"sft_index", "equal_rewards", "desirable", "kl", "running"}
     assert {option for options in read.values() for option in options} == set(LOSS_SETTINGS)
 

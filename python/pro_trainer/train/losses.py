@@ -24,8 +24,7 @@ def declared() -> dict[str, dict[str, tuple[Any, Any]]]:
     folder = Path(package.origin).parent
     names = runpy.run_path(str(folder / "option_types.py"))
     losses: dict[str, dict[str, tuple[Any, Any]]] = {}
-    paths = (folder / "losses").glob("*.py")
-    for path in sorted(paths, key=lambda path: (path.stem != "pro", path)):  # help begins with PRO
+    for path in (folder / "losses").glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if not isinstance(node, ast.FunctionDef):
                 continue
@@ -38,7 +37,8 @@ def declared() -> dict[str, dict[str, tuple[Any, Any]]]:
                     if (kind := _option_type(argument.annotation, names)) and kind.text
                 }
                 losses[node.name] = own | _shared(own, decorator, names)
-    return losses
+    by_name = sorted(losses, key=lambda name: (name != "pro", name))  # help begins with PRO
+    return {name: losses[name] for name in by_name}
 
 
 def _registers(decorator: ast.expr) -> bool:
